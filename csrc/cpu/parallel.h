@@ -1,0 +1,149 @@
+// Splitting work over threads, and the memory it needs.
+//
+// The split depends only on sizes and the number of threads, every thread sums what it owns in
+// order, and the threads' sums are added in order: equal inputs give equal bits, without atomics.
+
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "gemm.h"
+
+namespace dense_ext {
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// The index-th of `parts` near-equal parts of [0, total).
+inline Range part_of(int64_t total, int64_t parts, int64_t index) {
+  return {total * index / parts, total * (index + 1) / parts};
+}
+
+// Calls body(i) for i in [0, count), on as many threads.
+template <class Body>
+void parallel(int64_t count, const Body& body) {
+  if (count == 1) return body(0);
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) body(i);
+  });
+}
+
+inline int64_t num_threads() { return torch::stable::get_num_threads(); }
+
+// `total` items in tiles of at most `size`, as a multiple of the threads where there are enough.
+struct Tiles {
+  int64_t total, count, parts;
+
+  Tiles(int64_t total_, int64_t size, int64_t threads)
+      : total(total_),
+        count(std::min(total_, round_up(ceil_div(total_, size), threads))),
+        parts(std::min(count, threads)) {}
+  Range of_part(int64_t part) const { return part_of(count, parts, part); }
+  Range tile(int64_t i) const { return part_of(total, count, i); }
+};
+
+// Channels in chunks of near-equal size, a multiple of a panel of the matrix product.
+struct Chunks {
+  int64_t total, size, count;
+
+  Chunks(int64_t total_, int64_t max_size, int64_t panel)
+      : total(total_),
+        size(round_up(ceil_div(total_, ceil_div(total_, max_size)), panel)),
+        count(ceil_div(total_, size)) {}
+  Range operator[](int64_t i) const { return {i * size, std::min(total, (i + 1) * size)}; }
+};
+
+// What a thread's scratch buffers hold. They live as long as the thread and only grow, so that a
+// tile stays in the same, cached, memory from call to call.
+enum class Slot { kActivation, kProduct, kGradient, kStatistics, kZero, kCount };
+
+inline void* scratch_bytes(Slot slot, int64_t bytes) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  struct Buffer {
+    std::unique_ptr<void, Free> data;
+    int64_t bytes = 0;
+  };
+  static thread_local std::array<Buffer, static_cast<int>(Slot::kCount)> buffers;
+  Buffer& buffer = buffers[static_cast<int>(slot)];
+  if (buffer.bytes < bytes) {
+    buffer.data.reset(std::aligned_alloc(64, round_up(bytes, 64)));
+    buffer.bytes = buffer.data ? bytes : 0;
+    if (!buffer.data) throw std::bad_alloc();
+  }
+  return buffer.data.get();
+}
+
+template <class A>
+A* scratch(Slot slot, int64_t count) {
+  return static_cast<A*>(scratch_bytes(slot, count * int64_t{sizeof(A)}));
+}
+
+// One allocation, from PyTorch, for what all threads of a call share: packed weights, per-channel
+// vectors padded to whole SIMD vectors, partial sums.
+class Workspace {
+ public:
+  explicit Workspace(std::initializer_list<int64_t> bytes) {
+    int64_t total = 0;
+    for (int64_t b : bytes) total += round_up(b, kAlignment);
+    tensor_ = torch::stable::empty({total + kAlignment}, torch::headeronly::ScalarType::Byte);
+    const auto address = reinterpret_cast<uintptr_t>(tensor_.mutable_data_ptr());
+    next_ = reinterpret_cast<char*>(round_up(static_cast<int64_t>(address), kAlignment));
+  }
+
+  // The next piece, in the order of the sizes given.
+  template <class U>
+  U* take(int64_t count) {
+    U* piece = reinterpret_cast<U*>(next_);
+    next_ += round_up(count * int64_t{sizeof(U)}, kAlignment);
+    return piece;
+  }
+
+  // A copy of values[count], zero padded to a multiple of a panel: safe to load whole vectors from.
+  template <class A>
+  const A* take_padded(const A* values, int64_t count) {
+    const int64_t padded = round_up(count, kPanel<A>);
+    A* copy = take<A>(padded);
+    std::copy(values, values + count, copy);
+    std::fill(copy + count, copy + padded, A{0});
+    return copy;
+  }
+
+ private:
+  static constexpr int64_t kAlignment = 64;
+  torch::stable::Tensor tensor_;
+  char* next_;
+};
+
+// Bytes for Workspace's list.
+template <class U>
+int64_t bytes_of(int64_t count) {
+  return count * int64_t{sizeof(U)};
+}
+template <class A>
+int64_t padded_bytes(int64_t channels) {
+  return bytes_of<A>(round_up(channels, kPanel<A>));
+}
+
+template <class T>
+void pack_weights(const WeightsAsB<T>& weights, Acc<T>* packed) {
+  const int64_t items = weights.panels() * weights.taps;
+  const int64_t parts = std::min(items, num_threads());
+  parallel(parts, [&](int64_t part) {
+    const Range range = part_of(items, parts, part);
+    for (int64_t i = range.begin; i < range.end; i++) pack_block(weights, i, packed);
+  });
+}
+
+}  // namespace dense_ext

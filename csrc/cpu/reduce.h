@@ -1,0 +1,117 @@
+// Sums over pixels that several tiles and threads share: channel moments, channel sums, weight
+// gradients. Each thread (part) owns a row of partial results; finish() adds them in order.
+
+#pragma once
+
+#include <cstdint>
+
+#include "parallel.h"
+#include "rows.h"
+#include "tensor.h"
+
+namespace dense_ext {
+
+// The mean and variance of every channel. Tiles are merged as in Chan, Golub and LeVeque,
+// "Updating formulae and a pairwise algorithm for computing sample variances" (1979): never
+// E[x^2] - E[x]^2, which cancels.
+class Moments {
+ public:
+  static int64_t bytes(int64_t parts, int64_t channels) {
+    return bytes_of<double>(parts * (1 + 2 * channels));
+  }
+  Moments(Workspace& workspace, int64_t parts, int64_t channels)
+      : parts_(parts),
+        channels_(channels),
+        data_(workspace.take<double>(parts * (1 + 2 * channels))) {}
+
+  void clear(int64_t part) { std::fill(row(part), row(part + 1), 0.0); }
+
+  // Adds `count` pixels with the given mean and m2 (sum of squared deviations).
+  template <class A>
+  void merge(int64_t part, double count, const A* mean, const A* m2) {
+    double* total = row(part);
+    const double together = total[0] + count;
+    const double fraction = count / together, weight = total[0] * fraction;
+    double* means = total + 1;
+    double* squares = means + channels_;
+    for (int64_t c = 0; c < channels_; c++) {
+      const double delta = mean[c] - means[c];
+      means[c] += delta * fraction;
+      squares[c] += m2[c] + delta * delta * weight;
+    }
+    total[0] = together;
+  }
+
+  // Takes the moments of a tile's rows, in cache, and adds them. T may be scratch (Acc) or storage.
+  template <class T>
+  void add_rows(int64_t part, const T* x, int64_t stride, int64_t rows) {
+    using A = Acc<T>;
+    const int64_t padded = round_up(channels_, kPanel<A>);
+    A* mean = scratch<A>(Slot::kStatistics, 2 * padded);
+    moments_of_rows(x, stride, rows, channels_, mean, mean + padded);
+    merge(part, static_cast<double>(rows), mean, mean + padded);
+  }
+
+  template <class A>
+  void finish(A* mean, A* var) {
+    for (int64_t p = 1; p < parts_; p++) {
+      merge(0, row(p)[0], row(p) + 1, row(p) + 1 + channels_);
+    }
+    const double* means = row(0) + 1;
+    for (int64_t c = 0; c < channels_; c++) {
+      mean[c] = static_cast<A>(means[c]);
+      var[c] = static_cast<A>(means[channels_ + c] / row(0)[0]);
+    }
+  }
+
+ private:
+  double* row(int64_t part) { return data_ + part * (1 + 2 * channels_); }
+
+  int64_t parts_, channels_;
+  double* data_;
+};
+
+// sums[0][c] and sums[1][c] of a backward, in double so that the number of tiles doesn't matter.
+class ChannelSums {
+ public:
+  static int64_t bytes(int64_t parts, int64_t channels) {
+    return bytes_of<double>(parts * 2 * padded(channels));
+  }
+  ChannelSums(Workspace& workspace, int64_t parts, int64_t channels)
+      : parts_(parts),
+        channels_(channels),
+        ld_(padded(channels)),
+        data_(workspace.take<double>(parts * 2 * ld_)) {}
+
+  int64_t ld() const { return ld_; }
+  double* row(int64_t part) { return data_ + part * 2 * ld_; }
+  void clear(int64_t part) { std::fill(row(part), row(part + 1), 0.0); }
+
+  template <class A>
+  void finish(A* sums) {
+    for (int64_t p = 1; p < parts_; p++) {
+      for (int64_t i = 0; i < 2 * ld_; i++) row(0)[i] += row(p)[i];
+    }
+    for (int64_t c = 0; c < channels_; c++) {
+      sums[c] = static_cast<A>(row(0)[c]);
+      sums[channels_ + c] = static_cast<A>(row(0)[ld_ + c]);
+    }
+  }
+
+ private:
+  // mask_rows adds whole vectors.
+  static int64_t padded(int64_t channels) { return round_up(channels, kPanel<float>); }
+
+  int64_t parts_, channels_, ld_;
+  double* data_;
+};
+
+// The sum over parts of partial[part][index], `size` apart, added in order.
+template <class A>
+A sum_parts(const A* partial, int64_t parts, int64_t size) {
+  A sum = partial[0];
+  for (int64_t p = 1; p < parts; p++) sum += partial[p * size];
+  return sum;
+}
+
+}  // namespace dense_ext

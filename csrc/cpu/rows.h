@@ -1,0 +1,126 @@
+// The elementwise and summing passes over rows of pixels that surround the matrix products.
+//
+// Rows of T are in tensors (a pixel stride, exactly `columns` wide); rows of Acc<T> are in scratch
+// (a leading dimension, writable up to a whole vector). Per-channel vectors are padded, so whole
+// vectors may be loaded from them.
+
+#pragma once
+
+#include <cstdint>
+
+#include "vector.h"
+
+namespace dense_ext {
+
+// out = relu(scale*x + shift)
+template <class T>
+void activate_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, const Acc<T>* scale,
+                   const Acc<T>* shift, Acc<T>* out, int64_t ld) {
+  for (int64_t r = 0; r < rows; r++, x += stride, out += ld) {
+    for_vectors<T>(columns, [&](int64_t j, auto count) {
+      store(out + j, relu(load(scale + j) * load(x + j, count) + load(shift + j)));
+    });
+  }
+}
+
+// out = p*grad + u*y + v; p null means 1.
+template <class T>
+void affine_rows(const T* grad, int64_t grad_stride, const T* y, int64_t y_stride, int64_t rows,
+                 int64_t columns, const Acc<T>* p, const Acc<T>* u, const Acc<T>* v, Acc<T>* out,
+                 int64_t ld) {
+  for (int64_t r = 0; r < rows; r++, grad += grad_stride, y += y_stride, out += ld) {
+    for_vectors<T>(columns, [&](int64_t j, auto count) {
+      const Vector<T> g = p ? load(p + j) * load(grad + j, count) : load(grad + j, count);
+      store(out + j, g + (load(u + j) * load(y + j, count) + load(v + j)));
+    });
+  }
+}
+
+// out = values, converted; `values` are left rounded as stored.
+template <class T>
+void store_rows(Acc<T>* values, int64_t ld, int64_t rows, int64_t columns, T* out, int64_t stride) {
+  for (int64_t r = 0; r < rows; r++, values += ld, out += stride) {
+    for_vectors<T>(columns, [&](int64_t j, auto count) {
+      const Raw<T> raw = narrow<T>(load(values + j));
+      store_raw(out + j, raw, count);
+      if constexpr (!std::is_same_v<T, Acc<T>>) store(values + j, widen<T>(raw));
+    });
+  }
+}
+
+// mean and m2 = sum (x - mean)^2 of each column, by two passes over rows that are in cache.
+template <class T>
+void moments_of_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, Acc<T>* mean,
+                     Acc<T>* m2) {
+  using V = Vector<T>;
+  for_blocks<T>(columns, [&](int64_t j, auto width, auto count) {
+    V sum[width()] = {}, square[width()] = {};
+    for (int64_t r = 0; r < rows; r++) {
+      DENSE_UNROLL for (int i = 0; i < width(); i++) {
+        sum[i] += load(x + r * stride + j + i * kLanes<T>, count);
+      }
+    }
+    DENSE_UNROLL for (int i = 0; i < width(); i++) sum[i] /= static_cast<Acc<T>>(rows);
+    for (int64_t r = 0; r < rows; r++) {
+      DENSE_UNROLL for (int i = 0; i < width(); i++) {
+        const V d = load(x + r * stride + j + i * kLanes<T>, count) - sum[i];
+        square[i] += d * d;
+      }
+    }
+    DENSE_UNROLL for (int i = 0; i < width(); i++) {
+      store(mean + j + i * kLanes<T>, sum[i]);
+      store(m2 + j + i * kLanes<T>, square[i]);
+    }
+  });
+}
+
+// What mask_rows does with g.
+enum class Output {
+  kAddScaled,    // out += scale*g
+  kWriteScaled,  // out = scale*g
+  kWrite,        // out = g
+};
+
+// g = grad where scale*x + shift > 0, else 0. Writes `out` and adds sum g and sum g*(x - mean) of
+// the rows to sums[0][...] and sums[1][...], `sums_ld` apart. Row r of x goes with row r / kShared
+// of grad: 2 where two pixels of a pooling window share one gradient.
+template <Output kOutput, int kShared, class T>
+void mask_rows(const Acc<T>* grad, int64_t ld, const T* x, int64_t x_stride, int64_t rows,
+               int64_t columns, const Acc<T>* mean, const Acc<T>* scale, const Acc<T>* shift,
+               T* out, int64_t out_stride, double* sums, int64_t sums_ld) {
+  using A = Acc<T>;
+  using V = Vector<T>;
+  for_blocks<T>(columns, [&](int64_t j0, auto width, auto count) {
+    constexpr int64_t kColumns = width() * kLanes<T>;
+    V sum_g[width()] = {}, sum_gx[width()] = {}, means[width()], scales[width()], shifts[width()];
+    DENSE_UNROLL for (int i = 0; i < width(); i++) {
+      means[i] = load(mean + j0 + i * kLanes<T>);
+      scales[i] = load(scale + j0 + i * kLanes<T>);
+      shifts[i] = load(shift + j0 + i * kLanes<T>);
+    }
+    for (int64_t r = 0; r < rows; r++) {
+      DENSE_UNROLL for (int i = 0; i < width(); i++) {
+        const int64_t j = j0 + i * kLanes<T>;
+        const V xv = load(x + r * x_stride + j, count);
+        const V g = relu_mask(scales[i] * xv + shifts[i], load(grad + r / kShared * ld + j));
+        T* o = out + r * out_stride + j;
+        if constexpr (kOutput == Output::kAddScaled) {
+          store(o, load(o, count) + scales[i] * g, count);
+        } else {
+          store(o, kOutput == Output::kWrite ? g : scales[i] * g, count);
+        }
+        sum_g[i] += g;
+        sum_gx[i] += g * (xv - means[i]);
+      }
+    }
+    alignas(64) A flat[2][kColumns];
+    std::memcpy(flat[0], sum_g, sizeof flat[0]);
+    std::memcpy(flat[1], sum_gx, sizeof flat[1]);
+    for (int64_t i = 0; i < kColumns; i++) {
+      sums[j0 + i] += flat[0][i];
+      sums[sums_ld + j0 + i] += flat[1][i];
+    }
+  });
+}
+
+}  // namespace dense_ext

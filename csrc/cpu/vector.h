@@ -1,0 +1,222 @@
+// One SIMD vector of the accumulation type, loaded from and stored to any storage type.
+//
+// Written with GCC/clang vector extensions, so the same source serves AVX-512, AVX2, SSE and NEON;
+// intrinsics appear only where the extensions have no word for it (masked access, fp16).
+// Storage T: double, float, bfloat16 or half. Accumulation Acc<T>: double for double, else float.
+
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__clang__)
+#define DENSE_UNROLL _Pragma("unroll")
+#else
+#define DENSE_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+namespace dense_ext {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+#if defined(__AVX512F__)
+constexpr int64_t kVectorBytes = 64;
+constexpr bool kManyRegisters = true;
+#elif defined(__AVX2__)
+constexpr int64_t kVectorBytes = 32;
+constexpr bool kManyRegisters = false;
+#elif defined(__aarch64__)
+constexpr int64_t kVectorBytes = 16;
+constexpr bool kManyRegisters = true;
+#else
+constexpr int64_t kVectorBytes = 16;
+constexpr bool kManyRegisters = false;
+#endif
+
+template <class T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T>
+constexpr int64_t kLanes = kVectorBytes / int64_t{sizeof(Acc<T>)};
+
+// The bits of a vector's worth of T: what a load or store moves.
+template <class T>
+struct Types {  // the 16-bit types, by their bits
+  typedef uint16_t Raw __attribute__((vector_size(kVectorBytes / 2)));
+  typedef float Vector __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct Types<float> {
+  typedef float Raw __attribute__((vector_size(kVectorBytes)));
+  typedef Raw Vector;
+};
+template <>
+struct Types<double> {
+  typedef double Raw __attribute__((vector_size(kVectorBytes)));
+  typedef Raw Vector;
+};
+template <class T>
+using Raw = typename Types<T>::Raw;
+template <class T>
+using Vector = typename Types<T>::Vector;
+
+typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+
+// How much of a vector an access touches: all of it, or an int64_t number of leading lanes.
+struct Full {};
+
+// --- raw access ------------------------------------------------------------------------------
+
+template <class T>
+inline Raw<T> load_raw(const T* p, Full) {
+  Raw<T> raw;
+  std::memcpy(&raw, p, sizeof raw);
+  return raw;
+}
+
+template <class T>
+inline void store_raw(T* p, Raw<T> raw, Full) {
+  std::memcpy(p, &raw, sizeof raw);
+}
+
+#if defined(__AVX512F__)
+
+template <class T>
+inline Raw<T> load_raw(const T* p, int64_t count) {
+  const uint32_t mask = (1u << count) - 1;
+  if constexpr (std::is_same_v<T, float>) {
+    return (Raw<T>)_mm512_maskz_loadu_ps(mask, p);
+  } else if constexpr (std::is_same_v<T, double>) {
+    return (Raw<T>)_mm512_maskz_loadu_pd(mask, p);
+  } else {
+    return (Raw<T>)_mm256_maskz_loadu_epi16(mask, p);
+  }
+}
+
+template <class T>
+inline void store_raw(T* p, Raw<T> raw, int64_t count) {
+  const uint32_t mask = (1u << count) - 1;
+  if constexpr (std::is_same_v<T, float>) {
+    _mm512_mask_storeu_ps(p, mask, (__m512)raw);
+  } else if constexpr (std::is_same_v<T, double>) {
+    _mm512_mask_storeu_pd(p, mask, (__m512d)raw);
+  } else {
+    _mm256_mask_storeu_epi16(p, mask, (__m256i)raw);
+  }
+}
+
+#else
+
+template <class T>
+inline Raw<T> load_raw(const T* p, int64_t count) {
+  Raw<T> raw = {};
+  for (int64_t i = 0; i < count; i++) std::memcpy((char*)&raw + i * sizeof(T), p + i, sizeof(T));
+  return raw;
+}
+
+template <class T>
+inline void store_raw(T* p, Raw<T> raw, int64_t count) {
+  for (int64_t i = 0; i < count; i++) std::memcpy(p + i, (char*)&raw + i * sizeof(T), sizeof(T));
+}
+
+#endif
+
+// --- conversion ------------------------------------------------------------------------------
+
+template <class T>
+inline Vector<T> widen(Raw<T> raw) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return (Vector<T>)(__builtin_convertvector(raw, Bits) << 16);
+  } else if constexpr (std::is_same_v<T, Half>) {
+#if defined(__AVX512F__)
+    return (Vector<T>)_mm512_cvtph_ps((__m256i)raw);
+#elif defined(__F16C__)
+    return (Vector<T>)_mm256_cvtph_ps((__m128i)raw);
+#else
+    Vector<T> v;
+    for (int64_t i = 0; i < kLanes<T>; i++) v[i] = static_cast<float>(Half(raw[i], Half::from_bits()));
+    return v;
+#endif
+  } else {
+    return raw;
+  }
+}
+
+// Rounds to nearest even; NaN stays NaN.
+template <class T>
+inline Raw<T> narrow(Vector<T> v) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const Bits bits = (Bits)v;
+    const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Bits quiet_nan = Bits{} + 0x7fc0u;
+    return __builtin_convertvector(v != v ? quiet_nan : rounded, Raw<T>);
+  } else if constexpr (std::is_same_v<T, Half>) {
+#if defined(__AVX512F__)
+    return (Raw<T>)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+    return (Raw<T>)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    Raw<T> raw;
+    for (int64_t i = 0; i < kLanes<T>; i++) raw[i] = Half(static_cast<float>(v[i])).x;
+    return raw;
+#endif
+  } else {
+    return v;
+  }
+}
+
+// --- what the kernels use --------------------------------------------------------------------
+
+// Lanes beyond `count` read as zero.
+template <class T, class Count = Full>
+inline Vector<T> load(const T* p, Count count = {}) {
+  return widen<T>(load_raw(p, count));
+}
+
+template <class T, class Count = Full>
+inline void store(T* p, Vector<T> v, Count count = {}) {
+  store_raw(p, narrow<T>(v), count);
+}
+
+// ReLU and its backward mask as PyTorch has them: NaN passes through both.
+template <class V>
+inline V relu(V v) {
+  return v < 0 ? V{} : v;
+}
+
+template <class V>
+inline V relu_mask(V pre_activation, V grad) {
+  return pre_activation <= 0 ? V{} : grad;
+}
+
+// Calls body(j, count) for each vector of columns [j, j + lanes) of a row of n.
+template <class T, class Body>
+inline void for_vectors(int64_t n, const Body& body) {
+  int64_t j = 0;
+  for (; j + kLanes<T> <= n; j += kLanes<T>) body(j, Full{});
+  if (j < n) body(j, n - j);
+}
+
+// Calls body(j, width, count) for blocks of `width` vectors of columns: 4 at a time, then singly.
+// Passes that sum over rows keep a block's sums in registers and read 256-byte runs.
+template <class T, class Body>
+inline void for_blocks(int64_t n, const Body& body) {
+  constexpr int64_t kWide = 4;
+  int64_t j = 0;
+  for (; j + kWide * kLanes<T> <= n; j += kWide * kLanes<T>) {
+    body(j, std::integral_constant<int, kWide>{}, Full{});
+  }
+  for (; j + kLanes<T> <= n; j += kLanes<T>) body(j, std::integral_constant<int, 1>{}, Full{});
+  if (j < n) body(j, std::integral_constant<int, 1>{}, n - j);
+}
+
+}  // namespace dense_ext

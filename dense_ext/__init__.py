@@ -1,0 +1,44 @@
+"""dense_ext: DenseNets in linear memory, by fused BN-ReLU-convolution kernels.
+
+Swap the dense blocks of an existing model with :func:`swap`, or build with :class:`DenseNet`.
+"""
+
+from .backends import available_backends, use_backend
+from .models import (
+    DenseNet,
+    densenet121,
+    densenet161,
+    densenet169,
+    densenet201,
+    densenet264,
+    densenet_40_12,
+    densenet_bc_100_12,
+    densenet_bc_190_40,
+    densenet_bc_250_24,
+)
+from .modules import DenseBlock, DenseLayer, Transition
+from .swap import report, restore, swap
+
+from .version import __version__
+
+__all__ = [
+    "DenseBlock",
+    "DenseLayer",
+    "DenseNet",
+    "Transition",
+    "__version__",
+    "available_backends",
+    "densenet121",
+    "densenet161",
+    "densenet169",
+    "densenet201",
+    "densenet264",
+    "densenet_40_12",
+    "densenet_bc_100_12",
+    "densenet_bc_190_40",
+    "densenet_bc_250_24",
+    "report",
+    "restore",
+    "swap",
+    "use_backend",
+]

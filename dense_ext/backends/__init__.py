@@ -1,0 +1,123 @@
+"""The backends, and which of them runs a primitive.
+
+``auto`` takes, primitive by primitive, the first backend of ``PREFERENCE`` that can run it. A
+backend asked for by name runs everything or raises the reason why it can't.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .base import PRIMITIVES, Backend
+from .cpu import CPUBackend
+from .reference import ReferenceBackend
+
+BACKENDS: dict[str, Backend] = {b.name: b for b in (CPUBackend(), ReferenceBackend())}
+
+# Fastest first; `auto` walks this list.
+PREFERENCE = ("cpu", "reference")
+
+ENVIRONMENT_VARIABLE = "DENSE_EXT_BACKEND"
+
+_forced: str | None = None
+
+
+class Primitives:
+    """The primitives one block runs, each bound to the backend that serves it."""
+
+    def __init__(self, table: dict[str, Backend]) -> None:
+        self.table = table
+        for primitive, backend in table.items():
+            setattr(self, primitive, getattr(backend, primitive))
+
+    def __getattr__(self, name: str) -> Any:  # only to type the attributes set above
+        raise AttributeError(name)
+
+    def summary(self) -> str:
+        """The backends in use, e.g. ``cpu`` or ``cpu, reference (bn_relu_maxpool_forward)``."""
+        served: dict[str, list[str]] = {}
+        for primitive, backend in self.table.items():
+            served.setdefault(backend.name, []).append(primitive)
+        main = max(served, key=lambda name: len(served[name]))
+        others = [f"{name} ({', '.join(p)})" for name, p in served.items() if name != main]
+        return ", ".join([main, *others])
+
+
+def check_backend_name(name: str) -> None:
+    """Raise ValueError unless ``name`` is "auto" or a backend."""
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {name!r}")
+
+
+def requested(name: str = "auto") -> str:
+    """What is asked for: ``name``, unless "auto" defers to `use_backend` or the environment."""
+    if name == "auto":
+        name = _forced or os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    check_backend_name(name)
+    return name
+
+
+@functools.lru_cache(maxsize=256)
+def select(name: str, device_type: str, dtype: torch.dtype) -> Primitives:
+    """The primitives for a resolved backend ``name``.
+
+    Raises:
+        RuntimeError: a backend asked for by name can't run one of them; says which and why.
+    """
+    device = torch.device(device_type)
+    table: dict[str, Backend] = {}
+    for primitive in PRIMITIVES:
+        candidates = PREFERENCE if name == "auto" else (name,)
+        reasons = []
+        for candidate in candidates:
+            reason = BACKENDS[candidate].can_run(primitive, device, dtype)
+            if reason is None:
+                table[primitive] = BACKENDS[candidate]
+                break
+            reasons.append(f"{candidate}: {reason}")
+        else:
+            raise RuntimeError(
+                f"no backend runs {primitive} for {dtype} on {device_type} ({'; '.join(reasons)})"
+            )
+    return Primitives(table)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Make ``name`` the backend of every module built with ``backend="auto"``, process-wide.
+
+    A forward decides for its own backward, also when that runs after the context has ended.
+
+    Raises:
+        ValueError: no such backend.
+    """
+    global _forced
+    check_backend_name(name)
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def available_backends(
+    device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> dict[str, str | None]:
+    """Each backend's name, with None if it runs every primitive here, else the reason why not.
+
+    Args:
+        device: where the tensors would live.
+        dtype: what they would hold.
+    """
+    device = torch.device(device)
+    result: dict[str, str | None] = {}
+    for name, backend in BACKENDS.items():
+        reasons = [r for p in PRIMITIVES if (r := backend.can_run(p, device, dtype))]
+        result[name] = reasons[0] if reasons else None
+    return result

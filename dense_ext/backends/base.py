@@ -1,0 +1,266 @@
+"""What a backend is: the primitives of the dense-block schedule, and whether it can run them.
+
+Conventions, the same for every primitive and every backend:
+
+* Activations are NHWC *views* ``[N, H, W, C]`` with unit stride along C. The pixel stride may be
+  larger than C (a slice of a wider concatenation buffer); H and W are dense, that is, the strides
+  are ``(H*W*s, W*s, s, 1)`` with ``s >= C``. M = N*H*W is the number of pixels.
+* Convolution weights have PyTorch's shapes ``[out, in, kh, kw]`` and any strides, and the
+  activations' dtype. So have their gradients.
+* Per-channel vectors (``mean``, ``var``, ``scale``, ``shift``, ``weight``, ``bias``, ``u``, ``v``,
+  ``sums``) are dense along channels and in the accumulation dtype: float64 for float64
+  activations, else float32. ``var`` is the biased variance.
+* A primitive writes into tensors it is given, allocates only scratch, and returns nothing.
+  Outputs never overlap inputs unless said so. Statistics are of the values as *stored*.
+* Reductions run in a fixed order without atomics: equal inputs give equal bits.
+
+The algebra behind ``u`` and ``v`` (batch norm's backward deferred as an affine function of x)
+is in :mod:`dense_ext.batch_norm`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+PRIMITIVES = (
+    "channel_stats",
+    "bn_scale_shift",
+    "bn_gradient",
+    "affine_gradient",
+    "scaled_accumulate",
+    "bn_relu_conv1x1_forward",
+    "bn_relu_conv1x1_backward",
+    "bn_relu_conv3x3_forward",
+    "bn_relu_conv3x3_backward",
+    "bn_relu_pool_conv1x1_forward",
+    "bn_relu_pool_conv1x1_backward",
+    "bn_relu_maxpool_forward",
+    "bn_relu_maxpool_backward",
+)
+
+STORAGE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and per-channel vectors for activations of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Backend(ABC):
+    """One implementation of the primitives. Stateless: an instance only names the code."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def can_run(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
+        """None if ``primitive`` can run on tensors of ``dtype`` on ``device``, else the reason why not."""
+
+    # --- per-channel vectors -------------------------------------------------------------
+
+    @abstractmethod
+    def channel_stats(self, x: Tensor, mean: Tensor, var: Tensor) -> None:
+        """``mean[c], var[c]`` = mean and biased variance of ``x[..., c]`` over the M pixels.
+
+        Shapes: x [N, H, W, C]; mean, var [C] (written).
+        """
+
+    @abstractmethod
+    def bn_scale_shift(
+        self,
+        mean: Tensor,
+        var: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        scale: Tensor,
+        shift: Tensor,
+    ) -> None:
+        """``scale = weight / sqrt(var + eps)``, ``shift = bias - mean * scale``; all [C]."""
+
+    @abstractmethod
+    def bn_gradient(
+        self,
+        sums: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        weight: Tensor,
+        eps: float,
+        count: int,
+        grad_weight: Tensor,
+        grad_bias: Tensor,
+        u: Tensor | None,
+        v: Tensor | None,
+    ) -> None:
+        """Finish a batch norm's backward from its channel sums.
+
+        With ``g`` the gradient at the norm's output, ``sums[0] = sum g`` and
+        ``sums[1] = sum g * (x - mean)``. Writes ``grad_bias = sums[0]`` and
+        ``grad_weight = sums[1] * invstd``; *adds* to ``u`` and ``v`` what the batch statistics
+        contribute to the gradient of x, ``u*x + v`` (``count`` = M). ``u`` and ``v`` are None
+        where the norm used running statistics: then there is no such term.
+
+        Shapes: sums [2, C]; everything else [C].
+        """
+
+    # --- gradients without a convolution ---------------------------------------------------
+
+    @abstractmethod
+    def affine_gradient(self, grad: Tensor, x: Tensor, u: Tensor, v: Tensor, out: Tensor) -> None:
+        """``out = grad + u*x + v``; grad, x, out [N, H, W, C]; ``out`` may be ``grad`` itself."""
+
+    @abstractmethod
+    def scaled_accumulate(self, grad: Tensor, scale: Tensor, out: Tensor) -> None:
+        """``out += scale * grad``; grad, out [N, H, W, C]; scale [C]."""
+
+    # --- the dense layer -----------------------------------------------------------------
+
+    @abstractmethod
+    def bn_relu_conv1x1_forward(
+        self,
+        x: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        weight: Tensor,
+        z: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+    ) -> None:
+        """``z = relu(scale*x + shift) @ weight^T``, and z's channel statistics unless None.
+
+        Shapes: x [N, H, W, C]; weight [B, C, 1, 1]; z [N, H, W, B] (written); mean, var [B].
+        """
+
+    @abstractmethod
+    def bn_relu_conv1x1_backward(
+        self,
+        grad_bn: Tensor,
+        z: Tensor,
+        z_scale: Tensor,
+        z_u: Tensor,
+        z_v: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        weight: Tensor,
+        grad_x: Tensor,
+        sums: Tensor,
+        grad_weight: Tensor | None,
+    ) -> None:
+        """Backward of :meth:`bn_relu_conv1x1_forward`, accumulating into ``grad_x``.
+
+        ``dz = z_scale*grad_bn + z_u*z + z_v`` is formed on the fly (``grad_bn`` is the gradient
+        at the output of the norm that follows z). Then ``g = (dz @ weight) * (scale*x + shift > 0)``,
+        ``grad_x += scale * g``, ``sums = [sum g, sum g*(x - mean)]`` and
+        ``grad_weight = dz^T @ relu(scale*x + shift)`` unless None. ``grad_bn`` is scratch
+        afterwards.
+
+        Shapes: grad_bn, z [N, H, W, B]; z_* [B]; x, grad_x [N, H, W, C]; mean, scale, shift [C];
+        weight, grad_weight [B, C, 1, 1]; sums [2, C] (written).
+        """
+
+    @abstractmethod
+    def bn_relu_conv3x3_forward(
+        self,
+        z: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        weight: Tensor,
+        y: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+    ) -> None:
+        """``y = conv3x3(relu(scale*z + shift), weight)``, zero padding after the activation.
+
+        Also y's channel statistics unless None.
+        Shapes: z [N, H, W, B]; weight [K, B, 3, 3]; y [N, H, W, K] (written); mean, var [K].
+        """
+
+    @abstractmethod
+    def bn_relu_conv3x3_backward(
+        self,
+        grad: Tensor,
+        y: Tensor,
+        u: Tensor,
+        v: Tensor,
+        z: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        weight: Tensor,
+        grad_bn: Tensor,
+        sums: Tensor,
+        grad_weight: Tensor | None,
+    ) -> None:
+        """Backward of :meth:`bn_relu_conv3x3_forward`.
+
+        ``dy = grad + u*y + v`` is formed on the fly. Then
+        ``grad_bn = conv3x3^T(dy, weight) * (scale*z + shift > 0)`` (written),
+        ``sums = [sum grad_bn, sum grad_bn*(z - mean)]`` and ``grad_weight`` unless None.
+
+        Shapes: grad, y [N, H, W, K]; u, v [K]; z, grad_bn [N, H, W, B]; mean, scale, shift [B];
+        weight, grad_weight [K, B, 3, 3]; sums [2, B] (written).
+        """
+
+    # --- transition and stem -------------------------------------------------------------
+
+    @abstractmethod
+    def bn_relu_pool_conv1x1_forward(
+        self, x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, y: Tensor
+    ) -> None:
+        """``y = avg_pool2x2(relu(scale*x + shift)) @ weight^T``.
+
+        The pool and the 1x1 convolution commute; pooling first is a quarter of the work. An odd
+        last row or column is left out, as in ``nn.AvgPool2d(2)``.
+        Shapes: x [N, H, W, C]; weight [K, C, 1, 1]; y [N, H//2, W//2, K] (written).
+        """
+
+    @abstractmethod
+    def bn_relu_pool_conv1x1_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        weight: Tensor,
+        grad_x: Tensor,
+        sums: Tensor,
+        grad_weight: Tensor | None,
+    ) -> None:
+        """Backward of :meth:`bn_relu_pool_conv1x1_forward`.
+
+        ``g`` is the gradient at the norm's output; writes ``grad_x = scale * g`` (every pixel,
+        also those no pooling window covers), ``sums = [sum g, sum g*(x - mean)]`` and
+        ``grad_weight`` unless None.
+        Shapes: grad [N, H//2, W//2, K]; x, grad_x [N, H, W, C]; sums [2, C] (written).
+        """
+
+    @abstractmethod
+    def bn_relu_maxpool_forward(self, x: Tensor, scale: Tensor, shift: Tensor, y: Tensor) -> None:
+        """``y = max_pool(relu(scale*x + shift))``, window 3, stride 2, padding 1: the stem.
+
+        Shapes: x [N, H, W, C]; y [N, (H-1)//2 + 1, (W-1)//2 + 1, C] (written).
+        """
+
+    @abstractmethod
+    def bn_relu_maxpool_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        grad_x: Tensor,
+        sums: Tensor,
+    ) -> None:
+        """Backward of :meth:`bn_relu_maxpool_forward`; the window's maximum is found anew.
+
+        Of equal maxima the first in row-major order takes the gradient, as in PyTorch. Writes
+        ``grad_x = scale * g`` and ``sums = [sum g, sum g*(x - mean)]``.
+        Shapes: grad [N, (H-1)//2 + 1, (W-1)//2 + 1, C]; x, grad_x [N, H, W, C]; sums [2, C].
+        """

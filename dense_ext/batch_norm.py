@@ -1,0 +1,75 @@
+"""Batch norm as the schedule sees it: a scale and a shift forward, an affine function backward.
+
+Forward, per channel: ``invstd = 1/sqrt(var + eps)``, ``s = weight*invstd``, ``t = bias - mean*s``,
+output ``s*x + t``. Mean and variance are those of the batch, or the running ones in eval mode.
+
+Backward, with g the gradient at the output, ``xhat = (x - mean)*invstd`` and M pixels:
+``R1 = sum g`` (the bias gradient), ``R2 = sum g*xhat`` (the weight gradient), and for batch statistics
+
+    dx = s*(g - R1/M - xhat*R2/M) = s*g + u*x + v,
+    u = -s*invstd*R2/M,   v = -s*R1/M - u*mean.
+
+So a layer only has to add ``s*g`` to the gradient of its input; ``u`` and ``v`` of all layers that
+read a channel are summed, and whoever consumes that channel's gradient adds ``u*x + v`` once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def uses_batch_stats(norm: nn.BatchNorm2d) -> bool:
+    """Whether ``norm`` normalises by the batch's statistics, as :class:`torch.nn.BatchNorm2d` decides it."""
+    return norm.training or (norm.running_mean is None and norm.running_var is None)
+
+
+def affine_parameters(norm: nn.BatchNorm2d, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``norm``'s weight and bias, [C] each; ones and zeros of ``dtype`` where it has none."""
+    weight, bias = norm.weight, norm.bias
+    if weight is None:
+        weight = torch.ones(norm.num_features, dtype=dtype, device=device)
+    if bias is None:
+        bias = torch.zeros(norm.num_features, dtype=dtype, device=device)
+    return weight, bias
+
+
+@torch.no_grad()
+def update_running_stats(
+    norms: Sequence[nn.BatchNorm2d], means: Sequence[Tensor], variances: Sequence[Tensor], count: int
+) -> None:
+    """One training step's update of the running statistics, as :class:`torch.nn.BatchNorm2d` makes it.
+
+    Args:
+        norms: the norms that ran; those in eval mode or without running statistics are passed over.
+        means: their batch means, [C] each.
+        variances: their biased batch variances, [C] each; the running variance takes the unbiased one.
+        count: values per channel, M. An empty batch (0) counts as a step and changes no statistics.
+    """
+    tracked = [
+        (norm, mean, var)
+        for norm, mean, var in zip(norms, means, variances, strict=True)
+        if norm.training and norm.track_running_stats and norm.running_mean is not None
+    ]
+    counters = [norm.num_batches_tracked for norm, _, _ in tracked if norm.num_batches_tracked is not None]
+    if counters:
+        torch._foreach_add_(counters, 1)
+    if count == 0:
+        return
+    by_momentum: dict[float | None, list[tuple[nn.BatchNorm2d, Tensor, Tensor]]] = {}
+    for entry in tracked:
+        by_momentum.setdefault(entry[0].momentum, []).append(entry)
+    unbias = count / max(count - 1, 1)
+    for momentum, entries in by_momentum.items():
+        running = [norm.running_mean for norm, _, _ in entries] + [norm.running_var for norm, _, _ in entries]
+        batch = [mean for _, mean, _ in entries] + [var * unbias for _, _, var in entries]
+        batch = [b.to(r.dtype) for r, b in zip(running, batch, strict=True)]
+        if momentum is not None:
+            torch._foreach_lerp_(running, batch, float(momentum))
+            continue
+        # momentum=None is the cumulative average: the factor is one over the steps so far.
+        steps = [norm.num_batches_tracked for norm, _, _ in entries] * 2
+        for r, b, n in zip(running, batch, steps, strict=True):
+            r.lerp_(b, n.reciprocal().to(r.dtype))

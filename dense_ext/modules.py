@@ -1,0 +1,350 @@
+"""Dense blocks, transitions and the stem as modules, with torchvision's parameters under its names.
+
+``FusedDenseBlock``, ``FusedTransition`` and the stem's three classes are mixins that replace a
+module's ``forward`` by one fused operator. What the fusion cannot serve at the moment (hooks on an
+inner module, an inner module exchanged for another kind) runs through the class behind the mixin,
+layer by layer, so results never depend on being fused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops  # registers the operators
+from .batch_norm import affine_parameters, update_running_stats, uses_batch_stats
+from .backends.base import accumulate_dtype
+from .checks import check_batch, check_input, check_options, check_parameter
+from .ops import Arguments, BlockOptions
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anybody listens to ``module`` itself being called."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _unfusable(modules: Iterable[nn.Module]) -> str | None:
+    """Why these inner modules have to be called one by one at present, or None."""
+    for module in modules:
+        if has_hooks(module):
+            return f"a hook is registered on an inner {type(module).__name__}"
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in _NORM_TYPES:
+            return f"{type(module).__name__} is not nn.BatchNorm2d"
+        if isinstance(module, nn.Conv2d) and type(module) is not nn.Conv2d:
+            return f"{type(module).__name__} is not nn.Conv2d"
+    return None
+
+
+def _arguments(
+    where: str, x: Tensor, norms: Sequence[nn.BatchNorm2d], convs: Sequence[nn.Conv2d], backend: str
+) -> Arguments:
+    """The operators' constants, read from the modules now; checked against x."""
+    dtype, batch_stats = accumulate_dtype(x.dtype), [uses_batch_stats(norm) for norm in norms]
+    check_batch(where, x, any(batch_stats))
+    weights, biases = zip(*(affine_parameters(norm, dtype, x.device) for norm in norms), strict=True)
+    # Under autocast the convolutions compute in x's dtype, as the caller has chosen it.
+    autocast = torch.is_autocast_enabled(x.device.type)
+    conv_weights = [conv.weight.to(x.dtype) if autocast else conv.weight for conv in convs]
+    running = [norm for norm, batch in zip(norms, batch_stats, strict=True) if not batch]
+    args = Arguments(
+        list(weights),
+        list(biases),
+        conv_weights,
+        [norm.running_mean for norm in running if norm.running_mean is not None],
+        [norm.running_var for norm in running if norm.running_var is not None],
+        [norm.eps for norm in norms],
+        batch_stats,
+        backend,
+    )
+    names = ("norm weight", "norm bias", "convolution weight", "running mean", "running variance")
+    for name, group in zip(names, args.tensors, strict=True):
+        for parameter in group:
+            check_parameter(where, name, parameter, x, convolution=group is args.conv_weights)
+    return args
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype autocast would convolve x in, None where it leaves x alone."""
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def _as_autocast_concatenates(x: Tensor) -> Tensor:
+    """x in the dtype eager's concatenation with autocast features would have: the wider of both."""
+    dtype = _autocast_dtype(x)
+    return x if dtype is None else x.to(torch.promote_types(x.dtype, dtype))
+
+
+class DenseLayer(nn.Module):
+    """One dense layer, run eagerly: BN, ReLU, 1x1 convolution, BN, ReLU, 3x3 convolution, dropout.
+
+    Inside a :class:`DenseBlock` its parameters are used by the block's fused operator instead.
+
+    Args:
+        num_input_features: C, channels it reads.
+        growth_rate: K, channels it adds.
+        bn_size: the bottleneck has ``bn_size * growth_rate`` channels; None for a layer without
+            bottleneck, BN, ReLU, 3x3 convolution.
+        drop_rate: probability of dropping an output element in training.
+
+    Shapes: a tensor [N, C, H, W] or a list of tensors with C channels in all -> [N, K, H, W].
+    Source: arXiv 1608.06993, section 3; parameter names as in torchvision.
+    """
+
+    def __init__(
+        self, num_input_features: int, growth_rate: int, bn_size: int | None = 4, drop_rate: float = 0.0
+    ) -> None:
+        super().__init__()
+        inner = growth_rate if bn_size is None else bn_size * growth_rate
+        self.norm1 = nn.BatchNorm2d(num_input_features)
+        self.relu1 = nn.ReLU(inplace=True)
+        if bn_size is None:
+            self.conv1 = nn.Conv2d(num_input_features, growth_rate, kernel_size=3, padding=1, bias=False)
+        else:
+            self.conv1 = nn.Conv2d(num_input_features, inner, kernel_size=1, bias=False)
+            self.norm2 = nn.BatchNorm2d(inner)
+            self.relu2 = nn.ReLU(inplace=True)
+            self.conv2 = nn.Conv2d(inner, growth_rate, kernel_size=3, padding=1, bias=False)
+        self.drop_rate = float(drop_rate)
+
+    def forward(self, input: Tensor | list[Tensor]) -> Tensor:
+        x = input if isinstance(input, Tensor) else torch.cat(input, 1)
+        x = self.conv1(self.relu1(self.norm1(x)))
+        if "conv2" in self._modules:
+            x = self.conv2(self.relu2(self.norm2(x)))
+        return F.dropout(x, self.drop_rate, self.training) if self.drop_rate > 0 else x
+
+
+class EagerDenseBlock(nn.ModuleDict):
+    """Dense layers over the concatenation of all before them, one by one: what a fused block equals."""
+
+    _version = 2
+
+    def forward(self, init_features: Tensor) -> Tensor:
+        features = [init_features]
+        for layer in self.values():
+            features.append(layer(features))
+        return torch.cat(features, 1)
+
+
+class FusedDenseBlock:
+    """Mixin: a module whose children are dense layers runs them as one operator.
+
+    The children have norm1, conv1 (1x1), norm2, conv2 (3x3), or norm1 and conv1 (3x3) only, and
+    ``drop_rate``. ``recompute`` and ``backend`` are attributes that may be changed at any time.
+    """
+
+    recompute: str
+    backend: str
+
+    def layers(self) -> Iterator[nn.Module]:
+        return iter(self._modules.values())  # type: ignore[attr-defined]
+
+    def unfusable(self) -> str | None:
+        """Why the block has to run layer by layer at present, or None."""
+        layers = list(self.layers())
+        if len({layer.drop_rate for layer in layers}) > 1:
+            return "its layers have different drop rates"
+        if len({layer.training for layer in layers}) > 1 and layers[0].drop_rate:
+            return "some layers drop out and some do not"
+        return _unfusable(m for layer in layers for m in (layer, *layer._modules.values()) if m is not None)
+
+    def forward(self, init_features: Tensor) -> Tensor:
+        layers = list(self.layers())
+        first = layers[0].norm1
+        check_input("dense block", init_features, first)
+        if not torch.compiler.is_compiling() and self.unfusable() is not None:
+            return super().forward(init_features)  # type: ignore[misc]
+        names = ("1", "2") if "conv2" in layers[0]._modules else ("1",)
+        norms = [layer._modules["norm" + i] for layer in layers for i in names]
+        convs = [layer._modules["conv" + i] for layer in layers for i in names]
+        x = _as_autocast_concatenates(init_features)
+        args = _arguments("dense block", x, norms, convs, self.backend)
+        drop_rate = layers[0].drop_rate if layers[0].training else 0.0
+        seeds = torch.randint(2**63 - 1, (len(layers),)) if drop_rate else None
+        # Without a backward there is nothing to keep z for.
+        recompute = self.recompute if torch.is_grad_enabled() else "bottleneck"
+        out, stats, _ = torch.ops.dense_ext.dense_block(x, *args, *BlockOptions(seeds, drop_rate, recompute))
+        self._update_running_stats(norms, convs, stats, x.shape[0] * x.shape[2] * x.shape[3])
+        return out
+
+    @staticmethod
+    def _update_running_stats(
+        norms: Sequence[nn.BatchNorm2d], convs: Sequence[nn.Conv2d], stats: Tensor, count: int
+    ) -> None:
+        """Hand each norm its part of the statistics: X's first channels, or one layer's bottleneck."""
+        layers = len(norms) if convs[0].kernel_size[0] == 3 else len(norms) // 2
+        offset = norms[0].num_features + layers * convs[-1].out_channels
+        slices = []
+        for norm, conv in zip(norms, convs, strict=True):
+            width = norm.num_features
+            if layers < len(norms) and conv.kernel_size[0] == 3:
+                slices.append(slice(offset, offset + width))
+                offset += width
+            else:
+                slices.append(slice(0, width))
+        update_running_stats(norms, [stats[0, s] for s in slices], [stats[1, s] for s in slices], count)
+
+
+class DenseBlock(FusedDenseBlock, EagerDenseBlock):
+    """A dense block as one fused operator over one preallocated buffer.
+
+    Args:
+        num_layers: L.
+        num_input_features: c0, channels of the input.
+        growth_rate: K, channels each layer adds.
+        bn_size: bottleneck channels as a multiple of K; None for layers without bottleneck.
+        drop_rate: dropout after each layer in training.
+        recompute: what backward computes again rather than finding it stored: ``"none"`` keeps
+            every bottleneck activation, ``"bottleneck"`` keeps only the output buffer, ``"block"``
+            only the block's input.
+        backend: a name from :func:`dense_ext.available_backends`, or ``"auto"``.
+
+    Shapes: [N, c0, H, W] -> [N, c0 + L*K, H, W] in channels_last memory.
+
+    Raises:
+        ValueError: unknown recompute or backend; fewer than one layer; in forward, an input of
+            another rank, channel count or device, with empty height or width, or in training with
+            one value per channel.
+        TypeError: in forward, an input that is not floating or not of the parameters' dtype.
+        RuntimeError: in forward, a backend asked for by name cannot run here; in backward,
+            ``create_graph=True``.
+
+    Source: arXiv 1608.06993, section 3; memory after arXiv 1707.06990.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_input_features: int,
+        growth_rate: int,
+        bn_size: int | None = 4,
+        drop_rate: float = 0.0,
+        *,
+        recompute: str = "bottleneck",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_options(recompute, backend)
+        if num_layers < 1:
+            raise ValueError(f"num_layers must be at least 1, got {num_layers}")
+        self.recompute, self.backend = recompute, backend
+        for i in range(num_layers):
+            self[f"denselayer{i + 1}"] = DenseLayer(
+                num_input_features + i * growth_rate, growth_rate, bn_size, drop_rate
+            )
+
+
+class FusedTransition:
+    """Mixin: a module with norm, relu, conv (1x1) and pool (2x2 average) runs them as one operator."""
+
+    backend: str
+
+    def unfusable(self) -> str | None:
+        """Why the transition has to run child by child at present, or None."""
+        return _unfusable(self._modules.values())  # type: ignore[attr-defined]
+
+    def forward(self, input: Tensor) -> Tensor:
+        norm, conv = self._modules["norm"], self._modules["conv"]  # type: ignore[attr-defined]
+        check_input("transition", input, norm, minimum_size=2)
+        if not torch.compiler.is_compiling() and self.unfusable() is not None:
+            return super().forward(input)  # type: ignore[misc]
+        x = _as_autocast_concatenates(input)
+        args = _arguments("transition", x, [norm], [conv], self.backend)
+        with ops.keeping_block_input(x):
+            y, stats = torch.ops.dense_ext.transition(x, *args)
+        update_running_stats([norm], [stats[0]], [stats[1]], x.shape[0] * x.shape[2] * x.shape[3])
+        return y.to(_autocast_dtype(y) or y.dtype)
+
+
+class Transition(FusedTransition, nn.Sequential):
+    """BN, ReLU, 1x1 convolution and 2x2 average pool between two dense blocks, as one fused operator.
+
+    The pool is taken before the convolution: the two commute, and it is a quarter of the work.
+
+    Args:
+        num_input_features: C.
+        num_output_features: K.
+        backend: a name from :func:`dense_ext.available_backends`, or ``"auto"``.
+
+    Shapes: [N, C, H, W] -> [N, K, H//2, W//2] in channels_last memory.
+
+    Raises: as :class:`DenseBlock`; height and width are at least 2.
+    """
+
+    def __init__(self, num_input_features: int, num_output_features: int, *, backend: str = "auto") -> None:
+        super().__init__()
+        check_options("none", backend)
+        self.backend = backend
+        self.norm = nn.BatchNorm2d(num_input_features)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv = nn.Conv2d(num_input_features, num_output_features, kernel_size=1, bias=False)
+        self.pool = nn.AvgPool2d(kernel_size=2, stride=2)
+
+
+# --- stem ---------------------------------------------------------------------------------------
+
+
+class _StemPart:
+    """One of the stem's norm, relu and pool: three siblings that run as one, at the norm's place."""
+
+    stem: tuple[nn.Module, nn.Module, nn.Module]
+
+    def unfusable(self) -> str | None:
+        """Why norm, relu and pool have to run one by one at present, or None."""
+        return _unfusable(self.stem)
+
+    def _fused(self) -> bool:
+        return torch.compiler.is_compiling() or self.unfusable() is None
+
+
+class StemNorm(_StemPart, nn.BatchNorm2d):
+    """The stem's norm; its forward also does the ReLU and the max pool that follow it."""
+
+    backend: str
+
+    def forward(self, input: Tensor) -> Tensor:
+        check_input("stem", input, self)
+        if not self._fused():
+            return super().forward(input)
+        args = _arguments("stem", input, [self], [], self.backend)
+        y, stats = torch.ops.dense_ext.stem(input, *args)
+        update_running_stats(
+            [self], [stats[0]], [stats[1]], input.shape[0] * input.shape[2] * input.shape[3]
+        )
+        return y
+
+
+class StemReLU(_StemPart, nn.ReLU):
+    """The stem's ReLU, done already by its norm."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input if self._fused() else super().forward(input)
+
+
+class StemMaxPool(_StemPart, nn.MaxPool2d):
+    """The stem's max pool, done already by its norm."""
+
+    def forward(self, input: Tensor) -> Any:
+        return input if self._fused() else super().forward(input)
+
+
+_NORM_TYPES = (nn.BatchNorm2d, StemNorm)
+
+
+def fuse_stem(norm: nn.BatchNorm2d, relu: nn.ReLU, pool: nn.MaxPool2d, backend: str) -> None:
+    """Make the three siblings run as one operator, in place: only their classes change."""
+    for module, kind in ((norm, StemNorm), (relu, StemReLU), (pool, StemMaxPool)):
+        module.__class__ = kind
+        module.stem = (norm, relu, pool)
+    norm.backend = backend

@@ -1,0 +1,391 @@
+"""The operators autograd, torch.compile and export see: one per dense block, transition and stem.
+
+Each is a functional operator with a fake kernel and a registered backward; inside, it runs the
+schedule over the primitives of a backend. Running statistics are not updated here: the operators
+return the batch's, so that a recomputation cannot count a step twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import schedule, transition
+from .backends import Primitives, requested, select
+from .backends.base import accumulate_dtype
+from .ownership import is_exclusive
+from .schedule import Block, Layer, Norm
+
+_LIBRARY = torch.library.Library("dense_ext", "FRAGMENT")
+
+
+class Arguments(NamedTuple):
+    """What every operator takes after its activations: constants of the norms and convolutions.
+
+    ``running_means`` and ``running_vars`` have an entry for each norm whose ``batch_stats`` is
+    False, in the norms' order. The stem has no convolution.
+    """
+
+    norm_weights: list[Tensor]
+    norm_biases: list[Tensor]
+    conv_weights: list[Tensor]
+    running_means: list[Tensor]
+    running_vars: list[Tensor]
+    eps: list[float]
+    batch_stats: list[bool]
+    backend: str
+
+    @property
+    def tensors(self) -> tuple[list[Tensor], ...]:
+        return self[:5]
+
+
+class BlockOptions(NamedTuple):
+    """What only a dense block takes."""
+
+    dropout_seeds: Tensor | None  # [L] int64 on the CPU
+    drop_rate: float  # 0 when dropout is off
+    recompute: str
+
+
+_ARGUMENTS = (
+    "Tensor[] norm_weights, Tensor[] norm_biases, Tensor[] conv_weights, Tensor[] running_means, "
+    "Tensor[] running_vars, float[] eps, bool[] batch_stats, str backend"
+)
+_BLOCK = f"{_ARGUMENTS}, Tensor? dropout_seeds, float drop_rate, str recompute"
+# Gradients of x, norm_weights, norm_biases, conv_weights; a convolution's is [0] if not needed.
+_GRADIENTS = "(Tensor, Tensor[], Tensor[], Tensor[])"
+
+Gradients = tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]
+
+
+def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Define an operator and make the decorated function its kernel on every device."""
+    _LIBRARY.define(schema)
+
+    def decorate(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        _LIBRARY.impl(schema.partition("(")[0], kernel, "CompositeExplicitAutograd")
+        return kernel
+
+    return decorate
+
+
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return torch.library.register_fake(f"dense_ext::{name}", lib=_LIBRARY)
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off inside a kernel: its inputs already have the types to compute in."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _primitives(x: Tensor, args: Arguments) -> Primitives:
+    return select(requested(args.backend), x.device.type, x.dtype)
+
+
+def _norms(x: Tensor, args: Arguments) -> list[Norm]:
+    dtype = accumulate_dtype(x.dtype)
+    running = iter(zip(args.running_means, args.running_vars, strict=True))
+    norms = []
+    for weight, bias, eps, batch in zip(
+        args.norm_weights, args.norm_biases, args.eps, args.batch_stats, strict=True
+    ):
+        frozen = None
+        if not batch:
+            mean, var = next(running)
+            frozen = mean.to(dtype), var.to(dtype)
+        norms.append(Norm(weight.to(dtype), bias.to(dtype), eps, frozen))
+    return norms
+
+
+def _block(x: Tensor, in_channels: int, args: Arguments, options: BlockOptions) -> Block:
+    norms, convs = _norms(x, args), args.conv_weights
+    per_layer = 2 if convs[0].shape[-1] == 1 else 1
+    layers = [
+        Layer(norms[i : i + per_layer], convs[i : i + per_layer]) for i in range(0, len(convs), per_layer)
+    ]
+    bottleneck = convs[0].shape[0] if per_layer == 2 else 0
+    return Block(
+        layers, in_channels, convs[-1].shape[0], bottleneck, options.drop_rate, options.dropout_seeds
+    )
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """x in dense channels_last memory; x itself if it is. Exact also where a size is 1."""
+    n, c, h, w = x.shape
+    if x.stride() == (h * w * c, 1, w * c, c):
+        return x
+    return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
+
+
+def _zero_gradients(grad_x: Tensor, args: Arguments) -> Gradients:
+    """The gradients of an empty batch."""
+    weights, biases, convs = ([torch.zeros_like(t) for t in group] for group in args.tensors[:3])
+    return grad_x, weights, biases, convs
+
+
+def _in_parameter_dtypes(
+    args: Arguments,
+    grad_x: Tensor,
+    norm_weights: Iterable[Tensor],
+    norm_biases: Iterable[Tensor],
+    convs: Iterable[Tensor | None],
+) -> Gradients:
+    return (
+        grad_x,
+        [g.to(w.dtype) for g, w in zip(norm_weights, args.norm_weights, strict=True)],
+        [g.to(b.dtype) for g, b in zip(norm_biases, args.norm_biases, strict=True)],
+        [grad_x.new_empty(0) if g is None else g for g in convs],
+    )
+
+
+def _fake_gradients(grad_x: Tensor, args: Arguments, needs_conv_grad: Sequence[bool]) -> Gradients:
+    convs = [
+        torch.empty_like(w) if needed else grad_x.new_empty(0)
+        for w, needed in zip(args.conv_weights, needs_conv_grad, strict=True)
+    ]
+    weights, biases = ([torch.empty_like(t) for t in group] for group in args.tensors[:2])
+    return grad_x, weights, biases, convs
+
+
+# --- dense block: (x) -> (X, batch statistics, z) ----------------------------------------------------
+
+
+@_operator(f"dense_block(Tensor x, {_BLOCK}) -> (Tensor, Tensor, Tensor)")
+def _dense_block(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    args, options = Arguments(*rest[:8]), BlockOptions(*rest[8:])
+    block = _block(x, x.shape[1], args, options)
+    with _without_autocast(x):
+        return schedule.forward(_primitives(x, args), block, x, options.recompute == "none")
+
+
+@_fake("dense_block")
+def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    args, options = Arguments(*rest[:8]), BlockOptions(*rest[8:])
+    block = _block(x, x.shape[1], args, options)
+    return schedule.empty_outputs(block, x, options.recompute == "none")
+
+
+@_operator(
+    f"dense_block_backward(Tensor(a!) grad, Tensor output, Tensor stats, Tensor z, {_BLOCK}, "
+    f"int in_channels, bool[] needs_conv_grad) -> {_GRADIENTS}"
+)
+def _dense_block_backward(grad: Tensor, output: Tensor, stats: Tensor, z: Tensor, *rest: Any) -> Gradients:
+    args, options = Arguments(*rest[:8]), BlockOptions(*rest[8:11])
+    in_channels, needs_conv_grad = rest[11:]
+    if grad.shape[0] == 0:
+        return _zero_gradients(grad.new_empty(0, in_channels, *grad.shape[2:]), args)
+    block = _block(output, in_channels, args, options)
+    with _without_autocast(output):
+        g = schedule.backward(_primitives(output, args), block, grad, output, z, stats, needs_conv_grad)
+    return _in_parameter_dtypes(args, g.x, g.norm_weights, g.norm_biases, g.convs)
+
+
+@_fake("dense_block_backward")
+def _(grad: Tensor, output: Tensor, stats: Tensor, z: Tensor, *rest: Any) -> Gradients:
+    in_channels, needs_conv_grad = rest[11:]
+    n, _, h, w = output.shape
+    grad_x = torch.empty_like(output[:, :in_channels], memory_format=torch.channels_last)
+    return _fake_gradients(grad_x, Arguments(*rest[:8]), needs_conv_grad)
+
+
+def _dense_block_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, args, options = inputs[0], Arguments(*inputs[1:9]), BlockOptions(*inputs[9:])
+    out, stats, z = output
+    ctx.mark_non_differentiable(stats, z)
+    ctx.in_channels = x.shape[1]
+    ctx.recomputed = None
+    kept = x if options.recompute == "block" else out
+    _save(ctx, args, kept, stats, z, options.dropout_seeds)
+    ctx.options = options._replace(dropout_seeds=None)
+
+
+def _dense_block_formula(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
+    _refuse_double_backward()
+    args, output, stats, z, seeds = _load(ctx)
+    if grad is None:
+        return *_no_gradients(args), None, None, None
+    if ctx.options.recompute == "block":
+        output = recomputed_output(ctx)
+        ctx.recomputed = None
+    # The schedule accumulates into the gradient it is given, so that must be ours alone.
+    buffer = _channels_last(grad)
+    if buffer is grad and not is_exclusive(grad, _probe_ownership):
+        buffer = grad.clone()
+    gradients = torch.ops.dense_ext.dense_block_backward(
+        buffer, output, stats, z, *args, *ctx.options._replace(dropout_seeds=seeds),
+        ctx.in_channels, ctx.needs_input_grad[3],
+    )  # fmt: skip
+    return *_returned(ctx, args, gradients), None, None, None
+
+
+def recomputed_output(ctx: Any) -> Tensor:
+    """X of a block that kept only its input, computed again; kept on ``ctx`` for its own backward."""
+    if ctx.recomputed is None:
+        args, x, _, _, seeds = _load(ctx)
+        options = BlockOptions(seeds, ctx.options.drop_rate, "bottleneck")
+        with torch.no_grad():
+            ctx.recomputed, _, _ = torch.ops.dense_ext.dense_block(x, *args, *options)
+    return ctx.recomputed
+
+
+def _probe_ownership() -> None:
+    """A one-layer block's backward with a gradient that nobody else holds."""
+    with torch.enable_grad():
+        x = torch.ones(1, 1, 1, 1, requires_grad=True)
+        one, zero = torch.ones(1), torch.zeros(1)
+        args = Arguments(
+            [one], [zero], [torch.ones(1, 1, 3, 3)], [zero], [one], [1.0], [False], "reference"
+        )
+        out, _, _ = torch.ops.dense_ext.dense_block(x, *args, None, 0.0, "bottleneck")
+        (out * 2).sum().backward()
+
+
+# --- transition and stem: (x) -> (y, batch statistics) ------------------------------------------------
+
+
+def _norm_and_conv(x: Tensor, args: Arguments) -> tuple[Norm, Tensor | None]:
+    return _norms(x, args)[0], (args.conv_weights[0] if args.conv_weights else None)
+
+
+def _pooling_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    args = Arguments(*rest)
+    with _without_autocast(x):
+        return transition.forward(_primitives(x, args), *_norm_and_conv(x, args), _channels_last(x))
+
+
+def _pooling_fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return transition.empty_outputs(_norm_and_conv(x, Arguments(*rest))[1], x)
+
+
+def _pooling_backward(grad: Tensor, x: Tensor, stats: Tensor, *rest: Any) -> Gradients:
+    args, needs_conv_grad = Arguments(*rest[:8]), rest[8]
+    if x.shape[0] == 0:
+        return _zero_gradients(torch.empty_like(x), args)
+    norm, conv = _norm_and_conv(x, args)
+    with _without_autocast(x):
+        grad_x, grad_weight, grad_bias, grad_conv = transition.backward(
+            _primitives(x, args), norm, conv, _channels_last(grad), _channels_last(x), stats, any(needs_conv_grad)
+        )
+    convs = [] if conv is None else [grad_conv]
+    return _in_parameter_dtypes(args, grad_x, [grad_weight], [grad_bias], convs)
+
+
+def _pooling_backward_fake(grad: Tensor, x: Tensor, stats: Tensor, *rest: Any) -> Gradients:
+    grad_x = torch.empty_like(x, memory_format=torch.channels_last)
+    return _fake_gradients(grad_x, Arguments(*rest[:8]), rest[8])
+
+
+def _pooling_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, args = inputs[0], Arguments(*inputs[1:])
+    ctx.mark_non_differentiable(output[1])
+    _save(ctx, args, x, output[1])
+
+
+def _pooling_formula(backward: str) -> Callable[..., tuple[Any, ...]]:
+    def formula(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
+        _refuse_double_backward()
+        args, x, stats = _load(ctx)
+        if grad is None:
+            return _no_gradients(args)
+        operator = getattr(torch.ops.dense_ext, backward)
+        return _returned(ctx, args, operator(grad, x, stats, *args, ctx.needs_input_grad[3]))
+
+    return formula
+
+
+for _name in ("transition", "stem"):
+    _operator(f"{_name}(Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor)")(_pooling_forward)
+    _fake(_name)(_pooling_fake)
+    _operator(
+        f"{_name}_backward(Tensor grad, Tensor x, Tensor stats, {_ARGUMENTS}, bool[] needs_conv_grad) "
+        f"-> {_GRADIENTS}"
+    )(_pooling_backward)
+    _fake(f"{_name}_backward")(_pooling_backward_fake)
+    torch.library.register_autograd(
+        f"dense_ext::{_name}",
+        _pooling_formula(f"{_name}_backward"),
+        setup_context=_pooling_setup,
+        lib=_LIBRARY,
+    )
+torch.library.register_autograd(
+    "dense_ext::dense_block", _dense_block_formula, setup_context=_dense_block_setup, lib=_LIBRARY
+)
+
+
+# --- what the backward formulas share -------------------------------------------------------------------
+
+
+def _refuse_double_backward() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "dense_ext has no second derivatives: backward with create_graph=True is not supported; "
+            "dense_ext.restore(model) gives back modules that have them"
+        )
+
+
+def _save(ctx: Any, args: Arguments, *activations: Tensor | None) -> None:
+    """Save an operator's tensors, and what else its backward needs.
+
+    The backward runs on the backend the forward was asked for, whatever is asked for by then.
+    """
+    ctx.set_materialize_grads(False)
+    ctx.constants = (args.eps, args.batch_stats, requested(args.backend))
+    ctx.list_sizes = [len(group) for group in args.tensors]
+    ctx.save_for_backward(*activations, *(t for group in args.tensors for t in group))
+
+
+def _load(ctx: Any) -> tuple[Any, ...]:
+    """The arguments and activations that `_save` kept, as ``(args, *activations)``."""
+    saved = list(ctx.saved_tensors)
+    groups: list[list[Tensor]] = []
+    for size in reversed(ctx.list_sizes):
+        split = len(saved) - size
+        groups.insert(0, saved[split:])
+        del saved[split:]
+    return Arguments(*groups, *ctx.constants), *saved
+
+
+def _no_gradients(args: Arguments) -> tuple[Any, ...]:
+    return (None, *([None] * len(group) for group in args.tensors), None, None, None)
+
+
+def _returned(ctx: Any, args: Arguments, gradients: Gradients) -> tuple[Any, ...]:
+    """The gradients in the operator's argument structure, None where nobody asked."""
+    grad_x, *lists = gradients
+    needed = ctx.needs_input_grad
+    wanted = [
+        [g if n else None for g, n in zip(grads, flags, strict=True)]
+        for grads, flags in zip(lists, needed[1:4], strict=True)
+    ]
+    unused = [[None] * len(group) for group in args.tensors[3:]]
+    return (grad_x if needed[0] else None, *wanted, *unused, None, None, None)
+
+
+# --- a transition after a block that keeps only its input ----------------------------------------------
+
+
+def keeping_block_input(x: Tensor) -> AbstractContextManager[Any]:
+    """While active, an operator that saves x saves a way to compute it again instead.
+
+    Only where x is the output of a dense block with ``recompute="block"``; else it does nothing.
+    Without this the transition would keep the very buffer that the block lets go.
+    """
+    node = None if torch.compiler.is_compiling() else x.grad_fn
+    options = getattr(node, "options", None)
+    if not isinstance(options, BlockOptions) or options.recompute != "block":
+        return nullcontext()
+    pointer, shape = x.data_ptr(), x.shape
+
+    def pack(tensor: Tensor) -> Tensor | None:
+        return None if tensor.data_ptr() == pointer and tensor.shape == shape else tensor
+
+    def unpack(packed: Tensor | None) -> Tensor:
+        return recomputed_output(node) if packed is None else packed
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

@@ -1,0 +1,85 @@
+"""Swap the dense parts of an existing DenseNet for fused ones, in place, and back.
+
+A swapped module stays the same object: only its class changes, to one that inherits from the
+original and replaces ``forward``. So parameters, buffers, hooks, names, mode, dtype and device
+stay by construction, ``isinstance`` still holds, and what the fusion cannot serve at run time is
+served by the original's forward.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TypeVar
+
+from torch import nn
+
+from ..checks import check_options
+from .adapter import Adapter, Candidate, adapters
+from .report import Report, Row, served_by
+
+__all__ = ["Report", "Row", "report", "restore", "swap"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def _candidates(model: nn.Module) -> list[tuple[Adapter, Candidate]]:
+    """Every part of the model that is, or looks like, something an adapter can swap."""
+    return [(adapter, candidate) for adapter in adapters() for candidate in adapter.candidates(model)]
+
+
+def swap(
+    model: Model, *, recompute: str = "bottleneck", backend: str = "auto", strict: bool = False
+) -> Model:
+    """Make a DenseNet's dense blocks, transitions and stem run fused. In place; returns ``model``.
+
+    ``state_dict()`` keys and order, Parameter objects, buffers, train/eval mode, ``requires_grad``,
+    dtype and device stay. A part that cannot be served exactly stays as it is; one warning and
+    :func:`report` say why. Swapping again changes the options.
+
+    Args:
+        model: a torchvision DenseNet, or a model that contains one.
+        recompute: as :class:`dense_ext.DenseBlock`.
+        backend: as :class:`dense_ext.DenseBlock`.
+        strict: raise, before anything is changed, if a part cannot be served.
+
+    Raises:
+        TypeError: model is not a module.
+        ValueError: an unknown option; no dense block in the model; with ``strict``, a part that
+            cannot be served.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_options(recompute, backend)
+    found = _candidates(model)
+    if not found:
+        raise ValueError(f"{type(model).__name__} contains no dense block that dense_ext knows")
+    refused = [f"{c.name}: {c.reason}" for _, c in found if c.reason is not None]
+    if refused:
+        message = "left as they are: " + "; ".join(refused)
+        if strict:
+            raise ValueError(f"dense_ext.swap(strict=True): {message}")
+        warnings.warn(f"dense_ext.swap: {message}", stacklevel=2)
+    for adapter, candidate in found:
+        if candidate.reason is None:
+            adapter.swap(candidate, recompute, backend)
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo :func:`swap`, in place; returns ``model``. What was never swapped stays as it is."""
+    for adapter in adapters():
+        adapter.restore(model)
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """What runs each dense part of ``model``: a table to print, rows to read.
+
+    A row is a dense block, transition or stem: fused with its recompute policy and the backend
+    that serves it for the parameters' device and dtype, or the reason why it is not.
+    """
+    return Report([*served_by(model), *(
+        Row(c.name, c.kind, "eager", "", c.reason or "not swapped")
+        for _, c in _candidates(model)
+        if not c.swapped
+    )])  # fmt: skip

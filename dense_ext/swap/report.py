@@ -1,0 +1,60 @@
+"""The table of what runs each dense part of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..backends import requested, select
+from ..modules import FusedDenseBlock, FusedTransition, StemNorm
+
+
+@dataclass(frozen=True)
+class Row:
+    """One dense part: ``runs`` is "fused" or "eager"."""
+
+    name: str
+    kind: str
+    runs: str
+    recompute: str
+    detail: str  # the backends, or the reason why it is not fused
+
+
+@dataclass(frozen=True)
+class Report:
+    """Rows in the model's order of kinds; printing it gives a table."""
+
+    rows: list[Row]
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "no dense block, transition or stem that dense_ext knows"
+        header = ("part", "kind", "runs", "recompute", "by / why not")
+        table = [header, *((r.name, r.kind, r.runs, r.recompute or "-", r.detail) for r in self.rows)]
+        widths = [max(len(line[i]) for line in table) for i in range(len(header))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in table]
+        lines.insert(1, "  ".join("-" * w for w in widths))
+        return "\n".join(lines)
+
+
+def served_by(model: nn.Module) -> Iterator[Row]:
+    """A row for each fused part: what would run it now, on its parameters' device and dtype."""
+    kinds = ((FusedDenseBlock, "dense block"), (FusedTransition, "transition"), (StemNorm, "stem"))
+    for name, module in model.named_modules():
+        kind = next((k for cls, k in kinds if isinstance(module, cls)), None)
+        if kind is None:
+            continue
+        recompute = getattr(module, "recompute", "")
+        if (reason := module.unfusable()) is not None:
+            yield Row(name, kind, "eager", recompute, reason)
+            continue
+        parameter = next(module.parameters(), None)
+        tensor = parameter if parameter is not None else next(module.buffers())
+        try:
+            detail = select(requested(module.backend), tensor.device.type, tensor.dtype).summary()
+        except RuntimeError as error:
+            yield Row(name, kind, "refused", recompute, str(error))
+            continue
+        yield Row(name, kind, "fused", recompute, detail)

@@ -1,0 +1,88 @@
+"""The transition's and the stem's forward and backward over the primitives.
+
+Both are batch norm and ReLU, then a pool: the transition averages 2x2 windows and convolves 1x1,
+the stem takes maxima (window 3, stride 2, padding 1). Only their input is kept, the activation is
+recomputed tile by tile in backward. Their input's gradient leaves the operator, so the deferred
+``u*x + v`` of the batch norm is applied at once, in place.
+
+``weight`` is the transition's convolution [K, C, 1, 1], None for the stem.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .backends import Primitives
+from .backends.base import accumulate_dtype
+from .schedule import BoundNorm, Norm, nhwc, pixels
+
+
+def empty_outputs(weight: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The outputs of :func:`forward`, unwritten (the statistics zero)."""
+    n, c, h, w = x.shape
+    if weight is None:
+        size = (n, c, (h - 1) // 2 + 1, (w - 1) // 2 + 1)
+    else:
+        size = (n, weight.shape[0], h // 2, w // 2)
+    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return y, x.new_zeros(2, c, dtype=accumulate_dtype(x.dtype))
+
+
+def forward(ops: Primitives, norm: Norm, weight: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Run a transition or the stem.
+
+    Args:
+        x: [N, C, H, W] in channels_last memory.
+
+    Returns:
+        y [N, K, H//2, W//2] or [N, C, (H-1)//2 + 1, (W-1)//2 + 1] in channels_last memory, and the
+        batch statistics [2, C] (mean and biased variance; zero where running ones are used).
+    """
+    y, stats = empty_outputs(weight, x)
+    if x.shape[0] == 0:
+        return y, stats
+    if norm.running is None:
+        ops.channel_stats(nhwc(x), stats[0], stats[1])
+    bound = BoundNorm(ops, norm, stats[0], stats[1])
+    if weight is None:
+        ops.bn_relu_maxpool_forward(nhwc(x), bound.scale, bound.shift, nhwc(y))
+    else:
+        ops.bn_relu_pool_conv1x1_forward(nhwc(x), bound.scale, bound.shift, weight, nhwc(y))
+    return y, stats
+
+
+def backward(
+    ops: Primitives,
+    norm: Norm,
+    weight: Tensor | None,
+    grad: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    needs_conv_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of x, of the norm's weight and bias, and of the convolution's weight.
+
+    Args:
+        grad: like forward's y, in channels_last memory.
+        x: forward's x, in channels_last memory.
+        stats: as forward returned it.
+        needs_conv_grad: whether the last one is wanted; else it is None.
+    """
+    bound = BoundNorm(ops, norm, stats[0], stats[1])
+    grad_x, sums, uv = torch.empty_like(x), torch.empty_like(stats), torch.zeros_like(stats)
+    grad_weight = None
+    if weight is None:
+        ops.bn_relu_maxpool_backward(
+            nhwc(grad), nhwc(x), bound.mean, bound.scale, bound.shift, nhwc(grad_x), sums
+        )
+    else:
+        grad_weight = torch.empty_like(weight) if needs_conv_grad else None
+        ops.bn_relu_pool_conv1x1_backward(
+            nhwc(grad), nhwc(x), bound.mean, bound.scale, bound.shift, weight,
+            nhwc(grad_x), sums, grad_weight,
+        )  # fmt: skip
+    norm_grads = bound.gradient(sums, pixels(nhwc(x)), uv[0], uv[1])
+    if norm.running is None:
+        ops.affine_gradient(nhwc(grad_x), nhwc(x), uv[0], uv[1], nhwc(grad_x))
+    return grad_x, *norm_grads, grad_weight
