@@ -26,7 +26,9 @@ def uses_batch_stats(norm: nn.BatchNorm2d) -> bool:
     return norm.training or (norm.running_mean is None and norm.running_var is None)
 
 
-def affine_parameters(norm: nn.BatchNorm2d, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def affine_parameters(
+    norm: nn.BatchNorm2d, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """``norm``'s weight and bias, [C] each; ones and zeros of ``dtype`` where it has none."""
     weight, bias = norm.weight, norm.bias
     if weight is None:
@@ -72,4 +74,4 @@ def update_running_stats(
         # momentum=None is the cumulative average: the factor is one over the steps so far.
         steps = [norm.num_batches_tracked for norm, _, _ in entries] * 2
         for r, b, n in zip(running, batch, steps, strict=True):
-            r.lerp_(b, n.reciprocal().to(r.dtype))
+            r.lerp_(b, n.double().reciprocal().to(r.dtype))

@@ -68,7 +68,9 @@ def check_parameter(where: str, name: str, parameter: Tensor, x: Tensor, convolu
             f"{where}: {name} {tuple(parameter.shape)} is on {parameter.device}, "
             f"expected {x.device} like the input {tuple(x.shape)}"
         )
-    mixed = not convolution and parameter.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
+    mixed = (
+        not convolution and parameter.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
+    )
     if parameter.dtype != x.dtype and not mixed:
         raise TypeError(
             f"{where}: {name} {tuple(parameter.shape)} has dtype {parameter.dtype}, "

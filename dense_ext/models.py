@@ -80,7 +80,9 @@ class DenseNet(nn.Module):
         if small_inputs:
             self.features.conv0 = nn.Conv2d(in_channels, num_init_features, 3, padding=1, bias=False)
         else:
-            self.features.conv0 = nn.Conv2d(in_channels, num_init_features, 7, stride=2, padding=3, bias=False)
+            self.features.conv0 = nn.Conv2d(
+                in_channels, num_init_features, 7, stride=2, padding=3, bias=False
+            )
             self.features.norm0 = norm = nn.BatchNorm2d(num_init_features)
             self.features.relu0 = relu = nn.ReLU(inplace=True)
             self.features.pool0 = pool = nn.MaxPool2d(3, stride=2, padding=1)
@@ -125,9 +127,7 @@ def densenet121(**kwargs: Any) -> DenseNet:
 
 def densenet161(**kwargs: Any) -> DenseNet:
     """DenseNet-161: growth 48, blocks of 6, 12, 36, 24, 96 initial channels. Arguments as :class:`DenseNet`."""
-    return DenseNet(
-        **{"growth_rate": 48, "block_config": (6, 12, 36, 24), "num_init_features": 96, **kwargs}
-    )
+    return DenseNet(**{"growth_rate": 48, "block_config": (6, 12, 36, 24), "num_init_features": 96, **kwargs})
 
 
 def densenet169(**kwargs: Any) -> DenseNet:

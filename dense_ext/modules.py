@@ -319,9 +319,7 @@ class StemNorm(_StemPart, nn.BatchNorm2d):
             return super().forward(input)
         args = _arguments("stem", input, [self], [], self.backend)
         y, stats = torch.ops.dense_ext.stem(input, *args)
-        update_running_stats(
-            [self], [stats[0]], [stats[1]], input.shape[0] * input.shape[2] * input.shape[3]
-        )
+        update_running_stats([self], [stats[0]], [stats[1]], input.shape[0] * input.shape[2] * input.shape[3])
         return y
 
 

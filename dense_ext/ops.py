@@ -239,9 +239,7 @@ def _probe_ownership() -> None:
     with torch.enable_grad():
         x = torch.ones(1, 1, 1, 1, requires_grad=True)
         one, zero = torch.ones(1), torch.zeros(1)
-        args = Arguments(
-            [one], [zero], [torch.ones(1, 1, 3, 3)], [zero], [one], [1.0], [False], "reference"
-        )
+        args = Arguments([one], [zero], [torch.ones(1, 1, 3, 3)], [zero], [one], [1.0], [False], "reference")
         out, _, _ = torch.ops.dense_ext.dense_block(x, *args, None, 0.0, "bottleneck")
         (out * 2).sum().backward()
 
@@ -270,7 +268,13 @@ def _pooling_backward(grad: Tensor, x: Tensor, stats: Tensor, *rest: Any) -> Gra
     norm, conv = _norm_and_conv(x, args)
     with _without_autocast(x):
         grad_x, grad_weight, grad_bias, grad_conv = transition.backward(
-            _primitives(x, args), norm, conv, _channels_last(grad), _channels_last(x), stats, any(needs_conv_grad)
+            _primitives(x, args),
+            norm,
+            conv,
+            _channels_last(grad),
+            _channels_last(x),
+            stats,
+            any(needs_conv_grad),
         )
     convs = [] if conv is None else [grad_conv]
     return _in_parameter_dtypes(args, grad_x, [grad_weight], [grad_bias], convs)

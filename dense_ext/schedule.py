@@ -84,9 +84,7 @@ class BoundNorm:
         self.shift = torch.empty_like(self.mean)
         ops.bn_scale_shift(self.mean, self.var, norm.weight, norm.bias, norm.eps, self.scale, self.shift)
 
-    def gradient(
-        self, sums: Tensor, count: int, u: Tensor | None, v: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def gradient(self, sums: Tensor, count: int, u: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weight and bias gradient [C] from the channel sums; adds to u and v if the batch was used."""
         grad_weight, grad_bias = torch.empty_like(self.mean), torch.empty_like(self.mean)
         if self.norm.running is not None:
@@ -278,9 +276,7 @@ def backward(
             norm_grads[i] = [norm1.gradient(sums1, m, u[:c], v[:c])]
 
     c0 = block.in_channels
-    grad_x = torch.empty(
-        (n, c0, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    )
+    grad_x = torch.empty((n, c0, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     ops.affine_gradient(g[..., :c0], x[..., :c0], u[:c0], v[:c0], nhwc(grad_x))
     flat = [pair for pairs in norm_grads for pair in pairs]
     return BlockGradients(grad_x, [p[0] for p in flat], [p[1] for p in flat], conv_grads)

@@ -9,7 +9,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "reduce.h"
+#include "conv1x1.h"
 
 namespace dense_ext {
 namespace {
@@ -19,14 +19,6 @@ constexpr int64_t kForwardPixels = 112;
 constexpr int64_t kForwardChannels = 256;
 constexpr int64_t kBackwardPixels = 112;
 constexpr int64_t kBackwardChannels = 128;
-
-// A vector more than needed keeps rows of scratch off the same cache sets.
-template <class A>
-int64_t leading_dimension(int64_t columns) {
-  return round_up(columns, kLanes<A>) + kLanes<A>;
-}
-
-constexpr int64_t kOneTap[1] = {0};
 
 template <class T>
 void forward_kernel(const Pixels<const T>& x, const Acc<T>* scale_, const Acc<T>* shift_,
@@ -107,41 +99,6 @@ struct BackwardArguments {
   Weight<T> grad_weight;  // data null: not wanted
 };
 
-// Threads split the pixels and, where there are fewer pixels than channels, the channels: a part of
-// the pixels costs a private weight gradient to clear and add, a part of the channels a second dz.
-struct Grid {
-  int64_t pixel_parts, channel_parts;
-
-  Grid(int64_t pixels, int64_t chunks, int64_t in, int64_t threads)
-      : pixel_parts(std::min(threads, pixels)), channel_parts(1) {
-    int64_t least = pixels + 2 * in * pixel_parts;
-    for (int64_t parts = 2; parts <= std::min(threads, chunks); parts++) {
-      const int64_t others = std::min(pixels, threads / parts);
-      const int64_t cost = pixels * parts + 2 * in * others;
-      if (threads % parts == 0 && cost < least) {
-        least = cost;
-        pixel_parts = others;
-        channel_parts = parts;
-      }
-    }
-  }
-  int64_t count() const { return pixel_parts * channel_parts; }
-};
-
-template <class T>
-void write_grad_weight(const Acc<T>* partial, int64_t parts, int64_t ld, const Weight<T>& grad) {
-  parallel(std::min(num_threads(), grad.out), [&](int64_t part) {
-    const Range rows = part_of(grad.out, std::min(num_threads(), grad.out), part);
-    for (int64_t o = rows.begin; o < rows.end; o++) {
-      T* row = grad.data + o * grad.out_stride;
-      for (int64_t i = 0; i < grad.in; i++) {
-        row[i * grad.in_stride] =
-            static_cast<T>(sum_parts(partial + o * ld + i, parts, grad.out * ld));
-      }
-    }
-  });
-}
-
 template <class T>
 void backward_kernel(const BackwardArguments<T>& args) {
   using A = Acc<T>;
@@ -149,7 +106,7 @@ void backward_kernel(const BackwardArguments<T>& args) {
   const WeightsAsB<T> b{args.weight.data,      1,      out, in, args.weight.out_stride,
                         args.weight.in_stride, kOneTap};
   const Chunks chunks(in, kBackwardChannels, kPanel<A>);
-  const Grid grid(args.x.count(), chunks.count, in, num_threads());
+  const Grid grid(args.x.count(), in, chunks.count, num_threads());
   const Tiles tiles(args.x.count(), kBackwardPixels, grid.pixel_parts);
   const bool want_weight = args.grad_weight.data != nullptr;
   const int64_t dw_ld = round_up(in, kPanel<A>), dw_size = want_weight ? out * dw_ld : 0;

@@ -65,7 +65,7 @@ struct Chunks {
 
 // What a thread's scratch buffers hold. They live as long as the thread and only grow, so that a
 // tile stays in the same, cached, memory from call to call.
-enum class Slot { kActivation, kProduct, kGradient, kStatistics, kZero, kCount };
+enum class Slot { kActivation, kProduct, kGradient, kStatistics, kLines, kCount };
 
 inline void* scratch_bytes(Slot slot, int64_t bytes) {
   struct Free {

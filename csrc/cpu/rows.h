@@ -23,6 +23,17 @@ void activate_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, co
   }
 }
 
+// out = factor*x
+template <class T>
+void scale_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, Acc<T> factor,
+                Acc<T>* out, int64_t ld) {
+  for (int64_t r = 0; r < rows; r++, x += stride, out += ld) {
+    for_vectors<T>(columns, [&](int64_t j, auto count) {
+      store(out + j, load(x + j, count) * factor);
+    });
+  }
+}
+
 // out = p*grad + u*y + v; p null means 1.
 template <class T>
 void affine_rows(const T* grad, int64_t grad_stride, const T* y, int64_t y_stride, int64_t rows,
@@ -54,20 +65,21 @@ void moments_of_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, 
                      Acc<T>* m2) {
   using V = Vector<T>;
   for_blocks<T>(columns, [&](int64_t j, auto width, auto count) {
-    V sum[width()] = {}, square[width()] = {};
+    constexpr int kWidth = decltype(width)::value;
+    V sum[kWidth] = {}, square[kWidth] = {};
     for (int64_t r = 0; r < rows; r++) {
-      DENSE_UNROLL for (int i = 0; i < width(); i++) {
+      DENSE_UNROLL for (int i = 0; i < kWidth; i++) {
         sum[i] += load(x + r * stride + j + i * kLanes<T>, count);
       }
     }
-    DENSE_UNROLL for (int i = 0; i < width(); i++) sum[i] /= static_cast<Acc<T>>(rows);
+    DENSE_UNROLL for (int i = 0; i < kWidth; i++) sum[i] /= static_cast<Acc<T>>(rows);
     for (int64_t r = 0; r < rows; r++) {
-      DENSE_UNROLL for (int i = 0; i < width(); i++) {
+      DENSE_UNROLL for (int i = 0; i < kWidth; i++) {
         const V d = load(x + r * stride + j + i * kLanes<T>, count) - sum[i];
         square[i] += d * d;
       }
     }
-    DENSE_UNROLL for (int i = 0; i < width(); i++) {
+    DENSE_UNROLL for (int i = 0; i < kWidth; i++) {
       store(mean + j + i * kLanes<T>, sum[i]);
       store(m2 + j + i * kLanes<T>, square[i]);
     }
@@ -91,15 +103,16 @@ void mask_rows(const Acc<T>* grad, int64_t ld, const T* x, int64_t x_stride, int
   using A = Acc<T>;
   using V = Vector<T>;
   for_blocks<T>(columns, [&](int64_t j0, auto width, auto count) {
-    constexpr int64_t kColumns = width() * kLanes<T>;
-    V sum_g[width()] = {}, sum_gx[width()] = {}, means[width()], scales[width()], shifts[width()];
-    DENSE_UNROLL for (int i = 0; i < width(); i++) {
+    constexpr int kWidth = decltype(width)::value;
+    constexpr int64_t kColumns = kWidth * kLanes<T>;
+    V sum_g[kWidth] = {}, sum_gx[kWidth] = {}, means[kWidth], scales[kWidth], shifts[kWidth];
+    DENSE_UNROLL for (int i = 0; i < kWidth; i++) {
       means[i] = load(mean + j0 + i * kLanes<T>);
       scales[i] = load(scale + j0 + i * kLanes<T>);
       shifts[i] = load(shift + j0 + i * kLanes<T>);
     }
     for (int64_t r = 0; r < rows; r++) {
-      DENSE_UNROLL for (int i = 0; i < width(); i++) {
+      DENSE_UNROLL for (int i = 0; i < kWidth; i++) {
         const int64_t j = j0 + i * kLanes<T>;
         const V xv = load(x + r * x_stride + j, count);
         const V g = relu_mask(scales[i] * xv + shifts[i], load(grad + r / kShared * ld + j));

@@ -64,16 +64,16 @@ Pixels<T> pixels(const Tensor& t, const char* name) {
   check_type(t, name, scalar_type_of<std::remove_const_t<T>>());
   STD_TORCH_CHECK(t.dim() == 4, name, " must be [N, H, W, C], got ", shape_of(t));
   Pixels<T> p{static_cast<T*>(t.data_ptr()), t.size(0), t.size(1), t.size(2), t.size(3), 0};
+  if (t.numel() == 0) return p;
   // The stride of a dimension of size 1 says nothing: take the innermost one that does.
   p.stride = p.width > 1    ? t.stride(2)
              : p.height > 1 ? t.stride(1)
-             : p.images > 1 ? t.stride(0) / p.height
+             : p.images > 1 ? t.stride(0)
                             : p.channels;
   const int64_t row = p.width * p.stride;
-  STD_TORCH_CHECK(t.numel() == 0 || (p.stride >= p.channels &&
-                                     (p.channels == 1 || t.stride(3) == 1) &&
-                                     (p.height == 1 || t.stride(1) == row) &&
-                                     (p.images == 1 || t.stride(0) == p.height * row)),
+  STD_TORCH_CHECK(p.stride >= p.channels && (p.channels == 1 || t.stride(3) == 1) &&
+                      (p.height == 1 || t.stride(1) == row) &&
+                      (p.images == 1 || t.stride(0) == p.height * row),
                   name, " of shape ", shape_of(t),
                   " must be NHWC with dense H and W, and unit stride along C");
   return p;

@@ -138,7 +138,7 @@ inline Vector<T> widen(Raw<T> raw) {
     return (Vector<T>)(__builtin_convertvector(raw, Bits) << 16);
   } else if constexpr (std::is_same_v<T, Half>) {
 #if defined(__AVX512F__)
-    return (Vector<T>)_mm512_cvtph_ps((__m256i)raw);
+    return (Vector<T>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)raw);
 #elif defined(__F16C__)
     return (Vector<T>)_mm256_cvtph_ps((__m128i)raw);
 #else
@@ -161,7 +161,7 @@ inline Raw<T> narrow(Vector<T> v) {
     return __builtin_convertvector(v != v ? quiet_nan : rounded, Raw<T>);
   } else if constexpr (std::is_same_v<T, Half>) {
 #if defined(__AVX512F__)
-    return (Raw<T>)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (Raw<T>)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__F16C__)
     return (Raw<T>)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else

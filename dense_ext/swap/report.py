@@ -34,7 +34,9 @@ class Report:
         header = ("part", "kind", "runs", "recompute", "by / why not")
         table = [header, *((r.name, r.kind, r.runs, r.recompute or "-", r.detail) for r in self.rows)]
         widths = [max(len(line[i]) for line in table) for i in range(len(header))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in table]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in table
+        ]
         lines.insert(1, "  ".join("-" * w for w in widths))
         return "\n".join(lines)
 

@@ -1,0 +1,93 @@
+// Tiles for 3x3 windows: bands of whole rows, in scratch with a border of one zero pixel around.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "parallel.h"
+
+namespace dense_ext {
+
+// Rows [row, row + rows) of images [image, image + images); several images only if whole ones.
+// Its pixels are consecutive in NHWC. A line is one row of one image.
+struct Band {
+  int64_t image, images, row, rows, height, width;
+
+  int64_t first_pixel() const { return (image * height + row) * width; }
+  int64_t lines() const { return images * rows; }
+  int64_t pixels() const { return lines() * width; }
+  // The same with its border: [images][rows + 2][width + 2].
+  int64_t padded_pixels() const { return images * (rows + 2) * (width + 2); }
+  // The border's pixel above and to the left of the line's first.
+  int64_t padded_line(int64_t line) const {
+    return (line / rows * (rows + 2) + line % rows) * (width + 2);
+  }
+};
+
+// Splits N x H x W into bands whose padded lines of `line_bytes` fit `budget`, as a multiple of the
+// threads where that is possible. A band has at least kMinRows rows, or its border would cost more
+// than it.
+class Bands {
+ public:
+  Bands(int64_t images, int64_t height, int64_t width, int64_t line_bytes, int64_t budget,
+        int64_t threads)
+      : images_(images), height_(height), width_(width) {
+    const int64_t max_rows = std::max(kMinRows, budget / line_bytes - 2);
+    per_image_ = std::max(ceil_div(height, max_rows), ceil_div(threads, images));
+    per_image_ = std::min(per_image_, height);
+    const int64_t images_in_budget = budget / ((height + 2) * line_bytes);
+    const int64_t at_once = std::max<int64_t>(1, images_in_budget);
+    groups_ = per_image_ > 1
+                  ? images
+                  : std::min(images, round_up(ceil_div(images, at_once), threads));
+    parts_ = std::min(count(), threads);
+  }
+
+  int64_t count() const { return groups_ * per_image_; }
+  int64_t parts() const { return parts_; }
+  Range of_part(int64_t part) const { return part_of(count(), parts_, part); }
+
+  Band operator[](int64_t i) const {
+    const Range images = part_of(images_, groups_, i / per_image_);
+    const Range rows = part_of(height_, per_image_, i % per_image_);
+    return {images.begin, images.size(), rows.begin, rows.size(), height_, width_};
+  }
+
+  // Upper bounds over all bands, for scratch.
+  int64_t max_lines() const {
+    return ceil_div(images_, groups_) * ceil_div(height_, per_image_);
+  }
+  int64_t max_pixels() const { return max_lines() * width_; }
+  int64_t max_padded_pixels() const {
+    return ceil_div(images_, groups_) * (ceil_div(height_, per_image_) + 2) * (width_ + 2);
+  }
+
+ private:
+  static constexpr int64_t kMinRows = 4;
+  int64_t images_, height_, width_, per_image_, groups_, parts_;
+};
+
+// Fills a band with its border: fill(pixel, out) computes the `width` pixels of one line from
+// `pixel` on. Lines of the same image above and below are computed; beyond the image all is zero.
+template <class A, class Fill>
+void fill_padded(const Band& band, A* out, int64_t ld, const Fill& fill) {
+  const auto zero = [&](int64_t pixels) {
+    std::memset(out, 0, pixels * ld * sizeof(A));
+    out += pixels * ld;
+  };
+  for (int64_t i = band.image; i < band.image + band.images; i++) {
+    for (int64_t h = band.row - 1; h <= band.row + band.rows; h++) {
+      if (h < 0 || h >= band.height) {
+        zero(band.width + 2);
+        continue;
+      }
+      zero(1);
+      fill((i * band.height + h) * band.width, out);
+      out += band.width * ld;
+      zero(1);
+    }
+  }
+}
+
+}  // namespace dense_ext

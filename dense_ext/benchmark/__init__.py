@@ -1,0 +1,4 @@
+"""Measuring dense_ext against PyTorch's eager DenseNets: memory, speed, accuracy.
+
+What ``dense-ext bench``, ``models`` and ``train`` run; needs the packages of ``dense_ext[bench]``.
+"""

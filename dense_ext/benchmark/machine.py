@@ -1,0 +1,96 @@
+"""What was measured on: the machine, its rates, and the versions of the software."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..version import __version__
+from .timing import seconds_per_call
+
+_PACKAGES = ("torch", "torchvision", "triton", "numpy", "scikit-learn")
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of dense_ext, Python and the packages it works with; None where not installed."""
+    found: dict[str, str | None] = {"dense_ext": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    found["cuda"] = torch.version.cuda
+    return found
+
+
+def commit() -> str | None:
+    """The git commit dense_ext runs from, with "+" if files differ from it; None if not a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
+
+
+def _cpu_model() -> str:
+    """The processor's name as the system gives it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, Any]:
+    """CPU, cores, threads, memory in bytes, and the GPU if there is one."""
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    found: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": pages,
+        "load_average": os.getloadavg()[0],
+        "gpu": None,
+    }
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        found["gpu"] = {
+            "name": gpu.name,
+            "memory_bytes": gpu.total_memory,
+            "compute_capability": f"{gpu.major}.{gpu.minor}",
+        }
+    return found
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Best rate of a square matrix product in operations per second, 2 per multiply-add.
+
+    Of 1024x1024 matrices on a CPU, 8192x8192 on a GPU.
+    """
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.rand(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / min(seconds_per_call(lambda: torch.mm(a, b, out=out), device) for _ in range(30))
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Best rate of copying 256 MiB (2 GiB on a GPU) within the device's memory, bytes read plus written per second."""
+    count = 2**29 if device.type == "cuda" else 2**26
+    source = torch.zeros(count, device=device)
+    target = torch.zeros(count, device=device)
+    seconds = min(seconds_per_call(lambda: target.copy_(source), device) for _ in range(10))
+    return 2 * 4 * count / seconds

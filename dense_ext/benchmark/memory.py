@@ -1,0 +1,74 @@
+"""How much memory a training step takes: what autograd keeps for backward, and the allocator's peak."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from .step import TrainStep
+
+
+def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Bytes of the storages autograd holds between ``forward`` and its backward.
+
+    Each storage counts once and in whole; the model's parameters and buffers do not count. Runs on
+    any device, and on fake tensors without memory.
+
+    Args:
+        model: whose parameters and buffers to leave out.
+        forward: returns the loss. Called once.
+    """
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    held: dict[int, Tensor] = {}  # keeps the tensors, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        held.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = forward()
+    total = sum(t.untyped_storage().nbytes() for key, t in held.items() if key not in own)
+    del loss
+    return total
+
+
+def peak_bytes(step: TrainStep, images: Tensor, labels: Tensor) -> int:
+    """Highest allocation during forward and backward, over what was allocated before, in bytes.
+
+    The parameters' gradients are allocated beforehand. What a library allocates behind PyTorch's
+    allocator (oneDNN's and cuDNN's internal buffers on a CPU) is not seen.
+    """
+    step(images, labels)  # gradients, momentum, and any library's one-time allocations
+
+    def run() -> None:
+        step.optimizer.zero_grad(set_to_none=False)
+        loss, _ = step.loss(images, labels)
+        loss.backward()
+
+    return _cuda_peak(run, step.device) if step.device.type == "cuda" else _cpu_peak(run)
+
+
+def _cuda_peak(run: Callable[[], None], device: torch.device) -> int:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _cpu_peak(run: Callable[[], None]) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silent where there is no GPU to trace
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    allocated = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
+    return peak

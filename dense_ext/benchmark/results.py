@@ -1,0 +1,60 @@
+"""Result files: JSON with everything needed to read and to draw them again.
+
+Bytes are bytes, times seconds, rates per second. Every file has ``kind`` ("bench", "models" or
+"train"), ``date``, ``machine``, ``versions``, ``commit``, ``options`` and ``interrupted``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError
+from .machine import commit, machine, versions
+
+Results = dict[str, Any]
+
+
+def new_results(kind: str, options: dict[str, Any]) -> Results:
+    """The head of a result file; ``interrupted`` until said otherwise."""
+    return {
+        "kind": kind,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
+        "options": options,
+        "interrupted": True,
+    }
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a file beside ``path``, then rename it: a reader sees the old or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, results: Results) -> None:
+    write_atomically(path, lambda p: p.write_text(json.dumps(results, indent=1) + "\n"))
+
+
+def read_json(path: Path) -> Results:
+    results: Results = json.loads(path.read_text())
+    return results
+
+
+def check_new(path: Path, overwrite: bool) -> None:
+    """Raise UsageError if ``path`` holds results that would be lost, or its folder cannot be one."""
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} exists; pass --overwrite or another --out")
+    if path.parent.exists() and not path.parent.is_dir():
+        raise UsageError(f"{path.parent} is not a folder")

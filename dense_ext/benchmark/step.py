@@ -1,0 +1,53 @@
+"""One training step: forward, cross entropy, backward, SGD."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class TrainStep:
+    """A model with its optimizer; calling it does one step and returns the loss, not synchronised.
+
+    Args:
+        model: float32 parameters.
+        optimizer: over the model's parameters; its gradients stay allocated between steps.
+        dtype: other than float32 the forward runs under autocast to it; float16 scales the loss.
+        device: the model's.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.model, self.optimizer, self.dtype, self.device = model, optimizer, dtype, device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean cross entropy and logits [N, classes], with their graph."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            logits = self.model(images)
+            return F.cross_entropy(logits, labels), logits
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss and logits before the step's update, detached."""
+        self.optimizer.zero_grad(set_to_none=False)
+        loss, logits = self.loss(images, labels)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach(), logits.detach()
+
+
+def sgd_step(model: nn.Module, dtype: torch.dtype, device: torch.device, learning_rate: float = 0.01) -> TrainStep:
+    """The step that is measured: SGD with momentum 0.9."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9)
+    return TrainStep(model, optimizer, dtype, device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done everything asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,34 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import dense_ext
+
+BACKENDS = [name for name, reason in dense_ext.available_backends().items() if reason is None]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Every uninitialised tensor holds NaN, so that reading one shows; the seed is fixed."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of each backend that runs here, in force during the test."""
+    with dense_ext.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["none", "bottleneck", "block"])
+def recompute(request: pytest.FixtureRequest) -> str:
+    """Each recompute policy."""
+    return str(request.param)

@@ -1,0 +1,107 @@
+"""Comparing a model with its eager twin."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.densenet import DenseNet, _DenseBlock, _Transition
+
+# What float64 equality to eager means: far above rounding (1e-16 times the longest sum, about 1e4
+# terms, through some tens of layers), far below any mistake in the algebra.
+RELATIVE = 1e-9
+
+
+def randomize(module: nn.Module) -> nn.Module:
+    """Give norms weights, biases and running statistics as training leaves them.
+
+    Fresh ones (weight 1, bias 0) hide mistakes and make some gradients exactly zero.
+    """
+    for m in module.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            if m.weight is not None:
+                nn.init.uniform_(m.weight, 0.5, 1.5)
+                nn.init.normal_(m.bias, std=0.3)
+            if m.running_mean is not None:
+                m.running_mean.normal_(std=0.3)
+                m.running_var.uniform_(0.5, 1.5)
+    return module
+
+
+def small_densenet(drop_rate: float = 0.0, bn_size: int = 3, growth_rate: int = 5) -> nn.Module:
+    """A torchvision DenseNet of four blocks, one of a single layer, in float64."""
+    net = DenseNet(growth_rate, (2, 3, 1, 2), 8, bn_size, drop_rate, num_classes=4)
+    return randomize(net).double()
+
+
+def eager_block(
+    layers: int = 3, channels: int = 6, growth_rate: int = 5, bn_size: int = 2, drop_rate: float = 0.0
+) -> nn.Module:
+    """A torchvision dense block in float64."""
+    return randomize(_DenseBlock(layers, channels, bn_size, growth_rate, drop_rate)).double()
+
+
+def eager_transition(channels: int = 6, out_channels: int = 3) -> nn.Module:
+    """A torchvision transition in float64."""
+    return randomize(_Transition(channels, out_channels)).double()
+
+
+def assert_equal(actual: Tensor | None, expected: Tensor | None, what: str, relative: float = RELATIVE) -> None:
+    """Both None, or equal in dtype and shape and to ``relative`` of the largest expected value."""
+    if expected is None or actual is None:
+        assert actual is expected, f"{what}: one of the two is None"
+        return
+    assert actual.dtype == expected.dtype, f"{what}: {actual.dtype} is not {expected.dtype}"
+    assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)} is not {tuple(expected.shape)}"
+    if not expected.is_floating_point():
+        assert torch.equal(actual, expected), what
+        return
+    if expected.numel() == 0:
+        return
+    error = (actual - expected).abs().max().item()
+    bound = relative * max(expected.abs().max().item(), 1e-30)
+    assert error <= bound, f"{what}: error {error:.2e}, allowed {bound:.2e}"
+
+
+def assert_same_state(actual: nn.Module, expected: nn.Module, relative: float = RELATIVE) -> None:
+    """Equal parameters, gradients and buffers, under the same names in the same order."""
+    assert list(actual.state_dict()) == list(expected.state_dict())
+    for (name, a), (_, e) in zip(actual.named_parameters(), expected.named_parameters(), strict=True):
+        assert_equal(a.detach(), e.detach(), name, relative)
+        assert_equal(a.grad, e.grad, f"gradient of {name}", relative)
+    for (name, a), (_, e) in zip(actual.named_buffers(), expected.named_buffers(), strict=True):
+        assert_equal(a, e, name, relative)
+
+
+def assert_trains_alike(
+    actual: nn.Module, expected: nn.Module, x: Tensor, steps: int = 3, relative: float = RELATIVE
+) -> None:
+    """Same outputs, input gradients, parameter gradients, buffers and counters through SGD steps."""
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in (actual, expected)]
+    weights = None
+    for step in range(steps):
+        outputs, grads = [], []
+        for model, optimizer in zip((actual, expected), optimizers, strict=True):
+            optimizer.zero_grad()
+            leaf = x.detach().clone().requires_grad_()
+            y = model(leaf)
+            if weights is None:
+                weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
+            (F.softplus(y) * weights).sum().backward()
+            outputs.append(y.detach())
+            grads.append(leaf.grad)
+        assert_equal(outputs[0], outputs[1], f"output of step {step}", relative)
+        assert_equal(grads[0], grads[1], f"input gradient of step {step}", relative)
+        assert_same_state(actual, expected, relative)
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def twin(module: nn.Module, change: Callable[[nn.Module], object]) -> tuple[nn.Module, nn.Module]:
+    """``module`` and a copy of it that ``change`` has been applied to, the copy first."""
+    other = copy.deepcopy(module)
+    change(other)
+    return other, module

@@ -1,0 +1,251 @@
+"""In float64 a swapped model equals its eager original, step after step, in everything it keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import densenet121
+
+import dense_ext
+from dense_ext.modules import FusedDenseBlock
+
+from .helpers import (
+    assert_equal,
+    assert_same_state,
+    assert_trains_alike,
+    eager_block,
+    eager_transition,
+    randomize,
+    small_densenet,
+    twin,
+)
+
+
+def images(batch: int = 2, height: int = 75, width: int = 53) -> torch.Tensor:
+    return torch.randn(batch, 3, height, width, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("bn_size", [1, 3])
+def test_swapped_densenet_trains_as_eager(backend: str, recompute: str, batch: int, bn_size: int) -> None:
+    ours, eager = twin(small_densenet(bn_size=bn_size), lambda m: dense_ext.swap(m, recompute=recompute))
+    assert all(row.runs == "fused" for row in dense_ext.report(ours).rows)
+    assert_trains_alike(ours, eager, images(batch))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_memory_format_of_input_and_weights(backend: str, memory_format: torch.memory_format) -> None:
+    ours, eager = twin(small_densenet(), dense_ext.swap)
+    ours.to(memory_format=memory_format)
+    assert_trains_alike(ours, eager, images().to(memory_format=memory_format))
+
+
+def test_densenet121_trains_as_eager(backend: str) -> None:
+    ours, eager = twin(randomize(densenet121(num_classes=10)).double(), dense_ext.swap)
+    assert_trains_alike(ours, eager, images(2, 64, 96), steps=2)
+
+
+def test_eval_mode(backend: str, recompute: str) -> None:
+    ours, eager = twin(small_densenet().eval(), lambda m: dense_ext.swap(m, recompute=recompute))
+    assert_trains_alike(ours, eager, images(), steps=1)
+    with torch.no_grad():
+        x = images(1)
+        assert_equal(ours(x), eager(x), "inference")
+
+
+def test_inference_mode(backend: str) -> None:
+    ours, eager = twin(small_densenet().eval(), dense_ext.swap)
+    x = images(1)
+    with torch.inference_mode():
+        assert_equal(ours(x), eager(x), "inference")
+
+
+def test_no_grad_in_training_mode_updates_the_statistics(backend: str, recompute: str) -> None:
+    ours, eager = twin(small_densenet(), lambda m: dense_ext.swap(m, recompute=recompute))
+    x = images()
+    with torch.no_grad():
+        assert_equal(ours(x), eager(x), "output")
+    assert_same_state(ours, eager)
+
+
+def test_statistics_are_updated_once_a_step(backend: str, recompute: str) -> None:
+    model = dense_ext.swap(small_densenet(), recompute=recompute)
+    model(images()).sum().backward()
+    counters = {k: v.item() for k, v in model.named_buffers() if k.endswith("num_batches_tracked")}
+    assert set(counters.values()) == {1}, counters
+
+
+def freeze_norms(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+
+
+def freeze_some_norms(model: nn.Module) -> None:
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms[::3]:
+        norm.eval()
+
+
+def freeze_weights(model: nn.Module) -> None:
+    for i, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(i % 3 == 0)
+
+
+def cumulative_momentum(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+
+
+def individual_norms(model: nn.Module) -> None:
+    for i, module in enumerate(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        module.momentum, module.eps = 0.01 * (i % 4 + 1), 10.0 ** -(2 + i % 4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [freeze_norms, freeze_some_norms, freeze_weights, cumulative_momentum, individual_norms],
+    ids=lambda f: f.__name__,
+)
+def test_settings_of_norms_and_weights(backend: str, recompute: str, change: object) -> None:
+    model = small_densenet()
+    change(model)  # type: ignore[operator]
+    ours, eager = twin(model, lambda m: dense_ext.swap(m, recompute=recompute))
+    assert_trains_alike(ours, eager, images())
+
+
+def replace_norms(model: nn.Module, **options: bool) -> nn.Module:
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.BatchNorm2d:
+                setattr(parent, name, nn.BatchNorm2d(child.num_features, **options).double())
+    return model
+
+
+@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_norms_without_parameters_or_statistics(
+    backend: str, options: dict[str, bool], training: bool
+) -> None:
+    model = replace_norms(small_densenet(), **options).train(training)
+    ours, eager = twin(model, dense_ext.swap)
+    assert_trains_alike(ours, eager, images())
+
+
+def test_stop_tracking_but_keep_the_buffers(backend: str) -> None:
+    model = small_densenet()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.track_running_stats = False
+    ours, eager = twin(model, dense_ext.swap)
+    assert_trains_alike(ours, eager, images())
+
+
+@pytest.mark.parametrize("size", [(1, 2), (2, 1), (1, 1), (5, 7)])
+def test_block_of_odd_sizes(backend: str, recompute: str, size: tuple[int, int]) -> None:
+    ours, eager = twin(eager_block(), lambda m: dense_ext.swap(m, recompute=recompute))
+    assert_trains_alike(ours, eager, torch.randn(3, 6, *size, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("size", [(2, 2), (3, 2), (5, 7), (4, 6)])
+def test_transition_of_odd_sizes(backend: str, size: tuple[int, int]) -> None:
+    transition = eager_transition()
+    ours, eager = twin(nn.Sequential(eager_block(2, 2, 2), transition), dense_ext.swap)
+    assert_trains_alike(ours, eager, torch.randn(2, 2, *size, dtype=torch.float64))
+
+
+def test_many_layers(backend: str) -> None:
+    ours, eager = twin(eager_block(layers=30, channels=3, growth_rate=2), dense_ext.swap)
+    assert_trains_alike(ours, eager, torch.randn(2, 3, 6, 6, dtype=torch.float64), steps=2)
+
+
+def test_empty_batch(backend: str, recompute: str) -> None:
+    ours, eager = twin(small_densenet(), lambda m: dense_ext.swap(m, recompute=recompute))
+    assert_trains_alike(ours, eager, images(batch=0), steps=1)
+
+
+def test_bits_are_equal_run_to_run(backend: str, recompute: str) -> None:
+    model = dense_ext.swap(small_densenet().float(), recompute=recompute)
+    x = images().float()
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        model(x).square().sum().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    first = gradients()
+    for again in (gradients(), gradients()):
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+class TestDropout:
+    def test_every_policy_drops_the_same(self, backend: str) -> None:
+        x = torch.randn(2, 6, 8, 8, dtype=torch.float64)
+        results = []
+        for policy in ("none", "bottleneck", "block"):
+            torch.manual_seed(1)
+            block = dense_ext.swap(eager_block(drop_rate=0.3), recompute=policy)
+            torch.manual_seed(3)
+            leaf = x.clone().requires_grad_()
+            y = block(leaf)
+            y.square().sum().backward()
+            results.append([y.detach(), leaf.grad, *(p.grad for p in block.parameters())])
+        for other in results[1:]:
+            for a, b in zip(results[0], other, strict=True):
+                assert_equal(a, b, "dropout by policy")
+
+    def test_distribution_and_scale(self, backend: str) -> None:
+        block = eager_block(layers=1, growth_rate=8, drop_rate=0.3)
+        kept = dense_ext.swap(eager_block(layers=1, growth_rate=8))
+        kept.load_state_dict(block.state_dict())
+        dense_ext.swap(block)
+        x = torch.randn(4, 6, 32, 32, dtype=torch.float64)
+        dropped, full = block(x)[:, 6:], kept(x)[:, 6:]
+        zero = dropped == 0
+        # 32768 Bernoulli draws: four standard deviations of the share are 0.0101.
+        assert abs(zero.double().mean().item() - 0.3) < 0.0101
+        assert_equal(dropped[~zero], full[~zero] / 0.7, "kept elements")
+
+    def test_new_mask_each_step_and_reproducible(self, backend: str) -> None:
+        block = dense_ext.swap(eager_block(drop_rate=0.5))
+        x = torch.randn(2, 6, 8, 8, dtype=torch.float64)
+        torch.manual_seed(5)
+        first, second = block(x), block(x)
+        torch.manual_seed(5)
+        assert torch.equal(block(x), first)
+        assert not torch.equal(first, second)
+
+    def test_gradient_is_that_of_the_masked_function(self, backend: str, recompute: str) -> None:
+        block = dense_ext.swap(eager_block(layers=2, drop_rate=0.4), recompute=recompute)
+
+        def function(x: torch.Tensor) -> torch.Tensor:
+            torch.manual_seed(7)
+            return block(x)  # type: ignore[no-any-return]
+
+        x = torch.randn(2, 6, 3, 3, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(function, (x,))
+
+    def test_off_in_eval(self, backend: str) -> None:
+        ours, eager = twin(eager_block(drop_rate=0.4).eval(), dense_ext.swap)
+        assert_trains_alike(ours, eager, torch.randn(2, 6, 5, 5, dtype=torch.float64), steps=1)
+
+    def test_everything_dropped(self, backend: str) -> None:
+        block = dense_ext.swap(eager_block(drop_rate=1.0))
+        x = torch.randn(2, 6, 4, 4, dtype=torch.float64, requires_grad=True)
+        y = block(x)
+        assert torch.count_nonzero(y[:, 6:]) == 0
+        y.sum().backward()
+        assert torch.isfinite(x.grad).all()
+
+
+class TestWithoutBottleneck:
+    def test_block_equals_eager(self, backend: str, recompute: str) -> None:
+        block = dense_ext.DenseBlock(3, 6, 5, bn_size=None, recompute=recompute)
+        ours = randomize(block).double()
+        eager = dense_ext.modules.EagerDenseBlock()
+        for name, layer in twin(ours, lambda _: None)[0].items():
+            eager[name] = layer
+        assert isinstance(ours, FusedDenseBlock)
+        assert_trains_alike(ours, eager, torch.randn(2, 6, 7, 5, dtype=torch.float64))
