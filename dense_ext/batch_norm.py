@@ -51,27 +51,28 @@ def update_running_stats(
         count: values per channel, M. An empty batch (0) counts as a step and changes no statistics.
     """
     tracked = [
-        (norm, mean, var)
+        (norm, norm.running_mean, norm.running_var, mean, var)
         for norm, mean, var in zip(norms, means, variances, strict=True)
-        if norm.training and norm.track_running_stats and norm.running_mean is not None
+        if norm.training and norm.track_running_stats
     ]
-    counters = [norm.num_batches_tracked for norm, _, _ in tracked if norm.num_batches_tracked is not None]
+    counters = [norm.num_batches_tracked for norm, *_ in tracked if norm.num_batches_tracked is not None]
     if counters:
         torch._foreach_add_(counters, 1)
     if count == 0:
         return
-    by_momentum: dict[float | None, list[tuple[nn.BatchNorm2d, Tensor, Tensor]]] = {}
-    for entry in tracked:
-        by_momentum.setdefault(entry[0].momentum, []).append(entry)
     unbias = count / max(count - 1, 1)
-    for momentum, entries in by_momentum.items():
-        running = [norm.running_mean for norm, _, _ in entries] + [norm.running_var for norm, _, _ in entries]
-        batch = [mean for _, mean, _ in entries] + [var * unbias for _, _, var in entries]
-        batch = [b.to(r.dtype) for r, b in zip(running, batch, strict=True)]
+    by_momentum: dict[float | None, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
+    for norm, running_mean, running_var, mean, var in tracked:
+        if running_mean is None or running_var is None or norm.num_batches_tracked is None:
+            continue
+        running, batch, steps = by_momentum.setdefault(norm.momentum, ([], [], []))
+        running += [running_mean, running_var]
+        batch += [mean.to(running_mean.dtype), (var * unbias).to(running_var.dtype)]
+        steps += [norm.num_batches_tracked] * 2
+    for momentum, (running, batch, steps) in by_momentum.items():
         if momentum is not None:
             torch._foreach_lerp_(running, batch, float(momentum))
             continue
         # momentum=None is the cumulative average: the factor is one over the steps so far.
-        steps = [norm.num_batches_tracked for norm, _, _ in entries] * 2
         for r, b, n in zip(running, batch, steps, strict=True):
             r.lerp_(b, n.double().reciprocal().to(r.dtype))

@@ -54,7 +54,7 @@ def check_batch(where: str, x: Tensor, training: bool) -> None:
         )
 
 
-def check_parameter(where: str, name: str, parameter: Tensor, x: Tensor, convolution: bool) -> None:
+def check_parameter(where: str, name: str, parameter: Tensor, x: Tensor) -> None:
     """Refuse a parameter on another device than x, or of a dtype that does not go with it.
 
     A convolution's weight has x's dtype. A norm's may also be float32 beside 16-bit activations.
@@ -69,7 +69,9 @@ def check_parameter(where: str, name: str, parameter: Tensor, x: Tensor, convolu
             f"expected {x.device} like the input {tuple(x.shape)}"
         )
     mixed = (
-        not convolution and parameter.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
+        parameter.dim() == 1
+        and parameter.dtype == torch.float32
+        and x.dtype in (torch.bfloat16, torch.float16)
     )
     if parameter.dtype != x.dtype and not mixed:
         raise TypeError(

@@ -86,7 +86,7 @@ class DenseNet(nn.Module):
             self.features.norm0 = norm = nn.BatchNorm2d(num_init_features)
             self.features.relu0 = relu = nn.ReLU(inplace=True)
             self.features.pool0 = pool = nn.MaxPool2d(3, stride=2, padding=1)
-            fuse_stem(norm, relu, pool, backend)
+            fuse_stem((norm, relu, pool), backend)
         channels = num_init_features
         for i, (layers, k) in enumerate(zip(block_config, growth, strict=True), start=1):
             block = DenseBlock(layers, channels, k, bn_size, drop_rate, recompute=recompute, backend=backend)

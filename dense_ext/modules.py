@@ -8,7 +8,7 @@ layer by layer, so results never depend on being fused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,15 +32,14 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _unfusable(modules: Iterable[nn.Module]) -> str | None:
-    """Why these inner modules have to be called one by one at present, or None."""
-    for module in modules:
+def _unfusable(modules: Iterable[tuple[str, nn.Module]]) -> str | None:
+    """Why these named inner modules have to be called one by one at present, or None."""
+    for name, module in modules:
+        expected = next((kinds for start, kinds in _EXPECTED.items() if name.startswith(start)), None)
+        if expected is not None and type(module) not in expected:
+            return f"{name} is {type(module).__name__}, not {expected[0].__name__}"
         if has_hooks(module):
-            return f"a hook is registered on an inner {type(module).__name__}"
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in _NORM_TYPES:
-            return f"{type(module).__name__} is not nn.BatchNorm2d"
-        if isinstance(module, nn.Conv2d) and type(module) is not nn.Conv2d:
-            return f"{type(module).__name__} is not nn.Conv2d"
+            return f"a hook is registered on {name}"
     return None
 
 
@@ -52,7 +51,7 @@ def _arguments(
     check_batch(where, x, any(batch_stats))
     weights, biases = zip(*(affine_parameters(norm, dtype, x.device) for norm in norms), strict=True)
     # Under autocast the convolutions compute in x's dtype, as the caller has chosen it.
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = ops.autocast_enabled(x)
     conv_weights = [conv.weight.to(x.dtype) if autocast else conv.weight for conv in convs]
     running = [norm for norm, batch in zip(norms, batch_stats, strict=True) if not batch]
     args = Arguments(
@@ -68,13 +67,13 @@ def _arguments(
     names = ("norm weight", "norm bias", "convolution weight", "running mean", "running variance")
     for name, group in zip(names, args.tensors, strict=True):
         for parameter in group:
-            check_parameter(where, name, parameter, x, convolution=group is args.conv_weights)
+            check_parameter(where, name, parameter, x)
     return args
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype autocast would convolve x in, None where it leaves x alone."""
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+    if x.dtype == torch.float64 or not ops.autocast_enabled(x):
         return None
     return torch.get_autocast_dtype(x.device.type)
 
@@ -146,25 +145,25 @@ class FusedDenseBlock:
 
     recompute: str
     backend: str
-
-    def layers(self) -> Iterator[nn.Module]:
-        return iter(self._modules.values())  # type: ignore[attr-defined]
+    _modules: dict[str, Any]
 
     def unfusable(self) -> str | None:
         """Why the block has to run layer by layer at present, or None."""
-        layers = list(self.layers())
+        children = self._modules
+        layers = list(children.values())
         if len({layer.drop_rate for layer in layers}) > 1:
             return "its layers have different drop rates"
         if len({layer.training for layer in layers}) > 1 and layers[0].drop_rate:
             return "some layers drop out and some do not"
-        return _unfusable(m for layer in layers for m in (layer, *layer._modules.values()) if m is not None)
+        return _unfusable(
+            item for name, layer in children.items() for item in ((name, layer), *layer._modules.items())
+        )
 
     def forward(self, init_features: Tensor) -> Tensor:
-        layers = list(self.layers())
-        first = layers[0].norm1
-        check_input("dense block", init_features, first)
-        if not torch.compiler.is_compiling() and self.unfusable() is not None:
+        if self.unfusable() is not None:
             return super().forward(init_features)  # type: ignore[misc]
+        layers = list(self._modules.values())
+        check_input("dense block", init_features, layers[0].norm1)
         names = ("1", "2") if "conv2" in layers[0]._modules else ("1",)
         norms = [layer._modules["norm" + i] for layer in layers for i in names]
         convs = [layer._modules["conv" + i] for layer in layers for i in names]
@@ -249,16 +248,17 @@ class FusedTransition:
     """Mixin: a module with norm, relu, conv (1x1) and pool (2x2 average) runs them as one operator."""
 
     backend: str
+    _modules: dict[str, Any]
 
     def unfusable(self) -> str | None:
         """Why the transition has to run child by child at present, or None."""
-        return _unfusable(self._modules.values())  # type: ignore[attr-defined]
+        return _unfusable(self._modules.items())
 
     def forward(self, input: Tensor) -> Tensor:
-        norm, conv = self._modules["norm"], self._modules["conv"]  # type: ignore[attr-defined]
-        check_input("transition", input, norm, minimum_size=2)
-        if not torch.compiler.is_compiling() and self.unfusable() is not None:
+        if self.unfusable() is not None:
             return super().forward(input)  # type: ignore[misc]
+        norm, conv = self._modules["norm"], self._modules["conv"]
+        check_input("transition", input, norm, minimum_size=2)
         x = _as_autocast_concatenates(input)
         args = _arguments("transition", x, [norm], [conv], self.backend)
         with ops.keeping_block_input(x):
@@ -302,10 +302,7 @@ class _StemPart:
 
     def unfusable(self) -> str | None:
         """Why norm, relu and pool have to run one by one at present, or None."""
-        return _unfusable(self.stem)
-
-    def _fused(self) -> bool:
-        return torch.compiler.is_compiling() or self.unfusable() is None
+        return _unfusable(zip(("norm0", "relu0", "pool0"), self.stem, strict=True))
 
 
 class StemNorm(_StemPart, nn.BatchNorm2d):
@@ -314,9 +311,9 @@ class StemNorm(_StemPart, nn.BatchNorm2d):
     backend: str
 
     def forward(self, input: Tensor) -> Tensor:
-        check_input("stem", input, self)
-        if not self._fused():
+        if self.unfusable() is not None:
             return super().forward(input)
+        check_input("stem", input, self)
         args = _arguments("stem", input, [self], [], self.backend)
         y, stats = torch.ops.dense_ext.stem(input, *args)
         update_running_stats([self], [stats[0]], [stats[1]], input.shape[0] * input.shape[2] * input.shape[3])
@@ -327,22 +324,28 @@ class StemReLU(_StemPart, nn.ReLU):
     """The stem's ReLU, done already by its norm."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return input if self._fused() else super().forward(input)
+        return input if self.unfusable() is None else super().forward(input)
 
 
 class StemMaxPool(_StemPart, nn.MaxPool2d):
     """The stem's max pool, done already by its norm."""
 
     def forward(self, input: Tensor) -> Any:
-        return input if self._fused() else super().forward(input)
+        return input if self.unfusable() is None else super().forward(input)
 
 
-_NORM_TYPES = (nn.BatchNorm2d, StemNorm)
+# The classes an inner module may have, by the start of its name.
+_EXPECTED: dict[str, tuple[type[nn.Module], ...]] = {
+    "norm": (nn.BatchNorm2d, StemNorm),
+    "relu": (nn.ReLU, StemReLU),
+    "conv": (nn.Conv2d,),
+    "pool": (nn.AvgPool2d, StemMaxPool),
+}
 
 
-def fuse_stem(norm: nn.BatchNorm2d, relu: nn.ReLU, pool: nn.MaxPool2d, backend: str) -> None:
-    """Make the three siblings run as one operator, in place: only their classes change."""
-    for module, kind in ((norm, StemNorm), (relu, StemReLU), (pool, StemMaxPool)):
+def fuse_stem(stem: tuple[Any, ...], backend: str) -> None:
+    """Make norm, ReLU and max pool run as one operator, in place: only their classes change."""
+    for module, kind in zip(stem, (StemNorm, StemReLU, StemMaxPool), strict=True):
         module.__class__ = kind
-        module.stem = (norm, relu, pool)
-    norm.backend = backend
+        module.stem = stem
+    stem[0].backend = backend

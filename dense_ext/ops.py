@@ -78,10 +78,15 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return torch.library.register_fake(f"dense_ext::{name}", lib=_LIBRARY)
 
 
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast is on for x's device; False where the device knows no autocast."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Autocast off inside a kernel: its inputs already have the types to compute in."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else nullcontext()
 
 
 def _primitives(x: Tensor, args: Arguments) -> Primitives:
@@ -115,10 +120,15 @@ def _block(x: Tensor, in_channels: int, args: Arguments, options: BlockOptions) 
     )
 
 
+def _is_channels_last(x: Tensor) -> bool:
+    """Whether x lies in dense channels_last memory; exact also where a size is 1."""
+    _, c, h, w = x.shape
+    return x.stride() == (h * w * c, 1, w * c, c)
+
+
 def _channels_last(x: Tensor) -> Tensor:
-    """x in dense channels_last memory; x itself if it is. Exact also where a size is 1."""
-    n, c, h, w = x.shape
-    if x.stride() == (h * w * c, 1, w * c, c):
+    """x in dense channels_last memory; x itself if it is."""
+    if _is_channels_last(x):
         return x
     return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
 
@@ -171,11 +181,15 @@ def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return schedule.empty_outputs(block, x, options.recompute == "none")
 
 
-@_operator(
-    f"dense_block_backward(Tensor(a!) grad, Tensor output, Tensor stats, Tensor z, {_BLOCK}, "
-    f"int in_channels, bool[] needs_conv_grad) -> {_GRADIENTS}"
+_BLOCK_BACKWARD = (
+    f"Tensor output, Tensor stats, Tensor z, {_BLOCK}, int in_channels, bool[] needs_conv_grad) "
+    f"-> {_GRADIENTS}"
 )
-def _dense_block_backward(grad: Tensor, output: Tensor, stats: Tensor, z: Tensor, *rest: Any) -> Gradients:
+
+
+@_operator(f"dense_block_backward_(Tensor(a!) grad, {_BLOCK_BACKWARD}")
+def _dense_block_backward_(grad: Tensor, output: Tensor, stats: Tensor, z: Tensor, *rest: Any) -> Gradients:
+    """The gradients; ``grad``, in dense channels_last memory, is used up as the schedule's buffer G."""
     args, options = Arguments(*rest[:8]), BlockOptions(*rest[8:11])
     in_channels, needs_conv_grad = rest[11:]
     if grad.shape[0] == 0:
@@ -186,12 +200,22 @@ def _dense_block_backward(grad: Tensor, output: Tensor, stats: Tensor, z: Tensor
     return _in_parameter_dtypes(args, g.x, g.norm_weights, g.norm_biases, g.convs)
 
 
-@_fake("dense_block_backward")
-def _(grad: Tensor, output: Tensor, stats: Tensor, z: Tensor, *rest: Any) -> Gradients:
+@_operator(f"dense_block_backward(Tensor grad, {_BLOCK_BACKWARD}")
+def _dense_block_backward(grad: Tensor, *rest: Any) -> Gradients:
+    buffer = torch.empty_like(grad, memory_format=torch.channels_last).copy_(grad)
+    return _dense_block_backward_(buffer, *rest)
+
+
+def _dense_block_backward_fake(
+    grad: Tensor, output: Tensor, stats: Tensor, z: Tensor, *rest: Any
+) -> Gradients:
     in_channels, needs_conv_grad = rest[11:]
-    n, _, h, w = output.shape
     grad_x = torch.empty_like(output[:, :in_channels], memory_format=torch.channels_last)
     return _fake_gradients(grad_x, Arguments(*rest[:8]), needs_conv_grad)
+
+
+_fake("dense_block_backward_")(_dense_block_backward_fake)
+_fake("dense_block_backward")(_dense_block_backward_fake)
 
 
 def _dense_block_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -199,7 +223,7 @@ def _dense_block_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     out, stats, z = output
     ctx.mark_non_differentiable(stats, z)
     ctx.in_channels = x.shape[1]
-    ctx.recomputed = None
+    ctx.recomputed = ctx.loaded = None
     kept = x if options.recompute == "block" else out
     _save(ctx, args, kept, stats, z, options.dropout_seeds)
     ctx.options = options._replace(dropout_seeds=None)
@@ -207,27 +231,32 @@ def _dense_block_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _dense_block_formula(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     _refuse_double_backward()
-    args, output, stats, z, seeds = _load(ctx)
     if grad is None:
-        return *_no_gradients(args), None, None, None
+        return *_no_gradients(ctx), None, None, None
     if ctx.options.recompute == "block":
         output = recomputed_output(ctx)
-        ctx.recomputed = None
-    # The schedule accumulates into the gradient it is given, so that must be ours alone.
-    buffer = _channels_last(grad)
-    if buffer is grad and not is_exclusive(grad, _probe_ownership):
-        buffer = grad.clone()
-    gradients = torch.ops.dense_ext.dense_block_backward(
-        buffer, output, stats, z, *args, *ctx.options._replace(dropout_seeds=seeds),
+    args, kept, stats, z, seeds = ctx.loaded or _load(ctx)
+    if ctx.options.recompute != "block":
+        output = kept
+    ctx.recomputed = ctx.loaded = None
+    # The schedule accumulates into the gradient it is given; where others may see it, into a copy.
+    backward = torch.ops.dense_ext.dense_block_backward
+    if is_exclusive(grad, _probe_ownership) and _is_channels_last(grad):
+        backward = torch.ops.dense_ext.dense_block_backward_
+    gradients = backward(
+        grad, output, stats, z, *args, *ctx.options._replace(dropout_seeds=seeds),
         ctx.in_channels, ctx.needs_input_grad[3],
     )  # fmt: skip
-    return *_returned(ctx, args, gradients), None, None, None
+    return *_returned(ctx, gradients), None, None, None
 
 
 def recomputed_output(ctx: Any) -> Tensor:
-    """X of a block that kept only its input, computed again; kept on ``ctx`` for its own backward."""
+    """X of a block that kept only its input, computed again; kept on ``ctx`` for its own backward.
+
+    What was saved is loaded once, since checkpointing around the block allows no second time.
+    """
     if ctx.recomputed is None:
-        args, x, _, _, seeds = _load(ctx)
+        args, x, _, _, seeds = ctx.loaded = _load(ctx)
         options = BlockOptions(seeds, ctx.options.drop_rate, "bottleneck")
         with torch.no_grad():
             ctx.recomputed, _, _ = torch.ops.dense_ext.dense_block(x, *args, *options)
@@ -294,11 +323,11 @@ def _pooling_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _pooling_formula(backward: str) -> Callable[..., tuple[Any, ...]]:
     def formula(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
         _refuse_double_backward()
-        args, x, stats = _load(ctx)
         if grad is None:
-            return _no_gradients(args)
+            return _no_gradients(ctx)
+        args, x, stats = _load(ctx)
         operator = getattr(torch.ops.dense_ext, backward)
-        return _returned(ctx, args, operator(grad, x, stats, *args, ctx.needs_input_grad[3]))
+        return _returned(ctx, operator(grad, x, stats, *args, ctx.needs_input_grad[3]))
 
     return formula
 
@@ -347,7 +376,7 @@ def _save(ctx: Any, args: Arguments, *activations: Tensor | None) -> None:
 def _load(ctx: Any) -> tuple[Any, ...]:
     """The arguments and activations that `_save` kept, as ``(args, *activations)``."""
     saved = list(ctx.saved_tensors)
-    groups: list[list[Tensor]] = []
+    groups: list[Any] = []
     for size in reversed(ctx.list_sizes):
         split = len(saved) - size
         groups.insert(0, saved[split:])
@@ -355,11 +384,11 @@ def _load(ctx: Any) -> tuple[Any, ...]:
     return Arguments(*groups, *ctx.constants), *saved
 
 
-def _no_gradients(args: Arguments) -> tuple[Any, ...]:
-    return (None, *([None] * len(group) for group in args.tensors), None, None, None)
+def _no_gradients(ctx: Any) -> tuple[Any, ...]:
+    return (None, *([None] * size for size in ctx.list_sizes), None, None, None)
 
 
-def _returned(ctx: Any, args: Arguments, gradients: Gradients) -> tuple[Any, ...]:
+def _returned(ctx: Any, gradients: Gradients) -> tuple[Any, ...]:
     """The gradients in the operator's argument structure, None where nobody asked."""
     grad_x, *lists = gradients
     needed = ctx.needs_input_grad
@@ -367,7 +396,7 @@ def _returned(ctx: Any, args: Arguments, gradients: Gradients) -> tuple[Any, ...
         [g if n else None for g, n in zip(grads, flags, strict=True)]
         for grads, flags in zip(lists, needed[1:4], strict=True)
     ]
-    unused = [[None] * len(group) for group in args.tensors[3:]]
+    unused = [[None] * size for size in ctx.list_sizes[3:]]
     return (grad_x if needed[0] else None, *wanted, *unused, None, None, None)
 
 

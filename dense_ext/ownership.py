@@ -24,7 +24,8 @@ _probed = False
 
 def _counts(tensor: Tensor) -> Counts:
     storage = tensor.untyped_storage()
-    return sys.getrefcount(tensor), tensor._use_count(), torch._C._storage_Use_Count(storage._cdata)
+    tensor_uses = tensor._use_count()  # type: ignore[attr-defined]  # absent from torch's stubs
+    return sys.getrefcount(tensor), tensor_uses, torch._C._storage_Use_Count(storage._cdata)
 
 
 def is_exclusive(grad: Tensor, probe: Callable[[], None]) -> bool:

@@ -49,7 +49,9 @@ def eager_transition(channels: int = 6, out_channels: int = 3) -> nn.Module:
     return randomize(_Transition(channels, out_channels)).double()
 
 
-def assert_equal(actual: Tensor | None, expected: Tensor | None, what: str, relative: float = RELATIVE) -> None:
+def assert_equal(
+    actual: Tensor | None, expected: Tensor | None, what: str, relative: float = RELATIVE
+) -> None:
     """Both None, or equal in dtype and shape and to ``relative`` of the largest expected value."""
     if expected is None or actual is None:
         assert actual is expected, f"{what}: one of the two is None"

@@ -52,9 +52,15 @@ void forward_kernel(const Pixels<const T>& x, const Acc<T>* scale_, const Acc<T>
                            kPanel<A>, zs, z_ld};
         product.b += chunk.begin * kPanel<A>;
         product.accumulate = c > 0;
+        if (c + 1 < chunks.count) {
+          product.prefetch[0] = fetch_pixels(x, tile, chunks[c + 1]);
+        } else {
+          product.prefetch[0] = fetch_pixels(z, tile, {0, out});
+          if (i + 1 < range.end) product.prefetch[1] = fetch_pixels(x, tiles.tile(i + 1), chunks[0]);
+        }
         multiply(product);
       }
-      store_rows(zs, z_ld, tile.size(), out, z.at(tile.begin), z.stride);
+      store_rounded_rows(zs, z_ld, tile.size(), out, z.at(tile.begin), z.stride);
       if (mean) moments.add_rows(part, zs, z_ld, tile.size());
     }
   });
@@ -147,17 +153,25 @@ void backward_kernel(const BackwardArguments<T>& args) {
       for (int64_t c = my_chunks.begin; c < my_chunks.end; c++) {
         const int64_t first = chunks[c].begin, columns = chunks[c].size();
         const T* x = args.x.at(tile.begin) + first;
-        multiply<A>({rows, columns, out, dz, dz_ld, 1, packed + first * out, out * kPanel<A>,
-                     kPanel<A>, da, a_ld});
+        T* grad_x = args.grad_x.at(tile.begin) + first;
+        Product<A> product{rows, columns, out, dz, dz_ld, 1, packed + first * out, out * kPanel<A>,
+                           kPanel<A>, da, a_ld};
+        product.prefetch[0] = fetch_pixels(args.x, tile, chunks[c]);
+        product.prefetch[1] = fetch_pixels(args.grad_x, tile, chunks[c]);
+        multiply(product);
         mask_rows<Output::kAddScaled, 1>(da, a_ld, x, args.x.stride, rows, columns, mean + first,
-                                         scale + first, shift + first,
-                                         args.grad_x.at(tile.begin) + first, args.grad_x.stride,
-                                         sums.row(part) + first, sums.ld());
+                                         scale + first, shift + first, grad_x,
+                                         args.grad_x.stride, sums.row(part) + first, sums.ld());
         if (!want_weight) continue;
         activate_rows(x, args.x.stride, rows, columns, scale + first, shift + first, a, a_ld);
         Product<A> weight{out, columns, rows, dz, 1, dz_ld, a, kPanel<A>, a_ld,
                           dw + part * dw_size + first, dw_ld};
         weight.accumulate = i > range.begin;
+        if (c + 1 == my_chunks.end && i + 1 < range.end) {
+          const Range next = tiles.tile(i + 1);
+          weight.prefetch[0] = fetch_pixels(args.z, next, {0, out});
+          weight.prefetch[1] = fetch_pixels(args.grad_bn, next, {0, out});
+        }
         multiply(weight);
       }
     }

@@ -107,7 +107,7 @@ void forward_kernel(const ForwardArguments<T>& args) {
           multiply(product);
         }
       }
-      store_rows(ys, y_ld, band.pixels(), out, args.y.at(band.first_pixel()), args.y.stride);
+      store_rounded_rows(ys, y_ld, band.pixels(), out, args.y.at(band.first_pixel()), args.y.stride);
       if (args.mean) moments.add_rows(part, ys, y_ld, band.pixels());
     }
   });
@@ -183,16 +183,16 @@ void add_weight_gradient(const Band& band, const A* a, int64_t a_ld, int64_t col
 // grad[k][c][tap] = sum over parts of partial[tap][c][k]
 template <class T>
 void write_grad_weight(Acc<T>* partial, int64_t parts, int64_t ld, const Weight<T>& grad) {
-  const int64_t size = kTaps * grad.in * ld;
   const int64_t threads = std::min(num_threads(), grad.in);
   parallel(threads, [&](int64_t thread) {
     const Range range = part_of(grad.in, threads, thread);
     for (int64_t c = range.begin; c < range.end; c++) {
       for (int64_t t = 0; t < kTaps; t++) {
-        const Acc<T>* source = partial + (t * grad.in + c) * ld;
+        const int64_t row = (t * grad.in + c) * ld;
+        add_parts(partial, parts, kTaps * grad.in * ld, {row, row + grad.out});
         T* target = grad.data + c * grad.in_stride + grad.tap_offset(t);
         for (int64_t k = 0; k < grad.out; k++) {
-          target[k * grad.out_stride] = static_cast<T>(sum_parts(source + k, parts, size));
+          target[k * grad.out_stride] = static_cast<T>(partial[row + k]);
         }
       }
     }
@@ -257,6 +257,9 @@ void backward_kernel(const BackwardArguments<T>& args) {
           product.taps = kTaps;
           product.a_taps = a_taps.offset;
           product.b_taps = b_taps.offset;
+          const int64_t p = pixel + line * z.width;
+          product.prefetch[0] = fetch_pixels(z, {p, p + z.width}, chunks[c]);
+          product.prefetch[1] = fetch_pixels(args.grad_bn, {p, p + z.width}, chunks[c]);
           multiply(product);
         }
         mask_rows<Output::kWrite, 1>(da, a_ld, z.at(pixel) + first, z.stride, band.pixels(),

@@ -28,6 +28,11 @@ struct Windows {
     const int64_t line = p / out_width;  // of all images' output lines
     return (line / out_height * height + line % out_height * 2) * width + p % out_width * 2;
   }
+
+  // The input pixels of output pixels [tile), and what lies between them.
+  Range inputs(Range tile) const {
+    return {first_input(tile.begin), first_input(tile.end - 1) + width + 2};
+  }
 };
 
 template <class T>
@@ -82,6 +87,11 @@ void forward_kernel(const Pixels<const T>& x, const Acc<T>* scale_, const Acc<T>
         Product<A> product{tile.size(), out, chunk.size(), a, a_ld, 1,
                            packed + chunk.begin * kPanel<A>, in * kPanel<A>, kPanel<A>, ys, y_ld};
         product.accumulate = c > 0;
+        if (c + 1 < chunks.count) {
+          product.prefetch[0] = fetch_pixels(x, windows.inputs(tile), chunks[c + 1]);
+        } else if (i + 1 < range.end) {
+          product.prefetch[0] = fetch_pixels(x, windows.inputs(tiles.tile(i + 1)), chunks[0]);
+        }
         multiply(product);
       }
       store_rows(ys, y_ld, tile.size(), out, y.at(tile.begin), y.stride);
@@ -209,8 +219,11 @@ void backward_kernel(const BackwardArguments<T>& args) {
       scale_rows(args.grad.at(tile.begin), args.grad.stride, tile.size(), out, A{0.25}, dy, dy_ld);
       for (int64_t c = my_chunks.begin; c < my_chunks.end; c++) {
         const Range chunk = chunks[c];
-        multiply<A>({tile.size(), chunk.size(), out, dy, dy_ld, 1, packed + chunk.begin * out,
-                     out * kPanel<A>, kPanel<A>, dp, a_ld});
+        Product<A> product{tile.size(), chunk.size(), out, dy, dy_ld, 1,
+                           packed + chunk.begin * out, out * kPanel<A>, kPanel<A>, dp, a_ld};
+        product.prefetch[0] = fetch_pixels(args.x, windows.inputs(tile), chunk);
+        product.prefetch[1] = fetch_pixels(args.grad_x, windows.inputs(tile), chunk);
+        multiply(product);
         spread.tile(dp, a_ld, windows, tile, chunk);
         if (!want_weight) continue;
         pool_rows(args.x, windows, tile, chunk, scale, shift, A{1}, a, a_ld);

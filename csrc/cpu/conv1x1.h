@@ -42,15 +42,20 @@ struct Grid {
 
 // grad[o][i] = sum over parts of partial[part][o][i], rows `ld` apart
 template <class T>
-void write_grad_weight(const Acc<T>* partial, int64_t parts, int64_t ld, const Weight<T>& grad) {
+void write_grad_weight(Acc<T>* partial, int64_t parts, int64_t ld, const Weight<T>& grad) {
   const int64_t threads = std::min(num_threads(), grad.out);
   parallel(threads, [&](int64_t thread) {
     const Range rows = part_of(grad.out, threads, thread);
+    add_parts(partial, parts, grad.out * ld, {rows.begin * ld, rows.end * ld});
     for (int64_t o = rows.begin; o < rows.end; o++) {
-      T* row = grad.data + o * grad.out_stride;
-      for (int64_t i = 0; i < grad.in; i++) {
-        row[i * grad.in_stride] =
-            static_cast<T>(sum_parts(partial + o * ld + i, parts, grad.out * ld));
+      const Acc<T>* source = partial + o * ld;
+      T* target = grad.data + o * grad.out_stride;
+      if (grad.in_stride == 1) {
+        store_rows(source, ld, 1, grad.in, target, 0);
+      } else {
+        for (int64_t i = 0; i < grad.in; i++) {
+          target[i * grad.in_stride] = static_cast<T>(source[i]);
+        }
       }
     }
   });

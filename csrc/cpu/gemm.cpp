@@ -53,12 +53,16 @@ constexpr std::array<Kernel<A>, kMaxRows> kKernels =
 template <class A>
 void multiply(const Product<A>& p) {
   const int64_t groups = ceil_div(p.rows, kMaxRows);
+  const int64_t steps = groups * ceil_div(p.columns, kPanel<A>);
+  int64_t step = 0;
   for (int64_t j = 0; j < p.columns; j += kPanel<A>) {
     const auto& kernels = p.columns - j > kLanes<A> ? kKernels<A, 2> : kKernels<A, 1>;
     const A* b = p.b + j / kPanel<A> * p.b_panel;
     int64_t row = 0;
     for (int64_t g = 0; g < groups; g++) {  // of equal size, give or take one
       const int64_t next = p.rows * (g + 1) / groups;
+      for (const Prefetch& rows : p.prefetch) rows.fetch(step, steps);
+      step++;
       kernels[next - row - 1](p, p.a + row * p.a_row, b, p.c + row * p.c_row + j);
       row = next;
     }

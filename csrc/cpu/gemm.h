@@ -20,6 +20,23 @@ constexpr int64_t kPanel = kMaxVectors * kLanes<A>;
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// Rows of a tensor that are needed after a product: brought into the L2 cache while it computes.
+struct Prefetch {
+  const void* data = nullptr;
+  int64_t rows = 0, row_bytes = 0, stride_bytes = 0;
+
+  // The step-th of `steps` parts.
+  void fetch(int64_t step, int64_t steps) const {
+    constexpr int64_t kCacheLine = 64;
+    const char* first = static_cast<const char*>(data);
+    for (int64_t r = rows * step / steps; r < rows * (step + 1) / steps; r++) {
+      for (int64_t b = 0; b < row_bytes; b += kCacheLine) {
+        __builtin_prefetch(first + r * stride_bytes + b, 0, 2);
+      }
+    }
+  }
+};
+
 // C[i][j] (+)= sum over taps t and depth k of
 //   a[a_taps[t] + i*a_row + k*a_depth] * b[(j / kPanel)*b_panel + b_taps[t] + k*b_depth + j % kPanel]
 // C's rows are written up to round_up(columns, kLanes). An accumulating product is summed apart
@@ -37,6 +54,7 @@ struct Product {
   int64_t taps = 1;
   const int64_t* a_taps = nullptr;  // null: all zero
   const int64_t* b_taps = nullptr;
+  Prefetch prefetch[2] = {};
 };
 
 // Instantiated for float and double in gemm.cpp.
@@ -65,16 +83,20 @@ void pack_block(const WeightsAsB<T>& w, int64_t item, Acc<T>* packed) {
   const T* source = w.weights + w.tap_offsets[item % w.taps] + first * w.j_stride;
   A* block = packed + item * w.depth * kPanel<A>;
   if (columns < kPanel<A>) std::memset(block, 0, w.depth * kPanel<A> * sizeof(A));
-  if (w.j_stride == 1) {
+  if (w.j_stride <= w.k_stride) {
     for (int64_t k = 0; k < w.depth; k++) {
       for (int64_t j = 0; j < columns; j++) {
-        block[k * kPanel<A> + j] = static_cast<A>(source[k * w.k_stride + j]);
+        block[k * kPanel<A> + j] = static_cast<A>(source[k * w.k_stride + j * w.j_stride]);
       }
     }
   } else {
-    for (int64_t j = 0; j < columns; j++) {
-      for (int64_t k = 0; k < w.depth; k++) {
-        block[k * kPanel<A> + j] = static_cast<A>(source[k * w.k_stride + j * w.j_stride]);
+    constexpr int64_t kBlock = 64;  // rows of `block` that stay in the L1 cache while j goes round
+    for (int64_t k0 = 0; k0 < w.depth; k0 += kBlock) {
+      const int64_t k1 = k0 + kBlock < w.depth ? k0 + kBlock : w.depth;
+      for (int64_t j = 0; j < columns; j++) {
+        for (int64_t k = k0; k < k1; k++) {
+          block[k * kPanel<A> + j] = static_cast<A>(source[k * w.k_stride + j * w.j_stride]);
+        }
       }
     }
   }

@@ -106,12 +106,13 @@ class ChannelSums {
   double* data_;
 };
 
-// The sum over parts of partial[part][index], `size` apart, added in order.
+// partial[0][range] += partial[p][range] for the other parts in order, `size` apart.
 template <class A>
-A sum_parts(const A* partial, int64_t parts, int64_t size) {
-  A sum = partial[0];
-  for (int64_t p = 1; p < parts; p++) sum += partial[p * size];
-  return sum;
+void add_parts(A* partial, int64_t parts, int64_t size, Range range) {
+  for (int64_t p = 1; p < parts; p++) {
+    const A* other = partial + p * size;
+    for (int64_t i = range.begin; i < range.end; i++) partial[i] += other[i];
+  }
 }
 
 }  // namespace dense_ext

@@ -47,9 +47,19 @@ void affine_rows(const T* grad, int64_t grad_stride, const T* y, int64_t y_strid
   }
 }
 
-// out = values, converted; `values` are left rounded as stored.
+// out = values, converted
 template <class T>
-void store_rows(Acc<T>* values, int64_t ld, int64_t rows, int64_t columns, T* out, int64_t stride) {
+void store_rows(const Acc<T>* values, int64_t ld, int64_t rows, int64_t columns, T* out,
+                int64_t stride) {
+  for (int64_t r = 0; r < rows; r++, values += ld, out += stride) {
+    for_vectors<T>(columns, [&](int64_t j, auto count) { store(out + j, load(values + j), count); });
+  }
+}
+
+// The same, leaving in `values` what was stored, rounded.
+template <class T>
+void store_rounded_rows(Acc<T>* values, int64_t ld, int64_t rows, int64_t columns, T* out,
+                        int64_t stride) {
   for (int64_t r = 0; r < rows; r++, values += ld, out += stride) {
     for_vectors<T>(columns, [&](int64_t j, auto count) {
       const Raw<T> raw = narrow<T>(load(values + j));

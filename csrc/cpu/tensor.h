@@ -10,7 +10,8 @@
 #include <optional>
 #include <string>
 
-#include "vector.h"
+#include "gemm.h"
+#include "parallel.h"
 
 namespace dense_ext {
 
@@ -37,6 +38,14 @@ struct Weight {
   // Tap t of a 3x3 kernel, in row-major order.
   int64_t tap_offset(int64_t t) const { return t / 3 * row_stride + t % 3 * column_stride; }
 };
+
+// The tensor's pixels [rows) and channels [columns), to be fetched during a product.
+template <class T>
+Prefetch fetch_pixels(const Pixels<T>& pixels, Range rows, Range columns) {
+  constexpr int64_t kSize = sizeof(T);
+  return {pixels.at(rows.begin) + columns.begin, rows.size(), columns.size() * kSize,
+          pixels.stride * kSize};
+}
 
 template <class T>
 constexpr ScalarType scalar_type_of() {

@@ -21,14 +21,15 @@ DEPTHS = (25, 50, 100, 150, 200, 250, 300, 350, 400)
 def _block(peer: Peer, layers: int, backend: str) -> nn.Module:
     if peer.recompute is not None:
         return DenseBlock(layers, IN_CHANNELS, GROWTH_RATE, recompute=peer.recompute, backend=backend)
-    return _DenseBlock(layers, IN_CHANNELS, 4, GROWTH_RATE, 0.0, peer.memory_efficient)
+    block: nn.Module = _DenseBlock(layers, IN_CHANNELS, 4, GROWTH_RATE, 0.0, peer.memory_efficient)
+    return block
 
 
 def block_bytes(peer: Peer, layers: int, device: torch.device, dtype: torch.dtype, backend: str) -> int:
     """Bytes per image that a block of ``layers`` layers keeps, measured by a forward pass."""
     with torch.device("meta"):
         block = _block(peer, layers, backend)
-    block.to_empty(device=device).to(memory_format=peer.memory_format)
+    block.to_empty(device=device).to(memory_format=peer.memory_format)  # type: ignore[call-overload]
     for tensor in (*block.parameters(), *block.buffers()):
         tensor.data.fill_(0.01)  # the bytes do not depend on the values
     # A block's input comes from a convolution, which under autocast gives ``dtype``.

@@ -10,6 +10,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+_BATCH = 2  # batch norm refuses a single value per channel
+
 
 def without_memory() -> AbstractContextManager[object]:
     """While active, tensors have shapes and no values: nothing is allocated or computed."""
@@ -24,8 +26,10 @@ def flops_per_image(build: Callable[[], nn.Module], size: int, backward: bool) -
         size: height and width of the images in pixels.
         backward: count forward and backward rather than forward alone.
     """
-    with without_memory(), FlopCounterMode(display=False) as counter:
-        output = build().train()(torch.randn(2, 3, size, size))
-        if backward:
-            output.sum().backward()
-    return counter.get_total_flops() // 2
+    with without_memory():
+        network, images = build().train(), torch.randn(_BATCH, 3, size, size)
+        with FlopCounterMode(display=False) as counter:
+            output = network(images)
+            if backward:
+                output.sum().backward()
+    return int(counter.get_total_flops()) // _BATCH

@@ -27,18 +27,20 @@ Transform = Callable[[Any], Tensor]
 
 def training_transform(size: int) -> Transform:
     """Random crop and flip to [3, size, size], float32, normalised."""
-    return v2.Compose([
+    transform: Transform = v2.Compose([
         v2.RGB(), v2.RandomResizedCrop(size, scale=(0.25, 1.0), antialias=True), v2.RandomHorizontalFlip(),
         v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(_MEAN, _STD),
     ])  # fmt: skip
+    return transform
 
 
 def test_transform(size: int) -> Transform:
     """The middle of the image, [3, size, size], float32, normalised."""
-    return v2.Compose([
+    transform: Transform = v2.Compose([
         v2.RGB(), v2.Resize(size * 8 // 7, antialias=True), v2.CenterCrop(size),
         v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(_MEAN, _STD),
     ])  # fmt: skip
+    return transform
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def sample_batch(folder: Path | None, batch: int, size: int, seed: int) -> Batch
             images, labels = zip(*picks, strict=True)
             classes = len(data.classes)
             return Batch(torch.stack(images), torch.tensor(labels), classes, f"folder {folder.name}")
-        photos = [torch.from_numpy(image).permute(2, 0, 1) for image in load_sample_images().images]
+        photos = [torch.tensor(image).permute(2, 0, 1) for image in load_sample_images().images]
         images = tuple(transform(photos[i % len(photos)]) for i in range(batch))
         labels_ = torch.arange(batch) % len(photos)
         return Batch(torch.stack(images), labels_, 1000, "scikit-learn's sample photographs, random crops")

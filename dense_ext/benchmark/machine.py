@@ -36,11 +36,13 @@ def commit() -> str | None:
         return None
     git = ["git", "-C", str(root)]
     try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+        head, changes = (
+            subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout.strip()
+            for command in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain"))
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
+    return head + ("+" if changes else "")
 
 
 def _cpu_model() -> str:
@@ -88,7 +90,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Best rate of copying 256 MiB (2 GiB on a GPU) within the device's memory, bytes read plus written per second."""
+    """Best rate of copying 256 MiB (2 GiB on a GPU): bytes read plus bytes written, per second."""
     count = 2**29 if device.type == "cuda" else 2**26
     source = torch.zeros(count, device=device)
     target = torch.zeros(count, device=device)

@@ -47,7 +47,7 @@ def peak_bytes(step: TrainStep, images: Tensor, labels: Tensor) -> int:
     def run() -> None:
         step.optimizer.zero_grad(set_to_none=False)
         loss, _ = step.loss(images, labels)
-        loss.backward()
+        torch.autograd.backward(loss)
 
     return _cuda_peak(run, step.device) if step.device.type == "cuda" else _cpu_peak(run)
 

@@ -33,8 +33,10 @@ def takes_small_images(model: DenseNet) -> bool:
     return not hasattr(model.features, "norm0")
 
 
-def torchvision_twin(model: DenseNet, memory_efficient: bool = False) -> TorchvisionDenseNet:
-    """torchvision's DenseNet of ``model``'s shape, without values: on the meta device.
+def torchvision_twin(
+    model: DenseNet, memory_efficient: bool = False, device: str = "meta"
+) -> TorchvisionDenseNet:
+    """Torchvision's DenseNet of ``model``'s shape; on the meta device unless told otherwise.
 
     Parameter names are the same, so ``model.state_dict()`` loads. For small images the stem is cut
     down to its convolution.
@@ -42,31 +44,31 @@ def torchvision_twin(model: DenseNet, memory_efficient: bool = False) -> Torchvi
     Raises:
         UsageError: torchvision's DenseNet has no such shape.
     """
-    features = model.features
-    blocks = [m for m in features if isinstance(m, modules.DenseBlock)]
-    conv0, first = features.conv0, blocks[0]["denselayer1"]
-    bottleneck = first._modules.get("conv2")
-    if not isinstance(bottleneck, nn.Conv2d):
+    shapes = _shapes(model)
+    init_features, in_channels = shapes["features.conv0.weight"][:2]
+    if "features.denseblock1.denselayer1.conv2.weight" not in shapes:
         raise UsageError("torchvision has no DenseNet without bottleneck layers")
-    growth = bottleneck.out_channels
-    with torch.device("meta"):
+    growth, bottleneck = shapes["features.denseblock1.denselayer1.conv2.weight"][:2]
+    blocks = [m for m in model.features if isinstance(m, modules.DenseBlock)]
+    with torch.device(device):
         twin = TorchvisionDenseNet(
             growth_rate=growth,
-            block_config=tuple(len(block) for block in blocks),  # type: ignore[arg-type]
-            num_init_features=conv0.out_channels,
-            bn_size=bottleneck.in_channels // growth,
+            block_config=tuple(len(block) for block in blocks),
+            num_init_features=init_features,
+            bn_size=bottleneck // growth,
             num_classes=model.classifier.out_features,
             memory_efficient=memory_efficient,
         )
         if takes_small_images(model):
-            twin.features.conv0 = nn.Conv2d(
-                conv0.in_channels, conv0.out_channels, kernel_size=3, padding=1, bias=False
-            )
+            twin.features.conv0 = nn.Conv2d(in_channels, init_features, 3, padding=1, bias=False)
             del twin.features.norm0, twin.features.relu0, twin.features.pool0
-    shapes = {name: t.shape for name, t in twin.state_dict().items()}
-    if shapes != {name: t.shape for name, t in model.state_dict().items()}:
+    if _shapes(twin) != shapes:
         raise UsageError("torchvision has no DenseNet of this shape")
     return twin
+
+
+def _shapes(network: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in network.state_dict(keep_vars=True).items()}
 
 
 def with_weights(network: nn.Module, weights: Mapping[str, Tensor], device: torch.device) -> nn.Module:

@@ -38,12 +38,14 @@ class Peer:
     def ours(self) -> bool:
         return self.recompute is not None
 
-    def build(self, model: DenseNet, weights: Mapping[str, Tensor], device: torch.device, backend: str) -> nn.Module:
+    def build(
+        self, model: DenseNet, weights: Mapping[str, Tensor], device: torch.device, backend: str
+    ) -> nn.Module:
         """The network in training mode with ``weights``, float32, on ``device``."""
         network = with_weights(torchvision_twin(model, self.memory_efficient), weights, device)
         if self.recompute is not None:
             swap(network, recompute=self.recompute, backend=backend, strict=True)
-        return network.to(memory_format=self.memory_format).train()
+        return network.to(memory_format=self.memory_format).train()  # type: ignore[call-overload]
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -60,11 +62,18 @@ EAGER = {
         Peer("eager", "eager", channels_last=False),
         Peer("eager-cl", "eager, channels_last", channels_last=True),
         Peer("memory-efficient", "memory_efficient", channels_last=False, memory_efficient=True),
-        Peer("memory-efficient-cl", "memory_efficient, channels_last", channels_last=True, memory_efficient=True),
+        Peer(
+            "memory-efficient-cl",
+            "memory_efficient, channels_last",
+            channels_last=True,
+            memory_efficient=True,
+        ),
     )
 }
 OURS = {
-    policy: Peer(f"dense_ext-{policy}", f"dense_ext, recompute {policy}", channels_last=True, recompute=policy)
+    policy: Peer(
+        f"dense_ext-{policy}", f"dense_ext, recompute {policy}", channels_last=True, recompute=policy
+    )
     for policy in POLICIES
 }
 

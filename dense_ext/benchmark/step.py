@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -23,7 +24,7 @@ class TrainStep:
         self, model: nn.Module, optimizer: torch.optim.Optimizer, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.model, self.optimizer, self.dtype, self.device = model, optimizer, dtype, device
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.scaler = GradScaler(device.type, enabled=dtype == torch.float16)
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean cross entropy and logits [N, classes], with their graph."""
@@ -35,15 +36,15 @@ class TrainStep:
         """The loss and logits before the step's update, detached."""
         self.optimizer.zero_grad(set_to_none=False)
         loss, logits = self.loss(images, labels)
-        self.scaler.scale(loss).backward()
+        torch.autograd.backward(self.scaler.scale(loss))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss.detach(), logits.detach()
 
 
-def sgd_step(model: nn.Module, dtype: torch.dtype, device: torch.device, learning_rate: float = 0.01) -> TrainStep:
-    """The step that is measured: SGD with momentum 0.9."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9)
+def sgd_step(model: nn.Module, dtype: torch.dtype, device: torch.device) -> TrainStep:
+    """The step that is measured: SGD with learning rate 0.01 and momentum 0.9."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     return TrainStep(model, optimizer, dtype, device)
 
 

@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -20,7 +20,7 @@ class Candidate:
 
     name: str  # dotted, in the model
     kind: str  # "dense block", "transition" or "stem"
-    modules: tuple[nn.Module, ...]  # one, or the stem's three
+    modules: tuple[Any, ...]  # one, or the stem's three
     reason: str | None  # why it cannot be swapped, None if it can
     swapped: bool
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from torchvision.models.densenet import DenseNet, _DenseBlock, _DenseLayer, _Transition
@@ -31,7 +32,7 @@ _ORIGINALS: dict[type[nn.Module], type[nn.Module]] = {
 _ADDED = ("recompute", "backend", "stem")
 
 
-def _layer_reason(layer: nn.Module) -> str | None:
+def _layer_reason(layer: Any) -> str | None:
     if type(layer) is not _DenseLayer:
         return f"is {type(layer).__name__}, not torchvision's _DenseLayer"
     child = layer._modules.get
@@ -45,7 +46,7 @@ def _layer_reason(layer: nn.Module) -> str | None:
     )
 
 
-def _block_reason(block: nn.Module) -> str | None:
+def _block_reason(block: Any) -> str | None:
     if type(block) is not _DenseBlock:
         return f"{type(block).__name__} is a subclass with a forward of its own"
     if not len(block):
@@ -127,7 +128,7 @@ class TorchvisionAdapter:
 
     def swap(self, candidate: Candidate, recompute: str, backend: str) -> None:
         if candidate.kind == "stem":
-            fuse_stem(*candidate.modules, backend)
+            fuse_stem(candidate.modules, backend)
             return
         (module,) = candidate.modules
         module.backend = backend
@@ -138,7 +139,7 @@ class TorchvisionAdapter:
             module.__class__ = SwappedTransition
 
     def restore(self, model: nn.Module) -> None:
-        for _, candidate in ((c.name, c) for c in self.candidates(model) if c.swapped):
+        for candidate in [c for c in self.candidates(model) if c.swapped]:
             for module in candidate.modules:
                 module.__class__ = _ORIGINALS[type(module)]
                 for attribute in _ADDED:

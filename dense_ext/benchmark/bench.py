@@ -1,0 +1,214 @@
+"""One benchmark run: every peer in one process, on the same weights and images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models import MODELS, DenseNet
+from ..swap import report
+from . import depth
+from .errors import MeasurementError
+from .flops import flops_per_image
+from .images import Batch, sample_batch
+from .machine import copy_bandwidth, matmul_rate
+from .memory import peak_bytes, saved_bytes
+from .networks import torchvision_twin
+from .peers import Peer
+from .results import Results
+from .step import DTYPES, TrainStep, sgd_step
+from .timing import calls_per_sample, interleave, spread
+
+SEED = 0
+# Losses of the first two steps may differ from the first peer's by this share. float32 accumulates
+# rounding over about 120 convolutions, then one update; the others round every activation to 8 or 11 bits.
+LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
+
+Tick = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure.
+
+    Args:
+        model: a name from ``dense_ext.MODELS``.
+        batch, size: images a step, and their height and width in pixels, when timing.
+        memory_batch, memory_size: the same when measuring memory.
+        dtype: a name from ``step.DTYPES``; other than float32 by autocast.
+        device: torch's name of it.
+        backend: dense_ext's, or "auto".
+        rounds: samples of each peer.
+        data: images by class, or None for scikit-learn's photographs.
+        depths: layers of the blocks in the memory-against-depth study; empty leaves it out.
+    """
+
+    model: str
+    batch: int
+    size: int
+    memory_batch: int
+    memory_size: int
+    dtype: str
+    device: str
+    backend: str
+    rounds: int
+    data: Path | None
+    depths: tuple[int, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """The options without the machine's paths."""
+        return {**asdict(self), "data": self.data.name if self.data else None}
+
+
+class Bench:
+    """The stages of a run; each fills its part of ``results`` as it goes.
+
+    Interrupted, ``results`` holds what was measured until then.
+    """
+
+    def __init__(self, options: Options, peers: list[Peer], results: Results) -> None:
+        self.options, self.peers, self.results = options, peers, results
+        self.device, self.dtype = torch.device(options.device), DTYPES[options.dtype]
+        self.timing_batch = self._batch(options.batch, options.size)
+        torch.manual_seed(SEED)
+        self.model: DenseNet = MODELS[options.model](num_classes=self.timing_batch.classes)
+        torchvision_twin(self.model)  # refuses what torchvision has no twin of
+        self.weights = self.model.state_dict()
+        results["peers"] = {p.name: {"label": p.label, "ours": p.ours} for p in peers}
+        results["data"] = self.timing_batch.source
+
+    def ticks(self) -> int:
+        """How often a whole run ticks."""
+        timed = len(self.peers) * (1 + self.options.rounds)
+        return 1 + len(self.peers) + timed + len(self.depth_peers()) * len(self.options.depths)
+
+    def depth_peers(self) -> list[Peer]:
+        """One memory format suffices for the memory of a block."""
+        others = [p for p in self.peers if not p.ours]
+        kinds = {p.memory_efficient: p for p in others}
+        return [p for p in others if p in kinds.values()] + [p for p in self.peers if p.ours]
+
+    def run(self, tick: Tick) -> None:
+        """All stages; ``tick`` is told what comes next.
+
+        Raises:
+            MeasurementError: dense_ext's losses are not the eager network's.
+        """
+        self.tick = tick
+        self.measure_work()
+        self.measure_memory()
+        self.measure_speed()
+        if self.options.depths:
+            depth.measure_depth(
+                self.depth_peers(), self.results.setdefault("depth", {}), self.device, self.dtype,
+                self.options.backend, self.tick, self.options.depths,
+            )  # fmt: skip
+
+    def measure_work(self) -> None:
+        """The step's arithmetic and the machine's rates: what could bound it."""
+        self.tick("the machine's rates")
+        size = self.options.size
+        self.results["work"] = {
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "forward_flops_per_image": flops_per_image(self._plain_twin, size, backward=False),
+            "step_flops_per_image": flops_per_image(self._plain_twin, size, backward=True),
+            "matmul_flops_per_second": matmul_rate(self.device, self.dtype),
+            "copy_bytes_per_second": copy_bandwidth(self.device),
+        }
+
+    def measure_memory(self) -> None:
+        """Saved and peak bytes per image of each peer."""
+        batch = self._batch(self.options.memory_batch, self.options.memory_size)
+        measured = self.results.setdefault("memory", {})
+        for peer in self.peers:
+            self.tick(f"memory of {peer.name}")
+            measured[peer.name] = self._memory(peer, batch)
+
+    def _memory(self, peer: Peer, batch: Batch) -> dict[str, float]:
+        step, images, labels = self._step(peer, batch)
+        saved = saved_bytes(step.model, lambda: step.loss(images, labels)[0])
+        return {
+            "saved_bytes_per_image": saved / len(images),
+            "peak_bytes_per_image": peak_bytes(step, images, labels) / len(images),
+        }
+
+    def measure_speed(self) -> None:
+        """Seconds per step of each peer, in interleaved rounds, after checking that they agree."""
+        steps = {}
+        for peer in self.peers:
+            self.tick(f"first steps of {peer.name}")
+            step, images, labels = self._step(peer, self.timing_batch)
+            steps[peer.name] = partial(step, images, labels)
+            if peer.ours:
+                served = dict.fromkeys(row.detail for row in report(step.model).rows)
+                self.results["peers"][peer.name]["served_by"] = list(served)
+            losses = [float(steps[peer.name]()[0]) for _ in range(2)]
+            self.results.setdefault("first_losses", {})[peer.name] = losses
+        self.check_agreement()
+        count = calls_per_sample(steps[self.peers[0].name], self.device)
+        samples: dict[str, list[float]] = {name: [] for name in steps}
+        self.results["speed"] = {"calls_per_sample": count, "seconds": samples}
+        interleave(steps, samples, self.device, self.options.rounds, count, self.tick)
+        # The machine's best, also if something else ran on it at the start.
+        work = self.results["work"]
+        work["matmul_flops_per_second"] = max(
+            work["matmul_flops_per_second"], matmul_rate(self.device, self.dtype)
+        )
+
+    def check_agreement(self) -> None:
+        """Refuse to go on if the first two losses of dense_ext differ from the first peer's."""
+        losses, reference = self.results["first_losses"], self.peers[0].name
+        tolerance = self.results["loss_tolerance"] = LOSS_TOLERANCE[self.options.dtype]
+        for peer in self.peers:
+            for i, (loss, expected) in enumerate(zip(losses[peer.name], losses[reference], strict=True)):
+                difference = abs(loss - expected) / abs(expected)
+                if peer.ours and not (math.isfinite(loss) and difference <= tolerance):
+                    raise MeasurementError(
+                        f"{peer.name} has loss {loss:.6g} in step {i + 1}, {reference} has {expected:.6g}: "
+                        f"they differ by {difference:.2g}, tolerance {tolerance:g}; no speed is reported"
+                    )
+
+    def _plain_twin(self) -> torch.nn.Module:
+        network: torch.nn.Module = torchvision_twin(self.model, device="cpu")
+        return network
+
+    def _batch(self, batch: int, size: int) -> Batch:
+        return sample_batch(self.options.data, batch, size, SEED)
+
+    def _step(self, peer: Peer, batch: Batch) -> tuple[TrainStep, Tensor, Tensor]:
+        network = peer.build(self.model, self.weights, self.device, self.options.backend)
+        step = sgd_step(network, self.dtype, self.device)
+        return step, peer.images(batch.images.to(self.device)), batch.labels.to(self.device)
+
+
+def speeds(results: Results) -> dict[str, dict[str, float]]:
+    """From a bench result's samples, by peer: seconds (median, min, max), images/s and what they mean.
+
+    ``ratio`` is images/s over the fastest eager peer's; ``ratio_min`` and ``ratio_max`` the same of
+    the slowest and fastest sample; ``matmul_share`` the step's arithmetic over the machine's rate of
+    matrix products. Peers without samples are left out.
+    """
+    seconds = {n: spread(s) for n, s in results.get("speed", {}).get("seconds", {}).items() if s}
+    eager = [s["median"] for n, s in seconds.items() if not results["peers"][n]["ours"]]
+    if not eager:
+        return {}
+    batch, work = results["options"]["batch"], results["work"]
+    ideal = batch * work["step_flops_per_image"] / work["matmul_flops_per_second"]
+    return {
+        name: {
+            **s,
+            "images_per_second": batch / s["median"],
+            "ratio": min(eager) / s["median"],
+            "ratio_min": min(eager) / s["max"],
+            "ratio_max": min(eager) / s["min"],
+            "matmul_share": ideal / s["median"],
+        }
+        for name, s in seconds.items()
+    }

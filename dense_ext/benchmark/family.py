@@ -1,0 +1,89 @@
+"""The DenseNet family beside ResNets: parameters, arithmetic, and memory by policy, without running any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from ..models import MODELS, DenseNet
+from .errors import UsageError
+from .flops import flops_per_image, without_memory
+from .memory import saved_bytes
+from .networks import plain, takes_small_images, torchvision_twin
+from .peers import POLICIES
+from .results import Results
+
+RESNETS = ("resnet18", "resnet50", "resnet101", "resnet152")
+SMALL_SIZE = 32  # of the images the CIFAR networks take
+_BATCH = 8
+
+# What is counted for every DenseNet, in order.
+MEMORY_KINDS = ("default", "memory_efficient", *POLICIES)
+
+
+def _saved_per_image(build: Callable[[], nn.Module], size: int) -> float:
+    """Bytes per image kept for backward, float32, in a batch of 8."""
+    with without_memory():
+        network = build().train()
+        images = torch.randn(_BATCH, 3, size, size).contiguous(memory_format=torch.channels_last)
+        labels = torch.zeros(_BATCH, dtype=torch.long)
+        return saved_bytes(network, lambda: F.cross_entropy(network(images), labels)) / _BATCH
+
+
+def _dense_builders(name: str) -> dict[str, Callable[[], nn.Module]]:
+    """How to make the network of each kind of memory; without memory_efficient where torchvision lacks it."""
+    make = MODELS[name]
+    builders: dict[str, Callable[[], nn.Module]] = {"default": lambda: plain(make())}
+    with torch.device("meta"):
+        model: DenseNet = make()
+    try:
+        torchvision_twin(model, memory_efficient=True)
+    except UsageError:
+        pass
+    else:
+        builders["memory_efficient"] = lambda: torchvision_twin(model, True, "cpu")
+    for policy in POLICIES:
+        builders[policy] = lambda policy=policy: make(recompute=policy)  # type: ignore[misc]
+    return builders
+
+
+def _row(name: str, size: int | None, tick: Callable[[str], None]) -> dict[str, Any]:
+    builders = _dense_builders(name) if name in MODELS else {"default": getattr(torchvision.models, name)}
+    with torch.device("meta"):
+        network = builders["default"]()
+    small = isinstance(network, DenseNet) and takes_small_images(network)
+    side = size or (SMALL_SIZE if small else 224)
+    saved = {}
+    for kind, build in builders.items():
+        tick(f"{name}, {kind}")
+        saved[kind] = _saved_per_image(build, side)
+    return {
+        "name": name,
+        "size": side,
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "forward_flops_per_image": flops_per_image(builders["default"], side, backward=False),
+        "saved_bytes_per_image": saved,
+    }
+
+
+def ticks() -> int:
+    """How often :func:`measure_family` ticks at most."""
+    return len(MODELS) * len(MEMORY_KINDS) + len(RESNETS)
+
+
+def measure_family(size: int | None, results: Results, tick: Callable[[str], None]) -> None:
+    """Fill ``results["models"]`` with a row per network.
+
+    Args:
+        size: height and width of the images in pixels; None for each network's own, 224 or 32.
+        results: rows are added as they are counted.
+        tick: told what is counted next.
+    """
+    results["models"] = []
+    for name in (*MODELS, *RESNETS):
+        results["models"].append(_row(name, size, tick))

@@ -1,0 +1,52 @@
+"""What commands print: results on stdout, progress and remarks on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+_WIDE = 200  # columns
+
+
+def print_json(results: dict[str, Any]) -> None:
+    print(json.dumps(results, indent=1))
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
+    """A table on stdout; all columns but the first ``left`` hold numbers."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i < left else "right", no_wrap=i == 0)
+    for row in rows:
+        table.add_row(*row)
+    # A pipe has no width to fit: rows stay whole.
+    Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
+
+
+def remark(text: str) -> None:
+    """A line on stderr."""
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A progress bar on stderr, none if that is no terminal; call what it gives before each part."""
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        begun = False
+
+        def tick(text: str) -> None:
+            nonlocal begun
+            bar.update(task, description=text, advance=1 if begun else 0, refresh=True)
+            begun = True
+
+        yield tick

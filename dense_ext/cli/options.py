@@ -1,0 +1,72 @@
+"""Options of several commands, and checking options before anything is measured or written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from ..backends import available_backends, check_backend_name
+from ..benchmark.errors import UsageError
+
+
+def option(help: str) -> typer.models.OptionInfo:
+    """An option whose help states its default in brackets, because that depends on others."""
+    return typer.Option(help=help, show_default=False)
+
+
+Backend = Annotated[str, typer.Option(help="dense_ext's backend.")]
+Device = Annotated[str | None, option("cpu or cuda. [a GPU if there is one]")]
+Out = Annotated[Path, typer.Option(help="Folder for results and figures.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the results in --out.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+def listed(values: list[str]) -> list[str]:
+    """A repeatable option whose values may also be separated by commas."""
+    return [name for value in values for name in value.replace(" ", "").split(",") if name]
+
+
+def check_positive(**options: int | float | None) -> None:
+    """Raise UsageError for an option below one; None means it was left out."""
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
+def check_device(name: str | None) -> torch.device:
+    """The device of this name, a GPU if there is one and none is named.
+
+    Raises:
+        UsageError: torch does not know it, or it is not there.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device must be cpu or cuda, got {name}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def check_backend(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise UsageError unless the backend exists and runs here."""
+    try:
+        check_backend_name(name)
+    except ValueError as error:
+        raise UsageError(f"--backend: {error}") from error
+    reason = None if name == "auto" else available_backends(device, dtype)[name]
+    if reason is not None:
+        raise UsageError(f"--backend {name}: {reason}")
+
+
+def check_choice(option: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise UsageError unless ``value`` is one of ``known``."""
+    if value not in known:
+        raise UsageError(f"{option} must be one of {', '.join(known)}; got {value!r}")

@@ -1,0 +1,46 @@
+"""Running a measurement and handing its results over, also when it is interrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from .console import print_json, progress, remark
+
+INTERRUPTED = 130
+
+
+def measure(run: Callable[[Callable[[str], None]], None], ticks: int, results: dict[str, Any]) -> None:
+    """Let ``run`` fill ``results``, with a progress bar; Ctrl-C ends it and keeps what is there."""
+    try:
+        with progress(ticks) as tick:
+            run(tick)
+    except KeyboardInterrupt:
+        return
+    results["interrupted"] = False
+
+
+def publish(
+    results: dict[str, Any], path: Path, print_tables: Callable[[dict[str, Any]], None] | None
+) -> None:
+    """Write the results and their figures, and print them: as tables, or as JSON if that is None.
+
+    Raises:
+        typer.Exit: with code 130, if the measurement was interrupted.
+    """
+    from ..benchmark.plots import draw_all
+    from ..benchmark.results import write_json
+
+    write_json(path, results)
+    figures = draw_all(results, path.parent)
+    if print_tables is None:
+        print_json(results)
+    else:
+        print_tables(results)
+    remark(f"wrote {', '.join(str(p) for p in (path, *figures))}")
+    if results["interrupted"]:
+        remark("interrupted: these are the results until then")
+        raise typer.Exit(INTERRUPTED)

@@ -1,0 +1,146 @@
+"""``dense-ext train``: a DenseNet on a folder of images or the handwritten digits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+
+from .options import (
+    Backend,
+    Device,
+    Json,
+    Out,
+    Overwrite,
+    check_backend,
+    check_choice,
+    check_device,
+    check_positive,
+    option,
+)
+from .output import measure, publish
+
+if TYPE_CHECKING:
+    from ..benchmark.images import DataSets
+    from ..benchmark.results import Results
+    from ..benchmark.training import Training
+
+RESULT = "train.json"
+
+
+def train(
+    data: Annotated[
+        Path | None,
+        option("Folder of images by class, or with folders train and val or test of them. [digits]"),
+    ] = None,
+    model: Annotated[
+        str | None, option("A name from dense_ext.MODELS, or small. [densenet121; digits: small]")
+    ] = None,
+    size: Annotated[
+        int | None, option("Height and width in pixels. [224; CIFAR networks and digits: 32]")
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Times every image is trained on.")] = 8,
+    batch: Annotated[int, typer.Option(help="Images a step.")] = 64,
+    lr: Annotated[float, typer.Option(help="Learning rate at the start.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Of the weights, the order and the augmentation.", min=0)] = 0,
+    amp: Annotated[str, typer.Option(help="Autocast to bfloat16 or float16, or none.")] = "none",
+    recompute: Annotated[str, typer.Option(help="none, bottleneck or block.")] = "bottleneck",
+    backend: Backend = "auto",
+    device: Device = None,
+    workers: Annotated[int, typer.Option(help="Processes that load images; 0: none beside.", min=0)] = 0,
+    peer: Annotated[
+        bool, typer.Option("--peer", help="Train torchvision's eager twin beside it, from the same weights.")
+    ] = False,
+    out: Out = Path("dense-ext-train"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the training in --out.")] = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Train a DenseNet with dense_ext: SGD with Nesterov momentum on a cosine schedule.
+
+    A checkpoint is written after each epoch; --resume goes on from it, to the same bits.
+    """
+    from ..benchmark.peers import POLICIES
+    from ..benchmark.training import SMALL, Training
+
+    model = model or (SMALL if data is None else "densenet121")
+    check_positive(size=size, epochs=epochs, batch=batch)
+    _check(lr > 0, f"--lr must be positive, got {lr}")
+    _check(not (resume and overwrite), "--resume and --overwrite exclude each other")
+    check_choice("--amp", amp, ("none", "bfloat16", "float16"))
+    check_choice("--recompute", recompute, POLICIES)
+    where = check_device(device)
+    check_backend(backend, where, torch.float32 if amp == "none" else getattr(torch, amp))
+    images, size = _load(data, model, size)
+    settings = {
+        "model": model, "data": images.source, "size": size, "epochs": epochs, "batch": batch,
+        "learning_rate": lr, "seed": seed, "amp": amp, "recompute": recompute, "peer": peer,
+    }  # fmt: skip
+    _check_folder(out, resume, overwrite)
+    training = Training(settings, images, where, backend, workers)
+    if resume:
+        training.resume(out / "checkpoint.pt")
+    _train(training, {**settings, "device": str(where), "backend": backend}, out, json)
+
+
+def _check(condition: bool, message: str) -> None:
+    from ..benchmark.errors import UsageError
+
+    if not condition:
+        raise UsageError(message)
+
+
+def _load(data: Path | None, model: str, size: int | None) -> tuple[DataSets, int]:
+    """The images at the size asked for, or the one the model is made for."""
+    from ..benchmark.images import digits_data, folder_data
+    from ..benchmark.networks import check_model_name, takes_small_images
+    from ..benchmark.training import SMALL, make_model
+
+    if model != SMALL:
+        check_model_name(model)
+    with torch.device("meta"):
+        small = takes_small_images(make_model(model, 2))
+    size = size or (32 if small or data is None else 224)
+    _check(size >= (8 if small else 32), f"--size {size} is too small for {model}")
+    return (digits_data(size) if data is None else folder_data(data, size)), size
+
+
+def _check_folder(out: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse to lose a training, and to go on with one that is not there."""
+    from ..benchmark.training import CHECKPOINT
+
+    checkpoint, result = out / CHECKPOINT, out / RESULT
+    _check(not out.exists() or out.is_dir(), f"{out} is not a folder")
+    _check(checkpoint.exists() or not resume, f"{checkpoint} does not exist: nothing to resume")
+    if not (resume or overwrite):
+        present = next((p for p in (result, checkpoint) if p.exists()), None)
+        _check(present is None, f"{present} exists; pass --resume, --overwrite or another --out")
+    if overwrite:
+        for path in (checkpoint, result):
+            path.unlink(missing_ok=True)
+
+
+def _train(training: Training, options: dict[str, Any], out: Path, json: bool) -> None:
+    from ..benchmark.results import new_results, write_atomically
+    from ..benchmark.training import write_csv
+
+    results = new_results("train", options)
+    results["data"] = training.data.source
+    measure(lambda tick: training.run(out, tick), training.ticks(), results)
+    results["runs"] = training.histories()
+    write_csv(out / "metrics.csv", results["runs"])
+    if not results["interrupted"]:
+        write_atomically(out / "weights.pt", lambda path: torch.save(training.weights(), path))
+    publish(results, out / RESULT, None if json else _print_accuracies)
+
+
+def _print_accuracies(results: Results) -> None:
+    for name, run in results["runs"].items():
+        if history := run["history"]:
+            seconds = sum(epoch["seconds"] for epoch in history)
+            print(
+                f"{name}: test accuracy {history[-1]['test_accuracy']:.2%} "
+                f"after {len(history)} epochs of {results['options']['model']} in {seconds:.0f} s"
+            )

@@ -1,0 +1,64 @@
+"""The tests every primitive has to pass; each test file says for which cases and sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+
+from dense_ext.backends.base import Backend
+
+from .harness import Case, Maker, check_op, check_repeats, check_values
+
+Size = tuple[int, ...]
+MakeCase = Callable[..., Case]
+MakeMaker = Callable[..., Maker]
+
+
+class PrimitiveTests:
+    """Base of a primitive's test class.
+
+    ``cases`` are functions of a Maker and a size; ``sizes`` are tried in every dtype, ``small`` and
+    ``large`` in other tests. A size begins with the number of images.
+    """
+
+    cases: ClassVar[tuple[MakeCase, ...]]
+    sizes: ClassVar[list[Size]]
+    small: ClassVar[Size]
+    large: ClassVar[Size]
+
+    def test_values(
+        self, backend: Backend, maker: MakeMaker, dtype: torch.dtype, case: MakeCase, size: Size
+    ) -> None:
+        check_values(backend, case(maker(dtype), size))
+
+    def test_threads(self, backend: Backend, maker: MakeMaker, threads: int, case: MakeCase) -> None:
+        for size in (self.small, self.large):
+            check_values(backend, case(maker(torch.float32), size))
+            check_repeats(backend, case(maker(torch.float32), size))
+
+    def test_no_pixels(self, backend: Backend, maker: MakeMaker, case: MakeCase) -> None:
+        empty = case(maker(torch.float32), (0, *self.small[1:]))
+        for name, output in empty.run(backend).items():
+            assert not output.any(), f"{name} is not zero"
+
+    def test_nan_and_infinity(
+        self, backend: Backend, maker: MakeMaker, dtype: torch.dtype, case: MakeCase
+    ) -> None:
+        check_values(backend, case(maker(dtype, special=True), self.small))
+
+    def test_op(self, backend: Backend, maker: MakeMaker, case: MakeCase) -> None:
+        check_op(backend, case(maker(torch.float32), self.small))
+
+
+class OptionalOutputTests:
+    """Base of the test class where outputs may be None: ``optional_cases`` leave them out."""
+
+    optional_cases: ClassVar[tuple[MakeCase, ...]]
+    small: ClassVar[Size]
+
+    def test_without_optional_outputs(
+        self, backend: Backend, maker: MakeMaker, optional_case: MakeCase
+    ) -> None:
+        check_values(backend, optional_case(maker(torch.float32), self.small))

@@ -1,0 +1,71 @@
+"""bn_relu_maxpool_forward and bn_relu_maxpool_backward."""
+
+from __future__ import annotations
+
+import torch
+
+from dense_ext.backends.base import Backend
+
+from .common import MakeMaker, PrimitiveTests
+from .harness import Case, Maker, check_refuses, check_values
+
+# N, H, W, C. Activations are multiples of 1/64: windows have equal maxima often enough.
+SIZES = [
+    (1, 1, 1, 5),
+    (2, 5, 7, 33),
+    (3, 1, 9, 64),
+    (2, 9, 1, 12),
+    (2, 16, 16, 130),
+    (1, 33, 17, 1),
+]
+SMALL = SIZES[1]
+
+
+def forward_case(make: Maker, size: tuple[int, ...]) -> Case:
+    n, h, w, c = size
+    arguments = {
+        "x": make.activations(n, h, w, c),
+        "scale": make.scale(c),
+        "shift": make.shift(c),
+        "y": make.unwritten(n, (h - 1) // 2 + 1, (w - 1) // 2 + 1, c),
+    }
+    return Case("bn_relu_maxpool_forward", arguments, {"y": 1})
+
+
+def backward_case(make: Maker, size: tuple[int, ...]) -> Case:
+    n, h, w, c = size
+    arguments = {
+        "grad": make.gradients(n, (h - 1) // 2 + 1, (w - 1) // 2 + 1, c),
+        "x": make.activations(n, h, w, c),
+        "mean": make.vector(c),
+        "scale": make.scale(c),
+        "shift": make.shift(c),
+        "grad_x": make.unwritten(n, h, w, c),
+        "sums": make.unwritten_vector(2, c),
+    }
+    return Case("bn_relu_maxpool_backward", arguments, {"grad_x": 4, "sums": 4 * n * h * w})
+
+
+def test_equal_maxima(backend: Backend, maker: MakeMaker) -> None:
+    """Of a window's equal maxima the first in row-major order takes the gradient."""
+    case = backward_case(maker(torch.float32), SMALL)
+    case.arguments["x"].fill_(1)
+    case.arguments["scale"].fill_(1)
+    check_values(backend, case)
+
+
+def test_many_bands(backend: Backend, maker: MakeMaker) -> None:
+    """An image too large for the cache is done in bands, which share the windows between them."""
+    check_values(backend, backward_case(maker(torch.float32), (1, 61, 50, 130)))
+
+
+def test_forward_refuses(backend: Backend, maker: MakeMaker) -> None:
+    case = forward_case(maker(torch.float32), SMALL)
+    check_refuses(backend, case, "y", torch.empty(2, 2, 4, 33), r"y has shape .* \[2, 3, 4, 33\]")
+
+
+class TestBnReluMaxpool(PrimitiveTests):
+    cases = (forward_case, backward_case)
+    sizes = SIZES
+    small = SMALL
+    large = (3, 33, 34, 40)

@@ -1,0 +1,286 @@
+"""Gradients under every way a graph can be used, and the gradients others hold stay untouched."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import dense_ext
+
+from .helpers import (
+    assert_equal,
+    assert_same_state,
+    assert_trains_alike,
+    eager_block,
+    eager_transition,
+    small_densenet,
+    twin,
+)
+
+
+def block_input(batch: int = 2, height: int = 4, width: int = 3, channels: int = 6) -> Tensor:
+    return torch.randn(batch, channels, height, width, dtype=torch.float64, requires_grad=True)
+
+
+def as_functional(module: nn.Module, x: Tensor) -> tuple[object, tuple[Tensor, ...]]:
+    """The module as a function of x and its parameters."""
+    names = [name for name, _ in module.named_parameters()]
+
+    def function(x: Tensor, *parameters: Tensor) -> Tensor:
+        state = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(module, state, (x,))  # type: ignore[no-any-return]
+
+    return function, (x, *(p.detach().clone().requires_grad_() for p in module.parameters()))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradcheck_block(backend: str, recompute: str, training: bool) -> None:
+    block = dense_ext.swap(eager_block(2, 3, 2, 1), recompute=recompute).train(training)
+    function, inputs = as_functional(block, block_input(2, 3, 2, channels=3))
+    # Every entry of the Jacobian under the default policy, random projections of it elsewhere.
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=recompute != "bottleneck")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradcheck_transition(backend: str, training: bool) -> None:
+    model = nn.Sequential(eager_block(1, 2, 2, 1), eager_transition(4, 2))
+    function, inputs = as_functional(dense_ext.swap(model).train(training), block_input(2, 3, 2, channels=2))
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+def test_gradcheck_stem(backend: str) -> None:
+    net = small_densenet()
+    stem = nn.Sequential(*list(dense_ext.swap(net).features)[1:4])
+    x = torch.randn(2, 8, 3, 4, dtype=torch.float64, requires_grad=True)
+    function, inputs = as_functional(stem, x)
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+def test_double_backward_is_refused(recompute: str) -> None:
+    for module in (
+        dense_ext.swap(eager_block(), recompute=recompute),
+        nn.Sequential(*list(dense_ext.swap(small_densenet()).features)[:4]),
+    ):
+        x = block_input() if isinstance(module, nn.ModuleDict) else torch.randn(2, 3, 32, 32).double()
+        with pytest.raises(RuntimeError, match=r"create_graph=True is not supported.*dense_ext\.restore"):
+            torch.autograd.grad(module(x).sum(), list(module.parameters()), create_graph=True)
+
+
+def test_two_forwards_before_one_backward(backend: str, recompute: str) -> None:
+    ours, eager = twin(eager_block(), lambda m: dense_ext.swap(m, recompute=recompute))
+    x1, x2 = block_input(), block_input(3)
+    for model in (ours, eager):
+        (model(x1).square().sum() * model(x2).sum()).backward()
+    assert_same_state(ours, eager)
+
+
+def test_same_block_twice_in_a_graph(backend: str, recompute: str) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = eager_block(2, channels=6, growth_rate=3)
+            self.reduce = nn.Conv2d(12, 6, 1).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(self.reduce(self.block(x)))  # type: ignore[no-any-return]
+
+    ours, eager = twin(Twice(), lambda m: dense_ext.swap(m, recompute=recompute))
+    assert_trains_alike(ours, eager, block_input(3, 5, 4).detach())
+
+
+def test_retained_graph(backend: str, recompute: str) -> None:
+    ours, eager = twin(
+        nn.Sequential(eager_block(), eager_transition(21, 4)),
+        lambda m: dense_ext.swap(m, recompute=recompute),
+    )
+    x = block_input(2, 4, 4)
+    for model in (ours, eager):
+        y = model(x).square().sum()
+        y.backward(retain_graph=True)
+        y.backward()
+    assert_same_state(ours, eager)
+
+
+def test_output_used_by_several(backend: str, recompute: str) -> None:
+    """The block's output also goes past the transition, as in feature pyramids."""
+
+    class Pyramid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.transition = eager_block(), eager_transition(21, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            features = self.block(x)
+            return self.transition(features).sum() + features.square().sum()  # type: ignore[no-any-return]
+
+    ours, eager = twin(Pyramid(), lambda m: dense_ext.swap(m, recompute=recompute))
+    x = block_input(2, 4, 4)
+    for model in (ours, eager):
+        model(x).backward()
+    assert_same_state(ours, eager)
+
+
+@pytest.mark.parametrize("needs", ["input only", "parameters only", "nothing"])
+def test_partial_gradients(backend: str, recompute: str, needs: str) -> None:
+    ours, eager = twin(
+        nn.Sequential(eager_block(), eager_transition(21, 4)),
+        lambda m: dense_ext.swap(m, recompute=recompute),
+    )
+    x = block_input(2, 4, 4).requires_grad_(needs == "input only")
+    results = []
+    for model in (ours, eager):
+        model.requires_grad_(needs == "parameters only")
+        y = model(x)
+        assert y.requires_grad == (needs != "nothing")
+        if y.requires_grad:
+            y.square().sum().backward()
+        results.append(x.grad)
+        x.grad = None
+    assert_equal(results[0], results[1], "input gradient")
+    assert_same_state(ours, eager)
+
+
+class BackwardBuffers(TorchDispatchMode):
+    """Notes where the gradient buffers lie that block backwards are given to overwrite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pointers: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is torch.ops.dense_ext.dense_block_backward_.default:
+            self.pointers.append(args[0].data_ptr())
+        return func(*args, **(kwargs or {}))
+
+
+class TestGradientsOthersHold:
+    """The backward accumulates in place only into a gradient that nobody else can see."""
+
+    def captured(self, capture: str) -> tuple[Tensor, Tensor]:
+        """The gradient of a block's output as a bystander sees it, and what it should be."""
+        block = dense_ext.swap(eager_block())
+        x = block_input()
+        y = block(x)
+        weight = torch.randn_like(y).contiguous(memory_format=torch.channels_last)
+        held: list[Tensor] = []
+        if capture == "tensor hook":
+            y.register_hook(held.append)
+        elif capture == "hook keeping a view":
+            y.register_hook(lambda g: held.append(g[:, :].detach()))
+        elif capture == "module hook":
+            block.register_full_backward_hook(lambda m, gi, go: held.append(go[0]))
+            y = block(x)
+        elif capture == "retain_grad":
+            y.retain_grad()
+        if capture == "given by the user":
+            held.append(weight)
+            y.backward(weight)
+        elif capture == "shared by an addition":
+            z = torch.zeros_like(y, requires_grad=True)
+            ((y + z) * weight).sum().backward()
+            assert z.grad is not None
+            held.append(z.grad)
+        else:
+            (y * weight).sum().backward()
+        if capture == "retain_grad":
+            assert y.grad is not None
+            held.append(y.grad)
+        return held[0], weight
+
+    @pytest.mark.parametrize(
+        "capture",
+        [
+            "tensor hook",
+            "hook keeping a view",
+            "module hook",
+            "retain_grad",
+            "given by the user",
+            "shared by an addition",
+        ],
+    )
+    def test_stay_as_they_were(self, backend: str, capture: str) -> None:
+        for _ in range(2):  # also once the counts of an exclusive gradient are known
+            held, expected = self.captured(capture)
+            assert torch.equal(held, expected)
+
+    def test_an_exclusive_gradient_is_reused(self, backend: str) -> None:
+        """Or else the step's peak memory is a quarter higher, which no other test would show."""
+        block = dense_ext.swap(eager_block())
+        y = block(block_input())
+        weight = torch.randn_like(y).contiguous(memory_format=torch.channels_last)
+        pointers: list[int] = []
+        y.register_hook(lambda g: pointers.append(g.data_ptr()))
+        loss = (y * weight).sum()
+        with BackwardBuffers() as buffers:
+            loss.backward()
+        assert buffers.pointers == pointers
+
+
+class TestHooksInside:
+    """A hook on an inner module makes its block run layer by layer while the hook is there."""
+
+    def test_hook_is_called_and_nothing_changes(self, backend: str) -> None:
+        ours, eager = twin(small_densenet(), dense_ext.swap)
+        calls: list[str] = []
+        handles = [
+            ours.features.denseblock2.denselayer2.conv1.register_forward_hook(
+                lambda *_: calls.append("conv1")
+            ),
+            ours.features.transition1.norm.register_forward_hook(lambda *_: calls.append("norm")),
+            ours.features.relu0.register_forward_hook(lambda *_: calls.append("relu0")),
+        ]
+        x = torch.randn(2, 3, 40, 40, dtype=torch.float64)
+        assert_trains_alike(ours, eager, x, steps=1)
+        assert sorted(calls) == ["conv1", "norm", "relu0"]
+        runs = {row.name: row.runs for row in dense_ext.report(ours).rows}
+        assert runs["features.denseblock2"] == runs["features.transition1"] == "eager"
+        assert runs["features.denseblock1"] == "fused"
+        for handle in handles:
+            handle.remove()
+        assert all(row.runs == "fused" for row in dense_ext.report(ours).rows)
+        assert_trains_alike(ours, eager, x, steps=1)
+        assert len(calls) == 3
+
+    def test_exchanged_norm(self, backend: str) -> None:
+        ours, eager = twin(small_densenet(), dense_ext.swap)
+        for model in (ours, eager):
+            model.features.denseblock1.denselayer1.norm2 = nn.GroupNorm(3, 15).double()
+        assert_trains_alike(ours, eager, torch.randn(2, 3, 40, 40, dtype=torch.float64), steps=1)
+
+    def test_pruning_and_parametrization(self, backend: str) -> None:
+        def shrink(model: nn.Module) -> None:
+            conv = model.features.denseblock1.denselayer1.conv2
+            prune.l1_unstructured(conv, "weight", amount=0.5)
+            nn.utils.parametrizations.weight_norm(model.features.denseblock2.denselayer1.conv1)
+
+        ours, eager = twin(small_densenet(), dense_ext.swap)
+        shrink(ours)
+        shrink(eager)
+        x = torch.randn(2, 3, 40, 40, dtype=torch.float64)
+        assert_equal(ours(x), eager(x), "output")
+
+
+def test_backward_uses_the_backend_of_its_forward() -> None:
+    block = dense_ext.swap(eager_block())
+    x = block_input()
+    with dense_ext.use_backend("reference"):
+        y = block(x)
+    node = y.grad_fn
+    assert node is not None
+    assert node.constants[2] == "reference"
+    y.sum().backward()
+
+
+def test_gradient_checkpointing_around_a_block(backend: str, recompute: str) -> None:
+    block = dense_ext.swap(eager_block().eval(), recompute=recompute)
+    plain = copy.deepcopy(block)
+    x = block_input()
+    checkpoint(block, x, use_reentrant=False).square().sum().backward()
+    plain(x.detach().requires_grad_()).square().sum().backward()
+    assert_same_state(block, plain)
