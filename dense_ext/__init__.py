@@ -18,7 +18,6 @@ from .models import (
 )
 from .modules import DenseBlock, DenseLayer, Transition
 from .swap import report, restore, swap
-
 from .version import __version__
 
 __all__ = [

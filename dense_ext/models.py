@@ -1,4 +1,4 @@
-"""DenseNets built of fused modules: the ImageNet family and the CIFAR ones, with torchvision's parameter names."""
+"""DenseNets built of fused modules, ImageNet's and CIFAR's, with torchvision's parameter names."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def densenet121(**kwargs: Any) -> DenseNet:
 
 
 def densenet161(**kwargs: Any) -> DenseNet:
-    """DenseNet-161: growth 48, blocks of 6, 12, 36, 24, 96 initial channels. Arguments as :class:`DenseNet`."""
+    """DenseNet-161: growth 48, blocks of 6, 12, 36, 24. Arguments as :class:`DenseNet`."""
     return DenseNet(**{"growth_rate": 48, "block_config": (6, 12, 36, 24), "num_init_features": 96, **kwargs})
 
 
@@ -176,7 +176,7 @@ def densenet_bc_190_40(**kwargs: Any) -> DenseNet:
 
 
 def densenet_40_12(**kwargs: Any) -> DenseNet:
-    """CIFAR DenseNet of depth 40, growth 12, without bottleneck or compression. Arguments as :class:`DenseNet`."""
+    """CIFAR DenseNet of depth 40, growth 12, no bottleneck. Arguments as :class:`DenseNet`."""
     return _cifar(40, 12, bottleneck=False, **kwargs)
 
 

@@ -81,7 +81,8 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast is on for x's device; False where the device knows no autocast."""
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    available = torch.amp.is_autocast_available(device)  # type: ignore[attr-defined]  # documented there
+    return available and torch.is_autocast_enabled(device)
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -127,7 +128,7 @@ def _is_channels_last(x: Tensor) -> bool:
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """x in dense channels_last memory; x itself if it is."""
+    """X in dense channels_last memory; x itself if it is."""
     if _is_channels_last(x):
         return x
     return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)

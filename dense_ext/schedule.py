@@ -61,13 +61,6 @@ class Block:
         """Channels with statistics: those of X, then the bottleneck's of each layer."""
         return self.out_channels + len(self.layers) * self.bottleneck
 
-    def channels_before(self, index: int) -> int:
-        return self.in_channels + index * self.growth_rate
-
-    def bottleneck_slice(self, index: int) -> slice:
-        start = self.out_channels + index * self.bottleneck
-        return slice(start, start + self.bottleneck)
-
 
 def nhwc(x: Tensor) -> Tensor:
     """The NHWC view [N, H, W, C] of an NCHW tensor."""
@@ -100,27 +93,6 @@ def pixels(x: Tensor) -> int:
     return x.shape[0] * x.shape[1] * x.shape[2]
 
 
-def _dropout_mask(block: Block, index: int, like: Tensor) -> Tensor:
-    """Layer ``index``'s dropout factors, 0 or 1/(1-p), like ``like``; the same whenever asked for."""
-    if block.dropout_seeds is None:
-        raise ValueError("dropout needs one seed a layer")
-    generator = torch.Generator(device=like.device)
-    generator.manual_seed(int(block.dropout_seeds[index]))
-    keep = 1.0 - block.drop_rate
-    mask = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    mask.bernoulli_(keep, generator=generator)
-    return mask.div_(keep) if keep > 0 else mask
-
-
-def _recompute_bottleneck(
-    ops: Primitives, block: Block, index: int, x: Tensor, stats: Tensor, z: Tensor
-) -> None:
-    """Layer ``index``'s z from X again; no statistics, they are known."""
-    layer, c = block.layers[index], block.channels_before(index)
-    norm1 = BoundNorm(ops, layer.norms[0], stats[0, :c], stats[1, :c])
-    ops.bn_relu_conv1x1_forward(x[..., :c], norm1.scale, norm1.shift, layer.convs[0], z, None, None)
-
-
 def empty_outputs(block: Block, x: Tensor, keep_bottleneck: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The outputs of :func:`forward`, unwritten (the statistics zero)."""
     n, _, h, w = x.shape
@@ -133,6 +105,75 @@ def empty_outputs(block: Block, x: Tensor, keep_bottleneck: bool) -> tuple[Tenso
     return out, stats, z
 
 
+class Pass:
+    """What forward and backward share: a block's tensors, and each layer's part of them."""
+
+    def __init__(self, ops: Primitives, block: Block, out: Tensor, stats: Tensor, z_all: Tensor) -> None:
+        self.ops, self.block = ops, block
+        self.x = nhwc(out)
+        self.mean, self.var = stats[0], stats[1]
+        self.keeps_bottleneck = z_all.dim() == 5
+        self.z_all = z_all
+        if block.bottleneck and not self.keeps_bottleneck:
+            self.z_scratch = self.new_bottleneck()
+
+    def new_bottleneck(self) -> Tensor:
+        """An unwritten [N, H, W, B]."""
+        return self.x.new_empty(*self.x.shape[:3], self.block.bottleneck)
+
+    def inputs(self, index: int) -> slice:
+        """The channels of X that layer ``index`` reads."""
+        return slice(0, self.block.in_channels + index * self.block.growth_rate)
+
+    def outputs(self, index: int) -> slice:
+        """The channels of X that layer ``index`` writes."""
+        start = self.inputs(index).stop
+        return slice(start, start + self.block.growth_rate)
+
+    def bottleneck(self, index: int) -> slice:
+        """Where layer ``index``'s z has its statistics."""
+        start = self.block.out_channels + index * self.block.bottleneck
+        return slice(start, start + self.block.bottleneck)
+
+    def z(self, index: int) -> Tensor:
+        """Layer ``index``'s bottleneck: its own memory if kept, else what all layers share."""
+        return self.z_all[index] if self.keeps_bottleneck else self.z_scratch
+
+    def norm1(self, index: int) -> BoundNorm:
+        c = self.inputs(index)
+        return BoundNorm(self.ops, self.block.layers[index].norms[0], self.mean[c], self.var[c])
+
+    def norm2(self, index: int) -> BoundNorm:
+        b = self.bottleneck(index)
+        return BoundNorm(self.ops, self.block.layers[index].norms[1], self.mean[b], self.var[b])
+
+    def stats_of(self, channels: slice, wanted: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Where a primitive writes the statistics of ``channels``, if anyone wants them."""
+        return (self.mean[channels], self.var[channels]) if wanted else (None, None)
+
+    def run_bottleneck(self, index: int, norm1: BoundNorm, wants_stats: bool) -> None:
+        """Write layer ``index``'s z; recomputing it, its statistics are known."""
+        self.ops.bn_relu_conv1x1_forward(
+            self.x[..., self.inputs(index)],
+            norm1.scale,
+            norm1.shift,
+            self.block.layers[index].convs[0],
+            self.z(index),
+            *self.stats_of(self.bottleneck(index), wants_stats),
+        )
+
+    def dropout_mask(self, index: int) -> Tensor:
+        """Layer ``index``'s dropout factors [N, H, W, K], 0 or 1/(1-p); the same whenever asked for."""
+        seeds, keep = self.block.dropout_seeds, 1.0 - self.block.drop_rate
+        if seeds is None:
+            raise ValueError("dropout needs one seed a layer")
+        generator = torch.Generator(device=self.x.device)
+        generator.manual_seed(int(seeds[index]))
+        mask = self.x.new_empty(*self.x.shape[:3], self.block.growth_rate)
+        mask.bernoulli_(keep, generator=generator)
+        return mask.div_(keep) if keep > 0 else mask
+
+
 def forward(ops: Primitives, block: Block, x: Tensor, keep_bottleneck: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Run a block.
 
@@ -142,49 +183,38 @@ def forward(ops: Primitives, block: Block, x: Tensor, keep_bottleneck: bool) -> 
 
     Returns:
         The buffer X as [N, Ct, H, W] in channels_last memory; the batch statistics
-        [2, Ct + L*B] (mean and biased variance; unwritten where a norm used running ones);
-        and z [L, N, H, W, B], or [0] if not kept.
+        [2, Ct + L*B] (mean and biased variance; zero where nothing used them); and
+        z [L, N, H, W, B], or [0] if not kept.
     """
     out, stats, z_all = empty_outputs(block, x, keep_bottleneck)
-    n, _, h, w = x.shape
-    if n == 0:
+    if x.shape[0] == 0:
         return out, stats, z_all
-    layers, k, kept = block.layers, block.growth_rate, z_all.dim() == 5
-    buffer, mean, var = nhwc(out), stats[0], stats[1]
-    c0 = block.in_channels
-    buffer[..., :c0].copy_(nhwc(x))
-    # A channel's statistics are worth taking only if some later norm uses the batch's.
-    if any(layer.norms[0].running is None for layer in layers):
-        ops.channel_stats(buffer[..., :c0], mean[:c0], var[:c0])
-    z = x.new_empty(n, h, w, block.bottleneck) if block.bottleneck and not kept else None
-
-    for i, layer in enumerate(layers):
-        c = block.channels_before(i)
-        y = buffer[..., c : c + k]
-        norm1 = BoundNorm(ops, layer.norms[0], mean[:c], var[:c])
-        y_stats: tuple[Tensor | None, Tensor | None] = (None, None)
-        if any(later.norms[0].running is None for later in layers[i + 1 :]):
-            y_stats = mean[c : c + k], var[c : c + k]
-        conv_stats = (None, None) if block.drop_rate else y_stats
-        if block.bottleneck:
-            z = z_all[i] if kept else z
-            assert z is not None
-            cols = block.bottleneck_slice(i)
-            z_stats = (mean[cols], var[cols]) if layer.norms[1].running is None else (None, None)
-            ops.bn_relu_conv1x1_forward(
-                buffer[..., :c], norm1.scale, norm1.shift, layer.convs[0], z, *z_stats
-            )
-            norm2 = BoundNorm(ops, layer.norms[1], mean[cols], var[cols])
-            ops.bn_relu_conv3x3_forward(z, norm2.scale, norm2.shift, layer.convs[1], y, *conv_stats)
-        else:
-            ops.bn_relu_conv3x3_forward(
-                buffer[..., :c], norm1.scale, norm1.shift, layer.convs[0], y, *conv_stats
-            )
-        if block.drop_rate:
-            y.mul_(_dropout_mask(block, i, y))
-            if y_stats[0] is not None and y_stats[1] is not None:
-                ops.channel_stats(y, y_stats[0], y_stats[1])
+    run = Pass(ops, block, out, stats, z_all)
+    # A channel's statistics are worth taking only if a layer that reads it uses the batch's.
+    last_reader = max((i for i, la in enumerate(block.layers) if la.norms[0].running is None), default=-1)
+    first = run.inputs(0)
+    run.x[..., first].copy_(nhwc(x))
+    if last_reader >= 0:
+        ops.channel_stats(run.x[..., first], run.mean[first], run.var[first])
+    for i in range(len(block.layers)):
+        _layer_forward(run, i, wants_stats=i < last_reader)
     return out, stats, z_all
+
+
+def _layer_forward(run: Pass, index: int, wants_stats: bool) -> None:
+    """Write layer ``index``'s K channels of X, and their statistics if wanted."""
+    ops, layer = run.ops, run.block.layers[index]
+    norm, source = run.norm1(index), run.x[..., run.inputs(index)]
+    if run.block.bottleneck:
+        run.run_bottleneck(index, norm, layer.norms[1].running is None)
+        norm, source = run.norm2(index), run.z(index)
+    y, dropout = run.x[..., run.outputs(index)], run.block.drop_rate > 0
+    y_stats = run.stats_of(run.outputs(index), wants_stats and not dropout)
+    ops.bn_relu_conv3x3_forward(source, norm.scale, norm.shift, layer.convs[-1], y, *y_stats)
+    if dropout:
+        y.mul_(run.dropout_mask(index))
+        if wants_stats:
+            ops.channel_stats(y, run.mean[run.outputs(index)], run.var[run.outputs(index)])
 
 
 @dataclass
@@ -195,6 +225,38 @@ class BlockGradients:
     norm_weights: list[Tensor]
     norm_biases: list[Tensor]
     convs: list[Tensor | None]
+
+
+class BackwardPass(Pass):
+    """A pass with the gradient buffer G, and U and V, what batch norm adds to it."""
+
+    def __init__(
+        self, ops: Primitives, block: Block, grad: Tensor, out: Tensor, stats: Tensor, z_all: Tensor
+    ) -> None:
+        super().__init__(ops, block, out, stats, z_all)
+        self.g = nhwc(grad)
+        self.u, self.v = stats.new_zeros(2, block.out_channels)
+        if block.bottleneck:
+            self.grad_bn = self.new_bottleneck()
+
+    def conv3x3_backward(
+        self, index: int, z: Tensor, norm: BoundNorm, grad_bn: Tensor, grad_weight: Tensor | None
+    ) -> Tensor:
+        """Layer ``index``'s 3x3 convolution: writes grad_bn, returns its sums."""
+        k = self.outputs(index)
+        grad, y, u, v = self.g[..., k], self.x[..., k], self.u[k], self.v[k]
+        if self.block.drop_rate > 0:
+            # Dropout lies between the convolution and X: give the convolution its own gradient.
+            grad = self.x.new_empty(y.shape)
+            self.ops.affine_gradient(self.g[..., k], y, u, v, grad)
+            grad.mul_(self.dropout_mask(index))
+            u, v = torch.zeros_like(u), torch.zeros_like(v)
+        sums = self.mean.new_empty(2, z.shape[-1])
+        weight = self.block.layers[index].convs[-1]
+        self.ops.bn_relu_conv3x3_backward(
+            grad, y, u, v, z, norm.mean, norm.scale, norm.shift, weight, grad_bn, sums, grad_weight
+        )
+        return sums
 
 
 def backward(
@@ -215,68 +277,54 @@ def backward(
         stats: as :func:`forward` returned it.
         needs_conv_grad: for each convolution, whether its weight gradient is wanted.
     """
-    layers, k = block.layers, block.growth_rate
-    x, g = nhwc(out), nhwc(grad)
-    m = pixels(x)
-    per_layer = 2 if block.bottleneck else 1
-    norm_grads: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
-    conv_grads: list[Tensor | None] = [
+    run = BackwardPass(ops, block, grad, out, stats, z_all)
+    weights = [weight for layer in block.layers for weight in layer.convs]
+    convs = [
         torch.empty_like(weight) if needed else None
-        for weight, needed in zip((w for la in layers for w in la.convs), needs_conv_grad, strict=True)
+        for weight, needed in zip(weights, needs_conv_grad, strict=True)
     ]
-    mean, var = stats[0], stats[1]
-    uv = torch.zeros(2, block.out_channels, dtype=stats.dtype, device=stats.device)
-    u, v = uv[0], uv[1]
-    kept = z_all.dim() == 5
-    n, h, w = x.shape[:3]
-    z_scratch = x.new_empty(n, h, w, block.bottleneck) if block.bottleneck and not kept else None
-    grad_bn = x.new_empty(n, h, w, block.bottleneck) if block.bottleneck else None
+    layer_backward = _bottleneck_layer_backward if block.bottleneck else _plain_layer_backward
+    per_layer = len(convs) // len(block.layers)
+    norms: list[tuple[Tensor, Tensor]] = []
+    for i in reversed(range(len(block.layers))):
+        norms = layer_backward(run, i, convs[i * per_layer : (i + 1) * per_layer]) + norms
 
-    for i in reversed(range(len(layers))):
-        layer, c = layers[i], block.channels_before(i)
-        grad_y, y, y_u, y_v = g[..., c : c + k], x[..., c : c + k], u[c : c + k], v[c : c + k]
-        if block.drop_rate:
-            # Dropout lies between the convolution and X: give the convolution its own gradient.
-            masked = torch.empty_like(y)
-            ops.affine_gradient(grad_y, y, y_u, y_v, masked)
-            grad_y = masked.mul_(_dropout_mask(block, i, masked))
-            y_u, y_v = torch.zeros_like(y_u), torch.zeros_like(y_v)
-        norm1 = BoundNorm(ops, layer.norms[0], mean[:c], var[:c])
-        dw1 = conv_grads[i * per_layer]
-        sums1 = stats.new_empty(2, c)
-        if block.bottleneck:
-            dw2 = conv_grads[i * per_layer + 1]
-            z = z_all[i] if kept else z_scratch
-            assert z is not None and grad_bn is not None
-            if not kept:
-                _recompute_bottleneck(ops, block, i, x, stats, z)
-            cols = block.bottleneck_slice(i)
-            norm2 = BoundNorm(ops, layer.norms[1], mean[cols], var[cols])
-            sums2, z_uv = stats.new_empty(2, block.bottleneck), stats.new_zeros(2, block.bottleneck)
-            ops.bn_relu_conv3x3_backward(
-                grad_y, y, y_u, y_v,
-                z, norm2.mean, norm2.scale, norm2.shift, layer.convs[1],
-                grad_bn, sums2, dw2,
-            )  # fmt: skip
-            norm2_grads = norm2.gradient(sums2, m, z_uv[0], z_uv[1])
-            ops.bn_relu_conv1x1_backward(
-                grad_bn, z, norm2.scale, z_uv[0], z_uv[1],
-                x[..., :c], norm1.mean, norm1.scale, norm1.shift, layer.convs[0],
-                g[..., :c], sums1, dw1,
-            )  # fmt: skip
-            norm_grads[i] = [norm1.gradient(sums1, m, u[:c], v[:c]), norm2_grads]
-        else:
-            grad_in = x.new_empty(n, h, w, c)
-            ops.bn_relu_conv3x3_backward(
-                grad_y, y, y_u, y_v,
-                x[..., :c], norm1.mean, norm1.scale, norm1.shift, layer.convs[0],
-                grad_in, sums1, dw1,
-            )  # fmt: skip
-            ops.scaled_accumulate(grad_in, norm1.scale, g[..., :c])
-            norm_grads[i] = [norm1.gradient(sums1, m, u[:c], v[:c])]
+    c = run.inputs(0)
+    n, _, h, w = out.shape
+    grad_x = torch.empty(
+        (n, block.in_channels, h, w), dtype=out.dtype, device=out.device, memory_format=torch.channels_last
+    )
+    ops.affine_gradient(run.g[..., c], run.x[..., c], run.u[c], run.v[c], nhwc(grad_x))
+    return BlockGradients(grad_x, [weight for weight, _ in norms], [bias for _, bias in norms], convs)
 
-    c0 = block.in_channels
-    grad_x = torch.empty((n, c0, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    ops.affine_gradient(g[..., :c0], x[..., :c0], u[:c0], v[:c0], nhwc(grad_x))
-    flat = [pair for pairs in norm_grads for pair in pairs]
-    return BlockGradients(grad_x, [p[0] for p in flat], [p[1] for p in flat], conv_grads)
+
+def _bottleneck_layer_backward(
+    run: BackwardPass, index: int, grad_weights: list[Tensor | None]
+) -> list[tuple[Tensor, Tensor]]:
+    """Add layer ``index``'s part to G, U and V; the gradients of its two norms."""
+    ops, m, c = run.ops, pixels(run.x), run.inputs(index)
+    norm1, norm2, z = run.norm1(index), run.norm2(index), run.z(index)
+    if not run.keeps_bottleneck:
+        run.run_bottleneck(index, norm1, wants_stats=False)
+    sums2 = run.conv3x3_backward(index, z, norm2, run.grad_bn, grad_weights[1])
+    z_u, z_v = torch.zeros_like(sums2)
+    norm2_grads = norm2.gradient(sums2, m, z_u, z_v)
+    sums1 = run.mean.new_empty(2, c.stop)
+    ops.bn_relu_conv1x1_backward(
+        run.grad_bn, z, norm2.scale, z_u, z_v,
+        run.x[..., c], norm1.mean, norm1.scale, norm1.shift, run.block.layers[index].convs[0],
+        run.g[..., c], sums1, grad_weights[0],
+    )  # fmt: skip
+    return [norm1.gradient(sums1, m, run.u[c], run.v[c]), norm2_grads]
+
+
+def _plain_layer_backward(
+    run: BackwardPass, index: int, grad_weights: list[Tensor | None]
+) -> list[tuple[Tensor, Tensor]]:
+    """The same for a layer without bottleneck: its 3x3 convolution reads X."""
+    c, norm = run.inputs(index), run.norm1(index)
+    source = run.x[..., c]
+    grad_bn = run.x.new_empty(source.shape)
+    sums = run.conv3x3_backward(index, source, norm, grad_bn, grad_weights[0])
+    run.ops.scaled_accumulate(grad_bn, norm.scale, run.g[..., c])
+    return [norm.gradient(sums, pixels(run.x), run.u[c], run.v[c])]

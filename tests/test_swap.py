@@ -251,9 +251,9 @@ class TestRefusals:
 
     def test_unknown_options(self) -> None:
         model = small_densenet()
-        with pytest.raises(ValueError, match="recompute must be one of .*got 'everything'"):
+        with pytest.raises(ValueError, match=r"recompute must be one of .*got 'everything'"):
             dense_ext.swap(model, recompute="everything")
-        with pytest.raises(ValueError, match="backend must be one of .*got 'metal'"):
+        with pytest.raises(ValueError, match=r"backend must be one of .*got 'metal'"):
             dense_ext.swap(model, backend="metal")
         assert type(model.features.denseblock1) is _DenseBlock
 
@@ -280,7 +280,7 @@ class TestBackendChoice:
     def test_named_backend_that_cannot_run_says_why(self) -> None:
         """On a device without kernels, by name; the meta device stands for any other accelerator."""
         x = torch.empty(2, 3, 4, 4, device="meta")
-        with pytest.raises(RuntimeError, match="no backend runs channel_stats .* on meta .*cpu:"):
+        with pytest.raises(RuntimeError, match=r"no backend runs channel_stats .* on meta .*cpu:"):
             select("cpu", x.device.type, x.dtype)
         reasons = dense_ext.available_backends(x.device)
         assert "meta" in str(reasons["cpu"])

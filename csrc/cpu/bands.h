@@ -38,9 +38,8 @@ class Bands {
     per_image_ = std::min(per_image_, height);
     const int64_t images_in_budget = budget / ((height + 2) * line_bytes);
     const int64_t at_once = std::max<int64_t>(1, images_in_budget);
-    groups_ = per_image_ > 1
-                  ? images
-                  : std::min(images, round_up(ceil_div(images, at_once), threads));
+    groups_ =
+        per_image_ > 1 ? images : std::min(images, round_up(ceil_div(images, at_once), threads));
     parts_ = std::min(count(), threads);
   }
 
@@ -55,9 +54,7 @@ class Bands {
   }
 
   // Upper bounds over all bands, for scratch.
-  int64_t max_lines() const {
-    return ceil_div(images_, groups_) * ceil_div(height_, per_image_);
-  }
+  int64_t max_lines() const { return ceil_div(images_, groups_) * ceil_div(height_, per_image_); }
   int64_t max_pixels() const { return max_lines() * width_; }
   int64_t max_padded_pixels() const {
     return ceil_div(images_, groups_) * (ceil_div(height_, per_image_) + 2) * (width_ + 2);

@@ -1,7 +1,8 @@
 // Forward:  z = relu(scale*x + shift) @ W^T, and z's mean and variance.
 // Backward: dz = z_scale*grad_bn + z_u*z + z_v
 //           g = (dz @ W) where scale*x + shift > 0, else 0
-//           grad_x += scale*g;  sums = [sum g, sum g*(x - mean)];  dW = dz^T @ relu(scale*x + shift)
+//           grad_x += scale*g;  sums = [sum g, sum g*(x - mean)];  dW = dz^T @ relu(scale*x +
+//           shift)
 //
 // x, grad_x [M, C], z, grad_bn [M, B], pixels their own strides apart; W, dW [B, C], any strides.
 // Moves C + B elements a pixel forward, 3 C + 2 B backward: x is read once, and its activations
@@ -48,15 +49,16 @@ void forward_kernel(const Pixels<const T>& x, const Acc<T>* scale_, const Acc<T>
         const Range chunk = chunks[c];
         activate_rows(x.at(tile.begin) + chunk.begin, x.stride, tile.size(), chunk.size(),
                       scale + chunk.begin, shift + chunk.begin, a, a_ld);
-        Product<A> product{tile.size(), out, chunk.size(), a, a_ld, 1, packed, in * kPanel<A>,
-                           kPanel<A>, zs, z_ld};
+        Product<A> product{tile.size(),    out,       chunk.size(), a,   a_ld, 1, packed,
+                           in * kPanel<A>, kPanel<A>, zs,           z_ld};
         product.b += chunk.begin * kPanel<A>;
         product.accumulate = c > 0;
         if (c + 1 < chunks.count) {
           product.prefetch[0] = fetch_pixels(x, tile, chunks[c + 1]);
         } else {
           product.prefetch[0] = fetch_pixels(z, tile, {0, out});
-          if (i + 1 < range.end) product.prefetch[1] = fetch_pixels(x, tiles.tile(i + 1), chunks[0]);
+          if (i + 1 < range.end)
+            product.prefetch[1] = fetch_pixels(x, tiles.tile(i + 1), chunks[0]);
         }
         multiply(product);
       }
@@ -154,18 +156,20 @@ void backward_kernel(const BackwardArguments<T>& args) {
         const int64_t first = chunks[c].begin, columns = chunks[c].size();
         const T* x = args.x.at(tile.begin) + first;
         T* grad_x = args.grad_x.at(tile.begin) + first;
-        Product<A> product{rows, columns, out, dz, dz_ld, 1, packed + first * out, out * kPanel<A>,
-                           kPanel<A>, da, a_ld};
+        Product<A> product{
+            rows,      columns, out, dz, dz_ld, 1, packed + first * out, out * kPanel<A>,
+            kPanel<A>, da,      a_ld};
         product.prefetch[0] = fetch_pixels(args.x, tile, chunks[c]);
         product.prefetch[1] = fetch_pixels(args.grad_x, tile, chunks[c]);
         multiply(product);
         mask_rows<Output::kAddScaled, 1>(da, a_ld, x, args.x.stride, rows, columns, mean + first,
-                                         scale + first, shift + first, grad_x,
-                                         args.grad_x.stride, sums.row(part) + first, sums.ld());
+                                         scale + first, shift + first, grad_x, args.grad_x.stride,
+                                         sums.row(part) + first, sums.ld());
         if (!want_weight) continue;
         activate_rows(x, args.x.stride, rows, columns, scale + first, shift + first, a, a_ld);
-        Product<A> weight{out, columns, rows, dz, 1, dz_ld, a, kPanel<A>, a_ld,
-                          dw + part * dw_size + first, dw_ld};
+        Product<A> weight{out,   columns, rows,      dz,   1,
+                          dz_ld, a,       kPanel<A>, a_ld, dw + part * dw_size + first,
+                          dw_ld};
         weight.accumulate = i > range.begin;
         if (c + 1 == my_chunks.end && i + 1 < range.end) {
           const Range next = tiles.tile(i + 1);

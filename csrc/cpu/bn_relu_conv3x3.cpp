@@ -66,7 +66,7 @@ void forward_kernel(const ForwardArguments<T>& args) {
   const int64_t in = z.channels, out = args.y.channels;
   int64_t weight_taps[kTaps];
   for (int64_t t = 0; t < kTaps; t++) weight_taps[t] = args.weight.tap_offset(t);
-  const WeightsAsB<T> b{args.weight.data,      kTaps,      in, out, args.weight.in_stride,
+  const WeightsAsB<T> b{args.weight.data,       kTaps,      in, out, args.weight.in_stride,
                         args.weight.out_stride, weight_taps};
   const Chunks chunks(in, kChannels, kPanel<A>);
   const int64_t a_ld = leading_dimension<A>(std::min(in, chunks.size));
@@ -97,9 +97,17 @@ void forward_kernel(const ForwardArguments<T>& args) {
                         scale + chunk.begin, shift + chunk.begin, line, a_ld);
         });
         for (int64_t line = 0; line < band.lines(); line++) {
-          Product<A> product{z.width, out, chunk.size(), a + band.padded_line(line) * a_ld, a_ld, 1,
-                             packed + chunk.begin * kPanel<A>, kTaps * in * kPanel<A>, kPanel<A>,
-                             ys + line * z.width * y_ld, y_ld};
+          Product<A> product{z.width,
+                             out,
+                             chunk.size(),
+                             a + band.padded_line(line) * a_ld,
+                             a_ld,
+                             1,
+                             packed + chunk.begin * kPanel<A>,
+                             kTaps * in * kPanel<A>,
+                             kPanel<A>,
+                             ys + line * z.width * y_ld,
+                             y_ld};
           product.accumulate = c > 0;
           product.taps = kTaps;
           product.a_taps = a_taps.offset;
@@ -107,7 +115,8 @@ void forward_kernel(const ForwardArguments<T>& args) {
           multiply(product);
         }
       }
-      store_rounded_rows(ys, y_ld, band.pixels(), out, args.y.at(band.first_pixel()), args.y.stride);
+      store_rounded_rows(ys, y_ld, band.pixels(), out, args.y.at(band.first_pixel()),
+                         args.y.stride);
       if (args.mean) moments.add_rows(part, ys, y_ld, band.pixels());
     }
   });
@@ -169,8 +178,9 @@ void add_weight_gradient(const Band& band, const A* a, int64_t a_ld, int64_t col
   const int64_t at_once = std::max<int64_t>(1, kWeightPixels / band.width);
   for (int64_t line = 0; line < band.lines(); line += at_once) {
     for (int64_t t = 0; t < kTaps; t++) {
-      Product<A> product{columns, out, band.width, a, 1, a_ld, dy + shift.offset[kTaps - 1 - t],
-                         kPanel<A>, dy_ld, dw + t * dw_tap, dy_ld};
+      Product<A> product{
+          columns,   out,   band.width,      a,    1, a_ld, dy + shift.offset[kTaps - 1 - t],
+          kPanel<A>, dy_ld, dw + t * dw_tap, dy_ld};
       product.accumulate = accumulate || line > 0;
       product.taps = std::min(at_once, band.lines() - line);
       product.a_taps = a_lines + line;
@@ -251,9 +261,17 @@ void backward_kernel(const BackwardArguments<T>& args) {
       for (int64_t c = 0; c < chunks.count; c++) {
         const int64_t first = chunks[c].begin, columns = chunks[c].size();
         for (int64_t line = 0; line < band.lines(); line++) {
-          Product<A> product{z.width, columns, out, dy + band.padded_line(line) * dy_ld, dy_ld, 1,
-                             packed + first * kTaps * out, kTaps * out * kPanel<A>, kPanel<A>,
-                             da + line * z.width * a_ld, a_ld};
+          Product<A> product{z.width,
+                             columns,
+                             out,
+                             dy + band.padded_line(line) * dy_ld,
+                             dy_ld,
+                             1,
+                             packed + first * kTaps * out,
+                             kTaps * out * kPanel<A>,
+                             kPanel<A>,
+                             da + line * z.width * a_ld,
+                             a_ld};
           product.taps = kTaps;
           product.a_taps = a_taps.offset;
           product.b_taps = b_taps.offset;

@@ -18,35 +18,49 @@ namespace {
 // Scratch for the gradients of a band of input rows.
 constexpr int64_t kBandBytes = 256 << 10;
 
-// Rows (or columns) [begin, end) of the input in window o of n, and where the window's 3 would
-// start: a position is 0, 1 or 2 from there.
-inline Range window(int64_t o, int64_t n) {
-  return {std::max<int64_t>(0, 2 * o - 1), std::min(n, 2 * o + 2)};
-}
+// The input pixels of one 3x3 window, in row-major order; those beyond the image are left out.
+struct Window {
+  int64_t count = 0;
+  int64_t row[9], pixel[9];  // the row in the image, and the pixel of the tensor
 
-// The window's maximum, and its position in the window (0 to 8) as a number.
-template <class T>
-struct Maximum {
-  Vector<T> value, position;
-};
-
-template <class T, class Count>
-Maximum<T> find_maximum(const Pixels<const T>& x, int64_t image, int64_t oh, int64_t ow, int64_t j,
-                        Vector<T> scale, Vector<T> shift, Count count) {
-  using V = Vector<T>;
-  const Range rows = window(oh, x.height), columns = window(ow, x.width);
-  Maximum<T> best{V{} - std::numeric_limits<Acc<T>>::infinity(), V{}};
-  for (int64_t h = rows.begin; h < rows.end; h++) {
-    for (int64_t w = columns.begin; w < columns.end; w++) {
-      const V a = relu(scale * load(x.at((image * x.height + h) * x.width + w) + j, count) + shift);
-      const V position = V{} + static_cast<Acc<T>>((h - 2 * oh + 1) * 3 + (w - 2 * ow + 1));
-      const auto wins = a > best.value || a != a;
-      best.value = wins ? a : best.value;
-      best.position = wins ? position : best.position;
+  template <class T>
+  Window(const Pixels<T>& x, int64_t image, int64_t oh, int64_t ow) {
+    for (int64_t h = std::max<int64_t>(0, 2 * oh - 1); h < std::min(x.height, 2 * oh + 2); h++) {
+      for (int64_t w = std::max<int64_t>(0, 2 * ow - 1); w < std::min(x.width, 2 * ow + 2); w++) {
+        row[count] = h;
+        pixel[count++] = (image * x.height + h) * x.width + w;
+      }
     }
   }
-  return best;
-}
+};
+
+// The maxima of a window in kWidth vectors of channels from j on, and their indices in the window
+// as numbers. Several vectors at once, for one alone waits for its comparisons.
+template <class T, int kWidth>
+struct Maximum {
+  Vector<T> value[kWidth], index[kWidth];
+
+  template <class Count>
+  Maximum(const Pixels<const T>& x, const Window& window, int64_t j, const Acc<T>* scale,
+          const Acc<T>* shift, Count count) {
+    using V = Vector<T>;
+    for (int v = 0; v < kWidth; v++) {
+      value[v] = V{} - std::numeric_limits<Acc<T>>::infinity();
+      index[v] = V{};
+    }
+    V number = {};
+    for (int64_t i = 0; i < window.count; i++, number += 1) {
+      const T* pixel = x.at(window.pixel[i]) + j;
+      DENSE_UNROLL for (int v = 0; v < kWidth; v++) {
+        const int64_t c = v * kLanes<T>;
+        const V a = relu(load(scale + j + c) * load(pixel + c, count) + load(shift + j + c));
+        const auto wins = (a > value[v]) | (a != a);  // as in PyTorch: NaN is a maximum
+        value[v] = wins ? a : value[v];
+        index[v] = wins ? number : index[v];
+      }
+    }
+  }
+};
 
 template <class T>
 void forward_kernel(const Pixels<const T>& x, const Acc<T>* scale_, const Acc<T>* shift_,
@@ -59,11 +73,14 @@ void forward_kernel(const Pixels<const T>& x, const Acc<T>* scale_, const Acc<T>
   parallel(parts, [&](int64_t part) {
     const Range range = part_of(lines, parts, part);
     for (int64_t p = range.begin * y.width; p < range.end * y.width; p++) {
-      const int64_t line = p / y.width, image = line / y.height, oh = line % y.height;
-      for_vectors<T>(x.channels, [&](int64_t j, auto count) {
-        const auto best = find_maximum<T>(x, image, oh, p % y.width, j, load(scale + j),
-                                          load(shift + j), count);
-        store(y.at(p) + j, best.value, count);
+      const int64_t line = p / y.width;
+      const Window window(x, line / y.height, line % y.height, p % y.width);
+      for_blocks<T>(x.channels, [&](int64_t j, auto width, auto count) {
+        constexpr int kWidth = decltype(width)::value;
+        const Maximum<T, kWidth> best(x, window, j, scale, shift, count);
+        DENSE_UNROLL for (int v = 0; v < kWidth; v++) {
+          store(y.at(p) + j + v * kLanes<T>, best.value[v], count);
+        }
       });
     }
   });
@@ -90,24 +107,28 @@ void bn_relu_maxpool_forward(const Tensor& x, const Tensor& scale, const Tensor&
 // --- backward --------------------------------------------------------------------------------
 
 // da[pixel of the band][c] += the gradients of the windows it is the maximum of, for the windows
-// of one output line.
+// of one output line. The band is rows [band) of the image; da begins with its first pixel.
 template <class T>
 void scatter_line(const Pixels<const T>& grad, const Pixels<const T>& x, int64_t image, int64_t oh,
                   Range band, const Acc<T>* scale, const Acc<T>* shift, Acc<T>* da, int64_t ld) {
   using V = Vector<T>;
-  const Range rows = window(oh, x.height);
-  const int64_t begin = std::max(rows.begin, band.begin), end = std::min(rows.end, band.end);
+  const int64_t first_pixel = (image * x.height + band.begin) * x.width;
   for (int64_t ow = 0; ow < grad.width; ow++) {
-    const Range columns = window(ow, x.width);
+    const Window window(x, image, oh, ow);
     const T* g = grad.at((image * grad.height + oh) * grad.width + ow);
-    for_vectors<T>(x.channels, [&](int64_t j, auto count) {
-      const auto best = find_maximum<T>(x, image, oh, ow, j, load(scale + j), load(shift + j), count);
-      const V gv = load(g + j, count);
-      for (int64_t h = begin; h < end; h++) {
-        for (int64_t w = columns.begin; w < columns.end; w++) {
-          const auto position = static_cast<Acc<T>>((h - 2 * oh + 1) * 3 + (w - 2 * ow + 1));
-          Acc<T>* target = da + ((h - band.begin) * x.width + w) * ld + j;
-          store(target, load(target) + (best.position == position ? gv : V{}));
+    for_blocks<T>(x.channels, [&](int64_t j, auto width, auto count) {
+      constexpr int kWidth = decltype(width)::value;
+      const Maximum<T, kWidth> best(x, window, j, scale, shift, count);
+      V gradient[kWidth];
+      DENSE_UNROLL for (int v = 0; v < kWidth; v++) gradient[v] =
+          load(g + j + v * kLanes<T>, count);
+      for (int64_t i = 0; i < window.count; i++) {
+        if (window.row[i] < band.begin || window.row[i] >= band.end) continue;
+        Acc<T>* target = da + (window.pixel[i] - first_pixel) * ld + j;
+        const V number = V{} + static_cast<Acc<T>>(i);
+        DENSE_UNROLL for (int v = 0; v < kWidth; v++) {
+          Acc<T>* t = target + v * kLanes<T>;
+          store(t, load(t) + (best.index[v] == number ? gradient[v] : V{}));
         }
       }
     });
@@ -131,8 +152,8 @@ void backward_kernel(const BackwardArguments<T>& args) {
   // Bands of rows of one image; the windows across their edges are looked at from both sides.
   const int64_t line_bytes = x.width * bytes_of<A>(ld);
   const int64_t max_rows = std::max<int64_t>(4, kBandBytes / line_bytes);
-  const int64_t per_image = std::min(
-      x.height, std::max(ceil_div(x.height, max_rows), ceil_div(num_threads(), x.images)));
+  const int64_t per_image =
+      std::min(x.height, std::max(ceil_div(x.height, max_rows), ceil_div(num_threads(), x.images)));
   const int64_t bands = x.images * per_image, parts = std::min(bands, num_threads());
   Workspace workspace{ChannelSums::bytes(parts, x.channels), padded_bytes<A>(x.channels),
                       padded_bytes<A>(x.channels), padded_bytes<A>(x.channels)};

@@ -51,9 +51,11 @@ void pool_rows(const Pixels<const T>& x, const Windows& windows, Range tile, Ran
     for_vectors<T>(chunk.size(), [&](int64_t j, auto count) {
       const V s = load(scale + chunk.begin + j), t = load(shift + chunk.begin + j);
       const T* corner = window + j;
-      const V top = relu(s * load(corner, count) + t) + relu(s * load(corner + x.stride, count) + t);
+      const V top =
+          relu(s * load(corner, count) + t) + relu(s * load(corner + x.stride, count) + t);
       corner += below;
-      const V low = relu(s * load(corner, count) + t) + relu(s * load(corner + x.stride, count) + t);
+      const V low =
+          relu(s * load(corner, count) + t) + relu(s * load(corner + x.stride, count) + t);
       store(out + j, (top + low) * factor);
     });
   }
@@ -84,8 +86,9 @@ void forward_kernel(const Pixels<const T>& x, const Acc<T>* scale_, const Acc<T>
       for (int64_t c = 0; c < chunks.count; c++) {
         const Range chunk = chunks[c];
         pool_rows(x, windows, tile, chunk, scale, shift, A{0.25}, a, a_ld);
-        Product<A> product{tile.size(), out, chunk.size(), a, a_ld, 1,
-                           packed + chunk.begin * kPanel<A>, in * kPanel<A>, kPanel<A>, ys, y_ld};
+        Product<A> product{
+            tile.size(),    out,       chunk.size(), a,   a_ld, 1, packed + chunk.begin * kPanel<A>,
+            in * kPanel<A>, kPanel<A>, ys,           y_ld};
         product.accumulate = c > 0;
         if (c + 1 < chunks.count) {
           product.prefetch[0] = fetch_pixels(x, windows.inputs(tile), chunks[c + 1]);
@@ -157,8 +160,8 @@ struct Spread {
       mask<2>(dp, ld, pixel, 2 * count, chunk);
       if (ends_line && windows.width % 2) mask<1>(zeros, 0, pixel + 2 * count, 1, chunk);
     }
-    const bool ends_image = ends_line && p / windows.out_width % windows.out_height ==
-                                             windows.out_height - 1;
+    const bool ends_image =
+        ends_line && p / windows.out_width % windows.out_height == windows.out_height - 1;
     if (ends_image && windows.height % 2) {
       const int64_t last_line = (first / windows.width + 2) * windows.width;
       mask<1>(zeros, 0, last_line, windows.width, chunk);
@@ -219,16 +222,21 @@ void backward_kernel(const BackwardArguments<T>& args) {
       scale_rows(args.grad.at(tile.begin), args.grad.stride, tile.size(), out, A{0.25}, dy, dy_ld);
       for (int64_t c = my_chunks.begin; c < my_chunks.end; c++) {
         const Range chunk = chunks[c];
-        Product<A> product{tile.size(), chunk.size(), out, dy, dy_ld, 1,
-                           packed + chunk.begin * out, out * kPanel<A>, kPanel<A>, dp, a_ld};
+        Product<A> product{
+            tile.size(),     chunk.size(), out, dy,  dy_ld, 1, packed + chunk.begin * out,
+            out * kPanel<A>, kPanel<A>,    dp,  a_ld};
         product.prefetch[0] = fetch_pixels(args.x, windows.inputs(tile), chunk);
         product.prefetch[1] = fetch_pixels(args.grad_x, windows.inputs(tile), chunk);
         multiply(product);
         spread.tile(dp, a_ld, windows, tile, chunk);
         if (!want_weight) continue;
         pool_rows(args.x, windows, tile, chunk, scale, shift, A{1}, a, a_ld);
-        Product<A> weight{out, chunk.size(), tile.size(), dy, 1, dy_ld, a, kPanel<A>, a_ld,
-                          dw + part * dw_size + chunk.begin, dw_ld};
+        Product<A> weight{out,         chunk.size(),
+                          tile.size(), dy,
+                          1,           dy_ld,
+                          a,           kPanel<A>,
+                          a_ld,        dw + part * dw_size + chunk.begin,
+                          dw_ld};
         weight.accumulate = i > range.begin;
         multiply(weight);
       }

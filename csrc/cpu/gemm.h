@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "range.h"
 #include "vector.h"
 
 namespace dense_ext {
@@ -16,9 +17,6 @@ constexpr int kMaxVectors = 2;
 // Columns of a panel of b.
 template <class A>
 constexpr int64_t kPanel = kMaxVectors * kLanes<A>;
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Rows of a tensor that are needed after a product: brought into the L2 cache while it computes.
 struct Prefetch {
@@ -38,7 +36,8 @@ struct Prefetch {
 };
 
 // C[i][j] (+)= sum over taps t and depth k of
-//   a[a_taps[t] + i*a_row + k*a_depth] * b[(j / kPanel)*b_panel + b_taps[t] + k*b_depth + j % kPanel]
+//   a[a_taps[t] + i*a_row + k*a_depth] * b[(j / kPanel)*b_panel + b_taps[t] + k*b_depth + j %
+//   kPanel]
 // C's rows are written up to round_up(columns, kLanes). An accumulating product is summed apart
 // before it is added, which keeps rounding errors of long sums (weight gradients) small.
 template <class A>

@@ -19,16 +19,6 @@
 
 namespace dense_ext {
 
-struct Range {
-  int64_t begin, end;
-  int64_t size() const { return end - begin; }
-};
-
-// The index-th of `parts` near-equal parts of [0, total).
-inline Range part_of(int64_t total, int64_t parts, int64_t index) {
-  return {total * index / parts, total * (index + 1) / parts};
-}
-
 // Calls body(i) for i in [0, count), on as many threads.
 template <class Body>
 void parallel(int64_t count, const Body& body) {

@@ -28,9 +28,8 @@ template <class T>
 void scale_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, Acc<T> factor,
                 Acc<T>* out, int64_t ld) {
   for (int64_t r = 0; r < rows; r++, x += stride, out += ld) {
-    for_vectors<T>(columns, [&](int64_t j, auto count) {
-      store(out + j, load(x + j, count) * factor);
-    });
+    for_vectors<T>(columns,
+                   [&](int64_t j, auto count) { store(out + j, load(x + j, count) * factor); });
   }
 }
 
@@ -52,7 +51,8 @@ template <class T>
 void store_rows(const Acc<T>* values, int64_t ld, int64_t rows, int64_t columns, T* out,
                 int64_t stride) {
   for (int64_t r = 0; r < rows; r++, values += ld, out += stride) {
-    for_vectors<T>(columns, [&](int64_t j, auto count) { store(out + j, load(values + j), count); });
+    for_vectors<T>(columns,
+                   [&](int64_t j, auto count) { store(out + j, load(values + j), count); });
   }
 }
 

@@ -11,7 +11,6 @@
 #include <string>
 
 #include "gemm.h"
-#include "parallel.h"
 
 namespace dense_ext {
 
@@ -80,11 +79,10 @@ Pixels<T> pixels(const Tensor& t, const char* name) {
              : p.images > 1 ? t.stride(0)
                             : p.channels;
   const int64_t row = p.width * p.stride;
-  STD_TORCH_CHECK(p.stride >= p.channels && (p.channels == 1 || t.stride(3) == 1) &&
-                      (p.height == 1 || t.stride(1) == row) &&
-                      (p.images == 1 || t.stride(0) == p.height * row),
-                  name, " of shape ", shape_of(t),
-                  " must be NHWC with dense H and W, and unit stride along C");
+  STD_TORCH_CHECK(
+      p.stride >= p.channels && (p.channels == 1 || t.stride(3) == 1) &&
+          (p.height == 1 || t.stride(1) == row) && (p.images == 1 || t.stride(0) == p.height * row),
+      name, " of shape ", shape_of(t), " must be NHWC with dense H and W, and unit stride along C");
   return p;
 }
 
@@ -116,12 +114,11 @@ T* channels(const std::optional<Tensor>& t, const char* name, int64_t count) {
 template <class T>
 Weight<T> weight_of(const Tensor& t, const char* name, int64_t out, int64_t in, int64_t size) {
   check_type(t, name, scalar_type_of<std::remove_const_t<T>>());
-  STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == out && t.size(1) == in && t.size(2) == size &&
-                      t.size(3) == size,
-                  name, " has shape ", shape_of(t), ", expected [", out, ", ", in, ", ", size, ", ",
-                  size, "]");
-  return {static_cast<T*>(t.data_ptr()), out, in, t.stride(0), t.stride(1), t.stride(2),
-          t.stride(3)};
+  STD_TORCH_CHECK(
+      t.dim() == 4 && t.size(0) == out && t.size(1) == in && t.size(2) == size && t.size(3) == size,
+      name, " has shape ", shape_of(t), ", expected [", out, ", ", in, ", ", size, ", ", size, "]");
+  return {
+      static_cast<T*>(t.data_ptr()), out, in, t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
 
 // A weight gradient that may be absent: then its data is null.

@@ -143,7 +143,8 @@ inline Vector<T> widen(Raw<T> raw) {
     return (Vector<T>)_mm256_cvtph_ps((__m128i)raw);
 #else
     Vector<T> v;
-    for (int64_t i = 0; i < kLanes<T>; i++) v[i] = static_cast<float>(Half(raw[i], Half::from_bits()));
+    for (int64_t i = 0; i < kLanes<T>; i++)
+      v[i] = static_cast<float>(Half(raw[i], Half::from_bits()));
     return v;
 #endif
   } else {
@@ -161,7 +162,8 @@ inline Raw<T> narrow(Vector<T> v) {
     return __builtin_convertvector(v != v ? quiet_nan : rounded, Raw<T>);
   } else if constexpr (std::is_same_v<T, Half>) {
 #if defined(__AVX512F__)
-    return (Raw<T>)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (Raw<T>)_mm512_maskz_cvtps_ph(0xffff, (__m512)v,
+                                         _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__F16C__)
     return (Raw<T>)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from . import cpu
 from .base import PRIMITIVES, Backend
 from .cpu import CPUBackend
 from .reference import ReferenceBackend
@@ -63,6 +65,12 @@ def requested(name: str = "auto") -> str:
     return name
 
 
+@functools.cache
+def _say_not_built(reason: str) -> None:
+    """Say once in the life of the process that the slow backend serves for want of the fast one."""
+    warnings.warn(f"dense_ext runs on its reference backend: {reason}", stacklevel=2)
+
+
 @functools.lru_cache(maxsize=256)
 def select(name: str, device_type: str, dtype: torch.dtype) -> Primitives:
     """The primitives for a resolved backend ``name``.
@@ -71,6 +79,8 @@ def select(name: str, device_type: str, dtype: torch.dtype) -> Primitives:
         RuntimeError: a backend asked for by name can't run one of them; says which and why.
     """
     device = torch.device(device_type)
+    if name == "auto" and device_type == "cpu" and cpu.REASON is not None:
+        _say_not_built(cpu.REASON)
     table: dict[str, Backend] = {}
     for primitive in PRIMITIVES:
         candidates = PREFERENCE if name == "auto" else (name,)

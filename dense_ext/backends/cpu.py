@@ -32,7 +32,7 @@ def _load() -> tuple[Path | None, str | None]:
     if not built:
         return None, f"the C++ backend is not built: none of {', '.join(names)} is in {package}"
     try:
-        torch.ops.load_library(built[0])  # type: ignore[no-untyped-call]
+        torch.ops.load_library(built[0])
     except OSError as error:
         return None, f"{built[0].name} can't be loaded: {error}"
     return built[0], None

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..models import MODELS, DenseNet
 from .errors import UsageError
-from .flops import flops_per_image, without_memory
+from .flops import without_memory
 from .memory import saved_bytes
 from .networks import plain, takes_small_images, torchvision_twin
 from .peers import POLICIES
@@ -26,13 +27,15 @@ _BATCH = 8
 MEMORY_KINDS = ("default", "memory_efficient", *POLICIES)
 
 
-def _saved_per_image(build: Callable[[], nn.Module], size: int) -> float:
-    """Bytes per image kept for backward, float32, in a batch of 8."""
+def _count(build: Callable[[], nn.Module], size: int) -> tuple[float, int]:
+    """Bytes per image kept for backward, float32, in a batch of 8; and the forward's operations per image."""
     with without_memory():
         network = build().train()
         images = torch.randn(_BATCH, 3, size, size).contiguous(memory_format=torch.channels_last)
         labels = torch.zeros(_BATCH, dtype=torch.long)
-        return saved_bytes(network, lambda: F.cross_entropy(network(images), labels)) / _BATCH
+        with FlopCounterMode(display=False) as counter:
+            saved = saved_bytes(network, lambda: F.cross_entropy(network(images), labels))
+    return saved / _BATCH, counter.get_total_flops() // _BATCH
 
 
 def _dense_builders(name: str) -> dict[str, Callable[[], nn.Module]]:
@@ -58,15 +61,15 @@ def _row(name: str, size: int | None, tick: Callable[[str], None]) -> dict[str, 
         network = builders["default"]()
     small = isinstance(network, DenseNet) and takes_small_images(network)
     side = size or (SMALL_SIZE if small else 224)
-    saved = {}
+    saved, flops = {}, {}
     for kind, build in builders.items():
         tick(f"{name}, {kind}")
-        saved[kind] = _saved_per_image(build, side)
+        saved[kind], flops[kind] = _count(build, side)
     return {
         "name": name,
         "size": side,
         "parameters": sum(p.numel() for p in network.parameters()),
-        "forward_flops_per_image": flops_per_image(builders["default"], side, backward=False),
+        "forward_flops_per_image": flops["default"],
         "saved_bytes_per_image": saved,
     }
 

@@ -39,11 +39,11 @@ def train(
         str | None, option("A name from dense_ext.MODELS, or small. [densenet121; digits: small]")
     ] = None,
     size: Annotated[
-        int | None, option("Height and width in pixels. [224; CIFAR networks and digits: 32]")
+        int | None, option("Height and width in pixels. [224; CIFAR networks: 32; digits: 16]")
     ] = None,
     epochs: Annotated[int, typer.Option(help="Times every image is trained on.")] = 8,
     batch: Annotated[int, typer.Option(help="Images a step.")] = 64,
-    lr: Annotated[float, typer.Option(help="Learning rate at the start.")] = 0.1,
+    lr: Annotated[float, typer.Option(help="Learning rate at the start.")] = 0.05,
     seed: Annotated[int, typer.Option(help="Of the weights, the order and the augmentation.", min=0)] = 0,
     amp: Annotated[str, typer.Option(help="Autocast to bfloat16 or float16, or none.")] = "none",
     recompute: Annotated[str, typer.Option(help="none, bottleneck or block.")] = "bottleneck",
@@ -102,7 +102,7 @@ def _load(data: Path | None, model: str, size: int | None) -> tuple[DataSets, in
         check_model_name(model)
     with torch.device("meta"):
         small = takes_small_images(make_model(model, 2))
-    size = size or (32 if small or data is None else 224)
+    size = size or ((16, 32) if small else (32, 224))[data is not None]
     _check(size >= (8 if small else 32), f"--size {size} is too small for {model}")
     return (digits_data(size) if data is None else folder_data(data, size)), size
 

@@ -1,0 +1,48 @@
+# `make bench` and `make test` work on a fresh clone: they set up .venv first if it is missing.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+OUT    ?= runs/bench
+SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+
+.PHONY: help setup bench test lint format clean
+
+help:
+	@echo "make bench    memory and speed of a training step beside torchvision's (OUT=$(OUT))"
+	@echo "make test     the whole test suite"
+	@echo "make lint     ruff, mypy and clang-format"
+	@echo "make format   apply ruff's and clang-format's layout"
+	@echo "make clean    remove what was built"
+
+setup: $(VENV)/installed
+
+$(VENV)/requirements: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+# An editable install compiles the libraries into dense_ext/.
+$(VENV)/installed: $(VENV)/requirements pyproject.toml setup.py $(SOURCES)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps -v -e .
+	touch $@
+
+bench: setup
+	$(BIN)/dense-ext bench --out $(OUT) --overwrite
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+clean:
+	rm -rf build dist *.egg-info dense_ext/*.so

@@ -1,0 +1,269 @@
+"""The measuring code measured: counts against counts made another way, results against what they must say."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("torchvision")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+from PIL import Image
+from torchvision.models import densenet121
+
+import dense_ext
+from dense_ext.benchmark import bench, depth, family, images, networks, peers, results, timing
+from dense_ext.benchmark.errors import MeasurementError, UsageError
+from dense_ext.benchmark.flops import flops_per_image, without_memory
+from dense_ext.benchmark.memory import peak_bytes, saved_bytes
+from dense_ext.benchmark.step import sgd_step
+
+CPU = torch.device("cpu")
+
+
+def small_model() -> dense_ext.DenseNet:
+    return dense_ext.DenseNet(4, (2, 3), 8, num_classes=5, small_inputs=True)
+
+
+def write_images(folder: Path, classes: int = 2, count: int = 10, size: int = 12) -> Path:
+    """Noise with a brightness of its own for each class."""
+    torch.manual_seed(0)
+    for label, i in itertools.product(range(classes), range(count)):
+        pixels = (torch.rand(size, size, 3) * 100 + 120 * label).to(torch.uint8).numpy()
+        path = folder / f"class{label}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return folder
+
+
+# --- memory -------------------------------------------------------------------------------------------
+
+
+def eager_densenet_bytes(batch: int, size: int) -> int:
+    """What torchvision's DenseNet-121 must keep, float32, from its shapes alone.
+
+    A norm keeps its input and its batch's mean and deviation; the ReLU in place keeps its output,
+    which is also what the convolution after it keeps.
+    """
+    pixels = batch * (size // 2) ** 2
+    floats = batch * 3 * size**2 + 2 * 64 * pixels + 2 * 64  # image; first convolution and ReLU
+    pixels //= 4
+    indices = 64 * pixels  # max pool, int64
+    channels = 64
+    for i, layers in enumerate((6, 12, 24, 16)):
+        for _ in range(layers):
+            floats += 2 * (channels + 128) * pixels + 2 * (channels + 128)
+            channels += 32
+        floats += 2 * channels * pixels + 2 * channels  # the norm after the block
+        if i < 3:
+            channels //= 2
+            floats += channels * pixels  # what the average pool reads
+            pixels //= 4
+    floats += batch * (channels + 1000) + 1  # classifier's input, log softmax, the loss's weight
+    return 4 * floats + 8 * (indices + batch)
+
+
+def densenet121_bytes(batch: int, **options: bool) -> int:
+    with without_memory():
+        network = densenet121(**options)
+        x = torch.randn(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+        labels = torch.zeros(batch, dtype=torch.long)
+        return saved_bytes(network, lambda: nn.functional.cross_entropy(network(x), labels))
+
+
+def test_saved_bytes_are_those_counted_from_the_shapes() -> None:
+    assert densenet121_bytes(8) == eager_densenet_bytes(8, 224)
+    assert densenet121_bytes(8) / 8e6 == pytest.approx(130.4, abs=0.05)
+
+
+def test_memory_efficient_saves_what_is_known_of_it() -> None:
+    assert densenet121_bytes(8, memory_efficient=True) / 8e6 == pytest.approx(62.9, abs=0.05)
+
+
+def test_a_storage_counts_once_and_parameters_do_not() -> None:
+    layer = nn.Linear(3, 5, bias=False)
+    x = torch.randn(7, 3)
+
+    def forward() -> torch.Tensor:
+        y = layer(x)  # keeps x and the weight
+        return (y * y.view(7, 5)[:, :2].sum()).exp().sum()  # keeps y twice, the sum, the exponential
+
+    assert saved_bytes(layer, forward) == 4 * (7 * 3 + 7 * 5 + 1 + 7 * 5)
+
+
+def test_real_and_fake_tensors_count_alike() -> None:
+    def count() -> int:
+        network, x = networks.plain(small_model()), torch.randn(2, 3, 16, 16)
+        return saved_bytes(network, lambda: network(x).sum())
+
+    with without_memory():
+        fake = count()
+    assert count() == fake
+
+
+def test_peak_holds_what_is_saved() -> None:
+    network, x, labels = networks.plain(small_model()), torch.randn(4, 3, 16, 16), torch.arange(4)
+    step = sgd_step(network, torch.float32, CPU)
+    saved = saved_bytes(network, lambda: step.loss(x, labels)[0])
+    peak = peak_bytes(step, x, labels)
+    # On top of what is saved there is at least the last activation's gradient, at most one copy of everything.
+    assert saved - x.nbytes < peak < 2 * saved
+
+
+def test_ours_keeps_an_eighth_of_eager() -> None:
+    rows: dict[str, list[dict[str, dict[str, float]]]] = {}
+    row = family._row("densenet121", None, lambda text: None)
+    saved = row["saved_bytes_per_image"]
+    assert saved["default"] / saved["bottleneck"] > 8
+    assert saved["memory_efficient"] > saved["none"] > saved["bottleneck"] > saved["block"]
+    assert row["parameters"] == 7_978_856
+    assert not rows
+
+
+@pytest.mark.parametrize("policy", peers.POLICIES)
+def test_ours_grows_by_a_straight_line(policy: str) -> None:
+    measured: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    chosen = peers.choose(["eager-cl"], [policy])
+    depth.measure_depth(chosen, measured, CPU, torch.float32, "auto", lambda text: None, (4, 8, 16, 32))
+    lines = {name: peer["line"] for name, peer in measured["peers"].items()}
+    assert lines[f"dense_ext-{policy}"]["r2"] > 0.999
+    assert lines["eager-cl"]["r2"] < 0.99
+    assert lines["eager-cl"]["slope"] > 8 * lines[f"dense_ext-{policy}"]["slope"]
+
+
+def test_straight_line() -> None:
+    line = depth.straight_line([1, 2, 4], [5, 8, 14])
+    assert line == pytest.approx({"slope": 3, "intercept": 2, "r2": 1})
+    assert depth.straight_line([1, 2, 3], [1, 4, 1])["r2"] == pytest.approx(0)
+
+
+# --- networks and arithmetic --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["densenet_bc_100_12", "densenet121"])
+def test_the_twin_has_the_same_weights_and_outputs(name: str) -> None:
+    model = dense_ext.models.MODELS[name](num_classes=3)
+    twin = networks.with_weights(networks.torchvision_twin(model), model.state_dict(), CPU).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(networks.plain(model.eval())(x), twin(x))
+
+
+def test_no_twin_without_bottleneck() -> None:
+    with pytest.raises(UsageError, match="no DenseNet without bottleneck"):
+        networks.torchvision_twin(dense_ext.densenet_40_12())
+
+
+def test_flops() -> None:
+    def convolution() -> nn.Module:
+        return nn.Conv2d(3, 8, 3, padding=1, bias=False)
+
+    forward = flops_per_image(convolution, 10, backward=False)
+    assert forward == 2 * 10 * 10 * 8 * 3 * 9
+    # The images need no gradient: backward has only the weight's.
+    assert flops_per_image(convolution, 10, backward=True) == 2 * forward
+
+
+# --- images -------------------------------------------------------------------------------------------
+
+
+def test_sample_batch_is_real_and_repeats() -> None:
+    first, second = (images.sample_batch(None, 4, 24, seed=3) for _ in range(2))
+    assert torch.equal(first.images, second.images)
+    assert first.images.shape == (4, 3, 24, 24)
+    assert first.images.std() > 0.2
+    assert not torch.equal(first.images, images.sample_batch(None, 4, 24, seed=4).images)
+
+
+def test_sample_batch_of_a_folder(tmp_path: Path) -> None:
+    batch = images.sample_batch(write_images(tmp_path / "pictures", classes=3), 6, 8, seed=0)
+    assert (batch.images.shape, batch.classes, batch.source) == ((6, 3, 8, 8), 3, "folder pictures")
+
+
+def test_folder_split_by_class(tmp_path: Path) -> None:
+    data = images.folder_data(write_images(tmp_path), 8)
+    again = images.folder_data(tmp_path, 8)
+    assert data.test.indices == again.test.indices  # type: ignore[attr-defined]
+    assert sorted(label for _, label in data.test) == [0, 0, 1, 1]  # type: ignore[attr-defined]
+    assert len(data.training) == 16  # type: ignore[arg-type]
+
+
+def test_folder_with_parts_of_different_classes(tmp_path: Path) -> None:
+    write_images(tmp_path / "train", classes=2)
+    write_images(tmp_path / "val", classes=3)
+    with pytest.raises(UsageError, match="train and val in .* have different classes"):
+        images.folder_data(tmp_path, 8)
+
+
+# --- timing and results -------------------------------------------------------------------------------
+
+
+def test_rounds_begin_with_another_each() -> None:
+    order: list[str] = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    timing.interleave(calls, samples, CPU, 3, 1, lambda text: None)
+    assert "".join(order) == "abcbcacab"
+    assert [len(s) for s in samples.values()] == [3, 3, 3]
+
+
+def test_speeds_compare_with_the_fastest_eager_peer() -> None:
+    measured = {
+        "options": {"batch": 10},
+        "peers": {"eager": {"ours": False}, "eager-cl": {"ours": False}, "dense_ext-none": {"ours": True}},
+        "work": {"step_flops_per_image": 50, "matmul_flops_per_second": 1000},
+        "speed": {
+            "seconds": {"eager": [4.0], "eager-cl": [2.0, 1.0, 4.0], "dense_ext-none": [0.5, 1.0, 2.0]}
+        },
+    }
+    speed = bench.speeds(measured)
+    assert speed["dense_ext-none"]["ratio"] == 2
+    assert (speed["dense_ext-none"]["ratio_min"], speed["dense_ext-none"]["ratio_max"]) == (1, 4)
+    assert speed["eager-cl"]["images_per_second"] == 5
+    assert speed["eager"]["matmul_share"] == 0.125
+    assert bench.speeds({**measured, "speed": {"seconds": {"eager": []}}}) == {}
+
+
+@pytest.mark.parametrize("losses", [[2.0, 1.9 * 1.01], [math.nan, 1.9]])
+def test_no_speed_without_agreement(losses: list[float]) -> None:
+    options = bench.Options("densenet_bc_100_12", 2, 32, 2, 32, "float32", "cpu", "auto", 1, None, ())
+    run = bench.Bench(options, peers.choose(["eager"], ["none"]), {})
+    run.results["first_losses"] = {"eager": [2.0, 1.9], "dense_ext-none": losses}
+    with pytest.raises(MeasurementError, match=r"dense_ext-none has loss .* no speed is reported"):
+        run.check_agreement()
+    run.results["first_losses"]["dense_ext-none"] = [2.0, 1.9001]
+    run.check_agreement()
+
+
+@pytest.mark.parametrize(
+    ("names", "policies", "message"),
+    [
+        (["eager", "quick"], [], "peers must be among eager, .*; got 'quick'"),
+        (["eager"], ["all"], "recompute must be among none, bottleneck, block; got 'all'"),
+        (["eager", "eager"], [], "peers names one twice"),
+        ([], ["none"], "peers must name at least one"),
+    ],
+)
+def test_peers_are_checked(names: list[str], policies: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        peers.choose(names, policies)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    results.write_json(path, {"a": 1})
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        results.write_atomically(path, fail)
+    assert results.read_json(path) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]

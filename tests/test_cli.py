@@ -1,0 +1,332 @@
+"""Every command at a tiny size: what it writes, prints and returns."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dense_ext
+from dense_ext.cli import main
+
+pytest.importorskip("torchvision")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+from PIL import Image
+
+from dense_ext.benchmark import family, training
+
+TINY_BENCH = ["--model", "densenet_bc_100_12", "--size", "32", "--batch", "2", "--memory-size", "32",
+              "--memory-batch", "2", "--rounds", "2", "--no-depth"]  # fmt: skip
+TINY_TRAIN = ["--size", "8", "--batch", "8", "--epochs", "3"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of small images, one bright and one dark, in ``train`` and ``val``."""
+    folder = tmp_path_factory.mktemp("pictures")
+    torch.manual_seed(0)
+    for part, label, i in itertools.product(("train", "val"), range(2), range(8)):
+        pixels = (torch.rand(10, 10, 3) * 100 + 120 * label).to(torch.uint8).numpy()
+        path = folder / part / f"class{label}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return folder
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def is_png(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
+# --- the command itself -------------------------------------------------------------------------------
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{dense_ext.__version__}\n"
+
+
+@pytest.mark.parametrize("command", [[], ["info"], ["bench"], ["models"], ["train"]])
+def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "--help"]) == 0
+    assert "Usage: dense-ext" in capsys.readouterr().out
+
+
+def test_help_imports_no_optional_package() -> None:
+    code = (
+        "import sys; from dense_ext.cli import main; main(['bench', '--help']);"
+        "print(sorted({'torchvision', 'matplotlib', 'sklearn'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("package", ["torchvision", "matplotlib"])
+def test_a_missing_package_is_named(package: str, tmp_path: Path) -> None:
+    code = (
+        f"import sys; sys.modules[{package!r}] = None; from dense_ext.cli import main;"
+        f"sys.exit(main(['models', '--out', {str(tmp_path / 'out')!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == f"dense-ext: this command needs {package}: pip install 'dense_ext[bench]'\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fly"], "No such command 'fly'"),
+        (["bench", "--speed"], "No such option: --speed"),
+        (["bench", "--batch", "many"], "'many' is not a valid int"),
+        (["bench", "--batch", "0"], "--batch must be at least 1, got 0"),
+        (["bench", "--model", "resnet50"], "model must be one of densenet121, "),
+        (["bench", "--model", "densenet_40_12"], "torchvision has no DenseNet without bottleneck layers"),
+        (["bench", "--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16; got 'int8'"),
+        (["bench", "--peers", "eager,fast"], "peers must be among eager, "),
+        (["bench", "--recompute", "some"], "recompute must be among none, bottleneck, block; got 'some'"),
+        (["bench", "--backend", "abacus"], "--backend: backend must be one of "),
+        (["bench", "--device", "abacus"], "--device abacus: "),
+        (["bench", "--device", "meta"], "--device must be cpu or cuda, got meta"),
+        (["bench", "--device", "cuda:99"], "--device cuda:99: torch sees "),
+        (["bench", "--data", "nowhere"], "data folder nowhere does not exist"),
+        (["models", "--size", "8"], "--size must be at least 32, got 8"),
+        (["train", "--data", "nowhere"], "data folder nowhere does not exist"),
+        (["train", "--lr", "0"], "--lr must be positive, got 0.0"),
+        (["train", "--amp", "int8"], "--amp must be one of none, bfloat16, float16; got 'int8'"),
+        (["train", "--model", "resnet50"], "model must be one of densenet121, "),
+        (["train", "--size", "4"], "--size 4 is too small for small"),
+        (["train", "--resume"], "nothing to resume"),
+        (["train", "--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
+    ],
+)
+def test_bad_options(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("dense-ext: ")
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+# --- info ---------------------------------------------------------------------------------------------
+
+
+def test_info_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["torch"].startswith(torch.__version__.partition("+")[0])
+    assert found["machine"]["threads"] == torch.get_num_threads()
+    rows = {(row["device"], row["dtype"]): row for row in found["backends"]}
+    expected = dense_ext.available_backends("cpu", torch.float32)
+    assert rows["cpu", "float32"]["backends"] == expected
+    assert rows["cpu", "float32"]["auto"].split(",")[0] in expected
+
+
+def test_info_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dense_ext", "info"], capture_output=True, text=True, check=True
+    )
+    assert f"│ {torch.__version__.partition('+')[0]}" in done.stdout
+    assert "auto takes" in done.stdout
+
+
+# --- bench --------------------------------------------------------------------------------------------
+
+
+def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "bench",
+        *TINY_BENCH,
+        "--recompute",
+        "none",
+        "--recompute",
+        "bottleneck",
+        "--out",
+        str(tmp_path),
+    ]
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert "dense_ext, recompute bottleneck" in printed.out
+    assert "GFLOP an image" in printed.out
+    assert "bench.json" in printed.err
+
+    results = read(tmp_path / "bench.json")
+    assert not results["interrupted"]
+    assert results["options"]["batch"] == 2
+    assert list(results["peers"]) == [
+        "eager", "eager-cl", "memory-efficient", "memory-efficient-cl", "dense_ext-none", "dense_ext-bottleneck"
+    ]  # fmt: skip
+    saved = {name: m["saved_bytes_per_image"] for name, m in results["memory"].items()}
+    assert saved["eager"] == saved["eager-cl"] > 8 * saved["dense_ext-bottleneck"]
+    assert all(m["peak_bytes_per_image"] > 0.5 * saved[name] for name, m in results["memory"].items())
+    assert all(len(s) == 2 and min(s) > 0 for s in results["speed"]["seconds"].values())
+    losses = results["first_losses"]
+    assert losses["dense_ext-none"] == pytest.approx(losses["eager"], rel=results["loss_tolerance"])
+    assert losses["eager"][1] != losses["eager"][0]
+    assert results["peers"]["dense_ext-none"]["served_by"]
+    assert "depth" not in results
+    assert str(tmp_path) not in (tmp_path / "bench.json").read_text()
+    assert {p.name for p in tmp_path.iterdir()} == {"bench.json", "memory.png", "throughput.png"}
+    assert is_png(tmp_path / "memory.png")
+
+    assert main(arguments) == 2
+    assert "bench.json exists; pass --overwrite or another --out" in capsys.readouterr().err
+
+
+def test_bench_keeps_what_was_measured_when_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dense_ext.benchmark import bench
+
+    def interrupt(self: bench.Bench) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench.Bench, "measure_speed", interrupt)
+    arguments = ["bench", *TINY_BENCH, "--peers", "eager-cl", "--recompute", "none", "--out", str(tmp_path)]
+    assert main([*arguments, "--json"]) == 130
+    printed = capsys.readouterr()
+    assert "interrupted: these are the results until then" in printed.err
+    results = json.loads(printed.out)
+    assert results == read(tmp_path / "bench.json")
+    assert results["interrupted"]
+    assert set(results["memory"]) == {"eager-cl", "dense_ext-none"}
+    assert "speed" not in results
+    assert (tmp_path / "memory.png").exists()
+
+
+def test_bench_reports_no_speed_of_wrong_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dense_ext.benchmark import bench
+
+    monkeypatch.setitem(bench.LOSS_TOLERANCE, "float32", -1.0)
+    monkeypatch.setattr(bench.Bench, "measure_memory", lambda self: None)
+    out = tmp_path / "out"
+    assert main(["bench", *TINY_BENCH, "--peers", "eager", "--recompute", "none", "--out", str(out)]) == 1
+    assert "no speed is reported" in capsys.readouterr().err
+    assert not out.exists()
+
+
+# --- models -------------------------------------------------------------------------------------------
+
+
+def test_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    some = {name: dense_ext.models.MODELS[name] for name in ("densenet_bc_100_12", "densenet_40_12")}
+    monkeypatch.setattr(family, "MODELS", some)
+    monkeypatch.setattr(family, "RESNETS", ("resnet18",))
+    assert main(["models", "--out", str(tmp_path)]) == 0
+    assert "densenet_bc_100_12" in capsys.readouterr().out
+    rows = {row["name"]: row for row in read(tmp_path / "models.json")["models"]}
+    assert {name: row["size"] for name, row in rows.items()} == {**dict.fromkeys(some, 32), "resnet18": 224}
+    assert rows["densenet_bc_100_12"]["parameters"] == 769_162  # arXiv 1608.06993, table 2: 0.8 M
+    assert rows["densenet_40_12"]["parameters"] == 1_019_722  # 1.0 M
+    assert set(rows["densenet_40_12"]["saved_bytes_per_image"]) == {"default", "none", "bottleneck", "block"}
+    assert rows["resnet18"]["forward_flops_per_image"] == pytest.approx(2 * 1.814e9, rel=1e-3)
+    saved = rows["densenet_bc_100_12"]["saved_bytes_per_image"]
+    assert saved["default"] > 8 * saved["bottleneck"]
+    assert is_png(tmp_path / "models.png")
+
+
+# --- train --------------------------------------------------------------------------------------------
+
+
+def without_seconds(results: dict[str, Any]) -> dict[str, Any]:
+    runs = results["runs"].items()
+    return {
+        name: [{k: v for k, v in e.items() if k != "seconds"} for e in run["history"]] for name, run in runs
+    }
+
+
+def test_resumed_training_is_the_uninterrupted_one(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", "--data", str(pictures), "--model", "small", *TINY_TRAIN, "--peer"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main([*arguments, "--out", str(whole)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("dense_ext: test accuracy ")
+    assert "torchvision, eager: test accuracy " in printed
+
+    epoch, calls = training.Run.epoch, itertools.count()
+
+    def interrupted_epoch(self: training.Run, *rest: Any) -> None:
+        if next(calls) == 3:  # in the second epoch, when the first network has had its turn
+            raise KeyboardInterrupt
+        epoch(self, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Run, "epoch", interrupted_epoch)
+        assert main([*arguments, "--out", str(parts)]) == 130
+    assert read(parts / "train.json")["interrupted"]
+    assert not (parts / "weights.pt").exists()
+    torch.manual_seed(99)
+    assert main([*arguments, "--out", str(parts), "--resume"]) == 0
+
+    first, second = read(whole / "train.json"), read(parts / "train.json")
+    assert without_seconds(first) == without_seconds(second)
+    assert [len(history) for history in without_seconds(first).values()] == [3, 3]
+    states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, parts)]
+    for name in states[0]["runs"]:
+        one, other = (state["runs"][name] for state in states)
+        torch.testing.assert_close(one["network"], other["network"], rtol=0, atol=0)
+        torch.testing.assert_close(one["optimizer"]["state"], other["optimizer"]["state"], rtol=0, atol=0)
+        assert all(torch.equal(a, b) for a, b in zip(one["random_state"], other["random_state"], strict=True))
+    assert is_png(parts / "curves.png")
+    rows = list(csv.DictReader((parts / "metrics.csv").open()))
+    assert [row["network"] for row in rows] == ["dense_ext"] * 3 + ["torchvision, eager"] * 3
+
+
+def test_peers_start_from_the_same_weights_and_images(pictures: Path, tmp_path: Path) -> None:
+    arguments = ["--data", str(pictures), "--model", "small", "--size", "8", "--batch", "8", "--epochs", "1"]
+    assert main(["train", *arguments, "--peer", "--out", str(tmp_path)]) == 0
+    ours, eager = without_seconds(read(tmp_path / "train.json")).values()
+    # Two steps apart by rounding alone.
+    assert ours[0]["training_loss"] == pytest.approx(eager[0]["training_loss"], rel=1e-3)
+
+
+def test_a_training_is_never_lost(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", "--data", str(pictures), "--model", "small", "--size", "8", "--epochs", "1"]
+    out = ["--out", str(tmp_path)]
+    assert main([*arguments, *out]) == 0
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    assert main([*arguments, *out]) == 2
+    assert "train.json exists; pass --resume, --overwrite or another --out" in capsys.readouterr().err
+    assert main([*arguments, *out, "--resume", "--lr", "0.5"]) == 2
+    assert "was trained with learning_rate 0.05, not 0.5" in capsys.readouterr().err
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert main([*arguments, *out, "--overwrite", "--amp", "bfloat16"]) == 0
+    assert read(tmp_path / "train.json")["options"]["amp"] == "bfloat16"
+
+
+def test_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def tiny(name: str, classes: int, **options: Any) -> dense_ext.DenseNet:
+        return dense_ext.DenseNet(8, (2, 2), 16, num_classes=classes, small_inputs=True, **options)
+
+    monkeypatch.setattr(training, "make_model", tiny)
+    assert main(["train", "--size", "8", "--epochs", "2", "--out", str(tmp_path), "--json"]) == 0
+    history = json.loads(capsys.readouterr().out)["runs"]["dense_ext"]["history"]
+    assert history[1]["test_accuracy"] > 0.8
+    assert history[1]["training_loss"] < history[0]["training_loss"]
+    weights = torch.load(tmp_path / "weights.pt", weights_only=True)
+    dense_ext.DenseNet(8, (2, 2), 16, num_classes=10, small_inputs=True).load_state_dict(weights)

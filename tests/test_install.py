@@ -1,0 +1,80 @@
+"""The package without its compiled part: it installs, says so once, and computes the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Prints how it is served, the number of warnings of two forwards, and the output's first value.
+USE = """
+import json, sys, warnings
+sys.path.insert(0, sys.argv[1])
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import torch, dense_ext
+    torch.manual_seed(0)
+    block = dense_ext.DenseBlock(2, 6, 4)
+    x = torch.randn(2, 6, 8, 8)
+    y = block(x); block(x.double().float())
+ours = [str(w.message) for w in caught if "dense_ext" in str(w.message)]
+print(json.dumps([dense_ext.__file__, dense_ext.available_backends(), ours, y.detach().mean().item()]))
+"""
+
+
+def copy_of_the_sources(target: Path) -> Path:
+    for name in ("csrc", "dense_ext"):
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, target)
+    return target
+
+
+def build(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-v", "."]
+    return subprocess.run(
+        command, cwd=source, env={**os.environ, **environment}, text=True, capture_output=True, check=False
+    )
+
+
+NO_COMPILER = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
+
+
+def test_installs_without_a_compiler_and_runs_on_the_reference(tmp_path: Path) -> None:
+    source = copy_of_the_sources(tmp_path)
+    result = build(source, **NO_COMPILER, DENSE_EXT_BUILD="")
+    assert result.returncode == 0, result.stderr
+    assert "the reference backend serves instead" in result.stdout + result.stderr
+    (wheel,) = source.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert "dense_ext/py.typed" in archive.namelist()
+        assert not [n for n in archive.namelist() if n.endswith(".so") or n.startswith("tests")]
+        archive.extractall(tmp_path / "site")
+    output = subprocess.run(
+        [sys.executable, "-c", USE, str(tmp_path / "site")],
+        cwd=tmp_path, text=True, capture_output=True, check=True,
+    )  # fmt: skip
+    file, backends, warned, mean = json.loads(output.stdout)
+    assert str(tmp_path) in file
+    assert "is not built" in backends["cpu"]
+    assert backends["reference"] is None
+    assert len(warned) == 1
+    assert "reference backend: the C++ backend is not built" in warned[0]
+    installed = subprocess.run(
+        [sys.executable, "-c", USE, str(ROOT)], cwd=tmp_path, text=True, capture_output=True, check=True
+    )
+    assert json.loads(installed.stdout)[3] == pytest.approx(mean, abs=1e-6)
+
+
+def test_a_build_that_was_asked_for_may_not_fail(tmp_path: Path) -> None:
+    result = build(copy_of_the_sources(tmp_path), **NO_COMPILER, DENSE_EXT_BUILD="1")
+    assert result.returncode != 0
+    assert "dense_ext: can't build" in result.stdout + result.stderr

@@ -1,0 +1,76 @@
+"""The project's structure: one name a primitive in every room, imports in one direction."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from dense_ext.backends.base import PRIMITIVES, Backend
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "dense_ext"
+
+# Lower layers first; a module imports from its own layer or a lower one.
+LAYERS = ["backends", "batch_norm", "ownership", "schedule", "transition", "ops", "checks", "modules",
+          "models", "swap", "benchmark", "cli"]  # fmt: skip
+
+
+def registered(path: Path) -> list[str]:
+    return re.findall(r'm\.impl\("(\w+)"', path.read_text())
+
+
+def test_every_primitive_is_compiled_once_and_its_file_has_a_test() -> None:
+    files = {path.stem: registered(path) for path in (ROOT / "csrc" / "cpu").glob("*.cpp")}
+    kernels = {stem: names for stem, names in files.items() if names}
+    assert sorted(name for names in kernels.values() for name in names) == sorted(PRIMITIVES)
+    tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "primitives").glob("test_*.py")}
+    assert set(kernels) == tests
+
+
+@pytest.mark.parametrize("primitive", PRIMITIVES)
+def test_schema_has_the_arguments_of_the_interface(primitive: str) -> None:
+    schema = re.search(rf"\b{primitive}\(([^)]*(?:\([a-z]!\)[^)]*)*)\) -> \(\)", _ops_source())
+    assert schema is not None
+    names = [argument.split()[-1] for argument in schema.group(1).split(",")]
+    code = getattr(Backend, primitive).__code__
+    assert names == list(code.co_varnames[1 : code.co_argcount])
+
+
+def _ops_source() -> str:
+    """csrc/ops.cpp with adjacent string literals joined."""
+    return re.sub(r'"\s*"', "", (ROOT / "csrc" / "ops.cpp").read_text())
+
+
+def _layer(module: str) -> int | None:
+    return LAYERS.index(module) if module in LAYERS else None
+
+
+def _imports(path: Path) -> list[str]:
+    """First names, below dense_ext, of what a file imports from the package."""
+    depth = len(path.relative_to(PACKAGE).parts)
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == depth:
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found += [name.split(".")[0] for name in names]
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path) -> None:
+    own = _layer(path.relative_to(PACKAGE).parts[0].removesuffix(".py"))
+    if own is None:
+        return
+    for name in _imports(path):
+        layer = _layer(name)
+        assert layer is None or layer <= own, f"{path.name} imports {name}"
+
+
+def test_documents_exist_and_links_in_them_lead_somewhere() -> None:
+    for document in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", document.read_text()):
+            if "://" not in target:
+                assert (document.parent / target).exists(), f"{document.name}: {target}"
