@@ -20,19 +20,15 @@ from setuptools import Extension, setup
 
 REQUESTED = os.environ.get("DENSE_EXT_BUILD")
 
-# Library -> compiler flags for its instruction set.
+# Library -> its instruction set's compiler flags; only the default is built elsewhere.
 X86_64 = {
     "_cpu_avx512": ["-march=x86-64-v4"],
     "_cpu_avx2": ["-march=x86-64-v3"],
     "_cpu_default": [],
 }
-ELSEWHERE: dict[str, list[str]] = {"_cpu_default": []}
 
 FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "-g0",
-    "-Wall",
+    *("-std=c++17", "-O3", "-g0", "-Wall"),
     "-fvisibility=hidden",
     # Contracting to FMA, and no errno or traps, change no result that anything relies on;
     # -ffast-math would (NaN, the order of sums).
@@ -43,14 +39,18 @@ FLAGS = [
 ]
 
 
+class BuildError(RuntimeError):
+    """A build that was asked for failed."""
+
+
 def explain(what: str, error: object) -> None:
     """Raise if a build was asked for, else say what will be missing, and why."""
     if REQUESTED == "1":
-        raise RuntimeError(f"dense_ext: {what}: {error}")
+        raise BuildError(f"{what}: {error}")
     print(
         f"\ndense_ext: {what}: {error}\n"
-        "dense_ext: installing without it; the reference backend serves instead "
-        "(DENSE_EXT_BUILD=1 makes this an error)\n",
+        "dense_ext: installing without it; where no compiled library fits, the reference backend "
+        "serves (DENSE_EXT_BUILD=1 makes this an error)\n",
         file=sys.stderr,
     )
 
@@ -58,7 +58,8 @@ def explain(what: str, error: object) -> None:
 def cpu_extensions() -> list[Extension]:
     from torch.utils.cpp_extension import CppExtension
 
-    libraries = X86_64 if platform.machine().lower() in ("x86_64", "amd64") else ELSEWHERE
+    x86_64 = platform.machine().lower() in ("x86_64", "amd64")
+    libraries: dict[str, list[str]] = X86_64 if x86_64 else {"_cpu_default": []}
     return [
         CppExtension(
             f"dense_ext.{name}",
@@ -81,6 +82,8 @@ def build_command() -> type:
             self.failed: list[Extension] = []
             try:
                 super().build_extensions()
+            except BuildError:
+                raise
             except Exception as error:  # no compiler at all
                 explain("can't build the C++ backend", error)
                 self.failed = list(self.extensions)
@@ -112,4 +115,5 @@ def extensions() -> dict[str, Any]:
         return {}
 
 
-setup(**extensions())
+# The libraries know nothing of Python: one wheel serves every version from 3.10 on.
+setup(options={"bdist_wheel": {"py_limited_api": "cp310"}}, **extensions())

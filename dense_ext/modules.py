@@ -261,8 +261,7 @@ class FusedTransition:
         check_input("transition", input, norm, minimum_size=2)
         x = _as_autocast_concatenates(input)
         args = _arguments("transition", x, [norm], [conv], self.backend)
-        with ops.keeping_block_input(x):
-            y, stats = torch.ops.dense_ext.transition(x, *args)
+        y, stats = ops.run_transition(x, args)
         update_running_stats([norm], [stats[0]], [stats[1]], x.shape[0] * x.shape[2] * x.shape[3])
         return y.to(_autocast_dtype(y) or y.dtype)
 

@@ -81,7 +81,8 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast is on for x's device; False where the device knows no autocast."""
     device = x.device.type
-    available = torch.amp.is_autocast_available(device)  # type: ignore[attr-defined]  # documented there
+    # The compiler cannot trace the question whether there is autocast; what it compiles for has it.
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)  # type: ignore[attr-defined]
     return available and torch.is_autocast_enabled(device)
 
 
@@ -404,22 +405,27 @@ def _returned(ctx: Any, gradients: Gradients) -> tuple[Any, ...]:
 # --- a transition after a block that keeps only its input ----------------------------------------------
 
 
-def keeping_block_input(x: Tensor) -> AbstractContextManager[Any]:
-    """While active, an operator that saves x saves a way to compute it again instead.
+def run_transition(x: Tensor, args: Arguments) -> tuple[Tensor, Tensor]:
+    """The operator ``transition``; after a block with ``recompute="block"`` it does not keep x.
 
-    Only where x is the output of a dense block with ``recompute="block"``; else it does nothing.
-    Without this the transition would keep the very buffer that the block lets go.
+    It would keep the very buffer that the block lets go. Instead its backward has the block compute
+    x again, and leaves it for the block's own backward, which comes next.
     """
+    operator = torch.ops.dense_ext.transition
     node = None if torch.compiler.is_compiling() else x.grad_fn
     options = getattr(node, "options", None)
     if not isinstance(options, BlockOptions) or options.recompute != "block":
-        return nullcontext()
-    pointer, shape = x.data_ptr(), x.shape
+        return operator(x, *args)
+    # The hooks live as long as the graph: what pack compares with must not.
+    output = [x.detach()]
 
     def pack(tensor: Tensor) -> Tensor | None:
-        return None if tensor.data_ptr() == pointer and tensor.shape == shape else tensor
+        return None if tensor.is_set_to(output[0]) else tensor
 
     def unpack(packed: Tensor | None) -> Tensor:
         return recomputed_output(node) if packed is None else packed
 
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        result = operator(x, *args)
+    output.clear()
+    return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,15 @@ from dense_ext.benchmark.memory import peak_bytes, saved_bytes
 from dense_ext.benchmark.step import sgd_step
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Small tensors: threads cost more than they bring, most of all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def small_model() -> dense_ext.DenseNet:
@@ -112,18 +122,16 @@ def test_peak_holds_what_is_saved() -> None:
     step = sgd_step(network, torch.float32, CPU)
     saved = saved_bytes(network, lambda: step.loss(x, labels)[0])
     peak = peak_bytes(step, x, labels)
-    # On top of what is saved there is at least the last activation's gradient, at most one copy of everything.
+    # Beside what is saved there are gradients, at most one for each activation.
     assert saved - x.nbytes < peak < 2 * saved
 
 
 def test_ours_keeps_an_eighth_of_eager() -> None:
-    rows: dict[str, list[dict[str, dict[str, float]]]] = {}
     row = family._row("densenet121", None, lambda text: None)
     saved = row["saved_bytes_per_image"]
     assert saved["default"] / saved["bottleneck"] > 8
     assert saved["memory_efficient"] > saved["none"] > saved["bottleneck"] > saved["block"]
     assert row["parameters"] == 7_978_856
-    assert not rows
 
 
 @pytest.mark.parametrize("policy", peers.POLICIES)
@@ -197,7 +205,7 @@ def test_folder_split_by_class(tmp_path: Path) -> None:
 def test_folder_with_parts_of_different_classes(tmp_path: Path) -> None:
     write_images(tmp_path / "train", classes=2)
     write_images(tmp_path / "val", classes=3)
-    with pytest.raises(UsageError, match="train and val in .* have different classes"):
+    with pytest.raises(UsageError, match=r"train and val in .* have different classes"):
         images.folder_data(tmp_path, 8)
 
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import dense_ext
+from dense_ext.backends import unavailable_reasons
 from dense_ext.cli import main
 
 pytest.importorskip("torchvision")
@@ -24,9 +26,30 @@ from PIL import Image
 
 from dense_ext.benchmark import family, training
 
-TINY_BENCH = ["--model", "densenet_bc_100_12", "--size", "32", "--batch", "2", "--memory-size", "32",
+TINY: dict[str, Any] = {
+    "growth_rate": 12, "block_config": (4, 4), "num_init_features": 8, "small_inputs": True, "num_classes": 10
+}  # fmt: skip
+TINY_BENCH = ["--model", "tiny", "--size", "16", "--batch", "2", "--memory-size", "16",
               "--memory-batch", "2", "--rounds", "2", "--no-depth"]  # fmt: skip
-TINY_TRAIN = ["--size", "8", "--batch", "8", "--epochs", "3"]
+TINY_TRAIN = ["--model", "tiny", "--size", "8", "--batch", "8"]
+
+
+@pytest.fixture(autouse=True)
+def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model named "tiny", and one thread for its small tensors."""
+
+    def tiny(**options: Any) -> dense_ext.DenseNet:
+        return dense_ext.DenseNet(**{**TINY, **options})
+
+    monkeypatch.setitem(dense_ext.models.MODELS, "tiny", tiny)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +113,7 @@ def test_a_missing_package_is_named(package: str, tmp_path: Path) -> None:
     [
         (["fly"], "No such command 'fly'"),
         (["bench", "--speed"], "No such option: --speed"),
-        (["bench", "--batch", "many"], "'many' is not a valid int"),
+        (["bench", "--batch", "many"], "Invalid value for '--batch'"),
         (["bench", "--batch", "0"], "--batch must be at least 1, got 0"),
         (["bench", "--model", "resnet50"], "model must be one of densenet121, "),
         (["bench", "--model", "densenet_40_12"], "torchvision has no DenseNet without bottleneck layers"),
@@ -138,7 +161,7 @@ def test_info_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["versions"]["torch"].startswith(torch.__version__.partition("+")[0])
     assert found["machine"]["threads"] == torch.get_num_threads()
     rows = {(row["device"], row["dtype"]): row for row in found["backends"]}
-    expected = dense_ext.available_backends("cpu", torch.float32)
+    expected = unavailable_reasons("cpu", torch.float32)
     assert rows["cpu", "float32"]["backends"] == expected
     assert rows["cpu", "float32"]["auto"].split(",")[0] in expected
 
@@ -155,16 +178,8 @@ def test_info_as_a_module() -> None:
 
 
 def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [
-        "bench",
-        *TINY_BENCH,
-        "--recompute",
-        "none",
-        "--recompute",
-        "bottleneck",
-        "--out",
-        str(tmp_path),
-    ]
+    policies = ["--recompute", "none", "--recompute", "bottleneck"]
+    arguments = ["bench", *TINY_BENCH, *policies, "--out", str(tmp_path)]
     assert main(arguments) == 0
     printed = capsys.readouterr()
     assert "dense_ext, recompute bottleneck" in printed.out
@@ -178,8 +193,9 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "eager", "eager-cl", "memory-efficient", "memory-efficient-cl", "dense_ext-none", "dense_ext-bottleneck"
     ]  # fmt: skip
     saved = {name: m["saved_bytes_per_image"] for name, m in results["memory"].items()}
-    assert saved["eager"] == saved["eager-cl"] > 8 * saved["dense_ext-bottleneck"]
-    assert all(m["peak_bytes_per_image"] > 0.5 * saved[name] for name, m in results["memory"].items())
+    assert saved["eager"] == saved["eager-cl"] > 4 * saved["dense_ext-bottleneck"]
+    for name, measured in results["memory"].items():
+        assert measured["peak_bytes_per_image"] > 0.5 * saved[name]
     assert all(len(s) == 2 and min(s) > 0 for s in results["speed"]["seconds"].values())
     losses = results["first_losses"]
     assert losses["dense_ext-none"] == pytest.approx(losses["eager"], rel=results["loss_tolerance"])
@@ -252,16 +268,16 @@ def test_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 
 def without_seconds(results: dict[str, Any]) -> dict[str, Any]:
-    runs = results["runs"].items()
     return {
-        name: [{k: v for k, v in e.items() if k != "seconds"} for e in run["history"]] for name, run in runs
+        name: [{**epoch, "seconds": None} for epoch in run["history"]]
+        for name, run in results["runs"].items()
     }
 
 
 def test_resumed_training_is_the_uninterrupted_one(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["train", "--data", str(pictures), "--model", "small", *TINY_TRAIN, "--peer"]
+    arguments = ["train", "--data", str(pictures), *TINY_TRAIN, "--epochs", "3", "--peer"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main([*arguments, "--out", str(whole)]) == 0
     printed = capsys.readouterr().out
@@ -298,15 +314,15 @@ def test_resumed_training_is_the_uninterrupted_one(
 
 
 def test_peers_start_from_the_same_weights_and_images(pictures: Path, tmp_path: Path) -> None:
-    arguments = ["--data", str(pictures), "--model", "small", "--size", "8", "--batch", "8", "--epochs", "1"]
-    assert main(["train", *arguments, "--peer", "--out", str(tmp_path)]) == 0
+    arguments = ["train", "--data", str(pictures), *TINY_TRAIN, "--epochs", "1", "--peer"]
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
     ours, eager = without_seconds(read(tmp_path / "train.json")).values()
     # Two steps apart by rounding alone.
     assert ours[0]["training_loss"] == pytest.approx(eager[0]["training_loss"], rel=1e-3)
 
 
 def test_a_training_is_never_lost(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["train", "--data", str(pictures), "--model", "small", "--size", "8", "--epochs", "1"]
+    arguments = ["train", "--data", str(pictures), *TINY_TRAIN, "--epochs", "1"]
     out = ["--out", str(tmp_path)]
     assert main([*arguments, *out]) == 0
     before = (tmp_path / "checkpoint.pt").read_bytes()
@@ -319,14 +335,11 @@ def test_a_training_is_never_lost(pictures: Path, tmp_path: Path, capsys: pytest
     assert read(tmp_path / "train.json")["options"]["amp"] == "bfloat16"
 
 
-def test_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def tiny(name: str, classes: int, **options: Any) -> dense_ext.DenseNet:
-        return dense_ext.DenseNet(8, (2, 2), 16, num_classes=classes, small_inputs=True, **options)
-
-    monkeypatch.setattr(training, "make_model", tiny)
-    assert main(["train", "--size", "8", "--epochs", "2", "--out", str(tmp_path), "--json"]) == 0
+def test_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", *TINY_TRAIN, "--batch", "32", "--epochs", "3", "--recompute", "none"]
+    assert main([*arguments, "--out", str(tmp_path), "--json"]) == 0
     history = json.loads(capsys.readouterr().out)["runs"]["dense_ext"]["history"]
-    assert history[1]["test_accuracy"] > 0.8
-    assert history[1]["training_loss"] < history[0]["training_loss"]
+    assert history[2]["test_accuracy"] > 0.8
+    assert history[2]["training_loss"] < history[0]["training_loss"]
     weights = torch.load(tmp_path / "weights.pt", weights_only=True)
-    dense_ext.DenseNet(8, (2, 2), 16, num_classes=10, small_inputs=True).load_state_dict(weights)
+    dense_ext.DenseNet(**TINY).load_state_dict(weights)

@@ -26,7 +26,8 @@ with warnings.catch_warnings(record=True) as caught:
     x = torch.randn(2, 6, 8, 8)
     y = block(x); block(x.double().float())
 ours = [str(w.message) for w in caught if "dense_ext" in str(w.message)]
-print(json.dumps([dense_ext.__file__, dense_ext.available_backends(), ours, y.detach().mean().item()]))
+reasons = dense_ext.backends.unavailable_reasons()
+print(json.dumps([dense_ext.__file__, reasons, ours, y.detach().mean().item()]))
 """
 
 

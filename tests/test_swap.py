@@ -15,7 +15,7 @@ from torchvision.models import densenet121
 from torchvision.models.densenet import DenseNet, _DenseBlock, _Transition
 
 import dense_ext
-from dense_ext.backends import select
+from dense_ext.backends import select, unavailable_reasons
 
 from .helpers import assert_equal, assert_same_state, assert_trains_alike, small_densenet, twin
 
@@ -282,12 +282,14 @@ class TestBackendChoice:
         x = torch.empty(2, 3, 4, 4, device="meta")
         with pytest.raises(RuntimeError, match=r"no backend runs channel_stats .* on meta .*cpu:"):
             select("cpu", x.device.type, x.dtype)
-        reasons = dense_ext.available_backends(x.device)
+        reasons = unavailable_reasons(x.device)
         assert "meta" in str(reasons["cpu"])
         assert reasons["reference"] is None
 
     def test_reference_serves_every_dtype(self) -> None:
-        assert dense_ext.available_backends()["reference"] is None
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            assert "reference" in dense_ext.available_backends("cpu", dtype)
+            assert "reference" in dense_ext.available_backends(dtype=dtype)
 
 
 def test_report_before_the_swap() -> None:

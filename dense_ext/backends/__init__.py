@@ -116,10 +116,10 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def available_backends(
+def unavailable_reasons(
     device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> dict[str, str | None]:
-    """Each backend's name, with None if it runs every primitive here, else the reason why not.
+    """Each backend's name, with None if it runs every primitive there, else the reason why not.
 
     Args:
         device: where the tensors would live.
@@ -131,3 +131,19 @@ def available_backends(
         reasons = [r for p in PRIMITIVES if (r := backend.can_run(p, device, dtype))]
         result[name] = reasons[0] if reasons else None
     return result
+
+
+def available_backends(
+    device: str | torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> list[str]:
+    """The names of the backends that run every primitive, fastest first.
+
+    Args:
+        device: where the tensors would live; None for any device of this machine.
+        dtype: what they would hold.
+    """
+    devices = [device] if device is not None else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    usable = {
+        name for d in devices for name, reason in unavailable_reasons(d, dtype).items() if reason is None
+    }
+    return [name for name in PREFERENCE if name in usable]

@@ -64,6 +64,7 @@ def bench(
     from ..benchmark.bench import Bench, Options
     from ..benchmark.depth import DEPTHS
     from ..benchmark.networks import check_model_name
+    from ..benchmark.plots import draw_all
     from ..benchmark.results import check_new, new_results
     from ..benchmark.step import DTYPES
 
@@ -84,7 +85,7 @@ def bench(
     results = new_results("bench", options.as_json())
     run = Bench(options, chosen, results)
     measure(run.run, run.ticks(), results)
-    publish(results, out / RESULT, None if json else _print_tables)
+    publish(results, out / RESULT, draw_all, None if json else _print_tables)
 
 
 def _print_tables(results: Results) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..backends import BACKENDS, available_backends, select
+from ..backends import BACKENDS, select, unavailable_reasons
 from ..backends.base import STORAGE_DTYPES
 from ..backends.cpu import library
 from .console import print_json, print_table
@@ -35,7 +35,7 @@ def _collect() -> dict[str, Any]:
                 "device": str(device),
                 "dtype": str(dtype).removeprefix("torch."),
                 "auto": _auto(device, dtype),
-                "backends": available_backends(device, dtype),
+                "backends": unavailable_reasons(device, dtype),
             })  # fmt: skip
     return {
         "versions": versions(),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from .console import print_table
-from .options import Json, Out, Overwrite, check_positive, option
+from .options import Json, Out, Overwrite, check, option
 from .output import measure, publish
 
 if TYPE_CHECKING:
@@ -29,16 +29,14 @@ def models(
     step keeps for backward.
     """
     from ..benchmark import family
-    from ..benchmark.errors import UsageError
+    from ..benchmark.plots import draw_all
     from ..benchmark.results import check_new, new_results
 
-    check_positive(size=size)
-    if size is not None and size < _SMALLEST:
-        raise UsageError(f"--size must be at least {_SMALLEST}, got {size}")
+    check(size is None or size >= _SMALLEST, f"--size must be at least {_SMALLEST}, got {size}")
     check_new(out / RESULT, overwrite)
     results = new_results("models", {"size": size})
     measure(partial(family.measure_family, size, results), family.ticks(), results)
-    publish(results, out / RESULT, None if json else _print_table)
+    publish(results, out / RESULT, draw_all, None if json else _print_table)
 
 
 def _print_table(results: Results) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 import typer
 
-from ..backends import available_backends, check_backend_name
+from ..backends import check_backend_name, unavailable_reasons
 from ..benchmark.errors import UsageError
 
 
@@ -29,11 +29,16 @@ def listed(values: list[str]) -> list[str]:
     return [name for value in values for name in value.replace(" ", "").split(",") if name]
 
 
+def check(condition: bool, message: str) -> None:
+    """Raise UsageError with ``message`` unless the condition holds."""
+    if not condition:
+        raise UsageError(message)
+
+
 def check_positive(**options: int | float | None) -> None:
     """Raise UsageError for an option below one; None means it was left out."""
     for name, value in options.items():
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        check(value is None or value >= 1, f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
 
 def check_device(name: str | None) -> torch.device:
@@ -48,10 +53,9 @@ def check_device(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device must be cpu or cuda, got {name}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
+    check(device.type in ("cpu", "cuda"), f"--device must be cpu or cuda, got {name}")
+    present = device.type == "cpu" or (device.index or 0) < torch.cuda.device_count()
+    check(present, f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
     return device
 
 
@@ -61,12 +65,10 @@ def check_backend(name: str, device: torch.device, dtype: torch.dtype) -> None:
         check_backend_name(name)
     except ValueError as error:
         raise UsageError(f"--backend: {error}") from error
-    reason = None if name == "auto" else available_backends(device, dtype)[name]
-    if reason is not None:
-        raise UsageError(f"--backend {name}: {reason}")
+    reason = None if name == "auto" else unavailable_reasons(device, dtype)[name]
+    check(reason is None, f"--backend {name}: {reason}")
 
 
 def check_choice(option: str, value: str, known: tuple[str, ...]) -> None:
     """Raise UsageError unless ``value`` is one of ``known``."""
-    if value not in known:
-        raise UsageError(f"{option} must be one of {', '.join(known)}; got {value!r}")
+    check(value in known, f"{option} must be one of {', '.join(known)}; got {value!r}")

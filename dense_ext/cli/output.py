@@ -24,18 +24,26 @@ def measure(run: Callable[[Callable[[str], None]], None], ticks: int, results: d
 
 
 def publish(
-    results: dict[str, Any], path: Path, print_tables: Callable[[dict[str, Any]], None] | None
+    results: dict[str, Any],
+    path: Path,
+    draw: Callable[[dict[str, Any], Path], list[Path]],
+    print_tables: Callable[[dict[str, Any]], None] | None,
 ) -> None:
-    """Write the results and their figures, and print them: as tables, or as JSON if that is None.
+    """Write the results and their figures, and print them.
+
+    Args:
+        results: what to write.
+        path: the JSON file; ``draw`` puts figures beside it.
+        draw: ``plots.draw_all``, imported by the command, so that a missing package shows at once.
+        print_tables: None prints the JSON instead.
 
     Raises:
         typer.Exit: with code 130, if the measurement was interrupted.
     """
-    from ..benchmark.plots import draw_all
     from ..benchmark.results import write_json
 
     write_json(path, results)
-    figures = draw_all(results, path.parent)
+    figures = draw(results, path.parent)
     if print_tables is None:
         print_json(results)
     else:

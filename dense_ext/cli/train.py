@@ -14,6 +14,7 @@ from .options import (
     Json,
     Out,
     Overwrite,
+    check,
     check_backend,
     check_choice,
     check_device,
@@ -63,12 +64,12 @@ def train(
     A checkpoint is written after each epoch; --resume goes on from it, to the same bits.
     """
     from ..benchmark.peers import POLICIES
-    from ..benchmark.training import SMALL, Training
+    from ..benchmark.training import CHECKPOINT, SMALL, Training
 
     model = model or (SMALL if data is None else "densenet121")
     check_positive(size=size, epochs=epochs, batch=batch)
-    _check(lr > 0, f"--lr must be positive, got {lr}")
-    _check(not (resume and overwrite), "--resume and --overwrite exclude each other")
+    check(lr > 0, f"--lr must be positive, got {lr}")
+    check(not (resume and overwrite), "--resume and --overwrite exclude each other")
     check_choice("--amp", amp, ("none", "bfloat16", "float16"))
     check_choice("--recompute", recompute, POLICIES)
     where = check_device(device)
@@ -81,15 +82,10 @@ def train(
     _check_folder(out, resume, overwrite)
     training = Training(settings, images, where, backend, workers)
     if resume:
-        training.resume(out / "checkpoint.pt")
+        training.resume(out / CHECKPOINT)
+    for name in (CHECKPOINT, RESULT) if overwrite else ():
+        (out / name).unlink(missing_ok=True)
     _train(training, {**settings, "device": str(where), "backend": backend}, out, json)
-
-
-def _check(condition: bool, message: str) -> None:
-    from ..benchmark.errors import UsageError
-
-    if not condition:
-        raise UsageError(message)
 
 
 def _load(data: Path | None, model: str, size: int | None) -> tuple[DataSets, int]:
@@ -102,8 +98,9 @@ def _load(data: Path | None, model: str, size: int | None) -> tuple[DataSets, in
         check_model_name(model)
     with torch.device("meta"):
         small = takes_small_images(make_model(model, 2))
-    size = size or ((16, 32) if small else (32, 224))[data is not None]
-    _check(size >= (8 if small else 32), f"--size {size} is too small for {model}")
+    if size is None:
+        size = 16 if data is None and small else 32 if data is None or small else 224
+    check(size >= (8 if small else 32), f"--size {size} is too small for {model}")
     return (digits_data(size) if data is None else folder_data(data, size)), size
 
 
@@ -112,17 +109,15 @@ def _check_folder(out: Path, resume: bool, overwrite: bool) -> None:
     from ..benchmark.training import CHECKPOINT
 
     checkpoint, result = out / CHECKPOINT, out / RESULT
-    _check(not out.exists() or out.is_dir(), f"{out} is not a folder")
-    _check(checkpoint.exists() or not resume, f"{checkpoint} does not exist: nothing to resume")
+    check(not out.exists() or out.is_dir(), f"{out} is not a folder")
+    check(checkpoint.exists() or not resume, f"{checkpoint} does not exist: nothing to resume")
     if not (resume or overwrite):
         present = next((p for p in (result, checkpoint) if p.exists()), None)
-        _check(present is None, f"{present} exists; pass --resume, --overwrite or another --out")
-    if overwrite:
-        for path in (checkpoint, result):
-            path.unlink(missing_ok=True)
+        check(present is None, f"{present} exists; pass --resume, --overwrite or another --out")
 
 
 def _train(training: Training, options: dict[str, Any], out: Path, json: bool) -> None:
+    from ..benchmark.plots import draw_all
     from ..benchmark.results import new_results, write_atomically
     from ..benchmark.training import write_csv
 
@@ -133,7 +128,7 @@ def _train(training: Training, options: dict[str, Any], out: Path, json: bool) -
     write_csv(out / "metrics.csv", results["runs"])
     if not results["interrupted"]:
         write_atomically(out / "weights.pt", lambda path: torch.save(training.weights(), path))
-    publish(results, out / RESULT, None if json else _print_accuracies)
+    publish(results, out / RESULT, draw_all, None if json else _print_accuracies)
 
 
 def _print_accuracies(results: Results) -> None:

@@ -48,6 +48,13 @@ class PrimitiveTests:
     ) -> None:
         check_values(backend, case(maker(dtype, special=True), self.small))
 
+    def test_activation_at_zero(self, backend: Backend, maker: MakeMaker, case: MakeCase) -> None:
+        """Where scale*x + shift is zero, no gradient passes."""
+        zero = case(maker(torch.float32), self.small)
+        for name in {"scale", "shift"} & zero.arguments.keys():
+            zero.arguments[name].zero_()
+        check_values(backend, zero)
+
     def test_op(self, backend: Backend, maker: MakeMaker, case: MakeCase) -> None:
         check_op(backend, case(maker(torch.float32), self.small))
 
