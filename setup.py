@@ -28,7 +28,7 @@ X86_64 = {
 }
 
 FLAGS = [
-    *("-std=c++17", "-O3", "-g0", "-Wall"),
+    *("-std=c++20", "-O3", "-g0", "-Wall"),
     "-fvisibility=hidden",
     # Contracting to FMA, and no errno or traps, change no result that anything relies on;
     # -ffast-math would (NaN, the order of sums).

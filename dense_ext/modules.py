@@ -212,9 +212,9 @@ class DenseBlock(FusedDenseBlock, EagerDenseBlock):
     Shapes: [N, c0, H, W] -> [N, c0 + L*K, H, W] in channels_last memory.
 
     Raises:
-        ValueError: unknown recompute or backend; fewer than one layer; in forward, an input of
-            another rank, channel count or device, with empty height or width, or in training with
-            one value per channel.
+        ValueError: unknown recompute or backend; fewer than one layer; a drop_rate outside [0, 1];
+            in forward, an input of another rank, channel count or device, with empty height or
+            width, or in training with one value per channel.
         TypeError: in forward, an input that is not floating or not of the parameters' dtype.
         RuntimeError: in forward, a backend asked for by name cannot run here; in backward,
             ``create_graph=True``.
@@ -237,6 +237,8 @@ class DenseBlock(FusedDenseBlock, EagerDenseBlock):
         check_options(recompute, backend)
         if num_layers < 1:
             raise ValueError(f"num_layers must be at least 1, got {num_layers}")
+        if not 0 <= drop_rate <= 1:
+            raise ValueError(f"drop_rate must be a probability, got {drop_rate}")
         self.recompute, self.backend = recompute, backend
         for i in range(num_layers):
             self[f"denselayer{i + 1}"] = DenseLayer(

@@ -107,6 +107,7 @@ def test_float32_norms_beside_half_precision_are_eagers_mixed_precision(backend:
     ("arguments", "message"),
     [
         ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
+        ({"drop_rate": 1.5}, "drop_rate must be a probability, got 1.5"),
         ({"recompute": "sometimes"}, "recompute must be one of"),
         ({"backend": "tpu"}, "backend must be one of"),
     ],

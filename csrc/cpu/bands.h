@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "parallel.h"
+#include "tensor.h"
 
 namespace dense_ext {
 
@@ -25,21 +26,22 @@ struct Band {
   }
 };
 
-// Splits N x H x W into bands whose padded lines of `line_bytes` fit `budget`, as a multiple of the
-// threads where that is possible. A band has at least kMinRows rows, or its border would cost more
-// than it.
+// Splits N x H x W into bands that fit `budget` with `pixel_bytes` a padded pixel, as a multiple of
+// the threads where that is possible. A band has at least kMinRows rows, or its border would cost
+// more than it.
 class Bands {
  public:
-  Bands(int64_t images, int64_t height, int64_t width, int64_t line_bytes, int64_t budget,
-        int64_t threads)
-      : images_(images), height_(height), width_(width) {
+  template <class T>
+  Bands(const Pixels<T>& pixels, int64_t pixel_bytes, int64_t budget, int64_t threads)
+      : images_(pixels.images), height_(pixels.height), width_(pixels.width), groups_(images_) {
+    const int64_t line_bytes = (width_ + 2) * pixel_bytes;
     const int64_t max_rows = std::max(kMinRows, budget / line_bytes - 2);
-    per_image_ = std::max(ceil_div(height, max_rows), ceil_div(threads, images));
-    per_image_ = std::min(per_image_, height);
-    const int64_t images_in_budget = budget / ((height + 2) * line_bytes);
-    const int64_t at_once = std::max<int64_t>(1, images_in_budget);
-    groups_ =
-        per_image_ > 1 ? images : std::min(images, round_up(ceil_div(images, at_once), threads));
+    per_image_ = std::max(ceil_div(height_, max_rows), ceil_div(threads, images_));
+    per_image_ = std::min(per_image_, height_);
+    if (per_image_ == 1) {
+      const int64_t max_images = std::max<int64_t>(1, budget / ((height_ + 2) * line_bytes));
+      groups_ = std::min(images_, round_up(ceil_div(images_, max_images), threads));
+    }
     parts_ = std::min(count(), threads);
   }
 
@@ -62,7 +64,7 @@ class Bands {
 
  private:
   static constexpr int64_t kMinRows = 4;
-  int64_t images_, height_, width_, per_image_, groups_, parts_;
+  int64_t images_, height_, width_, groups_, per_image_, parts_;
 };
 
 // Fills a band with its border: fill(pixel, out) computes the `width` pixels of one line from

@@ -1,8 +1,8 @@
 // Forward:  z = relu(scale*x + shift) @ W^T, and z's mean and variance.
 // Backward: dz = z_scale*grad_bn + z_u*z + z_v
 //           g = (dz @ W) where scale*x + shift > 0, else 0
-//           grad_x += scale*g;  sums = [sum g, sum g*(x - mean)];  dW = dz^T @ relu(scale*x +
-//           shift)
+//           grad_x += scale*g;  sums = [sum g, sum g*(x - mean)]
+//           dW = dz^T @ relu(scale*x + shift)
 //
 // x, grad_x [M, C], z, grad_bn [M, B], pixels their own strides apart; W, dW [B, C], any strides.
 // Moves C + B elements a pixel forward, 3 C + 2 B backward: x is read once, and its activations
@@ -22,52 +22,90 @@ constexpr int64_t kBackwardPixels = 112;
 constexpr int64_t kBackwardChannels = 128;
 
 template <class T>
-void forward_kernel(const Pixels<const T>& x, const Acc<T>* scale_, const Acc<T>* shift_,
-                    const Weight<const T>& weight, const Pixels<T>& z, Acc<T>* mean, Acc<T>* var) {
+struct ForwardArguments {
   using A = Acc<T>;
-  const int64_t in = x.channels, out = z.channels;
-  const WeightsAsB<T> b{weight.data, 1, in, out, weight.in_stride, weight.out_stride, kOneTap};
-  const Tiles tiles(x.count(), kForwardPixels, num_threads());
-  const Chunks chunks(in, kForwardChannels, kPanel<A>);
-  Workspace workspace{bytes_of<A>(b.packed_size()), padded_bytes<A>(in), padded_bytes<A>(in),
-                      Moments::bytes(tiles.parts, out)};
-  A* packed = workspace.take<A>(b.packed_size());
-  const A* scale = workspace.take_padded(scale_, in);
-  const A* shift = workspace.take_padded(shift_, in);
-  Moments moments(workspace, tiles.parts, out);
-  pack_weights(b, packed);
+  Pixels<const T> x;       // [M, C]
+  const A *scale, *shift;  // [C]
+  Weight<const T> weight;  // [B, C]
+  Pixels<T> z;             // [M, B]
+  A *mean, *var;           // [B]; null: not wanted
+};
 
-  parallel(tiles.parts, [&](int64_t part) {
-    const int64_t a_ld = leading_dimension<A>(chunks.size), z_ld = leading_dimension<A>(out);
+template <class T>
+class Forward {
+  using A = Acc<T>;
+
+ public:
+  explicit Forward(const ForwardArguments<T>& args)
+      : args_(args),
+        in_(args.x.channels),
+        out_(args.z.channels),
+        weights_(weights_as_b(args.weight, /*transposed=*/true)),
+        tiles_(args.x.count(), kForwardPixels, num_threads()),
+        chunks_(in_, kForwardChannels, kPanel<A>),
+        workspace_{bytes_of<A>(weights_.packed_size()), 2 * padded_bytes<A>(in_),
+                   Moments::bytes(tiles_.parts, out_)},
+        packed_(workspace_.take<A>(weights_.packed_size())),
+        scale_(workspace_.take_padded(args.scale, in_)),
+        shift_(workspace_.take_padded(args.shift, in_)),
+        moments_(workspace_, tiles_.parts, out_) {}
+
+  void run() {
+    pack_weights(weights_, packed_);
+    parallel(tiles_.parts, [&](int64_t part) { run_part(part); });
+    if (args_.mean) moments_.finish(args_.mean, args_.var);
+  }
+
+ private:
+  void run_part(int64_t part) {
+    const int64_t a_ld = leading_dimension<A>(chunks_.size), z_ld = leading_dimension<A>(out_);
     A* a = scratch<A>(Slot::kActivation, kForwardPixels * a_ld);
-    A* zs = scratch<A>(Slot::kProduct, kForwardPixels * z_ld);
-    moments.clear(part);
-    const Range range = tiles.of_part(part);
+    A* z = scratch<A>(Slot::kProduct, kForwardPixels * z_ld);
+    moments_.clear(part);
+    const Range range = tiles_.of_part(part);
     for (int64_t i = range.begin; i < range.end; i++) {
-      const Range tile = tiles.tile(i);
-      for (int64_t c = 0; c < chunks.count; c++) {
-        const Range chunk = chunks[c];
-        activate_rows(x.at(tile.begin) + chunk.begin, x.stride, tile.size(), chunk.size(),
-                      scale + chunk.begin, shift + chunk.begin, a, a_ld);
-        Product<A> product{tile.size(),    out,       chunk.size(), a,   a_ld, 1, packed,
-                           in * kPanel<A>, kPanel<A>, zs,           z_ld};
-        product.b += chunk.begin * kPanel<A>;
-        product.accumulate = c > 0;
-        if (c + 1 < chunks.count) {
-          product.prefetch[0] = fetch_pixels(x, tile, chunks[c + 1]);
-        } else {
-          product.prefetch[0] = fetch_pixels(z, tile, {0, out});
-          if (i + 1 < range.end)
-            product.prefetch[1] = fetch_pixels(x, tiles.tile(i + 1), chunks[0]);
-        }
-        multiply(product);
+      const Range tile = tiles_.tile(i);
+      for (int64_t c = 0; c < chunks_.count; c++) {
+        const int64_t first = chunks_[c].begin, columns = chunks_[c].size();
+        activate_rows(args_.x.at(tile.begin) + first, args_.x.stride, tile.size(), columns,
+                      scale_ + first, shift_ + first, a, a_ld);
+        multiply(Product<A>{
+            .rows = tile.size(),
+            .columns = out_,
+            .depth = columns,
+            .a = a,
+            .a_row = a_ld,
+            .a_depth = 1,
+            .b = packed_ + first * kPanel<A>,
+            .b_panel = in_ * kPanel<A>,
+            .b_depth = kPanel<A>,
+            .c = z,
+            .c_row = z_ld,
+            .accumulate = c > 0,
+            .prefetch = {next_input(i, c, range.end), fetch_pixels(args_.z, tile, {0, out_})}});
       }
-      store_rounded_rows(zs, z_ld, tile.size(), out, z.at(tile.begin), z.stride);
-      if (mean) moments.add_rows(part, zs, z_ld, tile.size());
+      store_rounded_rows(z, z_ld, tile.size(), out_, args_.z.at(tile.begin), args_.z.stride);
+      if (args_.mean) moments_.add_rows(part, z, z_ld, tile.size());
     }
-  });
-  if (mean) moments.finish(mean, var);
-}
+  }
+
+  // What is activated after chunk c of tile i.
+  Prefetch next_input(int64_t i, int64_t c, int64_t end) const {
+    if (c + 1 < chunks_.count) return fetch_pixels(args_.x, tiles_.tile(i), chunks_[c + 1]);
+    if (i + 1 < end) return fetch_pixels(args_.x, tiles_.tile(i + 1), chunks_[0]);
+    return {};
+  }
+
+  const ForwardArguments<T>& args_;
+  const int64_t in_, out_;
+  const WeightsAsB<T> weights_;  // [in][out]
+  const Tiles tiles_;
+  const Chunks chunks_;
+  Workspace workspace_;
+  A* const packed_;
+  const A *const scale_, *const shift_;
+  Moments moments_;
+};
 
 void bn_relu_conv1x1_forward(const Tensor& x, const Tensor& scale, const Tensor& shift,
                              const Tensor& weight, const Tensor& z,
@@ -76,19 +114,21 @@ void bn_relu_conv1x1_forward(const Tensor& x, const Tensor& scale, const Tensor&
     using T = typename decltype(tag)::type;
     using A = Acc<T>;
     const auto xs = pixels<const T>(x, "x");
-    const auto zs = pixels<T>(z, "z", xs, z.size(3));
-    const A* scales = channels<const A>(scale, "scale", xs.channels);
-    const A* shifts = channels<const A>(shift, "shift", xs.channels);
-    const auto weights = weight_of<const T>(weight, "weight", zs.channels, xs.channels, 1);
+    const int64_t in = xs.channels, out = weight.size(0);
     STD_TORCH_CHECK(mean.has_value() == var.has_value(), "mean and var go together");
-    A* means = channels<A>(mean, "mean", zs.channels);
-    A* vars = channels<A>(var, "var", zs.channels);
-    if (z.numel() == 0) {
-      if (means) std::fill_n(means, zs.channels, A{0});
-      if (vars) std::fill_n(vars, zs.channels, A{0});
+    const ForwardArguments<T> args{.x = xs,
+                                   .scale = channels<const A>(scale, "scale", in),
+                                   .shift = channels<const A>(shift, "shift", in),
+                                   .weight = weight_of<const T>(weight, "weight", out, in, 1),
+                                   .z = pixels<T>(z, "z", xs, out),
+                                   .mean = channels<A>(mean, "mean", out),
+                                   .var = channels<A>(var, "var", out)};
+    if (xs.count() == 0) {
+      if (mean) std::fill_n(args.mean, out, A{0});
+      if (var) std::fill_n(args.var, out, A{0});
       return;
     }
-    forward_kernel<T>(xs, scales, shifts, weights, zs, means, vars);
+    Forward<T>(args).run();
   });
 }
 
@@ -97,92 +137,143 @@ void bn_relu_conv1x1_forward(const Tensor& x, const Tensor& scale, const Tensor&
 template <class T>
 struct BackwardArguments {
   using A = Acc<T>;
-  Pixels<const T> grad_bn, z;
-  const A *z_scale, *z_u, *z_v;
-  Pixels<const T> x;
-  const A *mean, *scale, *shift;
-  Weight<const T> weight;
-  Pixels<T> grad_x;
-  A* sums;
-  Weight<T> grad_weight;  // data null: not wanted
+  Pixels<const T> grad_bn, z;     // [M, B]
+  const A *z_scale, *z_u, *z_v;   // [B]
+  Pixels<const T> x;              // [M, C]
+  const A *mean, *scale, *shift;  // [C]
+  Weight<const T> weight;         // [B, C]
+  Pixels<T> grad_x;               // [M, C]
+  A* sums;                        // [2, C]
+  Weight<T> grad_weight;          // [B, C]; data null: not wanted
 };
 
 template <class T>
-void backward_kernel(const BackwardArguments<T>& args) {
+class Backward {
   using A = Acc<T>;
-  const int64_t in = args.x.channels, out = args.z.channels;
-  const WeightsAsB<T> b{args.weight.data,      1,      out, in, args.weight.out_stride,
-                        args.weight.in_stride, kOneTap};
-  const Chunks chunks(in, kBackwardChannels, kPanel<A>);
-  const Grid grid(args.x.count(), in, chunks.count, num_threads());
-  const Tiles tiles(args.x.count(), kBackwardPixels, grid.pixel_parts);
-  const bool want_weight = args.grad_weight.data != nullptr;
-  const int64_t dw_ld = round_up(in, kPanel<A>), dw_size = want_weight ? out * dw_ld : 0;
-  Workspace workspace{bytes_of<A>(b.packed_size()),
-                      bytes_of<A>(grid.pixel_parts * dw_size),
-                      ChannelSums::bytes(grid.pixel_parts, in),
-                      padded_bytes<A>(in),
-                      padded_bytes<A>(in),
-                      padded_bytes<A>(in),
-                      padded_bytes<A>(out),
-                      padded_bytes<A>(out),
-                      padded_bytes<A>(out)};
-  A* packed = workspace.take<A>(b.packed_size());
-  A* dw = workspace.take<A>(grid.pixel_parts * dw_size);
-  ChannelSums sums(workspace, grid.pixel_parts, in);
-  const A* mean = workspace.take_padded(args.mean, in);
-  const A* scale = workspace.take_padded(args.scale, in);
-  const A* shift = workspace.take_padded(args.shift, in);
-  const A* z_scale = workspace.take_padded(args.z_scale, out);
-  const A* z_u = workspace.take_padded(args.z_u, out);
-  const A* z_v = workspace.take_padded(args.z_v, out);
-  pack_weights(b, packed);
-  for (int64_t p = 0; p < grid.pixel_parts; p++) sums.clear(p);
 
-  parallel(grid.count(), [&](int64_t thread) {
-    const int64_t part = thread / grid.channel_parts;
-    const Range my_chunks = part_of(chunks.count, grid.channel_parts, thread % grid.channel_parts);
-    const int64_t dz_ld = leading_dimension<A>(out), a_ld = leading_dimension<A>(chunks.size);
-    A* dz = scratch<A>(Slot::kGradient, kBackwardPixels * dz_ld);
-    A* a = scratch<A>(Slot::kActivation, kBackwardPixels * a_ld);
-    A* da = scratch<A>(Slot::kProduct, kBackwardPixels * a_ld);
-    const Range range = tiles.of_part(part);
-    for (int64_t i = range.begin; i < range.end; i++) {
-      const Range tile = tiles.tile(i);
-      const int64_t rows = tile.size();
-      affine_rows(args.grad_bn.at(tile.begin), args.grad_bn.stride, args.z.at(tile.begin),
-                  args.z.stride, rows, out, z_scale, z_u, z_v, dz, dz_ld);
-      for (int64_t c = my_chunks.begin; c < my_chunks.end; c++) {
-        const int64_t first = chunks[c].begin, columns = chunks[c].size();
-        const T* x = args.x.at(tile.begin) + first;
-        T* grad_x = args.grad_x.at(tile.begin) + first;
-        Product<A> product{
-            rows,      columns, out, dz, dz_ld, 1, packed + first * out, out * kPanel<A>,
-            kPanel<A>, da,      a_ld};
-        product.prefetch[0] = fetch_pixels(args.x, tile, chunks[c]);
-        product.prefetch[1] = fetch_pixels(args.grad_x, tile, chunks[c]);
-        multiply(product);
-        mask_rows<Output::kAddScaled, 1>(da, a_ld, x, args.x.stride, rows, columns, mean + first,
-                                         scale + first, shift + first, grad_x, args.grad_x.stride,
-                                         sums.row(part) + first, sums.ld());
-        if (!want_weight) continue;
-        activate_rows(x, args.x.stride, rows, columns, scale + first, shift + first, a, a_ld);
-        Product<A> weight{out,   columns, rows,      dz,   1,
-                          dz_ld, a,       kPanel<A>, a_ld, dw + part * dw_size + first,
-                          dw_ld};
-        weight.accumulate = i > range.begin;
-        if (c + 1 == my_chunks.end && i + 1 < range.end) {
-          const Range next = tiles.tile(i + 1);
-          weight.prefetch[0] = fetch_pixels(args.z, next, {0, out});
-          weight.prefetch[1] = fetch_pixels(args.grad_bn, next, {0, out});
-        }
-        multiply(weight);
+ public:
+  explicit Backward(const BackwardArguments<T>& args)
+      : args_(args),
+        in_(args.x.channels),
+        out_(args.z.channels),
+        weights_(weights_as_b(args.weight, /*transposed=*/false)),
+        chunks_(in_, kBackwardChannels, kPanel<A>),
+        grid_(args.x.count(), in_, chunks_.count, num_threads()),
+        tiles_(args.x.count(), kBackwardPixels, grid_.pixel_parts),
+        dw_(args.grad_weight, grid_.pixel_parts),
+        workspace_{bytes_of<A>(weights_.packed_size()), dw_.bytes(),
+                   ChannelSums::bytes(grid_.pixel_parts, in_), 3 * padded_bytes<A>(in_),
+                   3 * padded_bytes<A>(out_)},
+        packed_(workspace_.take<A>(weights_.packed_size())),
+        sums_(workspace_, grid_.pixel_parts, in_),
+        mean_(workspace_.take_padded(args.mean, in_)),
+        scale_(workspace_.take_padded(args.scale, in_)),
+        shift_(workspace_.take_padded(args.shift, in_)),
+        z_scale_(workspace_.take_padded(args.z_scale, out_)),
+        z_u_(workspace_.take_padded(args.z_u, out_)),
+        z_v_(workspace_.take_padded(args.z_v, out_)) {
+    dw_.take(workspace_);
+  }
+
+  void run() {
+    pack_weights(weights_, packed_);
+    for (int64_t part = 0; part < grid_.pixel_parts; part++) sums_.clear(part);
+    parallel(grid_.count(), [&](int64_t thread) { run_thread(thread); });
+    sums_.finish(args_.sums);
+    if (dw_.wanted()) dw_.finish();
+  }
+
+ private:
+  // What a thread works on: a tile of pixels in scratch, and its part of the results.
+  struct Tile {
+    int64_t part, dz_ld, a_ld;
+    A *dz = nullptr, *a = nullptr, *da = nullptr;
+    Range pixels = {};
+    bool first = false;     // of this part: starts its weight gradient
+    Prefetch next[2] = {};  // what the following tile begins with
+  };
+
+  void run_thread(int64_t thread) {
+    Tile tile{.part = thread / grid_.channel_parts,
+              .dz_ld = leading_dimension<A>(out_),
+              .a_ld = leading_dimension<A>(chunks_.size)};
+    tile.dz = scratch<A>(Slot::kGradient, kBackwardPixels * tile.dz_ld);
+    tile.a = scratch<A>(Slot::kActivation, kBackwardPixels * tile.a_ld);
+    tile.da = scratch<A>(Slot::kProduct, kBackwardPixels * tile.a_ld);
+    const Range chunks = part_of(chunks_.count, grid_.channel_parts, thread % grid_.channel_parts);
+    const Range tiles = tiles_.of_part(tile.part);
+    for (int64_t i = tiles.begin; i < tiles.end; i++) {
+      tile.pixels = tiles_.tile(i);
+      tile.first = i == tiles.begin;
+      const Range next = i + 1 < tiles.end ? tiles_.tile(i + 1) : Range{0, 0};
+      tile.next[0] = fetch_pixels(args_.grad_bn, next, {0, out_});
+      tile.next[1] = fetch_pixels(args_.z, next, {0, out_});
+      const Pixels<const T>&grad_bn = args_.grad_bn, &z = args_.z;
+      affine_rows(grad_bn.at(tile.pixels.begin), grad_bn.stride, z.at(tile.pixels.begin), z.stride,
+                  tile.pixels.size(), out_, z_scale_, z_u_, z_v_, tile.dz, tile.dz_ld);
+      for (int64_t c = chunks.begin; c < chunks.end; c++) {
+        add_data_gradient(tile, chunks_[c]);
+        if (dw_.wanted()) add_weight_gradient(tile, chunks_[c], c + 1 == chunks.end);
       }
     }
-  });
-  sums.finish(args.sums);
-  if (want_weight) write_grad_weight(dw, grid.pixel_parts, dw_ld, args.grad_weight);
-}
+  }
+
+  // da = dz @ W, and from it grad_x and sums.
+  void add_data_gradient(const Tile& tile, Range chunk) {
+    const int64_t c = chunk.begin;
+    multiply(Product<A>{.rows = tile.pixels.size(),
+                        .columns = chunk.size(),
+                        .depth = out_,
+                        .a = tile.dz,
+                        .a_row = tile.dz_ld,
+                        .a_depth = 1,
+                        .b = packed_ + c * out_,
+                        .b_panel = out_ * kPanel<A>,
+                        .b_depth = kPanel<A>,
+                        .c = tile.da,
+                        .c_row = tile.a_ld,
+                        .prefetch = {fetch_pixels(args_.x, tile.pixels, chunk),
+                                     fetch_pixels(args_.grad_x, tile.pixels, chunk)}});
+    mask_rows<Output::kAddScaled, 1>(tile.da, tile.a_ld, args_.x.at(tile.pixels.begin) + c,
+                                     args_.x.stride, tile.pixels.size(), chunk.size(), mean_ + c,
+                                     scale_ + c, shift_ + c, args_.grad_x.at(tile.pixels.begin) + c,
+                                     args_.grad_x.stride, sums_.row(tile.part) + c, sums_.ld());
+  }
+
+  // dW (+)= dz^T @ relu(scale*x + shift)
+  void add_weight_gradient(const Tile& tile, Range chunk, bool last) {
+    const int64_t c = chunk.begin;
+    activate_rows(args_.x.at(tile.pixels.begin) + c, args_.x.stride, tile.pixels.size(),
+                  chunk.size(), scale_ + c, shift_ + c, tile.a, tile.a_ld);
+    multiply(Product<A>{
+        .rows = out_,
+        .columns = chunk.size(),
+        .depth = tile.pixels.size(),
+        .a = tile.dz,
+        .a_row = 1,
+        .a_depth = tile.dz_ld,
+        .b = tile.a,
+        .b_panel = kPanel<A>,
+        .b_depth = tile.a_ld,
+        .c = dw_.part(tile.part) + c,
+        .c_row = dw_.ld(),
+        .accumulate = !tile.first,
+        .prefetch = {last ? tile.next[0] : Prefetch{}, last ? tile.next[1] : Prefetch{}}});
+  }
+
+  const BackwardArguments<T>& args_;
+  const int64_t in_, out_;
+  const WeightsAsB<T> weights_;  // [out][in]
+  const Chunks chunks_;
+  const Grid grid_;
+  const Tiles tiles_;
+  Conv1x1WeightGradient<T> dw_;
+  Workspace workspace_;
+  A* const packed_;
+  ChannelSums sums_;
+  const A *const mean_, *const scale_, *const shift_;
+  const A *const z_scale_, *const z_u_, *const z_v_;
+};
 
 void bn_relu_conv1x1_backward(const Tensor& grad_bn, const Tensor& z, const Tensor& z_scale,
                               const Tensor& z_u, const Tensor& z_v, const Tensor& x,
@@ -193,26 +284,27 @@ void bn_relu_conv1x1_backward(const Tensor& grad_bn, const Tensor& z, const Tens
     using T = typename decltype(tag)::type;
     using A = Acc<T>;
     const auto xs = pixels<const T>(x, "x");
-    const int64_t in = xs.channels, out = z.size(3);
-    const BackwardArguments<T> args{pixels<const T>(grad_bn, "grad_bn", xs, out),
-                                    pixels<const T>(z, "z", xs, out),
-                                    channels<const A>(z_scale, "z_scale", out),
-                                    channels<const A>(z_u, "z_u", out),
-                                    channels<const A>(z_v, "z_v", out),
-                                    xs,
-                                    channels<const A>(mean, "mean", in),
-                                    channels<const A>(scale, "scale", in),
-                                    channels<const A>(shift, "shift", in),
-                                    weight_of<const T>(weight, "weight", out, in, 1),
-                                    pixels<T>(grad_x, "grad_x", xs, in),
-                                    channels<A>(sums, "sums", 2 * in),
-                                    weight_of<T>(grad_weight, "grad_weight", out, in, 1)};
+    const int64_t in = xs.channels, out = weight.size(0);
+    const BackwardArguments<T> args{
+        .grad_bn = pixels<const T>(grad_bn, "grad_bn", xs, out),
+        .z = pixels<const T>(z, "z", xs, out),
+        .z_scale = channels<const A>(z_scale, "z_scale", out),
+        .z_u = channels<const A>(z_u, "z_u", out),
+        .z_v = channels<const A>(z_v, "z_v", out),
+        .x = xs,
+        .mean = channels<const A>(mean, "mean", in),
+        .scale = channels<const A>(scale, "scale", in),
+        .shift = channels<const A>(shift, "shift", in),
+        .weight = weight_of<const T>(weight, "weight", out, in, 1),
+        .grad_x = pixels<T>(grad_x, "grad_x", xs, in),
+        .sums = channels<A>(sums, "sums", 2 * in),
+        .grad_weight = weight_of<T>(grad_weight, "grad_weight", out, in, 1)};
     if (xs.count() == 0) {
       std::fill_n(args.sums, 2 * in, A{0});
       if (grad_weight) torch::stable::fill_(*grad_weight, 0);
       return;
     }
-    backward_kernel<T>(args);
+    Backward<T>(args).run();
   });
 }
 

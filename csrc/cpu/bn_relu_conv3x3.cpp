@@ -12,116 +12,120 @@
 #include <torch/csrc/stable/library.h>
 
 #include "bands.h"
-#include "reduce.h"
+#include "conv3x3.h"
 
 namespace dense_ext {
 namespace {
 
-constexpr int64_t kTaps = 9;
-
 // Scratch of a band, channels activated at a time, and pixels a weight gradient sums at a time (so
 // that the operands of its product stay in the L1 cache).
-constexpr int64_t kBandBytes = 256 << 10;
+constexpr int64_t kForwardBytes = 256 << 10;
+constexpr int64_t kBackwardBytes = 512 << 10;
 constexpr int64_t kChannels = 128;
 constexpr int64_t kWeightPixels = 128;
-
-template <class A>
-int64_t leading_dimension(int64_t columns) {
-  return round_up(columns, kLanes<A>);
-}
-
-// Offsets of the nine taps from a padded line, of pixels `ld` apart.
-struct TapOffsets {
-  int64_t offset[kTaps];
-
-  TapOffsets(int64_t width, int64_t ld) {
-    for (int64_t t = 0; t < kTaps; t++) offset[t] = (t / 3 * (width + 2) + t % 3) * ld;
-  }
-};
-
-// Taps of packed weights, each [depth][kPanel].
-template <class A>
-struct PackedTaps {
-  int64_t offset[kTaps];
-
-  explicit PackedTaps(int64_t depth) {
-    for (int64_t t = 0; t < kTaps; t++) offset[t] = t * depth * kPanel<A>;
-  }
-};
 
 template <class T>
 struct ForwardArguments {
   using A = Acc<T>;
-  Pixels<const T> z;
-  const A *scale, *shift;
-  Weight<const T> weight;
-  Pixels<T> y;
-  A *mean, *var;  // null: not wanted
+  Pixels<const T> z;       // [N, H, W, B]
+  const A *scale, *shift;  // [B]
+  Weight<const T> weight;  // [K, B, 3, 3]
+  Pixels<T> y;             // [N, H, W, K]
+  A *mean, *var;           // [K]; null: not wanted
 };
 
 template <class T>
-void forward_kernel(const ForwardArguments<T>& args) {
+class Forward {
   using A = Acc<T>;
-  const Pixels<const T>& z = args.z;
-  const int64_t in = z.channels, out = args.y.channels;
-  int64_t weight_taps[kTaps];
-  for (int64_t t = 0; t < kTaps; t++) weight_taps[t] = args.weight.tap_offset(t);
-  const WeightsAsB<T> b{args.weight.data,       kTaps,      in, out, args.weight.in_stride,
-                        args.weight.out_stride, weight_taps};
-  const Chunks chunks(in, kChannels, kPanel<A>);
-  const int64_t a_ld = leading_dimension<A>(std::min(in, chunks.size));
-  const int64_t y_ld = leading_dimension<A>(out);
-  const Bands bands(z.images, z.height, z.width, (z.width + 2) * bytes_of<A>(a_ld), kBandBytes,
-                    num_threads());
-  Workspace workspace{bytes_of<A>(b.packed_size()), padded_bytes<A>(in), padded_bytes<A>(in),
-                      Moments::bytes(bands.parts(), out)};
-  A* packed = workspace.take<A>(b.packed_size());
-  const A* scale = workspace.take_padded(args.scale, in);
-  const A* shift = workspace.take_padded(args.shift, in);
-  Moments moments(workspace, bands.parts(), out);
-  pack_weights(b, packed);
-  const TapOffsets a_taps(z.width, a_ld);
-  const PackedTaps<A> b_taps(in);
 
-  parallel(bands.parts(), [&](int64_t part) {
-    A* a = scratch<A>(Slot::kActivation, bands.max_padded_pixels() * a_ld);
-    A* ys = scratch<A>(Slot::kProduct, bands.max_pixels() * y_ld);
-    moments.clear(part);
-    const Range range = bands.of_part(part);
+ public:
+  explicit Forward(const ForwardArguments<T>& args)
+      : args_(args),
+        in_(args.z.channels),
+        out_(args.y.channels),
+        chunks_(in_, kChannels, kPanel<A>),
+        a_ld_(whole_vectors<A>(std::min(in_, chunks_.size))),
+        y_ld_(whole_vectors<A>(out_)),
+        weight_taps_(TapOffsets::in_weight(args.weight, /*reversed=*/false)),
+        a_taps_(TapOffsets::in_band(args.z.width, a_ld_)),
+        b_taps_(TapOffsets::in_panel<A>(in_)),
+        weights_{.weights = args.weight.data,
+                 .taps = kTaps,
+                 .depth = in_,
+                 .columns = out_,
+                 .k_stride = args.weight.in_stride,
+                 .j_stride = args.weight.out_stride,
+                 .tap_offsets = weight_taps_.offset},
+        bands_(args.z, a_ld_ * int64_t{sizeof(A)}, kForwardBytes, num_threads()),
+        workspace_{bytes_of<A>(weights_.packed_size()), 2 * padded_bytes<A>(in_),
+                   Moments::bytes(bands_.parts(), out_)},
+        packed_(workspace_.take<A>(weights_.packed_size())),
+        scale_(workspace_.take_padded(args.scale, in_)),
+        shift_(workspace_.take_padded(args.shift, in_)),
+        moments_(workspace_, bands_.parts(), out_) {}
+
+  void run() {
+    pack_weights(weights_, packed_);
+    parallel(bands_.parts(), [&](int64_t part) { run_part(part); });
+    if (args_.mean) moments_.finish(args_.mean, args_.var);
+  }
+
+ private:
+  void run_part(int64_t part) {
+    A* a = scratch<A>(Slot::kActivation, bands_.max_padded_pixels() * a_ld_);
+    A* y = scratch<A>(Slot::kProduct, bands_.max_pixels() * y_ld_);
+    moments_.clear(part);
+    const Range range = bands_.of_part(part);
     for (int64_t i = range.begin; i < range.end; i++) {
-      const Band band = bands[i];
-      for (int64_t c = 0; c < chunks.count; c++) {
-        const Range chunk = chunks[c];
-        fill_padded(band, a, a_ld, [&](int64_t pixel, A* line) {
-          activate_rows(z.at(pixel) + chunk.begin, z.stride, z.width, chunk.size(),
-                        scale + chunk.begin, shift + chunk.begin, line, a_ld);
+      const Band band = bands_[i];
+      for (int64_t c = 0; c < chunks_.count; c++) {
+        const int64_t first = chunks_[c].begin, columns = chunks_[c].size();
+        fill_padded(band, a, a_ld_, [&](int64_t pixel, A* line) {
+          activate_rows(args_.z.at(pixel) + first, args_.z.stride, band.width, columns,
+                        scale_ + first, shift_ + first, line, a_ld_);
         });
         for (int64_t line = 0; line < band.lines(); line++) {
-          Product<A> product{z.width,
-                             out,
-                             chunk.size(),
-                             a + band.padded_line(line) * a_ld,
-                             a_ld,
-                             1,
-                             packed + chunk.begin * kPanel<A>,
-                             kTaps * in * kPanel<A>,
-                             kPanel<A>,
-                             ys + line * z.width * y_ld,
-                             y_ld};
-          product.accumulate = c > 0;
-          product.taps = kTaps;
-          product.a_taps = a_taps.offset;
-          product.b_taps = b_taps.offset;
-          multiply(product);
+          convolve_line(a + band.padded_line(line) * a_ld_, chunks_[c],
+                        y + line * band.width * y_ld_);
         }
       }
-      store_rounded_rows(ys, y_ld, band.pixels(), out, args.y.at(band.first_pixel()),
-                         args.y.stride);
-      if (args.mean) moments.add_rows(part, ys, y_ld, band.pixels());
+      store_rounded_rows(y, y_ld_, band.pixels(), out_, args_.y.at(band.first_pixel()),
+                         args_.y.stride);
+      if (args_.mean) moments_.add_rows(part, y, y_ld_, band.pixels());
     }
-  });
-  if (args.mean) moments.finish(args.mean, args.var);
-}
+  }
+
+  // One line of y, or what a chunk of the channels adds to it.
+  void convolve_line(const A* a, Range chunk, A* y) const {
+    multiply(Product<A>{.rows = args_.z.width,
+                        .columns = out_,
+                        .depth = chunk.size(),
+                        .a = a,
+                        .a_row = a_ld_,
+                        .a_depth = 1,
+                        .b = packed_ + chunk.begin * kPanel<A>,
+                        .b_panel = kTaps * in_ * kPanel<A>,
+                        .b_depth = kPanel<A>,
+                        .c = y,
+                        .c_row = y_ld_,
+                        .accumulate = chunk.begin > 0,
+                        .taps = kTaps,
+                        .a_taps = a_taps_.offset,
+                        .b_taps = b_taps_.offset});
+  }
+
+  const ForwardArguments<T>& args_;
+  const int64_t in_, out_;
+  const Chunks chunks_;
+  const int64_t a_ld_, y_ld_;
+  const TapOffsets weight_taps_, a_taps_, b_taps_;
+  const WeightsAsB<T> weights_;  // [tap][in][out]
+  const Bands bands_;
+  Workspace workspace_;
+  A* const packed_;
+  const A *const scale_, *const shift_;
+  Moments moments_;
+};
 
 void bn_relu_conv3x3_forward(const Tensor& z, const Tensor& scale, const Tensor& shift,
                              const Tensor& weight, const Tensor& y,
@@ -132,19 +136,19 @@ void bn_relu_conv3x3_forward(const Tensor& z, const Tensor& scale, const Tensor&
     const auto zs = pixels<const T>(z, "z");
     const int64_t in = zs.channels, out = weight.size(0);
     STD_TORCH_CHECK(mean.has_value() == var.has_value(), "mean and var go together");
-    const ForwardArguments<T> args{zs,
-                                   channels<const A>(scale, "scale", in),
-                                   channels<const A>(shift, "shift", in),
-                                   weight_of<const T>(weight, "weight", out, in, 3),
-                                   pixels<T>(y, "y", zs, out),
-                                   channels<A>(mean, "mean", out),
-                                   channels<A>(var, "var", out)};
-    if (y.numel() == 0) {
+    const ForwardArguments<T> args{.z = zs,
+                                   .scale = channels<const A>(scale, "scale", in),
+                                   .shift = channels<const A>(shift, "shift", in),
+                                   .weight = weight_of<const T>(weight, "weight", out, in, 3),
+                                   .y = pixels<T>(y, "y", zs, out),
+                                   .mean = channels<A>(mean, "mean", out),
+                                   .var = channels<A>(var, "var", out)};
+    if (zs.count() == 0) {
       if (mean) std::fill_n(args.mean, out, A{0});
       if (var) std::fill_n(args.var, out, A{0});
       return;
     }
-    forward_kernel(args);
+    Forward<T>(args).run();
   });
 }
 
@@ -153,148 +157,167 @@ void bn_relu_conv3x3_forward(const Tensor& z, const Tensor& scale, const Tensor&
 template <class T>
 struct BackwardArguments {
   using A = Acc<T>;
-  Pixels<const T> grad, y;
-  const A *u, *v;
-  Pixels<const T> z;
-  const A *mean, *scale, *shift;
-  Weight<const T> weight;
-  Pixels<T> grad_bn;
-  A* sums;
-  Weight<T> grad_weight;  // data null: not wanted
+  Pixels<const T> grad, y;        // [N, H, W, K]
+  const A *u, *v;                 // [K]
+  Pixels<const T> z;              // [N, H, W, B]
+  const A *mean, *scale, *shift;  // [B]
+  Weight<const T> weight;         // [K, B, 3, 3]
+  Pixels<T> grad_bn;              // [N, H, W, B]
+  A* sums;                        // [2, B]
+  Weight<T> grad_weight;          // [K, B, 3, 3]; data null: not wanted
 };
 
-// dw[tap][c][k] (+)= sum over the band's pixels p of a[p][c] * dy[p - tap][k]. dy's border is zero
-// outside the image, so every pixel of `a` may take part in every tap.
-template <class A>
-void add_weight_gradient(const Band& band, const A* a, int64_t a_ld, int64_t columns, const A* dy,
-                         int64_t dy_ld, int64_t out, A* dw, int64_t dw_tap, bool accumulate) {
-  int64_t* a_lines = scratch<int64_t>(Slot::kLines, 2 * band.lines());
-  int64_t* dy_lines = a_lines + band.lines();
-  for (int64_t line = 0; line < band.lines(); line++) {
-    a_lines[line] = line * band.width * a_ld;
-    dy_lines[line] = band.padded_line(line) * dy_ld;
-  }
-  const TapOffsets shift(band.width, dy_ld);
-  const int64_t at_once = std::max<int64_t>(1, kWeightPixels / band.width);
-  for (int64_t line = 0; line < band.lines(); line += at_once) {
-    for (int64_t t = 0; t < kTaps; t++) {
-      Product<A> product{
-          columns,   out,   band.width,      a,    1, a_ld, dy + shift.offset[kTaps - 1 - t],
-          kPanel<A>, dy_ld, dw + t * dw_tap, dy_ld};
-      product.accumulate = accumulate || line > 0;
-      product.taps = std::min(at_once, band.lines() - line);
-      product.a_taps = a_lines + line;
-      product.b_taps = dy_lines + line;
-      multiply(product);
-    }
-  }
-}
-
-// grad[k][c][tap] = sum over parts of partial[tap][c][k]
 template <class T>
-void write_grad_weight(Acc<T>* partial, int64_t parts, int64_t ld, const Weight<T>& grad) {
-  const int64_t threads = std::min(num_threads(), grad.in);
-  parallel(threads, [&](int64_t thread) {
-    const Range range = part_of(grad.in, threads, thread);
-    for (int64_t c = range.begin; c < range.end; c++) {
-      for (int64_t t = 0; t < kTaps; t++) {
-        const int64_t row = (t * grad.in + c) * ld;
-        add_parts(partial, parts, kTaps * grad.in * ld, {row, row + grad.out});
-        T* target = grad.data + c * grad.in_stride + grad.tap_offset(t);
-        for (int64_t k = 0; k < grad.out; k++) {
-          target[k * grad.out_stride] = static_cast<T>(partial[row + k]);
-        }
-      }
-    }
-  });
-}
-
-template <class T>
-void backward_kernel(const BackwardArguments<T>& args) {
+class Backward {
   using A = Acc<T>;
-  const Pixels<const T>& z = args.z;
-  const int64_t in = z.channels, out = args.y.channels;
-  // A transposed convolution is a convolution with the taps in reverse.
-  int64_t weight_taps[kTaps];
-  for (int64_t t = 0; t < kTaps; t++) weight_taps[t] = args.weight.tap_offset(kTaps - 1 - t);
-  const WeightsAsB<T> b{args.weight.data,      kTaps,      out, in, args.weight.out_stride,
-                        args.weight.in_stride, weight_taps};
-  const Chunks chunks(in, kChannels, kPanel<A>);
-  const int64_t a_ld = leading_dimension<A>(chunks.size), dy_ld = leading_dimension<A>(out);
-  const Bands bands(z.images, z.height, z.width, (z.width + 2) * bytes_of<A>(2 * a_ld + dy_ld),
-                    2 * kBandBytes, num_threads());
-  const bool want_weight = args.grad_weight.data != nullptr;
-  const int64_t dw_size = want_weight ? kTaps * in * dy_ld : 0;
-  Workspace workspace{bytes_of<A>(b.packed_size()),
-                      bytes_of<A>(bands.parts() * dw_size),
-                      ChannelSums::bytes(bands.parts(), in),
-                      padded_bytes<A>(in),
-                      padded_bytes<A>(in),
-                      padded_bytes<A>(in),
-                      padded_bytes<A>(out),
-                      padded_bytes<A>(out)};
-  A* packed = workspace.take<A>(b.packed_size());
-  A* dw = workspace.take<A>(bands.parts() * dw_size);
-  ChannelSums sums(workspace, bands.parts(), in);
-  const A* mean = workspace.take_padded(args.mean, in);
-  const A* scale = workspace.take_padded(args.scale, in);
-  const A* shift = workspace.take_padded(args.shift, in);
-  const A* u = workspace.take_padded(args.u, out);
-  const A* v = workspace.take_padded(args.v, out);
-  pack_weights(b, packed);
-  const TapOffsets a_taps(z.width, dy_ld);
-  const PackedTaps<A> b_taps(out);
 
-  parallel(bands.parts(), [&](int64_t part) {
-    A* dy = scratch<A>(Slot::kGradient, bands.max_padded_pixels() * dy_ld);
-    A* a = scratch<A>(Slot::kActivation, bands.max_pixels() * a_ld);
-    A* da = scratch<A>(Slot::kProduct, bands.max_pixels() * a_ld);
-    sums.clear(part);
-    const Range range = bands.of_part(part);
+ public:
+  explicit Backward(const BackwardArguments<T>& args)
+      : args_(args),
+        in_(args.z.channels),
+        out_(args.y.channels),
+        chunks_(in_, kChannels, kPanel<A>),
+        a_ld_(whole_vectors<A>(chunks_.size)),
+        dy_ld_(whole_vectors<A>(out_)),
+        weight_taps_(TapOffsets::in_weight(args.weight, /*reversed=*/true)),
+        dy_taps_(TapOffsets::in_band(args.z.width, dy_ld_)),
+        b_taps_(TapOffsets::in_panel<A>(out_)),
+        weights_{.weights = args.weight.data,
+                 .taps = kTaps,
+                 .depth = out_,
+                 .columns = in_,
+                 .k_stride = args.weight.out_stride,
+                 .j_stride = args.weight.in_stride,
+                 .tap_offsets = weight_taps_.offset},
+        bands_(args.z, (2 * a_ld_ + dy_ld_) * int64_t{sizeof(A)}, kBackwardBytes, num_threads()),
+        dw_(args.grad_weight, bands_.parts()),
+        workspace_{bytes_of<A>(weights_.packed_size()), dw_.bytes(),
+                   ChannelSums::bytes(bands_.parts(), in_), 3 * padded_bytes<A>(in_),
+                   2 * padded_bytes<A>(out_)},
+        packed_(workspace_.take<A>(weights_.packed_size())),
+        sums_(workspace_, bands_.parts(), in_),
+        mean_(workspace_.take_padded(args.mean, in_)),
+        scale_(workspace_.take_padded(args.scale, in_)),
+        shift_(workspace_.take_padded(args.shift, in_)),
+        u_(workspace_.take_padded(args.u, out_)),
+        v_(workspace_.take_padded(args.v, out_)) {
+    dw_.take(workspace_);
+  }
+
+  void run() {
+    pack_weights(weights_, packed_);
+    parallel(bands_.parts(), [&](int64_t part) { run_part(part); });
+    sums_.finish(args_.sums);
+    if (dw_.wanted()) dw_.finish();
+  }
+
+ private:
+  // What a thread works on: a band of pixels in scratch, and its part of the results.
+  struct Tile {
+    int64_t part;
+    A *dy, *a, *da;
+    Band band = {};
+    bool first = false;  // of this part: starts its weight gradient
+  };
+
+  void run_part(int64_t part) {
+    Tile tile{.part = part,
+              .dy = scratch<A>(Slot::kGradient, bands_.max_padded_pixels() * dy_ld_),
+              .a = scratch<A>(Slot::kActivation, bands_.max_pixels() * a_ld_),
+              .da = scratch<A>(Slot::kProduct, bands_.max_pixels() * a_ld_)};
+    sums_.clear(part);
+    const Range range = bands_.of_part(part);
     for (int64_t i = range.begin; i < range.end; i++) {
-      const Band band = bands[i];
-      const int64_t pixel = band.first_pixel();
-      fill_padded(band, dy, dy_ld, [&](int64_t p, A* line) {
-        affine_rows<T>(args.grad.at(p), args.grad.stride, args.y.at(p), args.y.stride, z.width, out,
-                       nullptr, u, v, line, dy_ld);
+      tile.band = bands_[i];
+      tile.first = i == range.begin;
+      fill_padded(tile.band, tile.dy, dy_ld_, [&](int64_t pixel, A* line) {
+        affine_rows<T>(args_.grad.at(pixel), args_.grad.stride, args_.y.at(pixel), args_.y.stride,
+                       tile.band.width, out_, nullptr, u_, v_, line, dy_ld_);
       });
-      for (int64_t c = 0; c < chunks.count; c++) {
-        const int64_t first = chunks[c].begin, columns = chunks[c].size();
-        for (int64_t line = 0; line < band.lines(); line++) {
-          Product<A> product{z.width,
-                             columns,
-                             out,
-                             dy + band.padded_line(line) * dy_ld,
-                             dy_ld,
-                             1,
-                             packed + first * kTaps * out,
-                             kTaps * out * kPanel<A>,
-                             kPanel<A>,
-                             da + line * z.width * a_ld,
-                             a_ld};
-          product.taps = kTaps;
-          product.a_taps = a_taps.offset;
-          product.b_taps = b_taps.offset;
-          const int64_t p = pixel + line * z.width;
-          product.prefetch[0] = fetch_pixels(z, {p, p + z.width}, chunks[c]);
-          product.prefetch[1] = fetch_pixels(args.grad_bn, {p, p + z.width}, chunks[c]);
-          multiply(product);
-        }
-        mask_rows<Output::kWrite, 1>(da, a_ld, z.at(pixel) + first, z.stride, band.pixels(),
-                                     columns, mean + first, scale + first, shift + first,
-                                     args.grad_bn.at(pixel) + first, args.grad_bn.stride,
-                                     sums.row(part) + first, sums.ld());
-        if (!want_weight) continue;
-        activate_rows(z.at(pixel) + first, z.stride, band.pixels(), columns, scale + first,
-                      shift + first, a, a_ld);
-        add_weight_gradient(band, a, a_ld, columns, dy, dy_ld, out,
-                            dw + part * dw_size + first * dy_ld, in * dy_ld, i > range.begin);
+      for (int64_t c = 0; c < chunks_.count; c++) {
+        write_data_gradient(tile, chunks_[c]);
+        if (dw_.wanted()) add_weight_gradient(tile, chunks_[c]);
       }
     }
-  });
-  sums.finish(args.sums);
-  if (want_weight) write_grad_weight(dw, bands.parts(), dy_ld, args.grad_weight);
-}
+  }
+
+  // da = conv3x3^T(dy, W), and from it grad_bn and sums.
+  void write_data_gradient(const Tile& tile, Range chunk) {
+    const Band& band = tile.band;
+    const int64_t pixel = band.first_pixel(), c = chunk.begin;
+    for (int64_t line = 0; line < band.lines(); line++) {
+      const Range pixels = {pixel + line * band.width, pixel + (line + 1) * band.width};
+      multiply(Product<A>{.rows = band.width,
+                          .columns = chunk.size(),
+                          .depth = out_,
+                          .a = tile.dy + band.padded_line(line) * dy_ld_,
+                          .a_row = dy_ld_,
+                          .a_depth = 1,
+                          .b = packed_ + c * kTaps * out_,
+                          .b_panel = kTaps * out_ * kPanel<A>,
+                          .b_depth = kPanel<A>,
+                          .c = tile.da + line * band.width * a_ld_,
+                          .c_row = a_ld_,
+                          .taps = kTaps,
+                          .a_taps = dy_taps_.offset,
+                          .b_taps = b_taps_.offset,
+                          .prefetch = {fetch_pixels(args_.z, pixels, chunk),
+                                       fetch_pixels(args_.grad_bn, pixels, chunk)}});
+    }
+    mask_rows<Output::kWrite, 1>(tile.da, a_ld_, args_.z.at(pixel) + c, args_.z.stride,
+                                 band.pixels(), chunk.size(), mean_ + c, scale_ + c, shift_ + c,
+                                 args_.grad_bn.at(pixel) + c, args_.grad_bn.stride,
+                                 sums_.row(tile.part) + c, sums_.ld());
+  }
+
+  // dW[tap] (+)= sum over the band's pixels p of a[p] * dy[p - tap]. Outside the image dy is zero,
+  // so every pixel takes part in every tap; one that isn't finite makes NaN of all of them.
+  void add_weight_gradient(const Tile& tile, Range chunk) {
+    const Band& band = tile.band;
+    activate_rows(args_.z.at(band.first_pixel()) + chunk.begin, args_.z.stride, band.pixels(),
+                  chunk.size(), scale_ + chunk.begin, shift_ + chunk.begin, tile.a, a_ld_);
+    int64_t* a_lines = scratch<int64_t>(Slot::kLines, 2 * band.lines());
+    int64_t* dy_lines = a_lines + band.lines();
+    for (int64_t line = 0; line < band.lines(); line++) {
+      a_lines[line] = line * band.width * a_ld_;
+      dy_lines[line] = band.padded_line(line) * dy_ld_;
+    }
+    const int64_t at_once = std::max<int64_t>(1, kWeightPixels / band.width);
+    for (int64_t line = 0; line < band.lines(); line += at_once) {
+      for (int64_t t = 0; t < kTaps; t++) {
+        multiply(Product<A>{.rows = chunk.size(),
+                            .columns = out_,
+                            .depth = band.width,
+                            .a = tile.a,
+                            .a_row = 1,
+                            .a_depth = a_ld_,
+                            .b = tile.dy + dy_taps_.offset[kTaps - 1 - t],
+                            .b_panel = kPanel<A>,
+                            .b_depth = dy_ld_,
+                            .c = dw_.row(tile.part, t, chunk.begin),
+                            .c_row = dw_.ld(),
+                            .accumulate = !tile.first || line > 0,
+                            .taps = std::min(at_once, band.lines() - line),
+                            .a_taps = a_lines + line,
+                            .b_taps = dy_lines + line});
+      }
+    }
+  }
+
+  const BackwardArguments<T>& args_;
+  const int64_t in_, out_;
+  const Chunks chunks_;
+  const int64_t a_ld_, dy_ld_;
+  const TapOffsets weight_taps_, dy_taps_, b_taps_;
+  const WeightsAsB<T> weights_;  // [tap][out][in]
+  const Bands bands_;
+  Conv3x3WeightGradient<T> dw_;
+  Workspace workspace_;
+  A* const packed_;
+  ChannelSums sums_;
+  const A *const mean_, *const scale_, *const shift_;
+  const A *const u_, *const v_;
+};
 
 void bn_relu_conv3x3_backward(const Tensor& grad, const Tensor& y, const Tensor& u, const Tensor& v,
                               const Tensor& z, const Tensor& mean, const Tensor& scale,
@@ -305,24 +328,25 @@ void bn_relu_conv3x3_backward(const Tensor& grad, const Tensor& y, const Tensor&
     using A = Acc<T>;
     const auto zs = pixels<const T>(z, "z");
     const int64_t in = zs.channels, out = weight.size(0);
-    const BackwardArguments<T> args{pixels<const T>(grad, "grad", zs, out),
-                                    pixels<const T>(y, "y", zs, out),
-                                    channels<const A>(u, "u", out),
-                                    channels<const A>(v, "v", out),
-                                    zs,
-                                    channels<const A>(mean, "mean", in),
-                                    channels<const A>(scale, "scale", in),
-                                    channels<const A>(shift, "shift", in),
-                                    weight_of<const T>(weight, "weight", out, in, 3),
-                                    pixels<T>(grad_bn, "grad_bn", zs, in),
-                                    channels<A>(sums, "sums", 2 * in),
-                                    weight_of<T>(grad_weight, "grad_weight", out, in, 3)};
+    const BackwardArguments<T> args{
+        .grad = pixels<const T>(grad, "grad", zs, out),
+        .y = pixels<const T>(y, "y", zs, out),
+        .u = channels<const A>(u, "u", out),
+        .v = channels<const A>(v, "v", out),
+        .z = zs,
+        .mean = channels<const A>(mean, "mean", in),
+        .scale = channels<const A>(scale, "scale", in),
+        .shift = channels<const A>(shift, "shift", in),
+        .weight = weight_of<const T>(weight, "weight", out, in, 3),
+        .grad_bn = pixels<T>(grad_bn, "grad_bn", zs, in),
+        .sums = channels<A>(sums, "sums", 2 * in),
+        .grad_weight = weight_of<T>(grad_weight, "grad_weight", out, in, 3)};
     if (zs.count() == 0) {
       std::fill_n(args.sums, 2 * in, A{0});
       if (grad_weight) torch::stable::fill_(*grad_weight, 0);
       return;
     }
-    backward_kernel(args);
+    Backward<T>(args).run();
   });
 }
 

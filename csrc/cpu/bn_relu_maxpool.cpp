@@ -150,7 +150,7 @@ void backward_kernel(const BackwardArguments<T>& args) {
   const Pixels<const T>&x = args.x, &grad = args.grad;
   const int64_t ld = round_up(x.channels, kLanes<A>);
   // Bands of rows of one image; the windows across their edges are looked at from both sides.
-  const int64_t line_bytes = x.width * bytes_of<A>(ld);
+  const int64_t line_bytes = x.width * ld * int64_t{sizeof(A)};
   const int64_t max_rows = std::max<int64_t>(4, kBandBytes / line_bytes);
   const int64_t per_image =
       std::min(x.height, std::max(ceil_div(x.height, max_rows), ceil_div(num_threads(), x.images)));

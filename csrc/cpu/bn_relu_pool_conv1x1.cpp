@@ -24,6 +24,10 @@ constexpr int64_t kBackwardChannels = 128;
 struct Windows {
   int64_t height, width, out_height, out_width;
 
+  template <class T>
+  explicit Windows(const Pixels<T>& x)
+      : height(x.height), width(x.width), out_height(x.height / 2), out_width(x.width / 2) {}
+
   int64_t first_input(int64_t p) const {
     const int64_t line = p / out_width;  // of all images' output lines
     return (line / out_height * height + line % out_height * 2) * width + p % out_width * 2;
@@ -34,11 +38,6 @@ struct Windows {
     return {first_input(tile.begin), first_input(tile.end - 1) + width + 2};
   }
 };
-
-template <class T>
-Windows windows_of(const Pixels<const T>& x) {
-  return {x.height, x.width, x.height / 2, x.width / 2};
-}
 
 // out[i] = factor * sum of relu(scale*x + shift) over the window of output pixel pixels.begin + i
 template <class T>
@@ -62,45 +61,84 @@ void pool_rows(const Pixels<const T>& x, const Windows& windows, Range tile, Ran
 }
 
 template <class T>
-void forward_kernel(const Pixels<const T>& x, const Acc<T>* scale_, const Acc<T>* shift_,
-                    const Weight<const T>& weight, const Pixels<T>& y) {
+struct ForwardArguments {
   using A = Acc<T>;
-  const int64_t in = x.channels, out = y.channels;
-  const WeightsAsB<T> b{weight.data, 1, in, out, weight.in_stride, weight.out_stride, kOneTap};
-  const Tiles tiles(y.count(), kPixels, num_threads());
-  const Chunks chunks(in, kForwardChannels, kPanel<A>);
-  const Windows windows = windows_of(x);
-  Workspace workspace{bytes_of<A>(b.packed_size()), padded_bytes<A>(in), padded_bytes<A>(in)};
-  A* packed = workspace.take<A>(b.packed_size());
-  const A* scale = workspace.take_padded(scale_, in);
-  const A* shift = workspace.take_padded(shift_, in);
-  pack_weights(b, packed);
+  Pixels<const T> x;       // [N, H, W, C]
+  const A *scale, *shift;  // [C]
+  Weight<const T> weight;  // [K, C]
+  Pixels<T> y;             // [N, H/2, W/2, K]
+};
 
-  parallel(tiles.parts, [&](int64_t part) {
-    const int64_t a_ld = leading_dimension<A>(chunks.size), y_ld = leading_dimension<A>(out);
+template <class T>
+class Forward {
+  using A = Acc<T>;
+
+ public:
+  explicit Forward(const ForwardArguments<T>& args)
+      : args_(args),
+        in_(args.x.channels),
+        out_(args.y.channels),
+        weights_(weights_as_b(args.weight, /*transposed=*/true)),
+        windows_(args.x),
+        tiles_(args.y.count(), kPixels, num_threads()),
+        chunks_(in_, kForwardChannels, kPanel<A>),
+        workspace_{bytes_of<A>(weights_.packed_size()), 2 * padded_bytes<A>(in_)},
+        packed_(workspace_.take<A>(weights_.packed_size())),
+        scale_(workspace_.take_padded(args.scale, in_)),
+        shift_(workspace_.take_padded(args.shift, in_)) {}
+
+  void run() {
+    pack_weights(weights_, packed_);
+    parallel(tiles_.parts, [&](int64_t part) { run_part(part); });
+  }
+
+ private:
+  void run_part(int64_t part) {
+    const int64_t a_ld = leading_dimension<A>(chunks_.size), y_ld = leading_dimension<A>(out_);
     A* a = scratch<A>(Slot::kActivation, kPixels * a_ld);
-    A* ys = scratch<A>(Slot::kProduct, kPixels * y_ld);
-    const Range range = tiles.of_part(part);
+    A* y = scratch<A>(Slot::kProduct, kPixels * y_ld);
+    const Range range = tiles_.of_part(part);
     for (int64_t i = range.begin; i < range.end; i++) {
-      const Range tile = tiles.tile(i);
-      for (int64_t c = 0; c < chunks.count; c++) {
-        const Range chunk = chunks[c];
-        pool_rows(x, windows, tile, chunk, scale, shift, A{0.25}, a, a_ld);
-        Product<A> product{
-            tile.size(),    out,       chunk.size(), a,   a_ld, 1, packed + chunk.begin * kPanel<A>,
-            in * kPanel<A>, kPanel<A>, ys,           y_ld};
-        product.accumulate = c > 0;
-        if (c + 1 < chunks.count) {
-          product.prefetch[0] = fetch_pixels(x, windows.inputs(tile), chunks[c + 1]);
-        } else if (i + 1 < range.end) {
-          product.prefetch[0] = fetch_pixels(x, windows.inputs(tiles.tile(i + 1)), chunks[0]);
-        }
-        multiply(product);
+      const Range tile = tiles_.tile(i);
+      for (int64_t c = 0; c < chunks_.count; c++) {
+        const Range chunk = chunks_[c];
+        pool_rows(args_.x, windows_, tile, chunk, scale_, shift_, A{0.25}, a, a_ld);
+        multiply(Product<A>{.rows = tile.size(),
+                            .columns = out_,
+                            .depth = chunk.size(),
+                            .a = a,
+                            .a_row = a_ld,
+                            .a_depth = 1,
+                            .b = packed_ + chunk.begin * kPanel<A>,
+                            .b_panel = in_ * kPanel<A>,
+                            .b_depth = kPanel<A>,
+                            .c = y,
+                            .c_row = y_ld,
+                            .accumulate = c > 0,
+                            .prefetch = {next_input(i, c, range.end)}});
       }
-      store_rows(ys, y_ld, tile.size(), out, y.at(tile.begin), y.stride);
+      store_rows(y, y_ld, tile.size(), out_, args_.y.at(tile.begin), args_.y.stride);
     }
-  });
-}
+  }
+
+  // What is pooled after chunk c of tile i.
+  Prefetch next_input(int64_t i, int64_t c, int64_t end) const {
+    const int64_t next = c + 1 < chunks_.count ? i : i + 1;
+    if (next == end) return {};
+    return fetch_pixels(args_.x, windows_.inputs(tiles_.tile(next)),
+                        chunks_[(c + 1) % chunks_.count]);
+  }
+
+  const ForwardArguments<T>& args_;
+  const int64_t in_, out_;
+  const WeightsAsB<T> weights_;  // [in][out]
+  const Windows windows_;
+  const Tiles tiles_;
+  const Chunks chunks_;
+  Workspace workspace_;
+  A* const packed_;
+  const A *const scale_, *const shift_;
+};
 
 void bn_relu_pool_conv1x1_forward(const Tensor& x, const Tensor& scale, const Tensor& shift,
                                   const Tensor& weight, const Tensor& y) {
@@ -108,11 +146,13 @@ void bn_relu_pool_conv1x1_forward(const Tensor& x, const Tensor& scale, const Te
     using T = typename decltype(tag)::type;
     const auto xs = pixels<const T>(x, "x");
     const Pixels<T> pooled{nullptr, xs.images, xs.height / 2, xs.width / 2, 0, 0};
-    const auto ys = pixels<T>(y, "y", pooled, weight.size(0));
-    const auto* scales = channels<const Acc<T>>(scale, "scale", xs.channels);
-    const auto* shifts = channels<const Acc<T>>(shift, "shift", xs.channels);
-    const auto weights = weight_of<const T>(weight, "weight", ys.channels, xs.channels, 1);
-    if (y.numel() > 0) forward_kernel<T>(xs, scales, shifts, weights, ys);
+    const int64_t in = xs.channels, out = weight.size(0);
+    const ForwardArguments<T> args{.x = xs,
+                                   .scale = channels<const Acc<T>>(scale, "scale", in),
+                                   .shift = channels<const Acc<T>>(shift, "shift", in),
+                                   .weight = weight_of<const T>(weight, "weight", out, in, 1),
+                                   .y = pixels<T>(y, "y", pooled, out)};
+    if (args.y.count() > 0) Forward<T>(args).run();
   });
 }
 
@@ -121,130 +161,162 @@ void bn_relu_pool_conv1x1_forward(const Tensor& x, const Tensor& scale, const Te
 template <class T>
 struct BackwardArguments {
   using A = Acc<T>;
-  Pixels<const T> grad, x;
-  const A *mean, *scale, *shift;
-  Weight<const T> weight;
-  Pixels<T> grad_x;
-  A* sums;
-  Weight<T> grad_weight;  // data null: not wanted
-};
-
-// From dp to g, grad_x and sums, in the windows of a tile; the vectors are padded.
-template <class T>
-struct Spread {
-  using A = Acc<T>;
-  const Pixels<const T>& x;
-  const Pixels<T>& grad_x;
-  const A *mean, *scale, *shift;
-  const A* zeros;
-  double* sums;
-  int64_t sums_ld;
-
-  // `rows` pixels from `pixel` on; kShared of them share a row of dp.
-  template <int kShared>
-  void mask(const A* dp, int64_t ld, int64_t pixel, int64_t rows, Range chunk) const {
-    const int64_t c = chunk.begin;
-    mask_rows<Output::kWriteScaled, kShared>(dp, ld, x.at(pixel) + c, x.stride, rows, chunk.size(),
-                                             mean + c, scale + c, shift + c, grad_x.at(pixel) + c,
-                                             grad_x.stride, sums + c, sums_ld);
-  }
-
-  // All pixels of the windows of output pixels [p, p + count), which lie in one line, and the odd
-  // column and row beyond the last window.
-  void line(const A* dp, int64_t ld, const Windows& windows, int64_t p, int64_t count,
-            Range chunk) const {
-    const int64_t first = windows.first_input(p);
-    const bool ends_line = p % windows.out_width + count == windows.out_width;
-    for (int64_t row = 0; row < 2; row++) {
-      const int64_t pixel = first + row * windows.width;
-      mask<2>(dp, ld, pixel, 2 * count, chunk);
-      if (ends_line && windows.width % 2) mask<1>(zeros, 0, pixel + 2 * count, 1, chunk);
-    }
-    const bool ends_image =
-        ends_line && p / windows.out_width % windows.out_height == windows.out_height - 1;
-    if (ends_image && windows.height % 2) {
-      const int64_t last_line = (first / windows.width + 2) * windows.width;
-      mask<1>(zeros, 0, last_line, windows.width, chunk);
-    }
-  }
-
-  void tile(const A* dp, int64_t ld, const Windows& windows, Range tile, Range chunk) const {
-    for (int64_t p = tile.begin; p < tile.end;) {
-      const int64_t count = std::min(tile.end - p, windows.out_width - p % windows.out_width);
-      line(dp + (p - tile.begin) * ld, ld, windows, p, count, chunk);
-      p += count;
-    }
-  }
+  Pixels<const T> grad;           // [N, H/2, W/2, K]
+  Pixels<const T> x;              // [N, H, W, C]
+  const A *mean, *scale, *shift;  // [C]
+  Weight<const T> weight;         // [K, C]
+  Pixels<T> grad_x;               // [N, H, W, C]
+  A* sums;                        // [2, C]
+  Weight<T> grad_weight;          // [K, C]; data null: not wanted
 };
 
 template <class T>
-void backward_kernel(const BackwardArguments<T>& args) {
+class Backward {
   using A = Acc<T>;
-  const int64_t in = args.x.channels, out = args.grad.channels, count = args.grad.count();
-  const WeightsAsB<T> b{args.weight.data,      1,      out, in, args.weight.out_stride,
-                        args.weight.in_stride, kOneTap};
-  const Chunks chunks(in, kBackwardChannels, kPanel<A>);
-  const Grid grid(count, in, chunks.count, num_threads());
-  const Tiles tiles(count, kPixels, grid.pixel_parts);
-  const Windows windows = windows_of(args.x);
-  const bool want_weight = args.grad_weight.data != nullptr;
-  const int64_t dw_ld = round_up(in, kPanel<A>), dw_size = want_weight ? out * dw_ld : 0;
-  Workspace workspace{bytes_of<A>(b.packed_size()),
-                      bytes_of<A>(grid.pixel_parts * dw_size),
-                      ChannelSums::bytes(grid.pixel_parts, in),
-                      padded_bytes<A>(in),
-                      padded_bytes<A>(in),
-                      padded_bytes<A>(in),
-                      padded_bytes<A>(chunks.size)};
-  A* packed = workspace.take<A>(b.packed_size());
-  A* dw = workspace.take<A>(grid.pixel_parts * dw_size);
-  ChannelSums sums(workspace, grid.pixel_parts, in);
-  const A* mean = workspace.take_padded(args.mean, in);
-  const A* scale = workspace.take_padded(args.scale, in);
-  const A* shift = workspace.take_padded(args.shift, in);
-  A* zeros = workspace.take<A>(chunks.size);
-  std::fill_n(zeros, chunks.size, A{0});
-  pack_weights(b, packed);
-  for (int64_t p = 0; p < grid.pixel_parts; p++) sums.clear(p);
 
-  parallel(grid.count(), [&](int64_t thread) {
-    const int64_t part = thread / grid.channel_parts;
-    const Range my_chunks = part_of(chunks.count, grid.channel_parts, thread % grid.channel_parts);
-    const int64_t dy_ld = leading_dimension<A>(out), a_ld = leading_dimension<A>(chunks.size);
-    A* dy = scratch<A>(Slot::kGradient, kPixels * dy_ld);
-    A* a = scratch<A>(Slot::kActivation, kPixels * a_ld);
-    A* dp = scratch<A>(Slot::kProduct, kPixels * a_ld);
-    const Spread<T> spread{args.x, args.grad_x, mean,           scale,
-                           shift,  zeros,       sums.row(part), sums.ld()};
-    const Range range = tiles.of_part(part);
-    for (int64_t i = range.begin; i < range.end; i++) {
-      const Range tile = tiles.tile(i);
-      scale_rows(args.grad.at(tile.begin), args.grad.stride, tile.size(), out, A{0.25}, dy, dy_ld);
-      for (int64_t c = my_chunks.begin; c < my_chunks.end; c++) {
-        const Range chunk = chunks[c];
-        Product<A> product{
-            tile.size(),     chunk.size(), out, dy,  dy_ld, 1, packed + chunk.begin * out,
-            out * kPanel<A>, kPanel<A>,    dp,  a_ld};
-        product.prefetch[0] = fetch_pixels(args.x, windows.inputs(tile), chunk);
-        product.prefetch[1] = fetch_pixels(args.grad_x, windows.inputs(tile), chunk);
-        multiply(product);
-        spread.tile(dp, a_ld, windows, tile, chunk);
-        if (!want_weight) continue;
-        pool_rows(args.x, windows, tile, chunk, scale, shift, A{1}, a, a_ld);
-        Product<A> weight{out,         chunk.size(),
-                          tile.size(), dy,
-                          1,           dy_ld,
-                          a,           kPanel<A>,
-                          a_ld,        dw + part * dw_size + chunk.begin,
-                          dw_ld};
-        weight.accumulate = i > range.begin;
-        multiply(weight);
+ public:
+  explicit Backward(const BackwardArguments<T>& args)
+      : args_(args),
+        in_(args.x.channels),
+        out_(args.grad.channels),
+        weights_(weights_as_b(args.weight, /*transposed=*/false)),
+        windows_(args.x),
+        chunks_(in_, kBackwardChannels, kPanel<A>),
+        grid_(args.grad.count(), in_, chunks_.count, num_threads()),
+        tiles_(args.grad.count(), kPixels, grid_.pixel_parts),
+        dw_(args.grad_weight, grid_.pixel_parts),
+        workspace_{bytes_of<A>(weights_.packed_size()), dw_.bytes(),
+                   ChannelSums::bytes(grid_.pixel_parts, in_), 3 * padded_bytes<A>(in_),
+                   bytes_of<A>(chunks_.size)},
+        packed_(workspace_.take<A>(weights_.packed_size())),
+        sums_(workspace_, grid_.pixel_parts, in_),
+        mean_(workspace_.take_padded(args.mean, in_)),
+        scale_(workspace_.take_padded(args.scale, in_)),
+        shift_(workspace_.take_padded(args.shift, in_)),
+        zeros_(workspace_.take<A>(chunks_.size)) {
+    std::fill_n(zeros_, chunks_.size, A{0});
+    dw_.take(workspace_);
+  }
+
+  void run() {
+    pack_weights(weights_, packed_);
+    for (int64_t part = 0; part < grid_.pixel_parts; part++) sums_.clear(part);
+    parallel(grid_.count(), [&](int64_t thread) { run_thread(thread); });
+    sums_.finish(args_.sums);
+    if (dw_.wanted()) dw_.finish();
+  }
+
+ private:
+  // What a thread works on: a tile of output pixels in scratch, and its part of the results.
+  struct Tile {
+    int64_t part, dy_ld, a_ld;
+    A *dy = nullptr, *a = nullptr, *dp = nullptr;  // dy is a quarter of grad
+    Range pixels = {};
+    bool first = false;  // of this part: starts its weight gradient
+  };
+
+  void run_thread(int64_t thread) {
+    Tile tile{.part = thread / grid_.channel_parts,
+              .dy_ld = leading_dimension<A>(out_),
+              .a_ld = leading_dimension<A>(chunks_.size)};
+    tile.dy = scratch<A>(Slot::kGradient, kPixels * tile.dy_ld);
+    tile.a = scratch<A>(Slot::kActivation, kPixels * tile.a_ld);
+    tile.dp = scratch<A>(Slot::kProduct, kPixels * tile.a_ld);
+    const Range chunks = part_of(chunks_.count, grid_.channel_parts, thread % grid_.channel_parts);
+    const Range tiles = tiles_.of_part(tile.part);
+    for (int64_t i = tiles.begin; i < tiles.end; i++) {
+      tile.pixels = tiles_.tile(i);
+      tile.first = i == tiles.begin;
+      scale_rows(args_.grad.at(tile.pixels.begin), args_.grad.stride, tile.pixels.size(), out_,
+                 A{0.25}, tile.dy, tile.dy_ld);
+      for (int64_t c = chunks.begin; c < chunks.end; c++) {
+        write_data_gradient(tile, chunks_[c]);
+        if (dw_.wanted()) add_weight_gradient(tile, chunks_[c]);
       }
     }
-  });
-  sums.finish(args.sums);
-  if (want_weight) write_grad_weight(dw, grid.pixel_parts, dw_ld, args.grad_weight);
-}
+  }
+
+  // dp = dy @ W, and from it grad_x and sums, output line by output line.
+  void write_data_gradient(const Tile& tile, Range chunk) {
+    const Range inputs = windows_.inputs(tile.pixels);
+    multiply(Product<A>{.rows = tile.pixels.size(),
+                        .columns = chunk.size(),
+                        .depth = out_,
+                        .a = tile.dy,
+                        .a_row = tile.dy_ld,
+                        .a_depth = 1,
+                        .b = packed_ + chunk.begin * out_,
+                        .b_panel = out_ * kPanel<A>,
+                        .b_depth = kPanel<A>,
+                        .c = tile.dp,
+                        .c_row = tile.a_ld,
+                        .prefetch = {fetch_pixels(args_.x, inputs, chunk),
+                                     fetch_pixels(args_.grad_x, inputs, chunk)}});
+    const int64_t width = windows_.out_width;
+    for (int64_t p = tile.pixels.begin, count; p < tile.pixels.end; p += count) {
+      count = std::min(tile.pixels.end - p, width - p % width);
+      spread_line(tile, chunk, p, count);
+    }
+  }
+
+  // The pixels of the windows of output pixels [p, p + count), of one line, and the odd column and
+  // row beyond the last window.
+  void spread_line(const Tile& tile, Range chunk, int64_t p, int64_t count) {
+    const A* dp = tile.dp + (p - tile.pixels.begin) * tile.a_ld;
+    const int64_t first = windows_.first_input(p);
+    const bool ends_line = (p + count) % windows_.out_width == 0;
+    for (int64_t pixel : {first, first + windows_.width}) {
+      mask<2>(tile, chunk, dp, tile.a_ld, pixel, 2 * count);
+      if (ends_line && windows_.width % 2) mask<1>(tile, chunk, zeros_, 0, pixel + 2 * count, 1);
+    }
+    const bool ends_image = (p + count) % (windows_.out_width * windows_.out_height) == 0;
+    if (ends_image && windows_.height % 2) {
+      const int64_t last_line = (first / windows_.width + 2) * windows_.width;
+      mask<1>(tile, chunk, zeros_, 0, last_line, windows_.width);
+    }
+  }
+
+  // grad_x and sums of `rows` pixels from `pixel` on; kShared of them share a row of dp.
+  template <int kShared>
+  void mask(const Tile& tile, Range chunk, const A* dp, int64_t ld, int64_t pixel, int64_t rows) {
+    const int64_t c = chunk.begin;
+    mask_rows<Output::kWriteScaled, kShared>(dp, ld, args_.x.at(pixel) + c, args_.x.stride, rows,
+                                             chunk.size(), mean_ + c, scale_ + c, shift_ + c,
+                                             args_.grad_x.at(pixel) + c, args_.grad_x.stride,
+                                             sums_.row(tile.part) + c, sums_.ld());
+  }
+
+  // dW (+)= dy^T @ (the windows' sums)
+  void add_weight_gradient(const Tile& tile, Range chunk) {
+    pool_rows(args_.x, windows_, tile.pixels, chunk, scale_, shift_, A{1}, tile.a, tile.a_ld);
+    multiply(Product<A>{.rows = out_,
+                        .columns = chunk.size(),
+                        .depth = tile.pixels.size(),
+                        .a = tile.dy,
+                        .a_row = 1,
+                        .a_depth = tile.dy_ld,
+                        .b = tile.a,
+                        .b_panel = kPanel<A>,
+                        .b_depth = tile.a_ld,
+                        .c = dw_.part(tile.part) + chunk.begin,
+                        .c_row = dw_.ld(),
+                        .accumulate = !tile.first});
+  }
+
+  const BackwardArguments<T>& args_;
+  const int64_t in_, out_;
+  const WeightsAsB<T> weights_;  // [out][in]
+  const Windows windows_;
+  const Chunks chunks_;
+  const Grid grid_;
+  const Tiles tiles_;
+  Conv1x1WeightGradient<T> dw_;
+  Workspace workspace_;
+  A* const packed_;
+  ChannelSums sums_;
+  const A *const mean_, *const scale_, *const shift_;
+  A* const zeros_;
+};
 
 void bn_relu_pool_conv1x1_backward(const Tensor& grad, const Tensor& x, const Tensor& mean,
                                    const Tensor& scale, const Tensor& shift, const Tensor& weight,
@@ -256,22 +328,23 @@ void bn_relu_pool_conv1x1_backward(const Tensor& grad, const Tensor& x, const Te
     const auto xs = pixels<const T>(x, "x");
     const int64_t in = xs.channels, out = weight.size(0);
     const Pixels<T> pooled{nullptr, xs.images, xs.height / 2, xs.width / 2, 0, 0};
-    const BackwardArguments<T> args{pixels<const T>(grad, "grad", pooled, out),
-                                    xs,
-                                    channels<const A>(mean, "mean", in),
-                                    channels<const A>(scale, "scale", in),
-                                    channels<const A>(shift, "shift", in),
-                                    weight_of<const T>(weight, "weight", out, in, 1),
-                                    pixels<T>(grad_x, "grad_x", xs, in),
-                                    channels<A>(sums, "sums", 2 * in),
-                                    weight_of<T>(grad_weight, "grad_weight", out, in, 1)};
+    const BackwardArguments<T> args{
+        .grad = pixels<const T>(grad, "grad", pooled, out),
+        .x = xs,
+        .mean = channels<const A>(mean, "mean", in),
+        .scale = channels<const A>(scale, "scale", in),
+        .shift = channels<const A>(shift, "shift", in),
+        .weight = weight_of<const T>(weight, "weight", out, in, 1),
+        .grad_x = pixels<T>(grad_x, "grad_x", xs, in),
+        .sums = channels<A>(sums, "sums", 2 * in),
+        .grad_weight = weight_of<T>(grad_weight, "grad_weight", out, in, 1)};
     if (args.grad.count() == 0) {  // no image, or no room for a window
       torch::stable::fill_(grad_x, 0);
       std::fill_n(args.sums, 2 * in, A{0});
       if (grad_weight) torch::stable::fill_(*grad_weight, 0);
       return;
     }
-    backward_kernel(args);
+    Backward<T>(args).run();
   });
 }
 

@@ -13,6 +13,18 @@ namespace dense_ext {
 
 constexpr int64_t kOneTap[1] = {0};
 
+// A 1x1 weight [out, in] as the b of a product over `out`, or transposed over `in`.
+template <class T>
+WeightsAsB<T> weights_as_b(const Weight<const T>& w, bool transposed) {
+  return {.weights = w.data,
+          .taps = 1,
+          .depth = transposed ? w.in : w.out,
+          .columns = transposed ? w.out : w.in,
+          .k_stride = transposed ? w.in_stride : w.out_stride,
+          .j_stride = transposed ? w.out_stride : w.in_stride,
+          .tap_offsets = kOneTap};
+}
+
 // Of rows of scratch. A vector more than needed keeps the rows off the same cache sets.
 template <class A>
 int64_t leading_dimension(int64_t columns) {
@@ -40,25 +52,49 @@ struct Grid {
   int64_t count() const { return pixel_parts * channel_parts; }
 };
 
-// grad[o][i] = sum over parts of partial[part][o][i], rows `ld` apart
+// The parts' private weight gradients [out][in], rows ld() apart, in a workspace.
 template <class T>
-void write_grad_weight(Acc<T>* partial, int64_t parts, int64_t ld, const Weight<T>& grad) {
-  const int64_t threads = std::min(num_threads(), grad.out);
-  parallel(threads, [&](int64_t thread) {
-    const Range rows = part_of(grad.out, threads, thread);
-    add_parts(partial, parts, grad.out * ld, {rows.begin * ld, rows.end * ld});
-    for (int64_t o = rows.begin; o < rows.end; o++) {
-      const Acc<T>* source = partial + o * ld;
-      T* target = grad.data + o * grad.out_stride;
-      if (grad.in_stride == 1) {
-        store_rows(source, ld, 1, grad.in, target, 0);
-      } else {
-        for (int64_t i = 0; i < grad.in; i++) {
-          target[i * grad.in_stride] = static_cast<T>(source[i]);
-        }
+class Conv1x1WeightGradient {
+  using A = Acc<T>;
+
+ public:
+  // A `grad` without data is not wanted, and takes no memory.
+  Conv1x1WeightGradient(const Weight<T>& grad, int64_t parts) : grad_(grad), parts_(parts) {}
+
+  bool wanted() const { return grad_.data != nullptr; }
+  int64_t ld() const { return round_up(grad_.in, kPanel<A>); }
+  int64_t bytes() const { return bytes_of<A>(parts_ * size()); }
+  void take(Workspace& workspace) { partial_ = workspace.take<A>(parts_ * size()); }
+  A* part(int64_t i) { return partial_ + i * size(); }
+
+  // grad[o][i] = sum over parts of part[o][i]
+  void finish() {
+    const int64_t threads = std::min(num_threads(), grad_.out);
+    parallel(threads, [&](int64_t thread) {
+      const Range rows = part_of(grad_.out, threads, thread);
+      add_parts(partial_, parts_, size(), {rows.begin * ld(), rows.end * ld()});
+      for (int64_t o = rows.begin; o < rows.end; o++) write_row(o);
+    });
+  }
+
+ private:
+  int64_t size() const { return wanted() ? grad_.out * ld() : 0; }
+
+  void write_row(int64_t o) {
+    const A* source = partial_ + o * ld();
+    T* target = grad_.data + o * grad_.out_stride;
+    if (grad_.in_stride == 1) {
+      store_rows(source, ld(), 1, grad_.in, target, 0);
+    } else {
+      for (int64_t i = 0; i < grad_.in; i++) {
+        target[i * grad_.in_stride] = static_cast<T>(source[i]);
       }
     }
-  });
-}
+  }
+
+  const Weight<T> grad_;
+  const int64_t parts_;
+  A* partial_ = nullptr;
+};
 
 }  // namespace dense_ext

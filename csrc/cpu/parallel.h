@@ -7,6 +7,7 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <array>
@@ -14,6 +15,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <numeric>
 
 #include "gemm.h"
 
@@ -80,23 +82,38 @@ A* scratch(Slot slot, int64_t count) {
   return static_cast<A*>(scratch_bytes(slot, count * int64_t{sizeof(A)}));
 }
 
+// Bytes of `count` values in a Workspace, where every piece is aligned.
+template <class U>
+int64_t bytes_of(int64_t count) {
+  constexpr int64_t kAlignment = 64;
+  return round_up(count * int64_t{sizeof(U)}, kAlignment);
+}
+// Bytes of a vector padded to whole panels.
+template <class A>
+int64_t padded_bytes(int64_t channels) {
+  return bytes_of<A>(round_up(channels, kPanel<A>));
+}
+
 // One allocation, from PyTorch, for what all threads of a call share: packed weights, per-channel
 // vectors padded to whole SIMD vectors, partial sums.
 class Workspace {
  public:
+  // The sum of `bytes` is what will be taken.
   explicit Workspace(std::initializer_list<int64_t> bytes) {
-    int64_t total = 0;
-    for (int64_t b : bytes) total += round_up(b, kAlignment);
-    tensor_ = torch::stable::empty({total + kAlignment}, torch::headeronly::ScalarType::Byte);
-    const auto address = reinterpret_cast<uintptr_t>(tensor_.mutable_data_ptr());
-    next_ = reinterpret_cast<char*>(round_up(static_cast<int64_t>(address), kAlignment));
+    constexpr int64_t kAlignment = 64;
+    const int64_t total = std::accumulate(bytes.begin(), bytes.end(), kAlignment);
+    tensor_ = torch::stable::empty({total}, torch::headeronly::ScalarType::Byte);
+    const auto address = reinterpret_cast<int64_t>(tensor_.mutable_data_ptr());
+    next_ = reinterpret_cast<char*>(round_up(address, kAlignment));
+    end_ = reinterpret_cast<char*>(address + total);
   }
 
-  // The next piece, in the order of the sizes given.
+  // The next `count` values.
   template <class U>
   U* take(int64_t count) {
     U* piece = reinterpret_cast<U*>(next_);
-    next_ += round_up(count * int64_t{sizeof(U)}, kAlignment);
+    next_ += bytes_of<U>(count);
+    STD_TORCH_CHECK(next_ <= end_, "more is taken from a workspace than it was made for");
     return piece;
   }
 
@@ -111,20 +128,9 @@ class Workspace {
   }
 
  private:
-  static constexpr int64_t kAlignment = 64;
   torch::stable::Tensor tensor_;
-  char* next_;
+  char *next_, *end_;
 };
-
-// Bytes for Workspace's list.
-template <class U>
-int64_t bytes_of(int64_t count) {
-  return count * int64_t{sizeof(U)};
-}
-template <class A>
-int64_t padded_bytes(int64_t channels) {
-  return bytes_of<A>(round_up(channels, kPanel<A>));
-}
 
 template <class T>
 void pack_weights(const WeightsAsB<T>& weights, Acc<T>* packed) {

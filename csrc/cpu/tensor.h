@@ -70,7 +70,7 @@ inline void check_type(const Tensor& t, const char* name, ScalarType type) {
 template <class T>
 Pixels<T> pixels(const Tensor& t, const char* name) {
   check_type(t, name, scalar_type_of<std::remove_const_t<T>>());
-  STD_TORCH_CHECK(t.dim() == 4, name, " must be [N, H, W, C], got ", shape_of(t));
+  STD_TORCH_CHECK(t.dim() == 4 && t.size(3) > 0, name, " must be [N, H, W, C], got ", shape_of(t));
   Pixels<T> p{static_cast<T*>(t.data_ptr()), t.size(0), t.size(1), t.size(2), t.size(3), 0};
   if (t.numel() == 0) return p;
   // The stride of a dimension of size 1 says nothing: take the innermost one that does.

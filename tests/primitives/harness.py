@@ -161,10 +161,11 @@ def equal_bits(a: Tensor, b: Tensor) -> bool:
 def tolerance(dtype: torch.dtype, length: int) -> float:
     """What rounding explains: a store in ``dtype`` of a sum of ``length`` terms.
 
-    The rounding errors of a sum are random and of either sign: relative to the result they grow
-    with the square root of the length (Higham, Accuracy and Stability, section 2.8).
+    A store rounds to nearest, off by half an eps at most. The rounding errors of a sum are random
+    and of either sign: relative to the result they grow with the square root of the length
+    (Higham, Accuracy and Stability, section 2.8).
     """
-    store = torch.finfo(dtype).eps
+    store = torch.finfo(dtype).eps / 2
     return store + math.sqrt(length + 4) * torch.finfo(accumulate_dtype(dtype)).eps
 
 

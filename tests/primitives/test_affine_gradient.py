@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dense_ext.backends.base import Backend
+from dense_ext.backends.base import Backend, accumulate_dtype
 from dense_ext.backends.reference import ReferenceBackend
 
 from .common import MakeMaker, PrimitiveTests
@@ -42,6 +42,15 @@ def test_in_place(backend: Backend, maker: MakeMaker, dtype: torch.dtype) -> Non
     case.arguments["out"] = case.arguments["grad"]
     out = case.run(backend)["out"]
     assert_close("affine_gradient in place", out, expected, tolerance(dtype, 3))
+
+
+def test_rounds_to_nearest(backend: Backend, maker: MakeMaker, dtype: torch.dtype) -> None:
+    """A sum that is exact before it is stored has one right result, ties to even and all."""
+    case = accumulate_case(maker(dtype), SIZES[-1])
+    case.arguments["scale"].fill_(1)
+    exact = case.arguments["out"].double() + case.arguments["grad"].double()
+    out = case.run(backend)["out"]
+    assert torch.equal(out, exact.to(accumulate_dtype(dtype)).to(dtype))
 
 
 def test_refuses(backend: Backend, maker: MakeMaker) -> None:

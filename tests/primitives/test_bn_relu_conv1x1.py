@@ -63,7 +63,8 @@ def backward_case(make: Maker, size: tuple[int, ...], weight_gradient: bool = Tr
 
 def test_forward_refuses(backend: Backend, maker: MakeMaker) -> None:
     case = forward_case(maker(torch.float32), SMALL)
-    check_refuses(backend, case, "z", torch.empty(2, 5, 7, 6), r"weight has shape \[5, 33, 1, 1\]")
+    check_refuses(backend, case, "z", torch.empty(2, 5, 7, 6), r"z has shape \[2, 5, 7, 6\], expected")
+    check_refuses(backend, case, "weight", torch.empty(5, 32, 1, 1), r"expected \[5, 33, 1, 1\]")
     check_refuses(backend, case, "scale", torch.empty(32), r"scale of shape \[32\] must be")
     check_refuses(backend, case, "x", case.arguments["x"].transpose(1, 2), "x of shape .* dense")
     check_refuses(backend, case, "z", case.arguments["z"].double(), "z has dtype Double")

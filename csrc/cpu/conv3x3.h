@@ -1,0 +1,95 @@
+// What a 3x3 convolution's forward and backward share: where the nine taps are, and the weight
+// gradient's last step.
+
+#pragma once
+
+#include <cstdint>
+
+#include "parallel.h"
+#include "reduce.h"
+#include "tensor.h"
+
+namespace dense_ext {
+
+constexpr int64_t kTaps = 9;
+
+template <class A>
+int64_t whole_vectors(int64_t columns) {
+  return round_up(columns, kLanes<A>);
+}
+
+// Nine offsets, in row-major order of the taps.
+struct TapOffsets {
+  int64_t offset[kTaps];
+
+  // From a padded line, of pixels `ld` apart, to the tap's pixels.
+  static TapOffsets in_band(int64_t width, int64_t ld) {
+    TapOffsets taps;
+    for (int64_t t = 0; t < kTaps; t++) taps.offset[t] = (t / 3 * (width + 2) + t % 3) * ld;
+    return taps;
+  }
+  // To the tap's packed weights, each [depth][kPanel].
+  template <class A>
+  static TapOffsets in_panel(int64_t depth) {
+    TapOffsets taps;
+    for (int64_t t = 0; t < kTaps; t++) taps.offset[t] = t * depth * kPanel<A>;
+    return taps;
+  }
+  // To the tap in a weight; reversed for a transposed convolution, which is one with the taps in
+  // reverse.
+  template <class T>
+  static TapOffsets in_weight(const Weight<T>& weight, bool reversed) {
+    TapOffsets taps;
+    for (int64_t t = 0; t < kTaps; t++) {
+      taps.offset[t] = weight.tap_offset(reversed ? kTaps - 1 - t : t);
+    }
+    return taps;
+  }
+};
+
+// The parts' private weight gradients [tap][in][out], rows of whole vectors, in a workspace.
+template <class T>
+class Conv3x3WeightGradient {
+  using A = Acc<T>;
+
+ public:
+  // A `grad` without data is not wanted, and takes no memory.
+  Conv3x3WeightGradient(const Weight<T>& grad, int64_t parts) : grad_(grad), parts_(parts) {}
+
+  bool wanted() const { return grad_.data != nullptr; }
+  int64_t ld() const { return whole_vectors<A>(grad_.out); }
+  int64_t bytes() const { return bytes_of<A>(parts_ * size()); }
+  void take(Workspace& workspace) { partial_ = workspace.take<A>(parts_ * size()); }
+  A* row(int64_t part, int64_t tap, int64_t channel) {
+    return partial_ + part * size() + (tap * grad_.in + channel) * ld();
+  }
+
+  // grad[k][c][tap] = sum over parts of row(part, tap, c)[k]
+  void finish() {
+    const int64_t threads = std::min(num_threads(), grad_.in);
+    parallel(threads, [&](int64_t thread) {
+      const Range range = part_of(grad_.in, threads, thread);
+      for (int64_t c = range.begin; c < range.end; c++) {
+        for (int64_t t = 0; t < kTaps; t++) write_row(t, c);
+      }
+    });
+  }
+
+ private:
+  int64_t size() const { return wanted() ? kTaps * grad_.in * ld() : 0; }
+
+  void write_row(int64_t tap, int64_t channel) {
+    A* sum = row(0, tap, channel);
+    add_parts(sum, parts_, size(), {0, grad_.out});
+    T* target = grad_.data + channel * grad_.in_stride + grad_.tap_offset(tap);
+    for (int64_t k = 0; k < grad_.out; k++) {
+      target[k * grad_.out_stride] = static_cast<T>(sum[k]);
+    }
+  }
+
+  const Weight<T> grad_;
+  const int64_t parts_;
+  A* partial_ = nullptr;
+};
+
+}  // namespace dense_ext
