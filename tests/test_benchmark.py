@@ -117,6 +117,21 @@ def test_real_and_fake_tensors_count_alike() -> None:
     assert count() == fake
 
 
+@pytest.mark.parametrize("policy", [None, *peers.POLICIES])
+def test_saved_bytes_are_what_stays_allocated(policy: str | None) -> None:
+    """The allocator's count after a forward, also where a module hides what it saves from the hooks."""
+    model, labels = small_model(), torch.arange(4)
+    peer = peers.EAGER["eager-cl"] if policy is None else peers.OURS[policy]
+    step = sgd_step(peer.build(model, model.state_dict(), CPU, "auto"), torch.float32, CPU)
+    x = peer.images(torch.randn(4, 3, 16, 16))
+    saved = saved_bytes(step.model, lambda: step.loss(x, labels)[0])
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profiler:
+        loss = step.loss(x, labels)[0]
+    events = profiler.profiler.kineto_results.events()
+    live = sum(e.nbytes() for e in events if e.name() == "[memory]") - loss.nbytes
+    assert saved == pytest.approx(live + x.nbytes + labels.nbytes, abs=1024)
+
+
 def test_peak_holds_what_is_saved() -> None:
     network, x, labels = networks.plain(small_model()), torch.randn(4, 3, 16, 16), torch.arange(4)
     step = sgd_step(network, torch.float32, CPU)

@@ -39,7 +39,7 @@ class Options:
     """What to measure.
 
     Args:
-        model: a name from ``dense_ext.MODELS``.
+        model: a name from ``dense_ext.models.MODELS``.
         batch, size: images a step, and their height and width in pixels, when timing.
         memory_batch, memory_size: the same when measuring memory.
         dtype: a name from ``step.DTYPES``; other than float32 by autocast.
@@ -102,6 +102,7 @@ class Bench:
             MeasurementError: dense_ext's losses are not the eager network's.
         """
         self.tick = tick
+        torch.backends.cudnn.benchmark = True  # eager at its best
         self.measure_work()
         self.measure_memory()
         self.measure_speed()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..version import __version__
-from .timing import seconds_per_call
+from .timing import best_seconds
 
 _PACKAGES = ("torch", "torchvision", "triton", "numpy", "scikit-learn")
 
@@ -86,7 +86,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.rand(n, n, device=device).to(dtype) for _ in range(2))
     out = torch.empty(n, n, device=device, dtype=dtype)
-    return 2 * n**3 / min(seconds_per_call(lambda: torch.mm(a, b, out=out), device) for _ in range(30))
+    return 2 * n**3 / best_seconds(lambda: torch.mm(a, b, out=out), device)
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -94,5 +94,4 @@ def copy_bandwidth(device: torch.device) -> float:
     count = 2**29 if device.type == "cuda" else 2**26
     source = torch.zeros(count, device=device)
     target = torch.zeros(count, device=device)
-    seconds = min(seconds_per_call(lambda: target.copy_(source), device) for _ in range(10))
-    return 2 * 4 * count / seconds
+    return 2 * source.nbytes / best_seconds(lambda: target.copy_(source), device)

@@ -1,4 +1,4 @@
-"""The networks compared: torchvision's DenseNet of the same shape as one of ``dense_ext.MODELS``."""
+"""The networks compared: torchvision's DenseNet of the same shape as one of ``dense_ext.models.MODELS``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def check_model_name(name: str) -> None:
-    """Raise UsageError unless ``name`` is one of ``dense_ext.MODELS``."""
+    """Raise UsageError unless ``name`` is one of ``dense_ext.models.MODELS``."""
     if name not in MODELS:
         raise UsageError(f"model must be one of {', '.join(MODELS)}; got {name!r}")
 

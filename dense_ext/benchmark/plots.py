@@ -67,7 +67,7 @@ def _setting(results: Results, batch: int, size: int) -> str:
     if options["device"].startswith("cuda"):
         where = machine["gpu"]["name"]
     else:
-        where = f"{machine['cpu']}, {machine['threads']} threads"
+        where = f"{machine['cpu']}, threads: {machine['threads']}"
     return f"{options['model']}, {batch} images of {size}x{size}, {options['dtype']}, {where}"
 
 
@@ -93,7 +93,7 @@ def memory_bars(results: Results, path: Path) -> None:
             values = [m[key] / 1e6 for m in measured.values()]
             bars = axes.barh(range(len(values)), values, color=colours, height=0.7)
             axes.bar_label(bars, [f"{v:.1f}" for v in values], padding=3)
-            axes.set_xlim(0, max(values) * 1.15)
+            axes.set_xlim(0, max(values) * 1.2)
             axes.set(xlabel="MB per image", title=title)
             labels = [results["peers"][name]["label"] for name in measured]
             _horizontal(axes, labels if key == "saved_bytes_per_image" else [""] * len(labels))

@@ -24,6 +24,16 @@ def seconds_per_call(call: Callable[[], object], device: torch.device, calls: in
     return (time.perf_counter() - start) / calls
 
 
+def best_seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the fastest of 30 calls, or of as many as begin within two seconds."""
+    best, end = float("inf"), time.perf_counter() + 2
+    for _ in range(30):
+        best = min(best, seconds_per_call(call, device))
+        if time.perf_counter() > end:
+            break
+    return best
+
+
 def calls_per_sample(call: Callable[[], object], device: torch.device) -> int:
     """Calls one sample should hold: 1 on a CPU, on a GPU enough for half a second."""
     if device.type != "cuda":

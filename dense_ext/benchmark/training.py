@@ -22,13 +22,13 @@ from .step import TrainStep
 
 CHECKPOINT = "checkpoint.pt"
 OURS, PEER = "dense_ext", "torchvision, eager"  # the runs' names
-SMALL = "small"  # the name of the digits' network: growth rate 12, blocks of 6, 6, 6
+SMALL = "densenet_bc_40_12"  # the digits' network, named as its larger relatives in MODELS
 
 Tick = Callable[[str], None]
 
 
 def make_model(name: str, classes: int, **options: Any) -> DenseNet:
-    """A network by its name in ``dense_ext.MODELS``, or the small one for the digits."""
+    """A network by its name in ``dense_ext.models.MODELS``, or the small one for the digits."""
     if name == SMALL:
         return DenseNet(12, (6, 6, 6), 24, num_classes=classes, small_inputs=True, **options)
     return MODELS[name](num_classes=classes, **options)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import print_table
+from .console import print_table, remark
 from .options import (
     Backend,
     Device,
@@ -27,18 +27,19 @@ if TYPE_CHECKING:
     from ..benchmark.results import Results
 
 RESULT = "bench.json"
+_UNSTEADY = 1.5  # slowest sample over fastest, from where on they are doubtful
 _POLICIES = ["none,bottleneck,block"]
 _PEERS = ["eager,eager-cl,memory-efficient,memory-efficient-cl"]
 
 
 def bench(
-    model: Annotated[str, typer.Option(help="A name from dense_ext.MODELS.")] = "densenet121",
-    batch: Annotated[int | None, option("Images a step, timing. [16; GPU: 64]")] = None,
-    size: Annotated[int | None, option("Height and width in pixels, timing. [128; GPU: 224]")] = None,
-    memory_batch: Annotated[int | None, option("Images a step, for memory. [8; GPU: --batch]")] = None,
-    memory_size: Annotated[int | None, option("Pixels, for memory. [224; GPU: --size]")] = None,
+    model: Annotated[str, typer.Option(help="A name from dense-ext models.")] = "densenet121",
+    batch: Annotated[int | None, option("Images a step, timing.", "16; GPU: 64")] = None,
+    size: Annotated[int | None, option("Height and width in pixels, timing.", "128; GPU: 224")] = None,
+    memory_batch: Annotated[int | None, option("Images a step, for memory.", "8; GPU: --batch")] = None,
+    memory_size: Annotated[int | None, option("Pixels, for memory.", "224; GPU: --size")] = None,
     dtype: Annotated[
-        str | None, option("float32, or by autocast bfloat16 or float16. [float32; GPU: bfloat16]")
+        str | None, option("float32, or by autocast bfloat16 or float16.", "float32; GPU: bfloat16")
     ] = None,
     recompute: Annotated[
         list[str], typer.Option(help="dense_ext's policies, repeated or separated by commas.")
@@ -50,7 +51,7 @@ def bench(
     device: Device = None,
     rounds: Annotated[int, typer.Option(help="Timed samples of each peer.")] = 7,
     depth: Annotated[bool, typer.Option(help="Also measure one block's memory against its depth.")] = True,
-    data: Annotated[Path | None, option("Folder of images by class. [two photographs]")] = None,
+    data: Annotated[Path | None, option("Folder of images by class.", "two photographs")] = None,
     out: Out = Path("dense-ext-bench"),
     overwrite: Overwrite = False,
     json: Json = False,
@@ -121,7 +122,7 @@ def _print_memory(results: Results) -> None:
 def _print_speed(results: Results) -> None:
     from ..benchmark.bench import speeds
 
-    options, work = results["options"], results["work"]
+    options, work, speed = results["options"], results["work"], speeds(results)
     images = f"{options['batch']} images of {options['size']}x{options['size']}"
     print_table(
         f"speed of a training step: {options['model']}, {images}, {options['dtype']}",
@@ -135,7 +136,7 @@ def _print_speed(results: Results) -> None:
                 f"{s['ratio']:.2f}",
                 f"{s['matmul_share']:.0%}",
             )
-            for name, s in speeds(results).items()
+            for name, s in speed.items()
         ],
     )
     print(
@@ -143,6 +144,8 @@ def _print_speed(results: Results) -> None:
         f"matrices at {work['matmul_flops_per_second'] / 1e9:.4g} GFLOP/s and copies "
         f"{work['copy_bytes_per_second'] / 1e9:.3g} GB/s (read and written).\n"
     )
+    if any(s["max"] > _UNSTEADY * s["min"] for s in speed.values()):
+        remark(f"samples spread by more than {_UNSTEADY}x: something else may have run on the machine")
 
 
 def _print_depth(results: Results) -> None:

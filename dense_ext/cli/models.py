@@ -18,7 +18,7 @@ _SMALLEST = 32  # pixels; below, an ImageNet network's last pool has nothing lef
 
 
 def models(
-    size: Annotated[int | None, option("Height and width in pixels. [224; CIFAR networks: 32]")] = None,
+    size: Annotated[int | None, option("Height and width in pixels.", "224; CIFAR networks: 32")] = None,
     out: Out = Path("dense-ext-models"),
     overwrite: Overwrite = False,
     json: Json = False,

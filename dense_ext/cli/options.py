@@ -12,13 +12,13 @@ from ..backends import check_backend_name, unavailable_reasons
 from ..benchmark.errors import UsageError
 
 
-def option(help: str) -> typer.models.OptionInfo:
-    """An option whose help states its default in brackets, because that depends on others."""
-    return typer.Option(help=help, show_default=False)
+def option(help: str, default: str) -> typer.models.OptionInfo:
+    """An option whose default is said in words, because it depends on others."""
+    return typer.Option(help=f"{help} (default: {default})", show_default=False)
 
 
 Backend = Annotated[str, typer.Option(help="dense_ext's backend.")]
-Device = Annotated[str | None, option("cpu or cuda. [a GPU if there is one]")]
+Device = Annotated[str | None, option("cpu or cuda.", "a GPU if there is one")]
 Out = Annotated[Path, typer.Option(help="Folder for results and figures.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the results in --out.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]

@@ -34,13 +34,13 @@ RESULT = "train.json"
 def train(
     data: Annotated[
         Path | None,
-        option("Folder of images by class, or with folders train and val or test of them. [digits]"),
+        option("Folder of images by class, or with folders train and val or test of them.", "digits"),
     ] = None,
     model: Annotated[
-        str | None, option("A name from dense_ext.MODELS, or small. [densenet121; digits: small]")
+        str | None, option("A name from dense-ext models.", "densenet121; digits: densenet_bc_40_12")
     ] = None,
     size: Annotated[
-        int | None, option("Height and width in pixels. [224; CIFAR networks: 32; digits: 16]")
+        int | None, option("Height and width in pixels.", "224; CIFAR networks: 32; digits: 16")
     ] = None,
     epochs: Annotated[int, typer.Option(help="Times every image is trained on.")] = 8,
     batch: Annotated[int, typer.Option(help="Images a step.")] = 64,
