@@ -1,23 +1,133 @@
-"""Draw the figures of every committed result: ``python benchmarks/render.py``.
+"""Draw every committed result's figures and write the README's tables: ``python benchmarks/render.py``.
 
 ``results/NAME.json``, as ``dense-ext bench``, ``models`` and ``train`` write them, gives
-``figures/NAME-memory.png`` and so on.
+``figures/NAME-memory.png`` and so on. In the README the text between ``<!-- NAME: KIND -->`` and
+``<!-- end -->`` is replaced by what the result says; no number there is written by hand.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from dense_ext.benchmark.bench import speeds
 from dense_ext.benchmark.plots import draw_all
 from dense_ext.benchmark.results import read_json
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+README = HERE.parent / "README.md"
+
+Results = dict[str, Any]
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(header), *(list(row) for row in rows)]
+    lines.insert(1, ["---", *["---:"] * (len(lines[0]) - 1)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _label(results: Results, name: str) -> str:
+    label = results["peers"][name]["label"]
+    return f"**{label}**" if results["peers"][name]["ours"] else label
+
+
+def memory_table(results: Results) -> str:
+    """Bytes kept for backward and the peak of a step, by peer."""
+    memory = results["memory"]
+    eager = memory["eager"]["saved_bytes_per_image"]
+    rows = (
+        (
+            _label(results, name),
+            f"{m['saved_bytes_per_image'] / 1e6:.1f}",
+            f"{eager / m['saved_bytes_per_image']:.1f}",
+            f"{m['peak_bytes_per_image'] / 1e6:.1f}",
+        )
+        for name, m in memory.items()
+    )
+    return _table(("", "kept for backward", "times less than eager", "peak of a step"), rows)
+
+
+def speed_table(results: Results) -> str:
+    """Seconds per step with their spread, and what they are beside the fastest eager network."""
+    rows = (
+        (
+            _label(results, name),
+            f"{s['median']:.3f}",
+            f"{s['min']:.3f} to {s['max']:.3f}",
+            f"{s['images_per_second']:.1f}",
+            f"{s['ratio']:.2f}",
+            f"{s['matmul_share']:.0%}",
+        )
+        for name, s in speeds(results).items()
+    )
+    header = ("", "median s", "min to max", "images/s", "fastest eager = 1", "of matmul rate")
+    machine, work, versions = results["machine"], results["work"], results["versions"]
+    return (
+        f"{_table(header, rows)}\n\n"
+        f"{machine['cpu']}, {machine['threads']} threads, PyTorch {versions['torch']}, "
+        f"{results['options']['rounds']} rounds. What bounds the step is arithmetic: "
+        f"{work['step_flops_per_image'] / 1e9:.2f} GFLOP an image, on a machine that multiplies matrices "
+        f"at {work['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s and copies at "
+        f"{work['copy_bytes_per_second'] / 1e9:.0f} GB/s."
+    )
+
+
+def depth_table(results: Results) -> str:
+    """The lines through memory against depth."""
+    depth = results["depth"]["peers"]
+    rows = (
+        (
+            _label(results, name),
+            f"{d['saved_bytes'][-1] / 1e6:.2f}",
+            f"{d['line']['slope'] / 1e3:.1f}",
+            f"{d['line']['r2']:.6f}",
+        )
+        for name, d in depth.items()
+    )
+    layers = next(iter(depth.values()))["layers"][-1]
+    return _table(("", f"MB at {layers} layers", "line: kB a layer", "line: R²"), rows)
+
+
+def accuracy_table(results: Results) -> str:
+    """Final test accuracy and time of each network trained."""
+    rows = (
+        (
+            name,
+            f"{run['history'][-1]['test_accuracy']:.2%}",
+            f"{run['history'][-1]['test_loss']:.3f}",
+            f"{sum(epoch['seconds'] for epoch in run['history']):.0f}",
+        )
+        for name, run in results["runs"].items()
+    )
+    return _table(("", "test accuracy", "test loss", "seconds"), rows)
+
+
+KINDS = {
+    "memory": memory_table,
+    "speed": speed_table,
+    "depth": depth_table,
+    "accuracy": accuracy_table,
+}
+
+
+def rendered(text: str) -> str:
+    """``text`` with every marked part written anew from its result."""
+
+    def replace(match: re.Match[str]) -> str:
+        name, kind = match.group("name", "kind")
+        table = KINDS[kind](read_json(HERE / "results" / f"{name}.json"))
+        return f"<!-- {name}: {kind} -->\n\n{table}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- (?P<name>\w+): (?P<kind>\w+) -->.*?<!-- end -->", replace, text, flags=re.DOTALL)
 
 
 def main() -> None:
     for path in sorted((HERE / "results").glob("*.json")):
         for figure in draw_all(read_json(path), HERE / "figures", f"{path.stem}-"):
             print(figure.relative_to(HERE))
+    README.write_text(rendered(README.read_text()))
 
 
 if __name__ == "__main__":
