@@ -53,7 +53,7 @@ def test_installs_without_a_compiler_and_runs_on_the_reference(tmp_path: Path) -
     source = copy_of_the_sources(tmp_path)
     result = build(source, **NO_COMPILER, DENSE_EXT_BUILD="")
     assert result.returncode == 0, result.stderr
-    assert "the reference backend serves instead" in result.stdout + result.stderr
+    assert "where no compiled library fits, the reference backend serves" in result.stdout + result.stderr
     (wheel,) = source.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         assert "dense_ext/py.typed" in archive.namelist()
@@ -78,4 +78,4 @@ def test_installs_without_a_compiler_and_runs_on_the_reference(tmp_path: Path) -
 def test_a_build_that_was_asked_for_may_not_fail(tmp_path: Path) -> None:
     result = build(copy_of_the_sources(tmp_path), **NO_COMPILER, DENSE_EXT_BUILD="1")
     assert result.returncode != 0
-    assert "dense_ext: can't build" in result.stdout + result.stderr
+    assert "BuildError: can't build" in result.stdout + result.stderr
