@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops  # registers the operators
+from .arguments import Arguments, BlockOptions
 from .backends.base import accumulate_dtype
 from .batch_norm import affine_parameters, update_running_stats, uses_batch_stats
 from .checks import check_batch, check_input, check_options, check_parameter
-from .ops import Arguments, BlockOptions
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -79,7 +79,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def _as_autocast_concatenates(x: Tensor) -> Tensor:
-    """X in the dtype eager's concatenation with autocast features would have: the wider of both."""
+    """The tensor in the dtype eager's concatenation with autocast features would have: the wider of both."""
     dtype = _autocast_dtype(x)
     return x if dtype is None else x.to(torch.promote_types(x.dtype, dtype))
 

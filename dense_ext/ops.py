@@ -7,14 +7,27 @@ return the batch's, so that a recomputation cannot count a step twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import schedule, transition
+from .arguments import (
+    Arguments,
+    BlockOptions,
+    Gradients,
+    fake_gradients,
+    in_parameter_dtypes,
+    load,
+    no_gradients,
+    refuse_double_backward,
+    returned,
+    save,
+    zero_gradients,
+)
 from .backends import Primitives, requested, select
 from .backends.base import accumulate_dtype
 from .ownership import is_exclusive
@@ -23,44 +36,12 @@ from .schedule import Block, Layer, Norm
 _LIBRARY = torch.library.Library("dense_ext", "FRAGMENT")
 
 
-class Arguments(NamedTuple):
-    """What every operator takes after its activations: constants of the norms and convolutions.
-
-    ``running_means`` and ``running_vars`` have an entry for each norm whose ``batch_stats`` is
-    False, in the norms' order. The stem has no convolution.
-    """
-
-    norm_weights: list[Tensor]
-    norm_biases: list[Tensor]
-    conv_weights: list[Tensor]
-    running_means: list[Tensor]
-    running_vars: list[Tensor]
-    eps: list[float]
-    batch_stats: list[bool]
-    backend: str
-
-    @property
-    def tensors(self) -> tuple[list[Tensor], ...]:
-        return self[:5]
-
-
-class BlockOptions(NamedTuple):
-    """What only a dense block takes."""
-
-    dropout_seeds: Tensor | None  # [L] int64 on the CPU
-    drop_rate: float  # 0 when dropout is off
-    recompute: str
-
-
 _ARGUMENTS = (
     "Tensor[] norm_weights, Tensor[] norm_biases, Tensor[] conv_weights, Tensor[] running_means, "
     "Tensor[] running_vars, float[] eps, bool[] batch_stats, str backend"
 )
 _BLOCK = f"{_ARGUMENTS}, Tensor? dropout_seeds, float drop_rate, str recompute"
-# Gradients of x, norm_weights, norm_biases, conv_weights; a convolution's is [0] if not needed.
 _GRADIENTS = "(Tensor, Tensor[], Tensor[], Tensor[])"
-
-Gradients = tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]
 
 
 def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -129,40 +110,10 @@ def _is_channels_last(x: Tensor) -> bool:
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """X in dense channels_last memory; x itself if it is."""
+    """The tensor in dense channels_last memory; itself if it is."""
     if _is_channels_last(x):
         return x
     return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
-
-
-def _zero_gradients(grad_x: Tensor, args: Arguments) -> Gradients:
-    """The gradients of an empty batch."""
-    weights, biases, convs = ([torch.zeros_like(t) for t in group] for group in args.tensors[:3])
-    return grad_x, weights, biases, convs
-
-
-def _in_parameter_dtypes(
-    args: Arguments,
-    grad_x: Tensor,
-    norm_weights: Iterable[Tensor],
-    norm_biases: Iterable[Tensor],
-    convs: Iterable[Tensor | None],
-) -> Gradients:
-    return (
-        grad_x,
-        [g.to(w.dtype) for g, w in zip(norm_weights, args.norm_weights, strict=True)],
-        [g.to(b.dtype) for g, b in zip(norm_biases, args.norm_biases, strict=True)],
-        [grad_x.new_empty(0) if g is None else g for g in convs],
-    )
-
-
-def _fake_gradients(grad_x: Tensor, args: Arguments, needs_conv_grad: Sequence[bool]) -> Gradients:
-    convs = [
-        torch.empty_like(w) if needed else grad_x.new_empty(0)
-        for w, needed in zip(args.conv_weights, needs_conv_grad, strict=True)
-    ]
-    weights, biases = ([torch.empty_like(t) for t in group] for group in args.tensors[:2])
-    return grad_x, weights, biases, convs
 
 
 # --- dense block: (x) -> (X, batch statistics, z) ----------------------------------------------------
@@ -195,11 +146,11 @@ def _dense_block_backward_(grad: Tensor, output: Tensor, stats: Tensor, z: Tenso
     args, options = Arguments(*rest[:8]), BlockOptions(*rest[8:11])
     in_channels, needs_conv_grad = rest[11:]
     if grad.shape[0] == 0:
-        return _zero_gradients(grad.new_empty(0, in_channels, *grad.shape[2:]), args)
+        return zero_gradients(grad.new_empty(0, in_channels, *grad.shape[2:]), args)
     block = _block(output, in_channels, args, options)
     with _without_autocast(output):
         g = schedule.backward(_primitives(output, args), block, grad, output, z, stats, needs_conv_grad)
-    return _in_parameter_dtypes(args, g.x, g.norm_weights, g.norm_biases, g.convs)
+    return in_parameter_dtypes(args, g.x, g.norm_weights, g.norm_biases, g.convs)
 
 
 @_operator(f"dense_block_backward(Tensor grad, {_BLOCK_BACKWARD}")
@@ -213,7 +164,7 @@ def _dense_block_backward_fake(
 ) -> Gradients:
     in_channels, needs_conv_grad = rest[11:]
     grad_x = torch.empty_like(output[:, :in_channels], memory_format=torch.channels_last)
-    return _fake_gradients(grad_x, Arguments(*rest[:8]), needs_conv_grad)
+    return fake_gradients(grad_x, Arguments(*rest[:8]), needs_conv_grad)
 
 
 _fake("dense_block_backward_")(_dense_block_backward_fake)
@@ -227,17 +178,17 @@ def _dense_block_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.in_channels = x.shape[1]
     ctx.recomputed = ctx.loaded = None
     kept = x if options.recompute == "block" else out
-    _save(ctx, args, kept, stats, z, options.dropout_seeds)
+    save(ctx, args, kept, stats, z, options.dropout_seeds)
     ctx.options = options._replace(dropout_seeds=None)
 
 
 def _dense_block_formula(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
-    _refuse_double_backward()
+    refuse_double_backward()
     if grad is None:
-        return *_no_gradients(ctx), None, None, None
+        return *no_gradients(ctx), None, None, None
     if ctx.options.recompute == "block":
         output = recomputed_output(ctx)
-    args, kept, stats, z, seeds = ctx.loaded or _load(ctx)
+    args, kept, stats, z, seeds = ctx.loaded or load(ctx)
     if ctx.options.recompute != "block":
         output = kept
     ctx.recomputed = ctx.loaded = None
@@ -249,7 +200,7 @@ def _dense_block_formula(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, 
         grad, output, stats, z, *args, *ctx.options._replace(dropout_seeds=seeds),
         ctx.in_channels, ctx.needs_input_grad[3],
     )  # fmt: skip
-    return *_returned(ctx, gradients), None, None, None
+    return *returned(ctx, gradients), None, None, None
 
 
 def recomputed_output(ctx: Any) -> Tensor:
@@ -258,7 +209,7 @@ def recomputed_output(ctx: Any) -> Tensor:
     What was saved is loaded once, since checkpointing around the block allows no second time.
     """
     if ctx.recomputed is None:
-        args, x, _, _, seeds = ctx.loaded = _load(ctx)
+        args, x, _, _, seeds = ctx.loaded = load(ctx)
         options = BlockOptions(seeds, ctx.options.drop_rate, "bottleneck")
         with torch.no_grad():
             ctx.recomputed, _, _ = torch.ops.dense_ext.dense_block(x, *args, *options)
@@ -295,7 +246,7 @@ def _pooling_fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _pooling_backward(grad: Tensor, x: Tensor, stats: Tensor, *rest: Any) -> Gradients:
     args, needs_conv_grad = Arguments(*rest[:8]), rest[8]
     if x.shape[0] == 0:
-        return _zero_gradients(torch.empty_like(x), args)
+        return zero_gradients(torch.empty_like(x), args)
     norm, conv = _norm_and_conv(x, args)
     with _without_autocast(x):
         grad_x, grad_weight, grad_bias, grad_conv = transition.backward(
@@ -308,28 +259,28 @@ def _pooling_backward(grad: Tensor, x: Tensor, stats: Tensor, *rest: Any) -> Gra
             any(needs_conv_grad),
         )
     convs = [] if conv is None else [grad_conv]
-    return _in_parameter_dtypes(args, grad_x, [grad_weight], [grad_bias], convs)
+    return in_parameter_dtypes(args, grad_x, [grad_weight], [grad_bias], convs)
 
 
 def _pooling_backward_fake(grad: Tensor, x: Tensor, stats: Tensor, *rest: Any) -> Gradients:
     grad_x = torch.empty_like(x, memory_format=torch.channels_last)
-    return _fake_gradients(grad_x, Arguments(*rest[:8]), rest[8])
+    return fake_gradients(grad_x, Arguments(*rest[:8]), rest[8])
 
 
 def _pooling_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, args = inputs[0], Arguments(*inputs[1:])
     ctx.mark_non_differentiable(output[1])
-    _save(ctx, args, x, output[1])
+    save(ctx, args, x, output[1])
 
 
 def _pooling_formula(backward: str) -> Callable[..., tuple[Any, ...]]:
     def formula(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
-        _refuse_double_backward()
+        refuse_double_backward()
         if grad is None:
-            return _no_gradients(ctx)
-        args, x, stats = _load(ctx)
+            return no_gradients(ctx)
+        args, x, stats = load(ctx)
         operator = getattr(torch.ops.dense_ext, backward)
-        return _returned(ctx, operator(grad, x, stats, *args, ctx.needs_input_grad[3]))
+        return returned(ctx, operator(grad, x, stats, *args, ctx.needs_input_grad[3]))
 
     return formula
 
@@ -351,55 +302,6 @@ for _name in ("transition", "stem"):
 torch.library.register_autograd(
     "dense_ext::dense_block", _dense_block_formula, setup_context=_dense_block_setup, lib=_LIBRARY
 )
-
-
-# --- what the backward formulas share -------------------------------------------------------------------
-
-
-def _refuse_double_backward() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "dense_ext has no second derivatives: backward with create_graph=True is not supported; "
-            "dense_ext.restore(model) gives back modules that have them"
-        )
-
-
-def _save(ctx: Any, args: Arguments, *activations: Tensor | None) -> None:
-    """Save an operator's tensors, and what else its backward needs.
-
-    The backward runs on the backend the forward was asked for, whatever is asked for by then.
-    """
-    ctx.set_materialize_grads(False)
-    ctx.constants = (args.eps, args.batch_stats, requested(args.backend))
-    ctx.list_sizes = [len(group) for group in args.tensors]
-    ctx.save_for_backward(*activations, *(t for group in args.tensors for t in group))
-
-
-def _load(ctx: Any) -> tuple[Any, ...]:
-    """The arguments and activations that `_save` kept, as ``(args, *activations)``."""
-    saved = list(ctx.saved_tensors)
-    groups: list[Any] = []
-    for size in reversed(ctx.list_sizes):
-        split = len(saved) - size
-        groups.insert(0, saved[split:])
-        del saved[split:]
-    return Arguments(*groups, *ctx.constants), *saved
-
-
-def _no_gradients(ctx: Any) -> tuple[Any, ...]:
-    return (None, *([None] * size for size in ctx.list_sizes), None, None, None)
-
-
-def _returned(ctx: Any, gradients: Gradients) -> tuple[Any, ...]:
-    """The gradients in the operator's argument structure, None where nobody asked."""
-    grad_x, *lists = gradients
-    needed = ctx.needs_input_grad
-    wanted = [
-        [g if n else None for g, n in zip(grads, flags, strict=True)]
-        for grads, flags in zip(lists, needed[1:4], strict=True)
-    ]
-    unused = [[None] * size for size in ctx.list_sizes[3:]]
-    return (grad_x if needed[0] else None, *wanted, *unused, None, None, None)
 
 
 # --- a transition after a block that keeps only its input ----------------------------------------------

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.densenet import DenseNet
 
 import dense_ext
-from dense_ext.ops import Arguments, BlockOptions
+from dense_ext.arguments import Arguments, BlockOptions
 
 from .helpers import assert_same_state, eager_block, randomize, small_densenet, twin
 

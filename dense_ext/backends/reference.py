@@ -10,7 +10,7 @@ from .base import STORAGE_DTYPES, Backend, accumulate_dtype
 
 
 def _widen(x: Tensor) -> Tensor:
-    """X in its accumulation dtype."""
+    """The tensor in its accumulation dtype."""
     return x.to(accumulate_dtype(x.dtype))
 
 

@@ -1,0 +1,42 @@
+"""The libraries for other instruction sets than this machine's best pass the primitives' tests too."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dense_ext.backends import cpu
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# In a process of its own, since a process loads one library: says which, then runs the tests.
+RUN = """
+import sys, pytest
+from dense_ext.backends import cpu
+print("library:", cpu.library())
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/primitives"]))
+"""
+
+
+@pytest.mark.skipif(cpu.LIBRARY is None, reason="the C++ backend is not built")
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="elsewhere there is one library")
+@pytest.mark.parametrize(("capability", "library"), [("avx2", "_cpu_avx2"), ("default", "_cpu_default")])
+def test_primitives(capability: str, library: str) -> None:
+    if capability == "avx2" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("this machine has no AVX2")
+    result = subprocess.run(
+        [sys.executable, "-c", RUN],
+        cwd=ROOT,
+        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert f"library: {library}.so" in result.stdout
+    assert result.returncode == 0, result.stdout[-3000:]
