@@ -175,6 +175,11 @@ def densenet_bc_190_40(**kwargs: Any) -> DenseNet:
     return _cifar(190, 40, bottleneck=True, **kwargs)
 
 
+def densenet_bc_40_12(**kwargs: Any) -> DenseNet:
+    """CIFAR-style DenseNet-BC of depth 40, growth 12: three blocks of 6. Arguments as :class:`DenseNet`."""
+    return _cifar(40, 12, bottleneck=True, **kwargs)
+
+
 def densenet_40_12(**kwargs: Any) -> DenseNet:
     """CIFAR DenseNet of depth 40, growth 12, no bottleneck. Arguments as :class:`DenseNet`."""
     return _cifar(40, 12, bottleneck=False, **kwargs)
@@ -188,6 +193,7 @@ MODELS = {
         densenet169,
         densenet201,
         densenet264,
+        densenet_bc_40_12,
         densenet_bc_100_12,
         densenet_bc_250_24,
         densenet_bc_190_40,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..models import MODELS, DenseNet
+from ..models import MODELS
 from .errors import UsageError
 from .images import DataSets
 from .peers import EAGER
@@ -22,16 +22,8 @@ from .step import TrainStep
 
 CHECKPOINT = "checkpoint.pt"
 OURS, PEER = "dense_ext", "torchvision, eager"  # the runs' names
-SMALL = "densenet_bc_40_12"  # the digits' network, named as its larger relatives in MODELS
 
 Tick = Callable[[str], None]
-
-
-def make_model(name: str, classes: int, **options: Any) -> DenseNet:
-    """A network by its name in ``dense_ext.models.MODELS``, or the small one for the digits."""
-    if name == SMALL:
-        return DenseNet(12, (6, 6, 6), 24, num_classes=classes, small_inputs=True, **options)
-    return MODELS[name](num_classes=classes, **options)
 
 
 class Run:
@@ -186,8 +178,8 @@ class Training:
         self.batch = min(settings["batch"], count)
         self.steps_per_epoch = count // self.batch
         torch.manual_seed(settings["seed"])
-        model = make_model(
-            settings["model"], len(data.classes), recompute=settings["recompute"], backend=backend
+        model = MODELS[settings["model"]](
+            num_classes=len(data.classes), recompute=settings["recompute"], backend=backend
         )
         weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         self.runs = {OURS: self._run(model.to(device, memory_format=torch.channels_last))}  # type: ignore[call-overload]

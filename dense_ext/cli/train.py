@@ -64,9 +64,9 @@ def train(
     A checkpoint is written after each epoch; --resume goes on from it, to the same bits.
     """
     from ..benchmark.peers import POLICIES
-    from ..benchmark.training import CHECKPOINT, SMALL, Training
+    from ..benchmark.training import CHECKPOINT, Training
 
-    model = model or (SMALL if data is None else "densenet121")
+    model = model or ("densenet_bc_40_12" if data is None else "densenet121")
     check_positive(size=size, epochs=epochs, batch=batch)
     check(lr > 0, f"--lr must be positive, got {lr}")
     check(not (resume and overwrite), "--resume and --overwrite exclude each other")
@@ -92,12 +92,11 @@ def _load(data: Path | None, model: str, size: int | None) -> tuple[DataSets, in
     """The images at the size asked for, or the one the model is made for."""
     from ..benchmark.images import digits_data, folder_data
     from ..benchmark.networks import check_model_name, takes_small_images
-    from ..benchmark.training import SMALL, make_model
+    from ..models import MODELS
 
-    if model != SMALL:
-        check_model_name(model)
+    check_model_name(model)
     with torch.device("meta"):
-        small = takes_small_images(make_model(model, 2))
+        small = takes_small_images(MODELS[model]())
     if size is None:
         size = 16 if data is None and small else 32 if data is None or small else 224
     check(size >= (8 if small else 32), f"--size {size} is too small for {model}")
