@@ -54,21 +54,17 @@ def _arguments(
     autocast = ops.autocast_enabled(x)
     conv_weights = [conv.weight.to(x.dtype) if autocast else conv.weight for conv in convs]
     running = [norm for norm, batch in zip(norms, batch_stats, strict=True) if not batch]
-    args = Arguments(
-        list(weights),
-        list(biases),
-        conv_weights,
-        [norm.running_mean for norm in running if norm.running_mean is not None],
-        [norm.running_var for norm in running if norm.running_var is not None],
-        [norm.eps for norm in norms],
-        batch_stats,
-        backend,
-    )
-    names = ("norm weight", "norm bias", "convolution weight", "running mean", "running variance")
-    for name, group in zip(names, args.tensors, strict=True):
+    tensors = {
+        "norm weight": list(weights),
+        "norm bias": list(biases),
+        "convolution weight": conv_weights,
+        "running mean": [norm.running_mean for norm in running if norm.running_mean is not None],
+        "running variance": [norm.running_var for norm in running if norm.running_var is not None],
+    }
+    for name, group in tensors.items():
         for parameter in group:
             check_parameter(where, name, parameter, x)
-    return args
+    return Arguments(*tensors.values(), [norm.eps for norm in norms], batch_stats, backend)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
