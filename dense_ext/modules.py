@@ -54,17 +54,14 @@ def _arguments(
     autocast = ops.autocast_enabled(x)
     conv_weights = [conv.weight.to(x.dtype) if autocast else conv.weight for conv in convs]
     running = [norm for norm, batch in zip(norms, batch_stats, strict=True) if not batch]
-    tensors = {
-        "norm weight": list(weights),
-        "norm bias": list(biases),
-        "convolution weight": conv_weights,
-        "running mean": [norm.running_mean for norm in running if norm.running_mean is not None],
-        "running variance": [norm.running_var for norm in running if norm.running_var is not None],
-    }
-    for name, group in tensors.items():
+    means = [norm.running_mean for norm in running if norm.running_mean is not None]
+    variances = [norm.running_var for norm in running if norm.running_var is not None]
+    groups = (list(weights), list(biases), conv_weights, means, variances)
+    names = ("norm weight", "norm bias", "convolution weight", "running mean", "running variance")
+    for name, group in zip(names, groups, strict=True):
         for parameter in group:
             check_parameter(where, name, parameter, x)
-    return Arguments(*tensors.values(), [norm.eps for norm in norms], batch_stats, backend)
+    return Arguments(*groups, [norm.eps for norm in norms], batch_stats, backend)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
