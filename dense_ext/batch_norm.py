@@ -26,6 +26,11 @@ def uses_batch_stats(norm: nn.BatchNorm2d) -> bool:
     return norm.training or (norm.running_mean is None and norm.running_var is None)
 
 
+def values_per_channel(x: Tensor) -> int:
+    """M, the values each channel of x [N, C, H, W] has."""
+    return x.shape[0] * x.shape[2] * x.shape[3]
+
+
 def affine_parameters(
     norm: nn.BatchNorm2d, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .backends import check_backend_name
 from .backends.base import STORAGE_DTYPES
+from .batch_norm import values_per_channel
 from .schedule import RECOMPUTE
 
 
@@ -48,7 +49,7 @@ def check_input(where: str, x: Tensor, norm: nn.BatchNorm2d, minimum_size: int =
 
 def check_batch(where: str, x: Tensor, training: bool) -> None:
     """Refuse one value per channel where a norm in training mode would take its variance, as eager does."""
-    if training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+    if training and values_per_channel(x) == 1:
         raise ValueError(
             f"{where}: expected more than 1 value per channel when training, got input {tuple(x.shape)}"
         )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import ops  # registers the operators
 from .arguments import Arguments, BlockOptions
 from .backends.base import accumulate_dtype
-from .batch_norm import affine_parameters, update_running_stats, uses_batch_stats
+from .batch_norm import affine_parameters, update_running_stats, uses_batch_stats, values_per_channel
 from .checks import check_batch, check_input, check_options, check_parameter
 
 
@@ -167,7 +167,7 @@ class FusedDenseBlock:
         # Without a backward there is nothing to keep z for.
         recompute = self.recompute if torch.is_grad_enabled() else "bottleneck"
         out, stats, _ = torch.ops.dense_ext.dense_block(x, *args, *BlockOptions(seeds, drop_rate, recompute))
-        self._update_running_stats(norms, convs, stats, x.shape[0] * x.shape[2] * x.shape[3])
+        self._update_running_stats(norms, convs, stats, values_per_channel(x))
         return out
 
     @staticmethod
@@ -257,7 +257,7 @@ class FusedTransition:
         x = _as_autocast_concatenates(input)
         args = _arguments("transition", x, [norm], [conv], self.backend)
         y, stats = ops.run_transition(x, args)
-        update_running_stats([norm], [stats[0]], [stats[1]], x.shape[0] * x.shape[2] * x.shape[3])
+        update_running_stats([norm], [stats[0]], [stats[1]], values_per_channel(x))
         return y.to(_autocast_dtype(y) or y.dtype)
 
 
@@ -310,7 +310,7 @@ class StemNorm(_StemPart, nn.BatchNorm2d):
         check_input("stem", input, self)
         args = _arguments("stem", input, [self], [], self.backend)
         y, stats = torch.ops.dense_ext.stem(input, *args)
-        update_running_stats([self], [stats[0]], [stats[1]], input.shape[0] * input.shape[2] * input.shape[3])
+        update_running_stats([self], [stats[0]], [stats[1]], values_per_channel(input))
         return y
 
 

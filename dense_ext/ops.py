@@ -186,11 +186,9 @@ def _dense_block_formula(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, 
     refuse_double_backward()
     if grad is None:
         return *no_gradients(ctx), None, None, None
-    if ctx.options.recompute == "block":
-        output = recomputed_output(ctx)
+    recomputed = recomputed_output(ctx) if ctx.options.recompute == "block" else None
     args, kept, stats, z, seeds = ctx.loaded or load(ctx)
-    if ctx.options.recompute != "block":
-        output = kept
+    output = kept if recomputed is None else recomputed
     ctx.recomputed = ctx.loaded = None
     # The schedule accumulates into the gradient it is given; where others may see it, into a copy.
     backward = torch.ops.dense_ext.dense_block_backward

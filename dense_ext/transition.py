@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .backends import Primitives
 from .backends.base import accumulate_dtype
-from .schedule import BoundNorm, Norm, nhwc, pixels
+from .batch_norm import values_per_channel
+from .schedule import BoundNorm, Norm, nhwc
 
 
 def empty_outputs(weight: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,7 +83,7 @@ def backward(
             nhwc(grad), nhwc(x), bound.mean, bound.scale, bound.shift, weight,
             nhwc(grad_x), sums, grad_weight,
         )  # fmt: skip
-    norm_grads = bound.gradient(sums, pixels(nhwc(x)), uv[0], uv[1])
+    norm_grads = bound.gradient(sums, values_per_channel(x), uv[0], uv[1])
     if norm.running is None:
         ops.affine_gradient(nhwc(grad_x), nhwc(x), uv[0], uv[1], nhwc(grad_x))
     return grad_x, *norm_grads, grad_weight

@@ -12,11 +12,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..models import MODELS, DenseNet
+from ..schedule import RECOMPUTE
 from .errors import UsageError
 from .flops import without_memory
 from .memory import saved_bytes
 from .networks import plain, takes_small_images, torchvision_twin
-from .peers import POLICIES
 from .results import Results
 
 RESNETS = ("resnet18", "resnet50", "resnet101", "resnet152")
@@ -24,7 +24,7 @@ SMALL_SIZE = 32  # of the images the CIFAR networks take
 _BATCH = 8
 
 # What is counted for every DenseNet, in order.
-MEMORY_KINDS = ("default", "memory_efficient", *POLICIES)
+MEMORY_KINDS = ("default", "memory_efficient", *RECOMPUTE)
 
 
 def _count(build: Callable[[], nn.Module], size: int) -> tuple[float, int]:
@@ -50,7 +50,7 @@ def _dense_builders(name: str) -> dict[str, Callable[[], nn.Module]]:
         pass
     else:
         builders["memory_efficient"] = lambda: torchvision_twin(model, True, "cpu")
-    for policy in POLICIES:
+    for policy in RECOMPUTE:
         builders[policy] = lambda policy=policy: make(recompute=policy)  # type: ignore[misc]
     return builders
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 
@@ -49,7 +50,7 @@ def peak_bytes(step: TrainStep, images: Tensor, labels: Tensor) -> int:
         loss, _ = step.loss(images, labels)
         torch.autograd.backward(loss)
 
-    return _cuda_peak(run, step.device) if step.device.type == "cuda" else _cpu_peak(run)
+    return _cuda_peak(run, step.device) if step.device.type == "cuda" else max(allocation_levels(run))
 
 
 def _cuda_peak(run: Callable[[], None], device: torch.device) -> int:
@@ -61,14 +62,13 @@ def _cuda_peak(run: Callable[[], None], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _cpu_peak(run: Callable[[], None]) -> int:
+def allocation_levels(run: Callable[[], object]) -> list[int]:
+    """Bytes ``run`` holds on the CPU after each of its allocations and releases; its result stays alive."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silent where there is no GPU to trace
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
-        run()
+        result = run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    allocated = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        allocated += event.nbytes()
-        peak = max(peak, allocated)
-    return peak
+    events.sort(key=lambda e: e.start_ns())
+    del result
+    return list(itertools.accumulate(e.nbytes() for e in events))

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..models import DenseNet
+from ..schedule import RECOMPUTE
 from ..swap import swap
 from .errors import UsageError
 from .networks import torchvision_twin, with_weights
-
-POLICIES = ("none", "bottleneck", "block")
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ OURS = {
     policy: Peer(
         f"dense_ext-{policy}", f"dense_ext, recompute {policy}", channels_last=True, recompute=policy
     )
-    for policy in POLICIES
+    for policy in RECOMPUTE
 }
 
 
@@ -84,7 +83,7 @@ def choose(names: Sequence[str], policies: Sequence[str]) -> list[Peer]:
     Raises:
         UsageError: an unknown or repeated name, or no eager peer to compare with.
     """
-    for what, given, known in (("peers", names, tuple(EAGER)), ("recompute", policies, POLICIES)):
+    for what, given, known in (("peers", names, tuple(EAGER)), ("recompute", policies, RECOMPUTE)):
         for name in given:
             if name not in known:
                 raise UsageError(f"{what} must be among {', '.join(known)}; got {name!r}")

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..schedule import RECOMPUTE
 from .bench import speeds
 from .family import MEMORY_KINDS
-from .peers import POLICIES
 from .results import Results, write_atomically
 
 # Okabe and Ito's palette, told apart with any colour vision.
@@ -185,7 +185,7 @@ def _family_panel(axes: Axes, rows: list[Results]) -> None:
         at = [j for j, row in enumerate(rows) if kind in row["saved_bytes_per_image"]]
         values = [rows[j]["saved_bytes_per_image"][kind] / 1e6 for j in at]
         places = [j + _offset(kind, rows[j]) * height for j in at]
-        label = f"dense_ext, recompute {kind}" if kind in POLICIES else kind.replace("default", "eager")
+        label = f"dense_ext, recompute {kind}" if kind in RECOMPUTE else kind.replace("default", "eager")
         bars = axes.barh(places, values, height, color=COLOURS[kind], label=label)
         axes.bar_label(bars, [f"{v:.3g}" for v in values], padding=2, fontsize=7)
     axes.set_xlabel("MB per image")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..schedule import RECOMPUTE
 from .console import print_table, remark
 from .options import (
     Backend,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 RESULT = "bench.json"
 _UNSTEADY = 1.5  # slowest sample over fastest, from where on they are doubtful
-_POLICIES = ["none,bottleneck,block"]
+_POLICIES = [",".join(RECOMPUTE)]
 _PEERS = ["eager,eager-cl,memory-efficient,memory-efficient-cl"]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 
+from ..schedule import RECOMPUTE
 from .options import (
     Backend,
     Device,
@@ -63,7 +64,6 @@ def train(
 
     A checkpoint is written after each epoch; --resume goes on from it, to the same bits.
     """
-    from ..benchmark.peers import POLICIES
     from ..benchmark.training import CHECKPOINT, Training
 
     model = model or ("densenet_bc_40_12" if data is None else "densenet121")
@@ -71,7 +71,7 @@ def train(
     check(lr > 0, f"--lr must be positive, got {lr}")
     check(not (resume and overwrite), "--resume and --overwrite exclude each other")
     check_choice("--amp", amp, ("none", "bfloat16", "float16"))
-    check_choice("--recompute", recompute, POLICIES)
+    check_choice("--recompute", recompute, RECOMPUTE)
     where = check_device(device)
     check_backend(backend, where, torch.float32 if amp == "none" else getattr(torch, amp))
     images, size = _load(data, model, size)
