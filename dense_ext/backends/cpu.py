@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from .base import PRIMITIVES, STORAGE_DTYPES, Backend
+from .base import PRIMITIVES, STORAGE_DTYPES, Backend, accumulate_dtype
 
 # PyTorch's name for the instruction set -> the libraries such a machine runs, best first.
 LIBRARIES = {
@@ -62,6 +62,11 @@ def _unavailable(primitive: str) -> Callable[..., NoReturn]:
     return fail
 
 
+def _whole_panels(channels: int) -> int:
+    """Channels in a packed matrix: a whole number of panels, of at most 32."""
+    return -(-channels // 32) * 32
+
+
 class CPUBackend(Backend):
     """The primitives as compiled ops, ``torch.ops.dense_ext.*``; see csrc/ops.cpp."""
 
@@ -77,6 +82,19 @@ class CPUBackend(Backend):
         if dtype not in STORAGE_DTYPES:
             return f"dtype {dtype} is not one of {', '.join(str(d) for d in STORAGE_DTYPES)}"
         return None
+
+    def scratch_bytes(
+        self, primitive: str, pixels: int, in_channels: int, out_channels: int, dtype: torch.dtype
+    ) -> int:
+        threads, wide = torch.get_num_threads(), accumulate_dtype(dtype).itemsize
+        sums = 2 * 8 * threads * max(in_channels, out_channels)  # in float64
+        if "conv" not in primitive:
+            return sums
+        # The packed weight; backward also a private weight gradient for each thread.
+        taps = 9 if "conv3x3" in primitive else 1
+        copies = 1 + threads if primitive.endswith("backward") else 1
+        weight = taps * _whole_panels(in_channels) * _whole_panels(out_channels)
+        return sums + copies * weight * wide
 
     # The op itself is the attribute: it takes no self, and a call costs no second Python frame.
     channel_stats = _op("channel_stats")
