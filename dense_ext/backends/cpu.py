@@ -62,9 +62,13 @@ def _unavailable(primitive: str) -> Callable[..., NoReturn]:
     return fail
 
 
-def _whole_panels(channels: int) -> int:
-    """Channels in a packed matrix: a whole number of panels, of at most 32."""
-    return -(-channels // 32) * 32
+# The most values in the matrix product's vectors and panels, over instruction sets; see csrc/cpu/gemm.h.
+_VECTOR, _PANEL = 16, 32
+
+
+def _whole(channels: int, width: int) -> int:
+    """``channels`` rounded up to a multiple of ``width``."""
+    return -(-channels // width) * width
 
 
 class CPUBackend(Backend):
@@ -90,11 +94,13 @@ class CPUBackend(Backend):
         sums = 2 * 8 * threads * max(in_channels, out_channels)  # in float64
         if "conv" not in primitive:
             return sums
-        # The packed weight; backward also a private weight gradient for each thread.
+        # The weight, packed; backward packs it transposed, and each thread has a gradient of its own.
         taps = 9 if "conv3x3" in primitive else 1
-        copies = 1 + threads if primitive.endswith("backward") else 1
-        weight = taps * _whole_panels(in_channels) * _whole_panels(out_channels)
-        return sums + copies * weight * wide
+        transposed = taps * _whole(in_channels, _PANEL) * out_channels
+        if primitive.endswith("forward"):
+            return sums + wide * taps * in_channels * _whole(out_channels, _PANEL)
+        gradient = taps * in_channels * _whole(out_channels, _VECTOR) if taps > 1 else transposed
+        return sums + wide * (transposed + threads * gradient)
 
     # The op itself is the attribute: it takes no self, and a call costs no second Python frame.
     channel_stats = _op("channel_stats")

@@ -56,7 +56,7 @@ class TransitionShape:
 
 @dataclass(frozen=True)
 class Network:
-    """A DenseNet: a convolution, perhaps norm, ReLU and max pool; blocks and transitions; norm, pool, head."""
+    """A DenseNet: stem, blocks and transitions; then norm, ReLU, average pool and classifier."""
 
     in_channels: int  # of the images
     channels: int  # the first convolution makes
@@ -69,6 +69,7 @@ class Network:
     parameter_dtype: torch.dtype
     parameter_bytes: int
     trainable_bytes: int
+    largest_bytes: int  # of the trainable parameters
     buffer_bytes: int
 
     @property
@@ -106,6 +107,7 @@ def _parts(features: Any) -> Iterable[BlockShape | TransitionShape]:
 def _shape_of(model: Any) -> Network:
     conv0 = model.features.conv0
     parameters = list(model.parameters())
+    trainable = [p for p in parameters if p.requires_grad]
     return Network(
         conv0.in_channels,
         conv0.out_channels,
@@ -114,10 +116,13 @@ def _shape_of(model: Any) -> Network:
         conv0.padding[0],
         hasattr(model.features, "pool0"),
         tuple(_parts(model.features)),
-        tuple((m.in_features, m.out_features) for m in model.classifier.modules() if isinstance(m, nn.Linear)),
+        tuple(
+            (m.in_features, m.out_features) for m in model.classifier.modules() if isinstance(m, nn.Linear)
+        ),
         conv0.weight.dtype,
         _nbytes(parameters),
-        _nbytes(p for p in parameters if p.requires_grad),
+        _nbytes(trainable),
+        max((_nbytes([p]) for p in trainable), default=0),
         _nbytes(model.buffers()),
     )
 

@@ -81,9 +81,9 @@ class Planner:
             )
         if device is None:
             device = "cpu" if isinstance(model, str) else next(model.parameters()).device
-        kind = torch.device(device).type
-        primitives = select(requested(backend), "cpu" if kind == "meta" else kind, dtype)
-        self.setting = Setting(self.network, dtype, optimizer, primitives, channels_last)
+        kind = torch.device(device).type.replace("meta", "cpu")
+        primitives = select(requested(backend), kind, dtype)
+        self.setting = Setting(self.network, dtype, optimizer, kind, primitives, channels_last)
         self.estimate(1)  # refuses images that are too small
 
     def _policies(self, recompute: str | Sequence[str]) -> tuple[str, ...]:

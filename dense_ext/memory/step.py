@@ -39,13 +39,15 @@ class Setting:
         network: the model's shape.
         dtype: the activations'. Where the parameters are wider, autocast narrows them.
         optimizer: a key of ``OPTIMIZERS``.
-        primitives: what runs the fused parts.
+        device: the kind that runs it.
+        primitives: what runs the fused parts there.
         channels_last: memory format of the images, or of the first convolution's weight.
     """
 
     network: Network
     dtype: torch.dtype
     optimizer: str
+    device: str
     primitives: Primitives
     channels_last: bool
 
@@ -189,9 +191,11 @@ class Step:
             t.point = f"backward, {name}"
             grad = backward(grad)
         if self.setting.optimizer != "none":
-            # PyTorch's multi-tensor optimizers make at most one list of temporaries at a time.
+            # By default PyTorch updates all parameters at once on a GPU, with a temporary for each, and
+            # one after another elsewhere, with two at a time.
             t.point = "optimizer step"
-            t.need("scratch", network.trainable_bytes)
+            at_once = self.setting.device == "cuda"
+            t.need("scratch", network.trainable_bytes if at_once else 2 * network.largest_bytes)
         return t
 
     def forward(self) -> None:
@@ -206,10 +210,10 @@ class Step:
             if isinstance(shape, BlockShape):
                 self.block_pixels[shape.name] = self.pixels
                 block = Block(self, shape, self.policies[shape.name], x)
-                y, backward = block.out, block.backward
+                self.tape.append((shape.name, block.backward))
+                y = block.out
             else:
-                y, backward = self.transition(shape, x, block)
-            self.tape.append((shape.name, backward))
+                y = self.transition(shape, x, block)
             t.release(x)  # goes, unless kept
             x = y
         t.point = "forward, head"
@@ -293,7 +297,7 @@ class Step:
         self.tape.append(("stem", backward))
         return y
 
-    def transition(self, shape: TransitionShape, x: Held, block: Block | None) -> tuple[Held, Backward]:
+    def transition(self, shape: TransitionShape, x: Held, block: Block | None) -> Held:
         """A transition after ``block``: after one that keeps only its input, it keeps nothing."""
         t, c, k, pixels = self.timeline, shape.in_channels, shape.out_channels, self.pixels
         self.resize(self.height // 2, self.width // 2)
@@ -316,7 +320,8 @@ class Step:
             self.accumulate(new, c * k)
             return grad_x
 
-        return y, backward
+        self.tape.append((shape.name, backward))
+        return y
 
     def head(self, x: Held) -> None:
         """Norm, ReLU in place, average pool, classifier and loss: PyTorch's own."""
@@ -325,19 +330,25 @@ class Step:
         activation = t.hold("head", nbytes)
         features = sum(k for _, k in self.network.head)
         weights = sum(c * k for c, k in self.network.head)
-        # The pooled features; logits, their log-probabilities and the logits' gradient.
-        vectors = t.hold("head", self.batch * (channels + 3 * features) * self.item)
+        vector = t.hold("head", self.batch * channels * self.item)  # the pooled features
         copies = self.weight_copy(weights)
+        t.hold("head", self.batch * features * self.item)  # the logits, which the caller keeps
+        # Autocast leaves the loss wide.
+        loss_bytes = self.batch * features * (self.wide if self.setting.autocast else self.item)
+        probabilities = t.hold("head", loss_bytes)
 
-        def backward(loss: Held) -> Held:
+        def backward(grad: Held) -> Held:
+            of_probabilities = t.hold("head", loss_bytes)
+            of_logits = t.hold("head", loss_bytes)
+            t.release(grad, of_probabilities, probabilities)
             new = self.new_gradients(weights, features)
-            t.release(loss, vectors, copies)
+            t.release(of_logits, vector, copies)
             self.accumulate(new, weights)
             pooled = t.hold("head", nbytes)
             masked = t.hold("head", nbytes)
             t.release(pooled, activation)
-            grad = t.hold("gradient buffers", nbytes)
+            grad_x = t.hold("gradient buffers", nbytes)
             t.release(masked, x)
-            return grad
+            return grad_x
 
         self.tape.append(("head", backward))
