@@ -8,6 +8,7 @@ import torch
 import typer
 
 from ..memory import Estimate, Planner, device_memory, parse_bytes, tracked_peak
+from ..memory.network import network_of
 from ..memory.step import OPTIMIZERS, PARTS
 from ..models import MODELS
 from ..schedule import RECOMPUTE
@@ -21,7 +22,7 @@ _DOES_NOT_FIT = 1
 def plan(
     model: Annotated[str, typer.Argument(help="A name from dense-ext models.")],
     batch: Annotated[int, typer.Option(help="Images a step.")] = 64,
-    size: Annotated[int, typer.Option(help="Height and width of the images in pixels.")] = 224,
+    size: Annotated[int | None, option("Height and width in pixels.", "224; CIFAR networks: 32")] = None,
     memory: Annotated[
         str | None, option("To fit into, as 80GiB or 16GB.", "what the device has for this process")
     ] = None,
@@ -44,6 +45,7 @@ def plan(
 
     check_positive(batch=batch, size=size)
     check_choice("MODEL", model, tuple(MODELS))
+    size = size or (224 if network_of(model).pools else 32)
     check_choice("--dtype", dtype, _DTYPES)
     check_choice("--optimizer", optimizer, tuple(OPTIMIZERS))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

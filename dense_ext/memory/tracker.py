@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
 
 
 def _optimizer(name: str, network: nn.Module) -> torch.optim.Optimizer:
@@ -32,6 +30,10 @@ def tracked_peak(
         dtype: other than float32 the forward runs under autocast to it.
         optimizer: as :class:`dense_ext.memory.Planner`.
     """
+    # Imported here: slow to load, and not in every build of PyTorch.
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.mem_tracker import MemTracker
+
     with FakeTensorMode():
         network = build().train()
         images = torch.empty(*input_shape).contiguous(memory_format=torch.channels_last)
