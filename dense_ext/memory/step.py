@@ -78,12 +78,13 @@ class Block:
         elements = self.pixels * self.shape.out_channels
         return self.step.timeline.hold("concat buffers", elements * self.step.item)
 
-    @contextmanager
-    def bottleneck(self, buffers: int) -> Iterator[None]:
+    def bottleneck(self, buffers: int) -> AbstractContextManager[None]:
         """While this many [N, H, W, B] are held."""
-        elements = buffers * self.pixels * self.shape.bottleneck
-        with self.step.scratch(elements):
-            yield
+        return self.step.scratch(buffers * self.pixels * self.shape.bottleneck)
+
+    def dropout(self, buffers: int) -> AbstractContextManager[None]:
+        """While this many [N, H, W, K] are held, if layers drop out."""
+        return self.step.scratch(buffers * self.pixels * self.shape.growth_rate if self.shape.drops else 0)
 
     def run_forward(self, keeps_bottleneck: bool) -> None:
         shape, step, m = self.shape, self.step, self.pixels
@@ -94,11 +95,7 @@ class Block:
                     step.primitive("bn_relu_conv1x1_forward", m, c, b)
                 step.primitive("bn_relu_conv3x3_forward", m, b or c, k)
                 with self.dropout(1):
-                    pass
-
-    def dropout(self, buffers: int) -> AbstractContextManager[None]:
-        """While this many [N, H, W, K] are held, if layers drop out."""
-        return self.step.scratch(buffers * self.pixels * self.shape.growth_rate if self.shape.drops else 0)
+                    pass  # the mask
 
     def output(self) -> Held:
         """X for a backward: kept, or computed again once for whoever comes first."""
@@ -131,9 +128,9 @@ class Block:
         if b and self.policy != "none":
             step.primitive("bn_relu_conv1x1_forward", m, c, b)
         with step.scratch(0 if b else m * c):  # without bottleneck, the gradient at the norm
-            with self.dropout(2):  # the mask, then the gradient behind it
-                pass
-            with self.dropout(1):
+            with self.dropout(2):
+                pass  # the mask, and the gradient behind it
+            with self.dropout(1):  # that gradient
                 step.primitive("bn_relu_conv3x3_backward", m, b or c, k)
             if not b:
                 step.primitive("scaled_accumulate", m, c, c)
