@@ -64,6 +64,22 @@ class Backend(ABC):
 
     # --- per-channel vectors -------------------------------------------------------------
 
+    def scratch_bytes(
+        self, primitive: str, pixels: int, in_channels: int, out_channels: int, dtype: torch.dtype
+    ) -> int:
+        """Bytes from PyTorch's allocator that a call of ``primitive`` holds at most beside its arguments.
+
+        For :mod:`dense_ext.memory`. A backend that does not say allocates nothing.
+
+        Args:
+            primitive: one of ``PRIMITIVES``.
+            pixels: M of what the primitive normalises: x, or z for the 3x3 convolution.
+            in_channels: C of the same.
+            out_channels: channels its forward writes.
+            dtype: of the activations.
+        """
+        return 0
+
     @abstractmethod
     def channel_stats(self, x: Tensor, mean: Tensor, var: Tensor) -> None:
         """``mean[c], var[c]`` = mean and biased variance of ``x[..., c]`` over the M pixels.
