@@ -71,19 +71,24 @@ def backward(
         needs_conv_grad: whether the last one is wanted; else it is None.
     """
     bound = BoundNorm(ops, norm, stats[0], stats[1])
-    grad_x, sums, uv = torch.empty_like(x), torch.empty_like(stats), torch.zeros_like(stats)
-    grad_weight = None
-    if weight is None:
-        ops.bn_relu_maxpool_backward(
-            nhwc(grad), nhwc(x), bound.mean, bound.scale, bound.shift, nhwc(grad_x), sums
-        )
-    else:
-        grad_weight = torch.empty_like(weight) if needs_conv_grad else None
-        ops.bn_relu_pool_conv1x1_backward(
-            nhwc(grad), nhwc(x), bound.mean, bound.scale, bound.shift, weight,
-            nhwc(grad_x), sums, grad_weight,
-        )  # fmt: skip
-    norm_grads = bound.gradient(sums, values_per_channel(x), uv[0], uv[1])
+    grad_x = torch.empty_like(x)
+    grad_weight = torch.empty_like(weight) if weight is not None and needs_conv_grad else None
     if norm.running is None:
-        ops.affine_gradient(nhwc(grad_x), nhwc(x), uv[0], uv[1], nhwc(grad_x))
-    return grad_x, *norm_grads, grad_weight
+        through = bound.mean, bound.var, norm.weight, norm.eps, bound.scale, bound.shift
+        grads = torch.empty_like(bound.mean), torch.empty_like(bound.mean)
+        if weight is None:
+            ops.bn_relu_maxpool_norm_backward(nhwc(grad), nhwc(x), *through, nhwc(grad_x), *grads)
+        else:
+            ops.bn_relu_pool_conv1x1_norm_backward(
+                nhwc(grad), nhwc(x), *through, weight, nhwc(grad_x), *grads, grad_weight
+            )
+        return grad_x, *grads, grad_weight
+    sums = torch.empty_like(stats)
+    affine = bound.mean, bound.scale, bound.shift
+    if weight is None:
+        ops.bn_relu_maxpool_backward(nhwc(grad), nhwc(x), *affine, nhwc(grad_x), sums)
+    else:
+        ops.bn_relu_pool_conv1x1_backward(
+            nhwc(grad), nhwc(x), *affine, weight, nhwc(grad_x), sums, grad_weight
+        )
+    return grad_x, *bound.gradient(sums, values_per_channel(x), None, None), grad_weight

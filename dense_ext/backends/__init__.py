@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
-from . import cpu, triton
-from .base import PRIMITIVES, Backend
+from . import cpu
+from .base import PRIMITIVES, THROUGH_NORM, Backend
 from .cpu import CPUBackend
 from .reference import ReferenceBackend
+from .triton import TritonBackend
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (CPUBackend(), triton.load(), ReferenceBackend())}
+BACKENDS: dict[str, Backend] = {b.name: b for b in (CPUBackend(), TritonBackend(), ReferenceBackend())}
 
 # Fastest first; `auto` walks this list.
 PREFERENCE = ("cpu", "triton", "reference")
@@ -37,6 +38,8 @@ class Primitives:
         self.table = table
         for primitive, backend in table.items():
             setattr(self, primitive, getattr(backend, primitive))
+        for name in THROUGH_NORM:
+            setattr(self, name, getattr(table[name.replace("_norm_", "_")], name))
 
     def __getattr__(self, name: str) -> Any:  # only to type the attributes set above
         raise AttributeError(name)

@@ -42,6 +42,9 @@ PRIMITIVES = (
     "bn_relu_maxpool_backward",
 )
 
+# What a backend inherits, made of primitives, and may do in another way.
+THROUGH_NORM = ("bn_relu_pool_conv1x1_norm_backward", "bn_relu_maxpool_norm_backward")
+
 STORAGE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -285,12 +288,68 @@ class Backend(ABC):
         Shapes: grad [N, (H-1)//2 + 1, (W-1)//2 + 1, C]; x, grad_x [N, H, W, C]; sums [2, C].
         """
 
+    # --- through a batch norm that used the batch's statistics --------------------------------
 
-class Unavailable:
-    """Stands for a backend that can't be imported: it runs nothing and says why."""
+    def bn_relu_pool_conv1x1_norm_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        scale: Tensor,
+        shift: Tensor,
+        weight: Tensor,
+        grad_x: Tensor,
+        grad_norm_weight: Tensor,
+        grad_norm_bias: Tensor,
+        grad_weight: Tensor | None,
+    ) -> None:
+        """:meth:`bn_relu_pool_conv1x1_backward`, :meth:`bn_gradient` and ``u*x + v`` in one.
 
-    def __init__(self, name: str, reason: str) -> None:
-        self.name, self.reason = name, reason
+        Writes the gradients of x, of the norm's weight and bias [C], and of weight unless None.
+        """
+        sums = x.new_empty(2, x.shape[3], dtype=mean.dtype)
+        self.bn_relu_pool_conv1x1_backward(
+            grad, x, mean, scale, shift, weight, grad_x, sums, grad_weight
+        )
+        self._finish(sums, x, mean, var, norm_weight, eps, grad_x, grad_norm_weight, grad_norm_bias)
 
-    def can_run(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
-        return self.reason
+    def bn_relu_maxpool_norm_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        scale: Tensor,
+        shift: Tensor,
+        grad_x: Tensor,
+        grad_norm_weight: Tensor,
+        grad_norm_bias: Tensor,
+    ) -> None:
+        """:meth:`bn_relu_maxpool_backward`, :meth:`bn_gradient` and ``u*x + v`` in one."""
+        sums = x.new_empty(2, x.shape[3], dtype=mean.dtype)
+        self.bn_relu_maxpool_backward(grad, x, mean, scale, shift, grad_x, sums)
+        self._finish(sums, x, mean, var, norm_weight, eps, grad_x, grad_norm_weight, grad_norm_bias)
+
+    def _finish(
+        self,
+        sums: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        grad_x: Tensor,
+        grad_norm_weight: Tensor,
+        grad_norm_bias: Tensor,
+    ) -> None:
+        u, v = x.new_zeros(2, x.shape[3], dtype=mean.dtype)
+        count = x.shape[0] * x.shape[1] * x.shape[2]
+        self.bn_gradient(
+            sums, mean, var, norm_weight, eps, count, grad_norm_weight, grad_norm_bias, u, v
+        )
+        self.affine_gradient(grad_x, x, u, v, grad_x)

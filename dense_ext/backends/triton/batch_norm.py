@@ -96,3 +96,8 @@ def bn_gradient(
 ) -> None:
     launch = _plan_gradient(mean.shape[0], eps, count, u is not None, mean.get_device())
     launch(sums, mean, var, weight, grad_weight, grad_bias, u, v)
+
+
+def sums_and_uv(mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Unwritten sums [2, C], and u and v [2, C] of zeros, for a norm whose vectors are like ``mean``."""
+    return mean.new_empty(2, mean.shape[0]), mean.new_zeros(2, mean.shape[0])

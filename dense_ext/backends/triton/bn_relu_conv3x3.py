@@ -14,7 +14,8 @@ into three accumulators, and the outer two are shifted by one pixel at the end, 
 wide. The tile's first and last pixel serve that shift alone.
 
 Backward runs the data gradient and the weight gradient as programs side by side over the same
-tiles, so that z and dy come from device memory once and from the L2 cache the second time.
+tiles, so that z and dy come from device memory once and from the L2 cache after that. A program of
+the weight gradient has one row of taps: nine accumulators spill on sm_80 and sm_100.
 """
 
 from __future__ import annotations
@@ -149,7 +150,8 @@ def bn_relu_conv3x3_backward_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Grid: (blocks of B for the data gradient, then blocks of dW; programs that share the tiles)."""
+    """Grid: (blocks of B for the data gradient, then blocks of dW by rows of taps; programs that share
+    the tiles)."""
     B, K = b_units * UNIT, k_units * UNIT
     b_blocks = tl.cdiv(B, BLOCK_B)
     is_data = tl.program_id(0) < b_blocks
@@ -185,10 +187,12 @@ def bn_relu_conv3x3_backward_kernel(
         tl.store(partials_vec + b, sum_g, mask=b_ok)
         tl.store(partials_vec + B + b, sum_gz, mask=b_ok)
     else:
-        k = block // b_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+        tap = block // b_blocks % 3 * 3
+        k = block // b_blocks // 3 * BLOCK_K + tl.arange(0, BLOCK_K)
         k_ok = k < K
+        stride = dy_units * UNIT
         dw0 = tl.zeros([BLOCK_B, BLOCK_K], tl.float32)
-        dw1, dw2, dw3, dw4, dw5, dw6, dw7, dw8 = dw0, dw0, dw0, dw0, dw0, dw0, dw0, dw0
+        dw1, dw2 = dw0, dw0
         for tile in range(tl.program_id(1), tl.cdiv(M, BLOCK_M), tl.num_programs(1)):
             m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
             m_ok = (m < M)[:, None]
@@ -196,36 +200,17 @@ def bn_relu_conv3x3_backward_kernel(
             row = m.to(tl.int64)[:, None] * UNIT
             z = tl.load(z_ptr + row * z_units + b[None, :], mask=m_ok & b_ok[None, :], other=0.0)
             a = tl.trans(relu(pre_activation(z, scale, shift)).to(z.dtype))
-            stride = dy_units * UNIT
-            tap0 = load_tap(dy_ptr, m, line, column, k, k_ok, M, H, W, stride, 0)
-            tap1 = load_tap(dy_ptr, m, line, column, k, k_ok, M, H, W, stride, 1)
-            tap2 = load_tap(dy_ptr, m, line, column, k, k_ok, M, H, W, stride, 2)
-            tap3 = load_tap(dy_ptr, m, line, column, k, k_ok, M, H, W, stride, 3)
-            tap4 = load_tap(dy_ptr, m, line, column, k, k_ok, M, H, W, stride, 4)
-            tap5 = load_tap(dy_ptr, m, line, column, k, k_ok, M, H, W, stride, 5)
-            tap6 = load_tap(dy_ptr, m, line, column, k, k_ok, M, H, W, stride, 6)
-            tap7 = load_tap(dy_ptr, m, line, column, k, k_ok, M, H, W, stride, 7)
-            tap8 = load_tap(dy_ptr, m, line, column, k, k_ok, M, H, W, stride, 8)
-            dw0 = tl.dot(a, tap0, dw0, input_precision=PRECISION)
-            dw1 = tl.dot(a, tap1, dw1, input_precision=PRECISION)
-            dw2 = tl.dot(a, tap2, dw2, input_precision=PRECISION)
-            dw3 = tl.dot(a, tap3, dw3, input_precision=PRECISION)
-            dw4 = tl.dot(a, tap4, dw4, input_precision=PRECISION)
-            dw5 = tl.dot(a, tap5, dw5, input_precision=PRECISION)
-            dw6 = tl.dot(a, tap6, dw6, input_precision=PRECISION)
-            dw7 = tl.dot(a, tap7, dw7, input_precision=PRECISION)
-            dw8 = tl.dot(a, tap8, dw8, input_precision=PRECISION)
-        at = partials_vec + 2 * B + k[None, :] * 9 * B + b[:, None]
+            dy0 = load_tap(dy_ptr, m, line, column, k, k_ok, M, H, W, stride, tap)
+            dy1 = load_tap(dy_ptr, m, line, column, k, k_ok, M, H, W, stride, tap + 1)
+            dy2 = load_tap(dy_ptr, m, line, column, k, k_ok, M, H, W, stride, tap + 2)
+            dw0 = tl.dot(a, dy0, dw0, input_precision=PRECISION)
+            dw1 = tl.dot(a, dy1, dw1, input_precision=PRECISION)
+            dw2 = tl.dot(a, dy2, dw2, input_precision=PRECISION)
+        at = partials_vec + 2 * B + (k[None, :] * 9 + tap) * B + b[:, None]
         ok = k_ok[None, :] & b_ok[:, None]
         tl.store(at, dw0, mask=ok)
         tl.store(at + B, dw1, mask=ok)
         tl.store(at + 2 * B, dw2, mask=ok)
-        tl.store(at + 3 * B, dw3, mask=ok)
-        tl.store(at + 4 * B, dw4, mask=ok)
-        tl.store(at + 5 * B, dw5, mask=ok)
-        tl.store(at + 6 * B, dw6, mask=ok)
-        tl.store(at + 7 * B, dw7, mask=ok)
-        tl.store(at + 8 * B, dw8, mask=ok)
 
 
 _forward = Kernel(bn_relu_conv3x3_forward_kernel)
@@ -284,7 +269,7 @@ def _plan_backward(device, shape, outputs, strides, dtype, precision, alignment,
     config = config.fit(BLOCK_B=bottleneck, BLOCK_K=outputs)
     b_blocks = triton.cdiv(bottleneck, config.blocks["BLOCK_B"])
     wanted, vector = weight_strides is not None, torch.float32
-    blocks = b_blocks * (1 + triton.cdiv(outputs, config.blocks["BLOCK_K"]) * wanted)
+    blocks = b_blocks * (1 + 3 * triton.cdiv(outputs, config.blocks["BLOCK_K"]) * wanted)
     programs = persistent_programs(device, pixels, config, blocks)
     row = 2 * bottleneck + (9 * outputs * bottleneck if wanted else 0)
     grad, y, z, grad_bn = strides

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .batch_norm import bn_gradient, sums_and_uv
 from .launch import Kernel, alignment_of, configure, partial_results, persistent_programs, pixels_of, plan, zero
 from .reduce import bind_reduce
 from .tiles import masked_gradient, pre_activation, relu
@@ -205,19 +206,17 @@ def bn_relu_maxpool_forward(x: Tensor, scale: Tensor, shift: Tensor, y: Tensor) 
     launch(x, scale, shift, y)
 
 
-def bn_relu_maxpool_backward(
+def _backward_pass(
     grad: Tensor,
     x: Tensor,
     mean: Tensor,
     scale: Tensor,
     shift: Tensor,
-    u: Tensor | None,
-    v: Tensor | None,
+    uv: tuple[Tensor, Tensor] | None,
     grad_x: Tensor | None,
     sums: Tensor | None,
 ) -> None:
-    if x.numel() == 0:
-        return zero(sums)
+    """Writes grad_x and sums unless None."""
     written = x if grad_x is None else grad_x
     strides = (grad.stride(2), x.stride(2), written.stride(2))
     sizes = (x.shape[3] | strides[0] | strides[1] | strides[2]) * x.element_size()
@@ -225,10 +224,45 @@ def bn_relu_maxpool_backward(
     pixels_of(x)
     length, launch, reduce = _plan_backward(
         x.get_device(), tuple(x.shape), strides, x.dtype, alignment,
-        grad_x is not None, sums is not None, u is not None,
+        grad_x is not None, sums is not None, uv is not None,
     )  # fmt: skip
     partials = None if sums is None else partial_results(length, x)
-    launch(grad, x, mean, scale, shift, u, v, grad_x, partials)
+    launch(grad, x, mean, scale, shift, *(uv or (None, None)), grad_x, partials)
     if sums is not None:
         reduce(partials, sums, None)
-    return None
+
+
+def bn_relu_maxpool_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    grad_x: Tensor,
+    sums: Tensor,
+) -> None:
+    if x.numel() == 0:
+        return zero(sums)
+    return _backward_pass(grad, x, mean, scale, shift, None, grad_x, sums)
+
+
+def bn_relu_maxpool_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    scale: Tensor,
+    shift: Tensor,
+    grad_x: Tensor,
+    grad_norm_weight: Tensor,
+    grad_norm_bias: Tensor,
+) -> None:
+    """First the sums, then grad_x: x is read twice, and grad_x is not touched a second time."""
+    sums, (u, v) = sums_and_uv(mean)
+    _backward_pass(grad, x, mean, scale, shift, None, None, sums)
+    bn_gradient(
+        sums, mean, var, norm_weight, eps, pixels_of(x), grad_norm_weight, grad_norm_bias, u, v
+    )
+    _backward_pass(grad, x, mean, scale, shift, (u, v), grad_x, None)

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .batch_norm import bn_gradient, sums_and_uv
 from .launch import (
     Kernel,
     alignment_of,
@@ -325,6 +326,60 @@ def bn_relu_pool_conv1x1_forward(x: Tensor, scale: Tensor, shift: Tensor, weight
     launch(x, scale, shift, weight, y)
 
 
+def _sums_and_weight_gradient(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    sums: Tensor,
+    grad_weight: Tensor | None,
+) -> None:
+    """Everything but grad_x."""
+    pixels_of(x)
+    device, outputs, channels = x.get_device(), grad.shape[3], x.shape[3]
+    precision, strides = fp32_precision(x.dtype), (grad.stride(2), x.stride(2))
+    sizes = (channels | outputs | strides[0] | strides[1]) * x.element_size()
+    alignment = alignment_of(grad.data_ptr() | x.data_ptr() | weight.data_ptr() | sizes)
+    windows, length, launch, reduce = _plan_sums(
+        device, tuple(x.shape), outputs, strides, x.dtype, precision, alignment, grad_weight is not None
+    )
+    pooled = None if grad_weight is None else x.new_empty(windows, channels)
+    partials = partial_results(length, x)
+    launch(grad, x, mean, scale, shift, weight, pooled, partials)
+    reduce(partials, sums, None)
+    if grad_weight is not None:
+        length, launch, reduce = _plan_weight(
+            device, windows, channels, outputs, strides[0], x.dtype, precision, alignment,
+            grad_weight.stride()[:2],
+        )  # fmt: skip
+        partials = partial_results(length, x)
+        launch(grad, pooled, partials)
+        reduce(partials, None, grad_weight)
+
+
+def _data_gradient(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    uv: tuple[Tensor, Tensor] | None,
+    grad_x: Tensor,
+) -> None:
+    """grad_x alone."""
+    channels, outputs = x.shape[3], grad.shape[3]
+    strides = (grad.stride(2), x.stride(2), grad_x.stride(2))
+    sizes = (channels | outputs | strides[0] | strides[1] | strides[2]) * x.element_size()
+    alignment = alignment_of(grad.data_ptr() | x.data_ptr() | weight.data_ptr() | grad_x.data_ptr() | sizes)
+    launch = _plan_data(
+        x.get_device(), tuple(x.shape), outputs, strides, x.dtype, fp32_precision(x.dtype), alignment,
+        uv is not None,
+    )  # fmt: skip
+    launch(grad, x, scale, shift, weight, *(uv or (None, None)), grad_x)
+
+
 def bn_relu_pool_conv1x1_backward(
     grad: Tensor,
     x: Tensor,
@@ -332,44 +387,39 @@ def bn_relu_pool_conv1x1_backward(
     scale: Tensor,
     shift: Tensor,
     weight: Tensor,
-    u: Tensor | None,
-    v: Tensor | None,
-    grad_x: Tensor | None,
-    sums: Tensor | None,
+    grad_x: Tensor,
+    sums: Tensor,
     grad_weight: Tensor | None,
 ) -> None:
     if grad.numel() == 0:  # no image, or no room for a window
-        if grad_x is not None and grad_x.numel():
-            grad_x.zero_() if u is None else grad_x.copy_(x * u + v)
-        return zero(sums, grad_weight)
-    pixels_of(x)
-    device, shape, outputs, channels = x.get_device(), tuple(x.shape), grad.shape[3], x.shape[3]
-    precision, weight = fp32_precision(x.dtype), dense_1x1(weight)
-    written = x if grad_x is None else grad_x
-    strides = (grad.stride(2), x.stride(2), written.stride(2))
-    sizes = (channels | outputs | strides[0] | strides[1] | strides[2]) * x.element_size()
-    alignment = alignment_of(
-        grad.data_ptr() | x.data_ptr() | weight.data_ptr() | written.data_ptr() | sizes
+        return zero(grad_x, sums, grad_weight)
+    weight = dense_1x1(weight)
+    _sums_and_weight_gradient(grad, x, mean, scale, shift, weight, sums, grad_weight)
+    return _data_gradient(grad, x, scale, shift, weight, None, grad_x)
+
+
+def bn_relu_pool_conv1x1_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    grad_x: Tensor,
+    grad_norm_weight: Tensor,
+    grad_norm_bias: Tensor,
+    grad_weight: Tensor | None,
+) -> None:
+    """The sums first, so that grad_x is written once, with ``u*x + v``."""
+    if grad.numel() == 0:
+        return zero(grad_x, grad_norm_weight, grad_norm_bias, grad_weight)
+    weight = dense_1x1(weight)
+    sums, (u, v) = sums_and_uv(mean)
+    _sums_and_weight_gradient(grad, x, mean, scale, shift, weight, sums, grad_weight)
+    bn_gradient(
+        sums, mean, var, norm_weight, eps, pixels_of(x), grad_norm_weight, grad_norm_bias, u, v
     )
-    key = (device, shape, outputs)
-    if sums is not None or grad_weight is not None:
-        windows, length, launch, reduce = _plan_sums(
-            *key, strides[:2], x.dtype, precision, alignment, grad_weight is not None
-        )
-        pooled = None if grad_weight is None else x.new_empty(windows, channels)
-        partials = partial_results(length, x)
-        launch(grad, x, mean, scale, shift, weight, pooled, partials)
-        if sums is not None:
-            reduce(partials, sums, None)
-        if grad_weight is not None:
-            length, launch, reduce = _plan_weight(
-                device, windows, channels, outputs, strides[0], x.dtype, precision, alignment,
-                grad_weight.stride()[:2],
-            )  # fmt: skip
-            partials = partial_results(length, x)
-            launch(grad, pooled, partials)
-            reduce(partials, None, grad_weight)
-    if grad_x is not None:
-        launch = _plan_data(*key, strides, x.dtype, precision, alignment, u is not None)
-        launch(grad, x, scale, shift, weight, u, v, grad_x)
-    return None
+    return _data_gradient(grad, x, scale, shift, weight, (u, v), grad_x)

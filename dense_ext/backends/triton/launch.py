@@ -191,6 +191,8 @@ def fp32_precision(dtype: torch.dtype) -> str:
     """The row of the table: "16bit", or PyTorch's own setting for float32 convolutions."""
     if dtype != torch.float32:
         return "16bit"
+    if torch.version.hip is not None:
+        return "ieee"
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
@@ -241,9 +243,18 @@ def zero(*outputs: Tensor | None) -> None:
             output.zero_()
 
 
+def can_run(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None if kernels run there on tensors of ``dtype``, else the reason why not."""
+    if INTERPRETED:
+        if device.type != "cpu":
+            return "TRITON_INTERPRET is set: kernels run in the interpreter, on the CPU"
+        # Triton 3.6 computes tl.dot of bfloat16 wrongly there.
+        return "the interpreter does not compute in bfloat16" if dtype == torch.bfloat16 else None
+    return _can_compile(device.index)
+
+
 @functools.cache
-def can_compile(device: int | None) -> str | None:
-    """None if kernels can be compiled for a CUDA device (None: the current one), else the reason."""
+def _can_compile(device: int | None) -> str | None:
     if not torch.cuda.is_available():
         return "there is no GPU"
     device = torch.cuda.current_device() if device is None else device

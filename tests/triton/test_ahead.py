@@ -1,0 +1,59 @@
+"""Every kernel in every shipped configuration, compiled for its chip: nothing spills, all fits.
+
+Needs no GPU. ``benchmarks/triton_resources.py`` writes the same as a table.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dense_ext.backends.triton.configs import SHIPPED, Row, read_rows
+
+ahead = pytest.importorskip("dense_ext.backends.triton.ahead")
+if ahead.INTERPRETED:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+ROWS = list(read_rows(SHIPPED))
+# What multiplies matrices, the bias of a mean aside.
+PRODUCTS = ("conv1x1", "conv3x3")
+
+
+def name(row: Row) -> str:
+    return f"{row.architecture}-{row.kernel}-{row.precision}"
+
+
+@pytest.mark.parametrize("row", ROWS, ids=name)
+def test_resources(row: Row) -> None:
+    for dtype in ahead.dtypes_of(row.precision):
+        kernel, found = ahead.compile_row(row, dtype)
+        assert found.spilled == 0, f"{dtype}: {found.spilled} bytes spilled"
+        assert found.shared <= ahead.SHARED[row.architecture][1], f"{dtype}: {found.shared} bytes"
+        if any(product in row.kernel for product in PRODUCTS) and row.precision != "ieee":
+            assert found.tensor_core_instructions > 0, f"{dtype}: no tensor cores"
+        if row.architecture == "sm_90" and row.precision == "16bit" and "conv" in row.kernel:
+            assert "wgmma" in kernel.asm["ptx"], f"{dtype}: not Hopper's matrix instruction"
+        if not row.architecture.startswith("gfx") and dtype.itemsize == 2:
+            # A 16-bit element must not travel alone where rows are aligned.
+            assert "2" not in found.accesses, found.accesses
+            assert found.accesses.get("16", 0) > 0
+
+
+@pytest.mark.parametrize("alignment", [2, 4, 8])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_unaligned_tensors_compile_for_the_same_blocks(architecture: str, alignment: int) -> None:
+    for row in ROWS:
+        if row.architecture == architecture and row.precision == "16bit":
+            _, found = ahead.compile_row(row, torch.bfloat16, alignment)
+            assert found.shared <= ahead.SHARED[architecture][1]
+
+
+def test_every_kernel_has_a_row_for_every_chip_and_precision() -> None:
+    kernels = {row.kernel for row in ROWS}
+    for architecture in ahead.GPUS:
+        for kernel in kernels - {"bn_relu_conv1x1_backward_fused"}:
+            precisions = {
+                row.precision for row in ROWS if (row.kernel, row.architecture) == (kernel, architecture)
+            }
+            everything = {"16bit", "ieee"} if architecture.startswith("gfx") else {"16bit", "tf32", "ieee"}
+            assert precisions in ({"any"}, everything), f"{kernel} on {architecture}: {precisions}"

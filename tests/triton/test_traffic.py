@@ -1,0 +1,137 @@
+"""Each kernel moves the bytes its launch counts, and a training step's total is near the least."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dense_ext import schedule, transition
+from dense_ext.backends import BACKENDS, Primitives
+from dense_ext.backends.base import PRIMITIVES
+from dense_ext.backends.triton import launch
+from dense_ext.schedule import Block, Layer, Norm
+
+# Imported for their cases.
+from ..primitives import (
+    test_affine_gradient as _,  # noqa: F401
+    test_bn_relu_conv1x1 as _,  # noqa: F401, F811
+    test_bn_relu_conv3x3 as _,  # noqa: F401, F811
+    test_bn_relu_maxpool as _,  # noqa: F401, F811
+    test_bn_relu_pool_conv1x1 as _,  # noqa: F401, F811
+    test_channel_stats as _,  # noqa: F401, F811
+)
+from ..primitives.common import MakeCase, PrimitiveTests
+from ..primitives.harness import Maker
+from .traffic import recorded
+
+TESTED = [(case, group.small) for group in PrimitiveTests.__subclasses__() for case in group.cases]
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="needs Triton's interpreter (TRITON_INTERPRET=1)")
+@pytest.mark.parametrize(("case", "size"), TESTED, ids=lambda v: getattr(v, "__name__", None))
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_bytes_of_a_launch(
+    monkeypatch: pytest.MonkeyPatch, case: MakeCase, size: tuple[int, ...], architecture: str
+) -> None:
+    """What the interpreter sees of loads and stores, address by address, is what is counted."""
+    monkeypatch.setattr(launch.Target, "architecture", architecture)
+    with recorded(monkeypatch, runs=True) as calls:
+        case(Maker(torch.float16, torch.device("cpu")), size).run(BACKENDS["triton"])
+    assert calls
+    for call, seen in calls:
+        assert seen == call.bytes(), f"{call.kernel}: {seen} bytes moved, {call.bytes()} counted"
+
+
+# --- DenseNet-121, 224 x 224, bfloat16 ------------------------------------------------------------
+
+BATCH, SIDE, GROWTH, BOTTLENECK = 256, 224, 32, 128
+MB = 1e6
+# The schedule's least, a training step and image, counted by hand from its table of reads and
+# writes: C + 2b + k a pixel and layer forward, 3C + 4b + 2k backward, and what stands between the
+# blocks; C + b more where the bottleneck is computed again.
+LEAST = {"none": 153, "bottleneck": 180}
+
+
+def norm(channels: int) -> Norm:
+    return Norm(torch.ones(channels), torch.zeros(channels), 1e-5, None)
+
+
+def block(layers: int, channels: int) -> Block:
+    inputs = [channels + i * GROWTH for i in range(layers)]
+    return Block(
+        [
+            Layer(
+                [norm(c), norm(BOTTLENECK)],
+                [weight(BOTTLENECK, c, 1), weight(GROWTH, BOTTLENECK, 3)],
+            )
+            for c in inputs
+        ],
+        channels,
+        GROWTH,
+        BOTTLENECK,
+        0.0,
+        None,
+    )
+
+
+def weight(out: int, channels: int, size: int) -> Tensor:
+    shape = (out, channels, size, size)
+    return torch.empty(shape, dtype=torch.bfloat16, memory_format=torch.channels_last)
+
+
+def activations(channels: int, side: int) -> Tensor:
+    shape = (BATCH, channels, side, side)
+    return torch.empty(shape, dtype=torch.bfloat16, memory_format=torch.channels_last)
+
+
+def densenet121_step(ops: Primitives, recompute: str) -> int:
+    """Run the operators of a training step; bytes moved by what is not a primitive."""
+    size = torch.bfloat16.itemsize
+    side, channels = SIDE // 2, 64
+    others = 0
+
+    def pool(weight: Tensor | None, channels: int, side: int) -> None:
+        x = activations(channels, side)
+        y, stats = transition.forward(ops, norm(channels), weight, x)
+        transition.backward(ops, norm(channels), weight, torch.empty_like(y), x, stats, True)
+
+    # The first convolution, by cuDNN: image and output forward; image and gradient backward.
+    others += 2 * (3 * SIDE * SIDE + channels * side * side) * size * BATCH
+    pool(None, channels, side)
+    side //= 2
+    for index, layers in enumerate((6, 12, 24, 16)):
+        dense = block(layers, channels)
+        x = activations(channels, side)
+        others += 2 * x.nbytes  # copied into the block's buffer
+        out, stats, z = schedule.forward(ops, dense, x, recompute == "none")
+        schedule.backward(ops, dense, torch.empty_like(out), out, z, stats, [True] * 2 * layers)
+        channels = dense.out_channels
+        if index < 3:
+            pool(weight(channels // 2, channels, 1), channels, side)
+            channels, side = channels // 2, side // 2
+    # The last norm, ReLU and mean: statistics, normalisation, activation and pool, and back.
+    return others + 12 * channels * side * side * size * BATCH
+
+
+@pytest.mark.skipif(launch.INTERPRETED, reason="runs no kernel")
+@pytest.mark.parametrize("recompute", ["none", "bottleneck"])
+def test_training_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], recompute: str
+) -> None:
+    """As an H200 runs it: 132 multiprocessors of sm_90. No kernel is launched, memory only reserved."""
+    hopper = launch.Target(launch.target_of(-1).gpu, 132)
+    monkeypatch.setattr(launch, "target_of", lambda device: hopper)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    ops = Primitives(dict.fromkeys(PRIMITIVES, BACKENDS["triton"]))
+    with recorded(monkeypatch, runs=False) as calls:
+        others = densenet121_step(ops, recompute)
+    moved = others + sum(call.bytes() for call, _ in calls)
+    by_kernel: dict[str, int] = {"outside the primitives": others}
+    for call, _ in calls:
+        by_kernel[call.kernel] = by_kernel.get(call.kernel, 0) + call.bytes()
+    with capsys.disabled():
+        print(f"\n{recompute}: {moved / BATCH / MB:.1f} MB an image, {len(calls)} launches")
+        for kernel, count in sorted(by_kernel.items(), key=lambda item: -item[1]):
+            print(f"  {kernel.removesuffix('_kernel'):40} {count / BATCH / MB:6.2f}")
+    assert moved / BATCH <= 1.15 * LEAST[recompute] * MB
