@@ -116,6 +116,18 @@ def _channels_last(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
 
 
+def remember_statistics(x: Tensor, stats: Tensor) -> None:
+    """Let the batch statistics [2, C] of x travel with it, to a transition that reads x as it is now."""
+    if not x.is_inference():
+        x._dense_ext_statistics = stats, x._version  # type: ignore[attr-defined]
+
+
+def known_statistics(x: Tensor) -> Tensor | None:
+    """The statistics remembered for x, unless x has been written since."""
+    stats, version = getattr(x, "_dense_ext_statistics", (None, None))
+    return stats if stats is not None and x._version == version else None
+
+
 # --- dense block: (x) -> (X, batch statistics, z) ----------------------------------------------------
 
 
@@ -124,7 +136,10 @@ def _dense_block(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     args, options = Arguments(*rest[:8]), BlockOptions(*rest[8:])
     block = _block(x, x.shape[1], args, options)
     with _without_autocast(x):
-        return schedule.forward(_primitives(x, args), block, x, options.recompute == "none")
+        out, stats, z = schedule.forward(_primitives(x, args), block, x, options.recompute == "none")
+    if any(args.batch_stats):
+        remember_statistics(out, stats[:, : block.out_channels])
+    return out, stats, z
 
 
 @_fake("dense_block")
@@ -234,7 +249,8 @@ def _norm_and_conv(x: Tensor, args: Arguments) -> tuple[Norm, Tensor | None]:
 def _pooling_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     args = Arguments(*rest)
     with _without_autocast(x):
-        return transition.forward(_primitives(x, args), *_norm_and_conv(x, args), _channels_last(x))
+        known = known_statistics(x)
+        return transition.forward(_primitives(x, args), *_norm_and_conv(x, args), _channels_last(x), known)
 
 
 def _pooling_fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -190,14 +190,14 @@ def forward(ops: Primitives, block: Block, x: Tensor, keep_bottleneck: bool) -> 
     if x.shape[0] == 0:
         return out, stats, z_all
     run = Pass(ops, block, out, stats, z_all)
-    # A channel's statistics are worth taking only if a layer that reads it uses the batch's.
-    last_reader = max((i for i, la in enumerate(block.layers) if la.norms[0].running is None), default=-1)
+    # The layers' statistics, and those of the last one's channels for the transition that follows.
+    wants_stats = any(layer.norms[0].running is None for layer in block.layers)
     first = run.inputs(0)
     run.x[..., first].copy_(nhwc(x))
-    if last_reader >= 0:
+    if wants_stats:
         ops.channel_stats(run.x[..., first], run.mean[first], run.var[first])
     for i in range(len(block.layers)):
-        _layer_forward(run, i, wants_stats=i < last_reader)
+        _layer_forward(run, i, wants_stats)
     return out, stats, z_all
 
 
@@ -236,6 +236,8 @@ class BackwardPass(Pass):
         super().__init__(ops, block, out, stats, z_all)
         self.g = nhwc(grad)
         self.u, self.v = stats.new_zeros(2, block.out_channels)
+        # What each layer's second norm adds to the gradient of z; one launch for all.
+        self.z_uv = stats.new_zeros(len(block.layers), 2, block.bottleneck)
         if block.bottleneck:
             self.grad_bn = self.new_bottleneck()
 
@@ -307,7 +309,7 @@ def _bottleneck_layer_backward(
     if not run.keeps_bottleneck:
         run.run_bottleneck(index, norm1, wants_stats=False)
     sums2 = run.conv3x3_backward(index, z, norm2, run.grad_bn, grad_weights[1])
-    z_u, z_v = torch.zeros_like(sums2)
+    z_u, z_v = run.z_uv[index]
     norm2_grads = norm2.gradient(sums2, m, z_u, z_v)
     sums1 = run.mean.new_empty(2, c.stop)
     ops.bn_relu_conv1x1_backward(

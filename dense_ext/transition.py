@@ -30,11 +30,14 @@ def empty_outputs(weight: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
     return y, x.new_zeros(2, c, dtype=accumulate_dtype(x.dtype))
 
 
-def forward(ops: Primitives, norm: Norm, weight: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+def forward(
+    ops: Primitives, norm: Norm, weight: Tensor | None, x: Tensor, known: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Run a transition or the stem.
 
     Args:
         x: [N, C, H, W] in channels_last memory.
+        known: x's batch statistics [2, C] if a block has taken them.
 
     Returns:
         y [N, K, H//2, W//2] or [N, C, (H-1)//2 + 1, (W-1)//2 + 1] in channels_last memory, and the
@@ -43,7 +46,9 @@ def forward(ops: Primitives, norm: Norm, weight: Tensor | None, x: Tensor) -> tu
     y, stats = empty_outputs(weight, x)
     if x.shape[0] == 0:
         return y, stats
-    if norm.running is None:
+    if norm.running is None and known is not None:
+        stats.copy_(known)
+    elif norm.running is None:
         ops.channel_stats(nhwc(x), stats[0], stats[1])
     bound = BoundNorm(ops, norm, stats[0], stats[1])
     if weight is None:

@@ -262,3 +262,31 @@ class TestWithoutBottleneck:
             eager[name] = layer
         assert isinstance(ours, FusedDenseBlock)
         assert_trains_alike(ours, eager, torch.randn(2, 6, 7, 5, dtype=torch.float64))
+
+
+class TestStatisticsOfATransition:
+    """The block before a transition has taken its input's statistics; they hold while it is unchanged."""
+
+    def run(self, change: object) -> tuple[int, torch.Tensor, torch.Tensor]:
+        """Calls of channel_stats by the transition, and its output beside eager's."""
+        block, eager = twin(eager_block(), dense_ext.swap)
+        transition, eager_transition_ = twin(eager_transition(21, 4), dense_ext.swap)
+        x = torch.randn(2, 6, 8, 8, dtype=torch.float64)
+        mine, theirs = block(x), eager(x)
+        mine, theirs = change(mine), change(theirs)  # type: ignore[operator]
+        with torch.profiler.profile() as profile:
+            y = transition(mine)
+        calls = sum(event.name == "dense_ext::channel_stats" for event in profile.events())
+        return calls, y, eager_transition_(theirs)
+
+    @pytest.mark.parametrize(
+        ("change", "calls"),
+        [(lambda x: x, 0), (lambda x: x.mul_(2), 1), (lambda x: x + 1, 1)],
+        ids=["as it was", "written", "another tensor"],
+    )
+    def test_taken_anew_where_needed(self, change: object, calls: int) -> None:
+        if "cpu" not in dense_ext.available_backends("cpu"):
+            pytest.skip("counts the C++ backend's calls")
+        found, ours, expected = self.run(change)
+        assert found == calls
+        assert_equal(ours.detach(), expected.detach(), "transition")

@@ -91,9 +91,9 @@ def densenet121_step(ops: Primitives, recompute: str) -> int:
     side, channels = SIDE // 2, 64
     others = 0
 
-    def pool(weight: Tensor | None, channels: int, side: int) -> None:
+    def pool(weight: Tensor | None, channels: int, side: int, known: Tensor | None = None) -> None:
         x = activations(channels, side)
-        y, stats = transition.forward(ops, norm(channels), weight, x)
+        y, stats = transition.forward(ops, norm(channels), weight, x, known)
         transition.backward(ops, norm(channels), weight, torch.empty_like(y), x, stats, True)
 
     # The first convolution, by cuDNN: image and output forward; image and gradient backward.
@@ -108,7 +108,7 @@ def densenet121_step(ops: Primitives, recompute: str) -> int:
         schedule.backward(ops, dense, torch.empty_like(out), out, z, stats, [True] * 2 * layers)
         channels = dense.out_channels
         if index < 3:
-            pool(weight(channels // 2, channels, 1), channels, side)
+            pool(weight(channels // 2, channels, 1), channels, side, stats[:, :channels])
             channels, side = channels // 2, side // 2
     # The last norm, ReLU and mean: statistics, normalisation, activation and pool, and back.
     return others + 12 * channels * side * side * size * BATCH
