@@ -13,12 +13,12 @@ from typing import Annotated
 import typer
 
 from ..version import __version__
-from . import bench, info, models, train
+from . import bench, info, models, report, train
 
 __all__ = ["main"]
 
 # What `pip install "dense_ext[bench]"` brings, by the name it is imported under.
-_EXTRA = {"torchvision", "matplotlib", "sklearn", "numpy", "PIL"}
+_EXTRA = {"torchvision", "matplotlib", "sklearn", "scipy", "numpy", "jinja2", "PIL"}
 
 app = typer.Typer(
     name="dense-ext",
@@ -32,6 +32,7 @@ app.command()(info.info)
 app.command()(bench.bench)
 app.command()(models.models)
 app.command()(train.train)
+app.command()(report.report)
 
 
 def _print_version(wanted: bool) -> None:
