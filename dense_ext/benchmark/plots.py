@@ -85,8 +85,8 @@ def depth_lines(results: Results, path: Path) -> None:
             quadratic = name in ("eager", "eager-cl")
             for axes in (every,) if quadratic else (every, linear):
                 axes.plot(measured["layers"], megabytes, label=label, **line)
-        every.settitle("every peer")
-        linear.settitle("all but eager")
+        every.set_title("every peer")
+        linear.set_title("all but eager")
         for axes in (every, linear):
             axes.set(xlabel="layers in the block", ylabel="MB per image kept for backward", xlim=0)
             axes.set_ylim(bottom=0)
@@ -109,7 +109,7 @@ def family_bars(results: Results, path: Path) -> None:
         panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
         for axes, size, rows in zip(panels, sizes, groups, strict=True):
             _family_panel(axes, rows)
-            axes.settitle(f"images of {size}x{size}")
+            axes.set_title(f"images of {size}x{size}")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         title(figure, "Memory that a training step keeps for backward, float32")
 

@@ -26,7 +26,7 @@ def _where(results: Results) -> str:
 
 def _legend(figure: Figure, axes: Axes) -> None:
     """The peers below the panels."""
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=9)
 
 
 def varied(results: Results) -> list[str]:
@@ -125,7 +125,7 @@ def suite_figures(results: Results) -> dict[str, Any]:
     """By name, the functions that draw what the rows have data for."""
     if "rows" not in results:
         return {}
-    found: dict[str, Any] = {f"memory-{v}": partial(memory_lines, vary=v) for v in varied(results)}
+    found: dict[str, Any] = {v: partial(memory_lines, vary=v) for v in varied(results)}
     if not any(row["seconds"] for row in results["rows"]):
         return found
     if results["kind"] == "primitives":

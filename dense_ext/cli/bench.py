@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -110,6 +111,8 @@ def bench(
     path = out / (RESULT if suite == "quick" else f"{suite}.json")
     check_new(path, overwrite)
     if suite != "quick":
+        builds_its_own = suite in ("memory", "paper")
+        check(not (models and builds_its_own), f"--suite {suite} varies one network and takes no --model")
         size_in_bytes = None if budget is None else int(budget * 1e9)
         suite_options = SuiteOptions(
             tuple(models), batch, size, tuple(dtypes), str(where), backend, rounds, size_in_bytes, data
@@ -146,7 +149,7 @@ def _run_suite(name: str, options: SuiteOptions, peers: list[Peer], path: Path, 
     results = new_results(name, options.as_json())
     run = SUITES[name](options, peers, results)
     measure(run.run, run.ticks(), results)
-    publish(results, path, draw_all, None if json else print_tables)
+    publish(results, path, partial(draw_all, stem=f"{name}-"), None if json else print_tables)
     if any((row["failure"] or "").startswith("disagrees") for row in results["rows"]):
         raise MeasurementError("dense_ext's results are not the eager network's: see the rows without speed")
 

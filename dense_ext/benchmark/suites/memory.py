@@ -8,6 +8,7 @@ import torch
 from numpy.polynomial import Polynomial
 
 from ...models import DenseNet
+from ..errors import UnavailableError
 from ..memory import largest, lasting_bytes, saved_bytes, step_peaks
 from ..networks import small_densenet
 from ..peers import Peer
@@ -140,7 +141,7 @@ def deepest_row(rows: list[Row], budget: int) -> Row:
     measured = [r for r in rows if r["failure"] is None]
     with failing_into(row):
         if len(measured) < 3:
-            raise RuntimeError(f"{len(measured)} depths were measured, a parabola needs 3")
+            raise UnavailableError(f"{len(measured)} depths were measured, a parabola needs 3")
         depths = [r["case"]["depth"] for r in measured]
         needed = [r["measures"]["peak_bytes"] + r["measures"]["lasting_bytes"] for r in measured]
         parabola = Polynomial.fit(depths, needed, 2)
