@@ -107,15 +107,15 @@ class Bench:
         """
         self.tick = tick
         torch.backends.cudnn.benchmark = True  # eager at its best
-        torch._dynamo.config.recompile_limit = COMPILED_VERSIONS
-        self.measure_work()
-        self.measure_memory()
-        self.measure_speed()
-        if self.options.depths and self.running():
-            depth.measure_depth(
-                self.depth_peers(), self.results.setdefault("depth", {}), self.device, self.dtype,
-                self.options.backend, self.tick, self.options.depths,
-            )  # fmt: skip
+        with torch._dynamo.config.patch(recompile_limit=COMPILED_VERSIONS):
+            self.measure_work()
+            self.measure_memory()
+            self.measure_speed()
+            if self.options.depths:
+                depth.measure_depth(
+                    self.depth_peers(), self.results.setdefault("depth", {}), self.device, self.dtype,
+                    self.options.backend, self.tick, self.options.depths,
+                )  # fmt: skip
 
     def measure_work(self) -> None:
         """The step's arithmetic and the machine's rates: what could bound it."""

@@ -168,10 +168,9 @@ def _times_changed(pairs: list[tuple[Row, Row]], threshold: float) -> list[Chang
     p_values = [float(mannwhitneyu(a["seconds"], b["seconds"]).pvalue) for a, b in pairs]
     changes = []
     for (a, b), p in zip(pairs, false_discovery_control(p_values), strict=True):
-        medians = [statistics.median(row["seconds"]) for row in (a, b)]
-        if p < FALSE_DISCOVERY_RATE and abs(medians[1] / medians[0] - 1) > threshold:
-            worse = medians[1] > medians[0]
-            changes.append(Change(case_text(a["case"]), a["peer"], "seconds", *medians, worse))
+        old, new = statistics.median(a["seconds"]), statistics.median(b["seconds"])
+        if p < FALSE_DISCOVERY_RATE and abs(new / old - 1) > threshold:
+            changes.append(Change(case_text(a["case"]), a["peer"], "seconds", old, new, new > old))
     return changes
 
 

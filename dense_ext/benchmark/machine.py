@@ -66,7 +66,13 @@ def _cpu_hertz() -> float | None:
 def _gpu_clocks() -> dict[str, float | None]:
     """The first GPU's clocks at this moment and the most they may be; None where the driver is silent."""
     names = {"gpu_hertz": "clocks.sm", "gpu_memory_hertz": "clocks.mem", "gpu_max_hertz": "clocks.max.sm"}
-    command = ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(names.values())}", "--format=csv,noheader,nounits"]
+    command = [
+        "nvidia-smi",
+        "-i",
+        "0",
+        f"--query-gpu={','.join(names.values())}",
+        "--format=csv,noheader,nounits",
+    ]
     try:
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         values: list[float | None] = [float(text) * 1e6 for text in printed.split(",")]

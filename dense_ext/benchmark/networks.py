@@ -71,7 +71,7 @@ def torchvision_twin(
 
 
 def timm_twin(model: DenseNet) -> nn.Module:
-    """timm's DenseNet of ``model``'s shape, on the meta device; its parameters have the same names.
+    """DenseNet of timm, of ``model``'s shape, on the meta device; its parameters have the same names.
 
     Raises:
         UnavailableError: timm is not installed, or its DenseNet has no such shape.
@@ -84,7 +84,7 @@ def timm_twin(model: DenseNet) -> nn.Module:
     growth, bottleneck = shapes["features.denseblock1.denselayer1.conv2.weight"][:2]
     init_features, in_channels = shapes["features.conv0.weight"][:2]
     with torch.device("meta"):
-        twin: nn.Module = TimmDenseNet(
+        twin = TimmDenseNet(
             growth_rate=growth,
             block_config=tuple(len(m) for m in model.features if isinstance(m, modules.DenseBlock)),
             bn_size=bottleneck // growth,

@@ -7,7 +7,7 @@ A name says what a peer is: the library or remedy, how it is run, and ``-cl`` fo
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ _SOURCES = {"eager": "eager", "memory-efficient": "memory_efficient", "checkpoin
             "timm": "timm"}  # fmt: skip
 
 
-def _compile_within_budget(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+def _compile_within_budget(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
     """Inductor under the activation memory budget.
 
     A backend of its own: torch.compile would otherwise run what it compiled without the budget.
@@ -45,8 +45,7 @@ def _compile_within_budget(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -
     from torch._inductor.compile_fx import compile_fx
 
     with torch._functorch.config.patch(activation_memory_budget=ACTIVATION_BUDGET):
-        compiled: Callable[..., Any] = compile_fx(graph, list(inputs))
-    return compiled
+        return compile_fx(graph, list(inputs))
 
 
 # Shapes do not change within a run; a graph for any shape would be a slower one.

@@ -37,12 +37,14 @@ MARKERS = dict(zip(COLOURS, "o^sDvPXo^vPX", strict=True))
 def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Colour and marker of each peer; those without their own take what others leave, in order."""
     names = list(names)
-    spare = itertools.product("<>hp*d", dict.fromkeys(COLOURS.values()))
+    # 6 markers and 7 colours: 42 pairs before one comes again.
+    spare = zip(itertools.cycle("<>hp*d"), itertools.cycle(dict.fromkeys(COLOURS.values())))
     found = {}
     for name in names:
         marker, colour = (MARKERS[name], COLOURS[name]) if name in COLOURS else next(spare)
         found[name] = {"color": colour, "marker": marker}
     return found
+
 
 # What a page replaces by its own colours.
 INK, RULE, PAPER = "#333333", "#dddddd", "#ffffff"

@@ -91,7 +91,9 @@ def flops(primitive: str, shapes: Shapes) -> int:
         return count * math.prod(shapes[name] or ())
     weight = shapes["weight"] or ()
     backward = primitive.endswith("_backward")
-    product = next(shapes[name] for name in (("grad_bn", "grad") if backward else ("z", "y")) if name in shapes)
+    product = next(
+        shapes[name] for name in (("grad_bn", "grad") if backward else ("z", "y")) if name in shapes
+    )
     if primitive.startswith("bn_relu_conv3x3"):
         product = shapes["z"]  # as many pixels as its output
     pixels = math.prod((product or ())[:-1])
@@ -121,7 +123,9 @@ class PrimitiveCase:
         scalars: dict[str, Tensor | float | int] = {**_SCALARS.get(self.primitive, {})}
         return scalars | {name: self._tensor(name, dtype, device, generator) for name in self.shapes}
 
-    def _tensor(self, name: str, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
+    def _tensor(
+        self, name: str, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    ) -> Tensor:
         shape = self.shapes[name]
         if len(shape) < 4:
             vector = torch.rand(shape, device=device, generator=generator, dtype=accumulate_dtype(dtype))

@@ -67,7 +67,7 @@ def read_results(path: Path) -> Results:
         raise UsageError(f"{path} can't be read: {error.strerror}") from error
     except ValueError as error:
         raise UsageError(f"{path} is no result file: {error}") from error
-    if not isinstance(results, dict) or not HEAD <= results.keys():
+    if not isinstance(results, dict) or not results.keys() >= HEAD:
         raise UsageError(f"{path} is no result file of dense-ext")
     return results
 

@@ -54,7 +54,9 @@ def memory_lines(results: Results, path: Path, vary: str) -> None:
             for name, measured in by_peer.items():
                 values = [row["measures"][measure] / 1e6 for row in measured]
                 label = results["peers"][name]["label"]
-                axes.plot([row["case"][vary] for row in measured], values, label=label, markersize=4, **style[name])
+                axes.plot(
+                    [row["case"][vary] for row in measured], values, label=label, markersize=4, **style[name]
+                )
             axes.set(title=what, xlabel=vary.replace("_", " "), ylabel="MB")
             axes.set_ylim(bottom=0)
         _legend(figure, panels[0])
@@ -78,7 +80,9 @@ def speed_dots(results: Results, path: Path) -> None:
                 if row["peer"] == name and (eager := fastest_eager(results, row["case"]))
             ]
             if points:
-                axes.plot(*zip(*points, strict=True), label=results["peers"][name]["label"], linestyle="", **look)
+                axes.plot(
+                    *zip(*points, strict=True), label=results["peers"][name]["label"], linestyle="", **look
+                )
         axes.axvline(1, color=INK, linewidth=1, linestyle=":")
         axes.set_xlim(left=0)
         axes.set_xlabel("speed, fastest eager network = 1")

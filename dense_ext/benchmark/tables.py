@@ -162,7 +162,9 @@ def _counted(results: Results) -> list[Table]:
         ]
         what = vary.replace("_", " ")
         header = ("peer", "network", what, "kept for backward", "peak", "reserved", "lasting")
-        found.append(Table(f"memory of a training step in MB (1e6 bytes) against {what}", header, rows, left=2))
+        found.append(
+            Table(f"memory of a training step in MB (1e6 bytes) against {what}", header, rows, left=2)
+        )
     for measure, what in (("largest_batch", "largest batch"), ("deepest", "deepest network")):
         rows = [
             (peers[row["peer"]]["label"], row["case"]["dtype"], f"{row['case']['budget_bytes'] / 1e9:g}",
@@ -218,7 +220,8 @@ def _primitives(results: Results) -> list[Table]:
         bandwidth, rate = measures["minimum_bytes"] / median, measures["flops"] / median
         aten = unfused.get(str(case))
         rows.append((
-            case["primitive"], f"{case['where']}: {case['shape']}", case["dtype"], peers[row["peer"]]["label"],
+            case["primitive"], f"{case['where']}: {case['shape']}", case["dtype"],
+            peers[row["peer"]]["label"],
             f"{median * 1e6:.4g}", f"{aten / median:.2f}" if aten else "-",
             f"{bandwidth / 1e9:.3g}", f"{bandwidth / work['copy_bytes_per_second']:.0%}",
             f"{rate / 1e9:.4g}", f"{rate / work['matmul_flops_per_second'][case['dtype']]:.0%}",

@@ -57,7 +57,8 @@ def bench(
         list[str], typer.Option(help="dense_ext's policies, repeated or separated by commas.")
     ] = _POLICIES,
     peers: Annotated[
-        list[str], typer.Option(help="What to compare with, repeated or separated by commas; all for every peer.")
+        list[str],
+        typer.Option(help="What to compare with, repeated or separated by commas; all for every peer."),
     ] = _PEERS,
     backend: Backend = "auto",
     device: Device = None,
@@ -144,13 +145,13 @@ def _run_suite(name: str, options: SuiteOptions, peers: list[Peer], path: Path, 
     from ..benchmark.errors import MeasurementError
     from ..benchmark.figures import draw_all
     from ..benchmark.results import new_results
-    from ..benchmark.suites import SUITES
+    from ..benchmark.suites import DISAGREES, SUITES
 
     results = new_results(name, options.as_json())
     run = SUITES[name](options, peers, results)
     measure(run.run, run.ticks(), results)
     publish(results, path, partial(draw_all, stem=f"{name}-"), None if json else print_tables)
-    if any((row["failure"] or "").startswith("disagrees") for row in results["rows"]):
+    if any((row["failure"] or "").startswith(DISAGREES) for row in results["rows"]):
         raise MeasurementError("dense_ext's results are not the eager network's: see the rows without speed")
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from .base import Suite, SuiteOptions
 from .memory import MemorySuite, PaperSuite
 from .primitives import PrimitiveSuite
-from .speed import InferenceSuite, StepSuite
+from .speed import DISAGREES, InferenceSuite, StepSuite
 
 SUITES: dict[str, type[Suite]] = {
     suite.name: suite for suite in (MemorySuite, StepSuite, InferenceSuite, PrimitiveSuite, PaperSuite)
 }
 
-__all__ = ["SUITES", "Suite", "SuiteOptions"]
+__all__ = ["DISAGREES", "SUITES", "Suite", "SuiteOptions"]

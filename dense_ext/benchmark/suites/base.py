@@ -96,10 +96,21 @@ def failing_into(row: Row) -> Iterator[None]:
         yield
     except Exception as error:
         row["failure"] = reason(error)
-        del error
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    if row["failure"] is not None:
+        _collect()
+
+
+def _collect() -> None:
+    """Give back the memory of what nobody refers to."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def release() -> None:
+    """Give back what the networks so far hold, compiled ones too."""
+    torch._dynamo.reset()
+    _collect()
 
 
 class Suite(ABC):

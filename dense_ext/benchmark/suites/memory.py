@@ -12,7 +12,7 @@ from ..errors import UnavailableError
 from ..memory import largest, lasting_bytes, saved_bytes, step_peaks
 from ..networks import small_densenet
 from ..peers import Peer
-from .base import Case, Row, Suite, failing_into, new_row
+from .base import Case, Row, Suite, failing_into, new_row, release
 
 _SIZE = 32
 _MOST_IMAGES = 8192  # a search for the largest batch ends here
@@ -30,7 +30,7 @@ class _CountedSuite(Suite):
     """A suite that counts the bytes of training steps of the papers' networks for small images."""
 
     def case(self, vary: str, depth: int, growth_rate: int, batch: int, dtype: str) -> Case:
-        labels = {"vary": vary, "depth": depth, "growth_rate": growth_rate}
+        labels: dict[str, str | int] = {"vary": vary, "depth": depth, "growth_rate": growth_rate}
         build = partial(_small, depth=depth, growth_rate=growth_rate)
         return Case(build, batch, self.options.size or _SIZE, dtype, labels)
 
@@ -79,7 +79,7 @@ class MemorySuite(_CountedSuite):
 
     def measure(self) -> None:
         for case in self.cases():
-            torch._dynamo.reset()
+            release()
             for peer in self.peers:
                 self.count(case, peer)
         for case in self.searches():
@@ -94,7 +94,7 @@ class MemorySuite(_CountedSuite):
         self.rows.append(row)
 
         def fits(batch: int) -> bool:
-            torch._dynamo.reset()
+            release()
             try:
                 sized = Case(case.build, batch, case.size, case.dtype, case.labels)
                 step, images, labels = self.training_step(sized, peer)
@@ -127,7 +127,7 @@ class PaperSuite(_CountedSuite):
         for dtype in self.options.dtypes:
             counted: dict[str, list[Row]] = {peer.name: [] for peer in self.peers}
             for case in self.cases(dtype):
-                torch._dynamo.reset()
+                release()
                 for peer in self.peers:
                     counted[peer.name].append(self.count(case, peer))
             for rows in counted.values():

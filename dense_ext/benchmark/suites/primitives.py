@@ -52,18 +52,18 @@ def unfused(primitive: str, tensors: Arguments) -> Callable[[], tuple[Tensor, ..
 
     source = tensors["z" if name == "bn_relu_conv3x3" else "x"]
     x = leaf(source.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last))
-    parameters = [leaf(tensors[n].to(x.dtype)) for n in ("scale", "shift")]
+    scale, shift = (leaf(tensors[n]) for n in ("scale", "shift"))
     weights = [leaf(tensors["weight"])] if "weight" in tensors else []
 
     def forward() -> Tensor:
-        activated = F.relu(F.batch_norm(x, None, None, *parameters, training=True))
+        activated = F.relu(F.batch_norm(x, None, None, scale, shift, training=True))
         return _AFTER_ACTIVATION[name](activated, *weights)
 
     if not backward:
         return torch.no_grad()(lambda: (forward(),))
     y = forward()
     grad = tensors["grad_bn" if name == "bn_relu_conv1x1" else "grad"].permute(0, 3, 1, 2)
-    return lambda: torch.autograd.grad(y, [x, *parameters, *weights], grad, retain_graph=True)
+    return lambda: torch.autograd.grad(y, [x, scale, shift, *weights], grad, retain_graph=True)
 
 
 def _reference_outputs(primitive: str, tensors: Arguments) -> tuple[Tensor, ...]:
@@ -106,9 +106,7 @@ def unfused_error(case: PrimitiveCase, tensors: Arguments) -> float:
     """PyTorch's own error, against itself in float64."""
     copies = {name: _copied(value) for name, value in tensors.items()}
     exact = {name: _double(value) for name, value in tensors.items()}
-    return relative_error(
-        list(unfused(case.primitive, copies)()), list(unfused(case.primitive, exact)())
-    )
+    return relative_error(list(unfused(case.primitive, copies)()), list(unfused(case.primitive, exact)()))
 
 
 class PrimitiveSuite(Suite):
@@ -155,7 +153,9 @@ class PrimitiveSuite(Suite):
     def new_row(self, case: PrimitiveCase, dtype: str, peer: str) -> Row:
         shapes = {name: "x".join(map(str, shape)) for name, shape in case.shapes.items() if len(shape) == 4}
         vectors = {name: str(shape[-1]) for name, shape in case.shapes.items()}
-        shape = " ".join(f"{name} {text}" for name, text in (shapes or dict([next(iter(vectors.items()))])).items())
+        shape = " ".join(
+            f"{name} {text}" for name, text in (shapes or dict([next(iter(vectors.items()))])).items()
+        )
         row = new_row(
             {"primitive": case.primitive, "where": case.where, "shape": shape, "dtype": dtype}, peer
         )

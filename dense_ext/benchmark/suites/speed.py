@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
@@ -22,10 +21,13 @@ from ..networks import plain, takes_small_images
 from ..peers import Peer
 from ..step import DTYPES, InferenceStep
 from ..timing import calls_per_sample, interleave
-from .base import Case, Row, Suite, failing_into
+from .base import Case, Row, Suite, failing_into, release
 
 FAMILY = ("densenet121", "densenet169", "densenet201", "densenet161", "densenet264",
           "densenet_bc_100_12", "densenet_bc_250_24", "densenet_bc_190_40")  # fmt: skip
+# How the failure of a row with wrong values begins.
+DISAGREES = "disagrees"
+
 Call = Callable[[], Any]
 
 
@@ -74,33 +76,33 @@ class _TimedSuite(Suite):
         for case in self.cases():
             size, build = case.size, case.build
             flops = flops_per_image(lambda build=build: plain(build(10)), size, self.training)  # type: ignore[misc]
-            torch._dynamo.reset()
             rows: list[Row] = []
             for group in [[p] for p in self.peers] if self.gpu else [self.peers]:
-                rows += self.time(case, group, flops * case.batch)
-            mark_disagreement(rows, self.results["peers"], LOSS_TOLERANCE[case.dtype])
+                release()
+                self.time(case, group, flops * case.batch, rows)
 
-    def time(self, case: Case, peers: list[Peer], flops: int) -> list[Row]:
-        """A row for each peer, timed together."""
-        calls: dict[str, Call] = {}
-        rows: dict[str, Row] = {}
+    def time(self, case: Case, peers: list[Peer], flops: int, rows: list[Row]) -> None:
+        """Time some of a case's peers together; adds to ``rows``, its rows so far."""
+        calls: dict[str, tuple[Call, Row]] = {}
         for peer in peers:
             self.tick(f"{peer.name}: {case}")
-            row = rows[peer.name] = self.row(case, peer)
+            row = self.row(case, peer)
+            rows.append(row)
             with failing_into(row):
                 call = self.prepare(case, peer, row)
                 # More than a graph's eager calls, and what torch.compile takes to be done.
                 row["values"] = [self.value(call) for _ in range(5)][:2]
                 row["measures"]["flops"] = flops
-                calls[peer.name] = _surviving(call, row)
-        if calls:
-            count = calls_per_sample(next(iter(calls.values())), self.device)
-            samples = {name: rows[name]["seconds"] for name in calls}
-            interleave(calls, samples, self.device, self.options.rounds, count, self.tick)
-        for row in rows.values():
+                calls[peer.name] = call, row
+        mark_disagreement(rows, self.results["peers"], LOSS_TOLERANCE[case.dtype])
+        timed = {name: _surviving(*pair) for name, pair in calls.items() if pair[1]["failure"] is None}
+        if timed:
+            count = calls_per_sample(next(iter(timed.values())), self.device)
+            samples = {name: calls[name][1]["seconds"] for name in timed}
+            interleave(timed, samples, self.device, self.options.rounds, count, self.tick)
+        for _, row in calls.values():
             if row["failure"] is not None:
                 row["seconds"].clear()
-        return list(rows.values())
 
     @abstractmethod
     def prepare(self, case: Case, peer: Peer, row: Row) -> Call:
@@ -129,19 +131,14 @@ def _surviving(call: Call, row: Row) -> Call:
 
 
 def mark_disagreement(rows: list[Row], peers: dict[str, Any], tolerance: float) -> None:
-    """No speed for rows of dense_ext whose values are not those of the first peer that ran.
-
-    Such a row keeps its values; its samples go, and ``failure`` begins with "disagrees".
-    """
+    """Rows of dense_ext whose values are not those of the first peer that ran fail: they "disagree"."""
     reference = next((r for r in rows if r["failure"] is None and not peers[r["peer"]]["ours"]), None)
     for row in rows:
         if row["failure"] is not None or not peers[row["peer"]]["ours"] or reference is None:
             continue
         for got, expected in zip(row["values"], reference["values"], strict=True):
-            difference = abs(got - expected) / abs(expected)
-            if not (math.isfinite(got) and difference <= tolerance):
-                row["failure"] = f"disagrees: {got:.6g}, {reference['peer']} has {expected:.6g}"
-                row["seconds"].clear()
+            if not abs(got - expected) <= tolerance * abs(expected):  # NaN is not
+                row["failure"] = f"{DISAGREES}: {got:.6g}, {reference['peer']} has {expected:.6g}"
 
 
 class StepSuite(_TimedSuite):
