@@ -34,8 +34,9 @@ def result(
         row["measures"] = dict(measures)
         made.append(row)
     return {
-        "kind": "step", "date": "", "machine": MACHINE, "versions": {"torch": "2.11"}, "commit": None, "options": {},
-        "interrupted": False, "peers": {"dense_ext-none": {"label": "ours", "ours": True}}, "rows": made,
+        "kind": "step", "date": "", "machine": MACHINE, "versions": {"torch": "2.11"}, "commit": None,
+        "options": {}, "interrupted": False,
+        "peers": {"dense_ext-none": {"label": "ours", "ours": True}}, "rows": made,
     }  # fmt: skip
 
 

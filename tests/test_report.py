@@ -33,7 +33,8 @@ def suite_result(kind: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     kept = {key: head[key] for key in ("date", "machine", "versions", "commit")}
     return {
         **kept, "kind": kind, "interrupted": True, "rows": rows, "options": {"device": "cpu"}, "data": "none",
-        "peers": {"eager": {"label": "eager <b>", "ours": False}, "cpu": {"label": "dense_ext, cpu", "ours": True}},
+        "peers": {"eager": {"label": "eager <b>", "ours": False},
+                  "cpu": {"label": "dense_ext, cpu", "ours": True}},
         "work": {"copy_bytes_per_second": 1e10, "matmul_flops_per_second": {"float32": 1e11}},
     }  # fmt: skip
 
@@ -116,7 +117,7 @@ def test_page_needs_nothing_beside_itself(report: Path) -> None:
 def test_references_within_the_page_are_unique_and_kept(report: Path) -> None:
     text = report.read_text()
     ids = re.findall(r' id="([^"]+)"', text)
-    assert {r for r in re.findall(r'(?:href="|url\()#([^")]+)', text)} <= set(ids)
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', text)) <= set(ids)
     assert len(set(ids)) == len(ids)
 
 
@@ -188,9 +189,8 @@ def test_page_in_a_browser(browser: Any, report: Path, scheme: str, width: int) 
         ink = figures.nth(i).locator("text").first.evaluate("e => getComputedStyle(e).fill")
         brightness = sum(int(v) for v in re.findall(r"\d+", ink)[:3]) / 3
         assert (brightness > 128) == dark
-    smallest = page.evaluate(
-        "Math.min(...[...document.querySelectorAll('td, th, dd')].map(e => parseFloat(getComputedStyle(e).fontSize)))"
-    )
-    assert smallest >= 13
+    size_of = "all => all.map(e => parseFloat(getComputedStyle(e).fontSize))"
+    sizes = page.locator("td, th, dd").evaluate_all(size_of)
+    assert min(sizes) >= 13
     assert complaints == []
     context.close()

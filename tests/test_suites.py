@@ -19,7 +19,9 @@ from dense_ext.cli import main
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
-jsonschema = pytest.importorskip("jsonschema")
+pytest.importorskip("jsonschema")
+
+import jsonschema
 
 from dense_ext.benchmark import bench, peers, suites
 from dense_ext.benchmark.memory import largest
@@ -87,7 +89,7 @@ def test_schema_refuses_a_row_with_an_unknown_measure() -> None:
 def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     kept = suites.memory.MemorySuite.cases
     monkeypatch.setattr(suites.memory.MemorySuite, "cases", lambda self: kept(self)[:2])
-    results = run("memory", tmp_path, "--peers", "eager-cl,checkpoint", "--budget", "0.0045")
+    results = run("memory", tmp_path, "--peers", "eager-cl,checkpoint", "--budget", "0.0055")
     assert "largest batch that fits" in capsys.readouterr().out
     rows = by_peer(results)
     eager, ours, checkpointed = rows["eager-cl"], rows["dense_ext-bottleneck"], rows["checkpoint"]
@@ -102,10 +104,10 @@ def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 
 def test_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = suites.memory.PaperSuite.case
-    monkeypatch.setattr(
-        suites.memory.PaperSuite, "cases", lambda self, dtype: [case(self, "depth", d, 12, 2, dtype) for d in (10, 16, 22)]
-    )  # fmt: skip
+    def shallow(self: suites.memory.PaperSuite, dtype: str) -> list[suites.base.Case]:
+        return [self.case("depth", depth, 12, 2, dtype) for depth in (10, 16, 22)]
+
+    monkeypatch.setattr(suites.memory.PaperSuite, "cases", shallow)
     rows = by_peer(run("paper", tmp_path, "--peers", "eager-cl", "--budget", "0.05"))
     deepest = {peer: rows[peer][-1]["measures"]["deepest"] for peer in rows}
     assert deepest["dense_ext-bottleneck"] > deepest["eager-cl"] > 22
