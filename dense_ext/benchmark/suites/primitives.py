@@ -118,21 +118,22 @@ class PrimitiveSuite(Suite):
         super().__init__(*args, **kwargs)
         labels = {ATEN: "unfused ATen", **{name: f"dense_ext, {name}" for name in BACKENDS}}
         self.results["peers"] = {n: {"label": label, "ours": n != ATEN} for n, label in labels.items()}
-        self.batch_size = self.options.batch or (64 if self.gpu else 2)
+        self.cases = self._cases()
 
-    def cases(self) -> list[PrimitiveCase]:
+    def _cases(self) -> list[PrimitiveCase]:
         """The cases of the models, equal ones once."""
+        batch = self.options.batch or (64 if self.gpu else 2)
         found: dict[str, PrimitiveCase] = {}
         for name in self.options.models or ("densenet121",):
             with torch.device("meta"):
                 small = takes_small_images(MODELS[name]())
             size = self.options.size or (32 if small else 224 if self.gpu else 128)
-            for case in model_cases(MODELS[name], self.batch_size, size):
+            for case in model_cases(MODELS[name], batch, size):
                 found.setdefault(f"{case.primitive}{case.shapes}{case.widths}", case)
         return list(found.values())
 
     def ticks(self) -> int:
-        return 1 + len(self.cases()) * len(self.options.dtypes) * (1 + len(BACKENDS))
+        return 1 + len(self.cases) * len(self.options.dtypes) * (1 + len(BACKENDS))
 
     def measure(self) -> None:
         self.tick("the machine's rates")
@@ -143,7 +144,7 @@ class PrimitiveSuite(Suite):
                 dtype: matmul_rate(self.device, DTYPES[dtype]) for dtype in self.options.dtypes
             },
         }
-        for case in self.cases():
+        for case in self.cases:
             for dtype in self.options.dtypes:
                 tensors = case.tensors(DTYPES[dtype], self.device)
                 for peer in self.results["peers"]:

@@ -98,6 +98,8 @@ class _TimedSuite(Suite):
         timed = {name: _surviving(*pair) for name, pair in calls.items() if pair[1]["failure"] is None}
         if timed:
             count = calls_per_sample(next(iter(timed.values())), self.device)
+            for name in timed:
+                calls[name][1]["calls_per_sample"] = count
             samples = {name: calls[name][1]["seconds"] for name in timed}
             interleave(timed, samples, self.device, self.options.rounds, count, self.tick)
         for _, row in calls.values():
