@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ pytest.importorskip("jsonschema")
 import jsonschema
 
 from dense_ext.benchmark import bench, peers, suites
+from dense_ext.benchmark.graphs import GraphedStep
 from dense_ext.benchmark.memory import largest
 from dense_ext.benchmark.networks import small_densenet
 from dense_ext.benchmark.suites.base import new_row
@@ -89,16 +91,15 @@ def test_schema_refuses_a_row_with_an_unknown_measure() -> None:
 def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     kept = suites.memory.MemorySuite.cases
     monkeypatch.setattr(suites.memory.MemorySuite, "cases", lambda self: kept(self)[:2])
-    results = run("memory", tmp_path, "--peers", "eager-cl,checkpoint", "--budget", "0.0055")
+    results = run("memory", tmp_path, "--peers", "eager-cl", "--budget", "0.0055")
     assert "largest batch that fits" in capsys.readouterr().out
     rows = by_peer(results)
-    eager, ours, checkpointed = rows["eager-cl"], rows["dense_ext-bottleneck"], rows["checkpoint"]
+    eager, ours = rows["eager-cl"], rows["dense_ext-bottleneck"]
     assert [row["case"]["depth"] for row in eager[:2]] == [22, 40]
     for a, b in zip(eager[:2], ours[:2], strict=True):
         assert a["measures"]["saved_bytes"] > 4 * b["measures"]["saved_bytes"]
         assert a["measures"]["lasting_bytes"] == b["measures"]["lasting_bytes"]
         assert a["measures"]["peak_bytes"] > b["measures"]["peak_bytes"]
-    assert checkpointed[1]["measures"]["saved_bytes"] < eager[1]["measures"]["saved_bytes"]
     assert 0 < eager[2]["measures"]["largest_batch"] < ours[2]["measures"]["largest_batch"]
     assert {p.name for p in tmp_path.iterdir()} == {"memory.json", "memory-depth.png"}
 
@@ -273,6 +274,67 @@ def test_compiled_within_a_budget() -> None:
             step.model, lambda step=step, peer=peer: step.loss(peer.images(x), labels)[0]
         )
     assert saved["budget-cl"] < saved["compile-cl"]
+
+
+class Recording:
+    """Stands in for torch.cuda's stream, its graph and their contexts: what happens in which order."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments, **options: self.events.append(name)
+
+    @contextmanager
+    def context(self, name: str) -> Iterator[None]:
+        self.events.append(name)
+        yield
+
+
+def test_a_graph_is_recorded_once_after_eager_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Recording()
+    for name, stand_in in {
+        "Stream": lambda device: seen, "CUDAGraph": lambda: seen, "current_stream": lambda: seen,
+        "stream": lambda stream: seen.context("eager"), "graph": lambda graph, stream: seen.context("record"),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    calls = itertools.count(1)
+    step = GraphedStep(lambda images, labels: next(calls), torch.device("cpu"))
+    x = torch.zeros(1)
+    assert [step(x, x) for _ in range(6)] == [1, 2, 3, 4, 4, 4]
+    ran = [event for event in seen.events if event != "wait_stream"]
+    assert ran == ["eager"] * 3 + ["record", "replay", "replay", "replay"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("peer", ["graph-cl", "dense_ext-none-graph", "dense_ext-block-graph"])
+def test_graphed_training_is_the_plain_one(peer: str) -> None:
+    device = torch.device("cuda")
+    model, labels = small_densenet(10, 12), torch.arange(4, device=device)
+    x = peers.PEERS[peer].images(torch.randn(4, 3, 8, 8, device=device))
+    plain, recorded = (
+        bench.sgd_step(
+            peers.PEERS[peer].build(model, model.state_dict(), device, "auto"), torch.float32, device
+        )
+        for _ in range(2)
+    )
+    graphed = GraphedStep(recorded, device)
+    expected = [float(plain(x, labels)[0]) for _ in range(8)]
+    assert [float(graphed(x, labels)[0]) for _ in range(8)] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("suite", ["memory", "step", "inference", "primitives"])
+def test_suites_on_a_gpu(suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = suites.memory.MemorySuite.cases
+    monkeypatch.setattr(suites.memory.MemorySuite, "cases", lambda self: cases(self)[:1])
+    model = () if suite == "memory" else ("--model", "tiny")
+    chosen = ("--device", "cuda", "--dtype", "float32", "--peers", "eager-cl,graph-cl", "--budget", "0.01")
+    rows = run(suite, tmp_path, *model, *chosen)["rows"]
+    elsewhere = set(dense_ext.backends.BACKENDS) - set(dense_ext.available_backends("cuda"))
+    for row in rows:
+        assert (row["failure"] is None) == (row["peer"] not in elsewhere)
+        assert suite != "memory" or row["measures"].keys() & {"reserved_bytes", "largest_batch"}
 
 
 def test_all_peers() -> None:

@@ -71,18 +71,21 @@ def speed_dots(results: Results, path: Path) -> None:
     cases = list({str(row["case"]): row["case"] for row in rows}.values())
     style = styles(dict.fromkeys(row["peer"] for row in rows))
 
+    # Within a case's band each peer has its own height, so that equal speeds do not cover each other.
+    heights = dict(zip(style, np.linspace(-0.35, 0.35, len(style)) if len(style) > 1 else [0.0], strict=True))
+
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for name, look in style.items():
             points = [
-                (eager / statistics.median(row["seconds"]), cases.index(row["case"]))
+                (eager / statistics.median(row["seconds"]), cases.index(row["case"]) + heights[name])
                 for row in rows
                 if row["peer"] == name and (eager := fastest_eager(results, row["case"]))
             ]
             if points:
-                axes.plot(
-                    *zip(*points, strict=True), label=results["peers"][name]["label"], linestyle="", **look
-                )
+                label = results["peers"][name]["label"]
+                axes.plot(*zip(*points, strict=True), label=label, linestyle="", **look)
+        axes.grid(axis="y", visible=False)
         axes.axvline(1, color=INK, linewidth=1, linestyle=":")
         axes.set_xlim(left=0)
         axes.set_xlabel("speed, fastest eager network = 1")
@@ -92,7 +95,7 @@ def speed_dots(results: Results, path: Path) -> None:
         _legend(figure, axes)
         title(figure, {"step": "Training steps", "inference": "Inference"}[results["kind"]], _where(results))
 
-    save(path, 9, 1.8 + 0.5 * len(cases) + 0.12 * len(style), draw)
+    save(path, 9, 1.8 + (0.3 + 0.06 * len(style)) * len(cases) + 0.12 * len(style), draw)
 
 
 def roofline(results: Results, path: Path, dtype: str) -> None:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 RESULT = "bench.json"
 _UNSTEADY = 1.5  # slowest sample over fastest, from where on they are doubtful
+_DOUBT = "something else may have run on the machine"
 _SUITES = ("quick", "memory", "step", "inference", "primitives", "paper")
 _POLICIES = [",".join(RECOMPUTE)]
 _PEERS = ["eager,eager-cl,memory-efficient,memory-efficient-cl"]
@@ -151,6 +152,9 @@ def _run_suite(name: str, options: SuiteOptions, peers: list[Peer], path: Path, 
     run = SUITES[name](options, peers, results)
     measure(run.run, run.ticks(), results)
     publish(results, path, partial(draw_all, stem=f"{name}-"), None if json else print_tables)
+    timed = [row["seconds"] for row in results["rows"] if row["seconds"]]
+    if unsteady := sum(max(samples) > _UNSTEADY * min(samples) for samples in timed):
+        remark(f"samples of {unsteady} of {len(timed)} rows spread by more than {_UNSTEADY}x: {_DOUBT}")
     if any((row["failure"] or "").startswith(DISAGREES) for row in results["rows"]):
         raise MeasurementError("dense_ext's results are not the eager network's: see the rows without speed")
 
@@ -167,4 +171,4 @@ def _print_quick(results: Results) -> None:
             f"{work['copy_bytes_per_second'] / 1e9:.3g} GB/s (read and written).\n"
         )
         if any(s["max"] > _UNSTEADY * s["min"] for s in speed.values()):
-            remark(f"samples spread by more than {_UNSTEADY}x: something else may have run on the machine")
+            remark(f"samples spread by more than {_UNSTEADY}x: {_DOUBT}")
