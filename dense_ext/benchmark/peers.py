@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch._functorch.config
+import torch._inductor
 from torch import Tensor, nn
 
 from ..backends import BACKENDS, unavailable_reasons
@@ -51,7 +52,15 @@ def _compile_within_budget(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -
 # Shapes do not change within a run; a graph for any shape would be a slower one.
 _COMPILERS: dict[str, dict[str, Any]] = {
     "compile": {"dynamic": False},
-    "autotune": {"dynamic": False, "mode": "max-autotune"},
+    # The mode's own options, and none of its printing over the progress bar.
+    "autotune": {
+        "dynamic": False,
+        "options": {
+            **torch._inductor.list_mode_options("max-autotune"),
+            "autotune_num_choices_displayed": 0,
+            "max_autotune_report_choices_stats": False,
+        },
+    },
     "budget": {"dynamic": False, "backend": _compile_within_budget},
 }
 
