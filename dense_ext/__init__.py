@@ -3,6 +3,7 @@
 Swap the dense blocks of an existing model with :func:`swap`, or build with :class:`DenseNet`.
 """
 
+from . import memory
 from .backends import available_backends, use_backend
 from .models import (
     DenseNet,
@@ -38,6 +39,7 @@ __all__ = [
     "densenet_bc_100_12",
     "densenet_bc_190_40",
     "densenet_bc_250_24",
+    "memory",
     "report",
     "restore",
     "swap",

@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 
-from . import cpu
+from . import cpu, triton
 from .base import PRIMITIVES, Backend
 from .cpu import CPUBackend
 from .reference import ReferenceBackend
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (CPUBackend(), ReferenceBackend())}
+BACKENDS: dict[str, Backend] = {b.name: b for b in (CPUBackend(), triton.load(), ReferenceBackend())}
 
 # Fastest first; `auto` walks this list.
-PREFERENCE = ("cpu", "reference")
+PREFERENCE = ("cpu", "triton", "reference")
 
 ENVIRONMENT_VARIABLE = "DENSE_EXT_BACKEND"
 

@@ -54,12 +54,31 @@ class Backend(ABC):
     """One implementation of the primitives. Stateless: an instance only names the code."""
 
     name: ClassVar[str]
+    # Whether products take both factors in the activations' dtype, as tensor cores do, rather than
+    # widened; what they add up is in the accumulation dtype either way.
+    rounds_operands: ClassVar[bool] = False
 
     @abstractmethod
     def can_run(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
         """None if ``primitive`` can run on tensors of ``dtype`` on ``device``, else the reason why not."""
 
     # --- per-channel vectors -------------------------------------------------------------
+
+    def scratch_bytes(
+        self, primitive: str, pixels: int, in_channels: int, out_channels: int, dtype: torch.dtype
+    ) -> int:
+        """Bytes from PyTorch's allocator that a call of ``primitive`` holds at most beside its arguments.
+
+        For :mod:`dense_ext.memory`. A backend that does not say allocates nothing.
+
+        Args:
+            primitive: one of ``PRIMITIVES``.
+            pixels: M of what the primitive normalises: x, or z for the 3x3 convolution.
+            in_channels: C of the same.
+            out_channels: channels its forward writes.
+            dtype: of the activations.
+        """
+        return 0
 
     @abstractmethod
     def channel_stats(self, x: Tensor, mean: Tensor, var: Tensor) -> None:
@@ -200,7 +219,8 @@ class Backend(ABC):
 
         ``dy = grad + u*y + v`` is formed on the fly. Then
         ``grad_bn = conv3x3^T(dy, weight) * (scale*z + shift > 0)`` (written),
-        ``sums = [sum grad_bn, sum grad_bn*(z - mean)]`` and ``grad_weight`` unless None.
+        ``sums = [sum grad_bn, sum grad_bn*(z - mean)]`` and ``grad_weight`` unless None. ``grad`` is
+        scratch afterwards.
 
         Shapes: grad, y [N, H, W, K]; u, v [K]; z, grad_bn [N, H, W, B]; mean, scale, shift [B];
         weight, grad_weight [K, B, 3, 3]; sums [2, B] (written).
@@ -264,3 +284,13 @@ class Backend(ABC):
         ``grad_x = scale * g`` and ``sums = [sum g, sum g*(x - mean)]``.
         Shapes: grad [N, (H-1)//2 + 1, (W-1)//2 + 1, C]; x, grad_x [N, H, W, C]; sums [2, C].
         """
+
+
+class Unavailable:
+    """Stands for a backend that can't be imported: it runs nothing and says why."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name, self.reason = name, reason
+
+    def can_run(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
+        return self.reason

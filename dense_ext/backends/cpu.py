@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from .base import PRIMITIVES, STORAGE_DTYPES, Backend
+from .base import PRIMITIVES, STORAGE_DTYPES, Backend, accumulate_dtype
 
 # PyTorch's name for the instruction set -> the libraries such a machine runs, best first.
 LIBRARIES = {
@@ -62,6 +62,15 @@ def _unavailable(primitive: str) -> Callable[..., NoReturn]:
     return fail
 
 
+# The most values in the matrix product's vectors and panels, over instruction sets; see csrc/cpu/gemm.h.
+_VECTOR, _PANEL = 16, 32
+
+
+def _whole(channels: int, width: int) -> int:
+    """``channels`` rounded up to a multiple of ``width``."""
+    return -(-channels // width) * width
+
+
 class CPUBackend(Backend):
     """The primitives as compiled ops, ``torch.ops.dense_ext.*``; see csrc/ops.cpp."""
 
@@ -77,6 +86,21 @@ class CPUBackend(Backend):
         if dtype not in STORAGE_DTYPES:
             return f"dtype {dtype} is not one of {', '.join(str(d) for d in STORAGE_DTYPES)}"
         return None
+
+    def scratch_bytes(
+        self, primitive: str, pixels: int, in_channels: int, out_channels: int, dtype: torch.dtype
+    ) -> int:
+        threads, wide = torch.get_num_threads(), accumulate_dtype(dtype).itemsize
+        sums = 2 * 8 * threads * max(in_channels, out_channels)  # in float64
+        if "conv" not in primitive:
+            return sums
+        # The weight, packed; backward packs it transposed, and each thread has a gradient of its own.
+        taps = 9 if "conv3x3" in primitive else 1
+        transposed = taps * _whole(in_channels, _PANEL) * out_channels
+        if primitive.endswith("forward"):
+            return sums + wide * taps * in_channels * _whole(out_channels, _PANEL)
+        gradient = taps * in_channels * _whole(out_channels, _VECTOR) if taps > 1 else transposed
+        return sums + wide * (transposed + threads * gradient)
 
     # The op itself is the attribute: it takes no self, and a call costs no second Python frame.
     channel_stats = _op("channel_stats")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,6 +47,32 @@ class ReferenceBackend(Backend):
         if dtype not in STORAGE_DTYPES:
             return f"dtype {dtype} is not a floating type it handles"
         return None
+
+    def scratch_bytes(
+        self, primitive: str, pixels: int, in_channels: int, out_channels: int, dtype: torch.dtype
+    ) -> int:
+        """Counted from the formulas below; c and k are a pixel's in and out channels, widened.
+
+        Widening copies 16-bit activations, which shows where nothing larger is alive.
+        """
+        wide = accumulate_dtype(dtype)
+        c, k = in_channels * wide.itemsize, out_channels * wide.itemsize
+        copy = c if wide != dtype else 0
+        indices = 8 * in_channels / 4  # of the max pool, int64
+        a_pixel = {
+            "channel_stats": copy,
+            "affine_gradient": 2 * c + copy,
+            "scaled_accumulate": c + 2 * copy,
+            "bn_relu_conv1x1_forward": c + max(copy, k),
+            "bn_relu_conv1x1_backward": k + 4 * c,  # dz; a, g, x - mean and its product with g
+            "bn_relu_conv3x3_forward": c + max(copy, k),
+            "bn_relu_conv3x3_backward": k + 5 * c,  # dy; a, da, g and the same two
+            "bn_relu_pool_conv1x1_forward": c + max(copy, (c + k) / 4),
+            "bn_relu_pool_conv1x1_backward": 5.25 * c,  # a, the windows' gradient, spread, g, the two
+            "bn_relu_maxpool_forward": c + max(copy, c / 4 + indices),
+            "bn_relu_maxpool_backward": 5.25 * c + indices,  # a, the maxima, da, g, the two
+        }
+        return math.ceil(pixels * a_pixel.get(primitive, 0))
 
     def channel_stats(self, x: Tensor, mean: Tensor, var: Tensor) -> None:
         v, m = torch.var_mean(_widen(x), dim=(0, 1, 2), correction=0)

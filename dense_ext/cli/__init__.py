@@ -1,7 +1,7 @@
 """The command line, ``dense-ext``: one file per command.
 
-Exit codes: 0 done; 1 the measurement failed its check; 2 bad options, missing data or packages;
-130 interrupted, what was measured is kept.
+Exit codes: 0 done; 1 the measurement failed its check, or the plan does not fit; 2 bad options, missing
+data or packages; 130 interrupted, what was measured is kept.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from ..version import __version__
-from . import bench, info, models, report, train
+from . import bench, info, models, plan, report, train
 
 __all__ = ["main"]
 
@@ -23,14 +23,15 @@ _EXTRA = {"torchvision", "matplotlib", "sklearn", "scipy", "numpy", "jinja2", "P
 app = typer.Typer(
     name="dense-ext",
     help="DenseNets in linear memory: what is installed, how it measures up, and training.",
-    epilog="Exit codes: 0 done, 1 a measurement failed its check, 2 bad options, data or packages, "
-    "130 interrupted.",
+    epilog="Exit codes: 0 done, 1 a measurement failed its check or a plan does not fit, "
+    "2 bad options, data or packages, 130 interrupted.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command()(info.info)
 app.command()(bench.bench)
 app.command()(models.models)
+app.command()(plan.plan)
 app.command()(train.train)
 app.command()(report.report)
 

@@ -9,12 +9,14 @@ served by the original's forward.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import TypeVar
 
 from torch import nn
 
 from ..checks import check_options
 from .adapter import Adapter, Candidate, adapters
+from .automatic import policies_that_fit
 from .report import Report, Row, served_by
 
 __all__ = ["Report", "Row", "report", "restore", "swap"]
@@ -28,7 +30,13 @@ def _candidates(model: nn.Module) -> list[tuple[Adapter, Candidate]]:
 
 
 def swap(
-    model: Model, *, recompute: str = "bottleneck", backend: str = "auto", strict: bool = False
+    model: Model,
+    *,
+    recompute: str = "bottleneck",
+    backend: str = "auto",
+    strict: bool = False,
+    input_shape: Sequence[int] | None = None,
+    memory: int | str | None = None,
 ) -> Model:
     """Make a DenseNet's dense blocks, transitions and stem run fused. In place; returns ``model``.
 
@@ -38,30 +46,42 @@ def swap(
 
     Args:
         model: a torchvision DenseNet, or a model that contains one.
-        recompute: as :class:`dense_ext.DenseBlock`.
+        recompute: as :class:`dense_ext.DenseBlock`; or ``"auto"``: for each block what computes least
+            again while a training step in the parameters' dtype, with AdamW's state, still fits
+            (:meth:`dense_ext.memory.Planner.choose`). The model is then itself a DenseNet.
         backend: as :class:`dense_ext.DenseBlock`.
         strict: raise, before anything is changed, if a part cannot be served.
+        input_shape: for ``"auto"``, N, C, H, W of the images of a step.
+        memory: for ``"auto"``, the bytes to fit into, also as ``"80GiB"``; None for what the model's
+            device has for this process.
 
     Raises:
-        TypeError: model is not a module.
+        TypeError: model is not a module, or memory is no size.
         ValueError: an unknown option; no dense block in the model; with ``strict``, a part that
-            cannot be served.
+            cannot be served; ``"auto"`` without input_shape, or for a model that is not a whole
+            DenseNet of parts that can be served, or no policy fits; input_shape or memory
+            without ``"auto"``. Nothing is changed then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    check_options(recompute, backend)
+    automatic = recompute == "auto"
+    check_options("none" if automatic else recompute, backend)
+    if not automatic and (input_shape is not None or memory is not None):
+        raise ValueError(f'input_shape and memory go with recompute="auto", got recompute={recompute!r}')
     found = _candidates(model)
     if not found:
         raise ValueError(f"{type(model).__name__} contains no dense block that dense_ext knows")
     refused = [f"{c.name}: {c.reason}" for _, c in found if c.reason is not None]
     if refused:
         message = "left as they are: " + "; ".join(refused)
-        if strict:
-            raise ValueError(f"dense_ext.swap(strict=True): {message}")
+        if strict or automatic:
+            option = "strict=True" if strict else 'recompute="auto"'
+            raise ValueError(f"dense_ext.swap({option}): {message}")
         warnings.warn(f"dense_ext.swap: {message}", stacklevel=2)
+    policies = policies_that_fit(model, input_shape, memory, backend) if automatic else {}
     for adapter, candidate in found:
         if candidate.reason is None:
-            adapter.swap(candidate, recompute, backend)
+            adapter.swap(candidate, policies.get(candidate.name, recompute), backend)
     return model
 
 

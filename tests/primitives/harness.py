@@ -42,6 +42,12 @@ class Case:
     statistics: tuple[str, str, str] | None = None
     scratch: tuple[str, ...] = ()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations."""
+        dtypes = {v.dtype for v in self.arguments.values() if isinstance(v, Tensor)}
+        return min(dtypes, key=lambda dtype: dtype.itemsize)
+
     def run(self, backend: Backend) -> dict[str, Tensor]:
         """Call the backend; the outputs by name."""
         getattr(backend, self.primitive)(**self.arguments)
@@ -158,15 +164,18 @@ def equal_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
 
 
-def tolerance(dtype: torch.dtype, length: int) -> float:
+def tolerance(dtype: torch.dtype, length: int, operands: torch.dtype | None = None) -> float:
     """What rounding explains: a store in ``dtype`` of a sum of ``length`` terms.
 
     A store rounds to nearest, off by half an eps at most. The rounding errors of a sum are random
     and of either sign: relative to the result they grow with the square root of the length
-    (Higham, Accuracy and Stability, section 2.8).
+    (Higham, Accuracy and Stability, section 2.8). Where both factors of a product were rounded to
+    ``operands`` first, each term is off by an eps of it at the most, again at random: relative to
+    the result, whose terms are of either sign too, that is an eps whatever the length.
     """
     store = torch.finfo(dtype).eps / 2
-    return store + math.sqrt(length + 4) * torch.finfo(accumulate_dtype(dtype)).eps
+    rounded = 0.0 if operands is None else torch.finfo(operands).eps
+    return store + rounded + math.sqrt(length + 4) * torch.finfo(accumulate_dtype(dtype)).eps
 
 
 def assert_close(what: str, got: Tensor, expected: Tensor, tol: float) -> None:
@@ -207,10 +216,11 @@ def check_values(backend: Backend, case: Case) -> None:
     expected = case.copy(torch.float64).run(ReferenceBackend())
     before = case.copy()
     outputs = case.run(backend)
+    operands = case.dtype if backend.rounds_operands else None
 
     for name, length in case.lengths.items():
         if name in outputs:
-            tol = tolerance(outputs[name].dtype, length)
+            tol = tolerance(outputs[name].dtype, length, operands)
             assert_close(f"{case.primitive} {name}", outputs[name], expected[name], tol)
     if case.statistics is not None and case.statistics[0] in outputs:
         mean, var, of = (case.arguments[name] for name in case.statistics)

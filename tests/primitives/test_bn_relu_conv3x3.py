@@ -63,7 +63,7 @@ def backward_case(
     }
     pixels = n * h * w
     lengths = {"grad_bn": 9 * k, "sums": 9 * k * pixels, "grad_weight": pixels}
-    return Case("bn_relu_conv3x3_backward", arguments, lengths)
+    return Case("bn_relu_conv3x3_backward", arguments, lengths, scratch=("grad",))
 
 
 @pytest.mark.parametrize("case", [forward_case, backward_case])

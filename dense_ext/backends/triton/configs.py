@@ -1,0 +1,126 @@
+"""Which block sizes, warps and stages a kernel is compiled with: a table, read once.
+
+Rows come from the user's own table first (written by ``dense-ext tune``), then from the one shipped
+with the package, ``configs.json``. A row is keyed by kernel, architecture, precision and shape
+class; ``"*"`` is any shape. Each says where its figures come from: measured (on which GPU, when) or
+estimated, that is, chosen from registers, spills and shared memory of the compiled kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+SHIPPED = Path(__file__).with_name("configs.json")
+ENVIRONMENT_VARIABLE = "DENSE_EXT_TRITON_TABLE"
+ANY_SHAPE = "*"
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is not less than n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def shape_class(*sizes: int) -> str:
+    """The sizes, each rounded up to a power of two: what a tuned row holds for."""
+    return "x".join(str(power_of_2(size)) for size in sizes)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is compiled and spread over the GPU.
+
+    Attributes:
+        blocks: the kernel's block sizes, by the name of their constant.
+        programs_per_multiprocessor: programs of a grid that loops over pixels.
+    """
+
+    blocks: dict[str, int] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+    programs_per_multiprocessor: int = 2
+
+    @property
+    def options(self) -> tuple[tuple[str, int], ...]:
+        """Triton's compile options."""
+        return ("num_warps", self.num_warps), ("num_stages", self.num_stages)
+
+    def fit(self, **sizes: int) -> Config:
+        """With no block larger than its size needs; 16 is the least that a product takes."""
+        fitted = {name: min(self.blocks[name], max(16, power_of_2(size))) for name, size in sizes.items()}
+        return replace(self, blocks=self.blocks | fitted)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table."""
+
+    kernel: str
+    architecture: str
+    precision: str
+    shape: str
+    config: Config
+    source: str
+
+    def as_json(self) -> dict[str, Any]:
+        """The row as it is written to a table."""
+        return asdict(self)
+
+
+def user_table() -> Path:
+    """Where ``dense-ext tune`` writes: ``$DENSE_EXT_TRITON_TABLE`` or the user's cache folder."""
+    if path := os.environ.get(ENVIRONMENT_VARIABLE):
+        return Path(path)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "dense_ext" / "triton.json"
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a table.
+
+    Raises:
+        ValueError: the file is not a table; says which file and why.
+    """
+    try:
+        for row in json.loads(path.read_text()):
+            yield Row(**row | {"config": Config(**row["config"])})
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is not a table of Triton configurations: {error!r}") from error
+
+
+@functools.cache
+def _table() -> dict[tuple[str, str, str, str], Config]:
+    paths = [SHIPPED, *([user_table()] if user_table().exists() else [])]
+    return {
+        (row.kernel, row.architecture, row.precision, row.shape): row.config
+        for path in paths
+        for row in read_rows(path)
+    }
+
+
+def find_config(kernel: str, architecture: str, precision: str, shape: str = ANY_SHAPE) -> Config:
+    """The configuration of a kernel: of its shape class if tuned, else for any shape.
+
+    Raises:
+        LookupError: the table has none for that architecture and precision.
+    """
+    table = _table()
+    for candidate in (shape, ANY_SHAPE):
+        if config := table.get((kernel, architecture, precision, candidate)):
+            return config
+    raise LookupError(f"no configuration for {kernel} on {architecture} in {precision}")
+
+
+def forget_tables() -> None:
+    """Read the tables anew at the next look-up: after one was written."""
+    _table.cache_clear()
+
+
+def has_architecture(architecture: str) -> bool:
+    """Whether the table knows an architecture."""
+    return any(key[1] == architecture for key in _table())

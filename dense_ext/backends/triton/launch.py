@@ -1,0 +1,254 @@
+"""Compiling a kernel and launching it.
+
+A primitive asks for a plan by what decides it: shapes, strides, dtype, alignment, device. Building
+a plan chooses the configuration, compiles (Triton keeps its own cache on disk) and fixes grid and
+numbers; plans are kept, so that a later call costs a look-up and one call into C per kernel. What
+runs is what :meth:`Kernel.compile` gives ahead of time for the same architecture, with no second,
+just-in-time specialisation that nobody looked at.
+
+Where ``TRITON_INTERPRET=1`` is set before Triton is imported, kernels run on the CPU, in Triton's
+interpreter.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+from triton.runtime.interpreter import InterpretedFunction
+
+from .configs import Config, find_config, has_architecture, shape_class
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+# Offsets are 64-bit; the number of a pixel, also of one beyond the last tile, is 32-bit.
+MAX_PIXELS = 2**31 - 2**16
+
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+class Target(NamedTuple):
+    """What kernels are compiled for: a chip, and how many multiprocessors it has."""
+
+    gpu: GPUTarget
+    multiprocessors: int
+
+    @property
+    def architecture(self) -> str:
+        """The row of the configuration table: sm_80 for every chip with its tensor instructions."""
+        if self.gpu.backend != "cuda":
+            return str(self.gpu.arch)
+        major = self.gpu.arch // 10
+        return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")
+
+
+@functools.cache
+def target_of(device: int) -> Target:
+    """The chip of CUDA device ``device``; -1 is the interpreter, which computes as for sm_90."""
+    if device < 0:
+        return Target(GPUTarget("cuda", 90, 32), 2)
+    with torch.cuda.device(device):
+        gpu = triton.runtime.driver.active.get_current_target()
+    return Target(gpu, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+class Variant(NamedTuple):
+    """What a kernel is compiled with: one binary each."""
+
+    types: tuple[torch.dtype | None, ...]  # of the pointers; None: absent
+    numbers: tuple[str, ...]  # Triton types of the numbers
+    alignment: int  # bytes that every activation and weight pointer is a multiple of
+    constants: tuple[tuple[str, Any], ...]
+    options: tuple[tuple[str, int], ...]
+
+
+class Launch:
+    """A compiled kernel with its grid and numbers; called with its tensors."""
+
+    __slots__ = ("device", "function", "grid", "metadata", "rest", "run")
+
+    def __init__(self, kernel: CompiledKernel, device: int, grid: tuple[int, int, int], rest: tuple) -> None:
+        self.run, self.function, self.metadata = kernel.run, kernel.function, kernel.packed_metadata
+        self.device, self.grid, self.rest = device, grid, rest
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        if torch._C._cuda_getDevice() != self.device:
+            with torch.cuda.device(self.device):
+                return self(*tensors)
+        stream = torch._C._cuda_getCurrentRawStream(self.device)
+        return self.run(
+            *self.grid, stream, self.function, self.metadata, None, None, None, *tensors, *self.rest
+        )
+
+
+class Kernel:
+    """A Triton function whose parameters are pointers, then numbers, then constants.
+
+    Pointers to activations and weights are called ``*_ptr`` and are aligned as the plan found; those
+    to float32 vectors and partial results, ``*_vec``, may be anywhere.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self.name = function.__name__
+        self._compiled: dict[tuple[int, Variant], CompiledKernel] = {}
+
+    def compile(self, variant: Variant, gpu: GPUTarget) -> CompiledKernel:
+        """The kernel's binary for a chip; needs no GPU."""
+        names = self.function.arg_names
+        pointers, numbers = len(variant.types), len(variant.numbers)
+        signature, constants, attributes = {}, dict(variant.constants), {}
+        for i, (name, dtype) in enumerate(zip(names, variant.types)):
+            if dtype is None:
+                signature[name], constants[name] = "constexpr", None
+                continue
+            signature[name] = f"*{_TYPES[dtype]}"
+            if name.endswith("_ptr"):
+                attributes[(i,)] = [["tt.divisibility", variant.alignment]]
+        signature.update(zip(names[pointers : pointers + numbers], variant.numbers))
+        signature.update((name, "constexpr") for name in names[pointers + numbers :])
+        source = ASTSource(self.function, signature, constants, attributes)
+        return triton.compile(source, target=gpu, options=dict(variant.options))
+
+    def bind(
+        self,
+        device: int,
+        grid: Sequence[int],
+        types: Sequence[torch.dtype | None],
+        numbers: Sequence[int | float],
+        alignment: int = 4,
+        config: Config | None = None,
+        **constants: Any,
+    ) -> Callable[..., None]:
+        """What launches the kernel on ``device`` when called with its tensors."""
+        config = config or Config()
+        constants |= config.blocks
+        if INTERPRETED:
+            return self._interpreted(tuple(grid), tuple(numbers), constants)
+        kinds = tuple("fp32" if isinstance(n, float) else "i32" for n in numbers)
+        order = self.function.arg_names[len(types) + len(numbers) :]
+        fixed = tuple((name, constants[name]) for name in order)
+        variant = Variant(tuple(types), kinds, alignment, fixed, config.options)
+        compiled = self._compiled.get((device, variant))
+        if compiled is None:
+            with torch.cuda.device(device):
+                compiled = self.compile(variant, target_of(device).gpu)
+                _ = compiled.run  # loads it, on the current device
+            self._compiled[device, variant] = compiled
+        padded = (*grid, 1, 1)[:3]
+        return Launch(compiled, device, padded, (*numbers, *(None for _ in fixed)))
+
+    def _interpreted(
+        self, grid: tuple[int, ...], numbers: tuple[int | float, ...], constants: dict[str, Any]
+    ) -> Callable[..., None]:
+        assert isinstance(self.function, InterpretedFunction)
+        launcher = self.function[grid]
+        return lambda *tensors: launcher(*tensors, *numbers, **constants)
+
+
+_Planner = TypeVar("_Planner", bound=Callable[..., Any])
+_PLANNERS: list[Any] = []
+
+
+def plan(planner: _Planner) -> _Planner:
+    """Keep what the decorated function returns, by its arguments."""
+    kept = functools.lru_cache(maxsize=4096)(planner)
+    _PLANNERS.append(kept)
+    return kept  # type: ignore[return-value]
+
+
+def forget_plans() -> None:
+    """Build every plan anew when next asked for: after a change of configurations."""
+    for kept in _PLANNERS:
+        kept.cache_clear()
+
+
+# --- what plans are made of ------------------------------------------------------------------------
+
+
+def configure(
+    kernel: Kernel, device: int, dtype: torch.dtype, precision: str, sizes: tuple[int, ...]
+) -> Config:
+    """The configuration of a kernel for a problem's sizes."""
+    name = kernel.name.removesuffix("_kernel")
+    return find_config(name, target_of(device).architecture, precision, shape_class(*sizes))
+
+
+def persistent_programs(device: int, pixels: int, config: Config, blocks: int) -> int:
+    """How many programs share the tiles of pixels, beside ``blocks`` programs on the first axis."""
+    tiles = triton.cdiv(pixels, config.blocks["BLOCK_M"])
+    at_once = target_of(device).multiprocessors * config.programs_per_multiprocessor
+    return max(1, min(tiles, at_once // blocks))
+
+
+def fp32_precision(dtype: torch.dtype) -> str:
+    """The row of the table: "16bit", or PyTorch's own setting for float32 convolutions."""
+    if dtype != torch.float32:
+        return "16bit"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+
+
+def dot_precision(precision: str) -> str:
+    """Triton's name for it; 16-bit products are exact in any."""
+    return "tf32" if precision == "tf32" else "ieee"
+
+
+def alignment_of(bits: int) -> int:
+    """The largest power of two, 16 at most, that divides all the numbers or-ed into ``bits``."""
+    bits |= 16
+    return bits & -bits
+
+
+def pixels_of(x: Tensor) -> int:
+    """M of x [N, H, W, C].
+
+    Raises:
+        ValueError: more pixels than a 32-bit number can count.
+    """
+    n, h, w, _ = x.shape
+    pixels = n * h * w
+    if pixels > MAX_PIXELS:
+        raise ValueError(f"the Triton backend takes up to {MAX_PIXELS} pixels, got {pixels} ({list(x.shape)})")
+    return pixels
+
+
+def partial_results(length: int, x: Tensor) -> Tensor:
+    """Scratch of ``length`` float32 where x lives."""
+    return torch.empty(length, dtype=torch.float32, device=x.device)
+
+
+def dense_1x1(weight: Tensor) -> Tensor:
+    """The weight [K, C, 1, 1] as dense [K, C] memory; itself if it is."""
+    return weight if weight.is_contiguous() else weight.contiguous()
+
+
+def dense_3x3(weight: Tensor) -> Tensor:
+    """The weight [K, B, 3, 3] as dense [K, 3, 3, B] memory; itself if it is."""
+    layout = torch.channels_last
+    return weight if weight.is_contiguous(memory_format=layout) else weight.contiguous(memory_format=layout)
+
+
+def zero(*outputs: Tensor | None) -> None:
+    """The sums over no pixels."""
+    for output in outputs:
+        if output is not None:
+            output.zero_()
+
+
+@functools.cache
+def can_compile(device: int | None) -> str | None:
+    """None if kernels can be compiled for a CUDA device (None: the current one), else the reason."""
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    device = torch.cuda.current_device() if device is None else device
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"needs compute capability 8.0, this GPU has {major}.{minor}"
+    architecture = target_of(device).architecture
+    return None if has_architecture(architecture) else f"has no configurations for {architecture}"

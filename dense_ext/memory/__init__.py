@@ -1,0 +1,12 @@
+"""What a training step will need, before it runs.
+
+:func:`estimate` follows one step of dense_ext through its schedule and says where its memory peaks and
+what for; :class:`Planner` does so for any batch and policy, and finds what fits a budget.
+:func:`tracked_peak` is for networks that dense_ext does not run: PyTorch's tracker on fake tensors.
+"""
+
+from .plan import Estimate, Planner, estimate
+from .tracker import tracked_peak
+from .units import device_memory, parse_bytes
+
+__all__ = ["Estimate", "Planner", "device_memory", "estimate", "parse_bytes", "tracked_peak"]

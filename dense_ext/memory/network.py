@@ -1,0 +1,154 @@
+"""The shape of a DenseNet: all the planner knows of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models import MODELS
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """A dense block: L layers of growth K on c0 channels."""
+
+    name: str
+    layers: int  # L
+    in_channels: int  # c0
+    growth_rate: int  # K
+    bottleneck: int  # B, 0 without bottleneck
+    drops: bool  # some layer drops out
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels + self.layers * self.growth_rate
+
+    @property
+    def read_channels(self) -> list[int]:
+        """C of each layer."""
+        return [self.in_channels + i * self.growth_rate for i in range(self.layers)]
+
+    @property
+    def conv_weights(self) -> int:
+        """Elements of all convolution weights."""
+        if self.bottleneck:
+            return self.bottleneck * (sum(self.read_channels) + self.layers * 9 * self.growth_rate)
+        return 9 * self.growth_rate * sum(self.read_channels)
+
+    @property
+    def norm_channels(self) -> int:
+        """Channels of all norms."""
+        return sum(self.read_channels) + self.layers * self.bottleneck
+
+
+@dataclass(frozen=True)
+class TransitionShape:
+    """A transition: norm, ReLU, 1x1 convolution, 2x2 average pool."""
+
+    name: str
+    in_channels: int
+    out_channels: int
+
+
+@dataclass(frozen=True)
+class Network:
+    """A DenseNet: stem, blocks and transitions; then norm, ReLU, average pool and classifier."""
+
+    in_channels: int  # of the images
+    channels: int  # the first convolution makes
+    kernel_size: int  # of the first convolution, as stride and padding
+    stride: int
+    padding: int
+    pools: bool  # whether norm, ReLU and max pool follow the first convolution
+    parts: tuple[BlockShape | TransitionShape, ...]
+    head: tuple[tuple[int, int], ...]  # in and out features of the classifier's linear layers
+    parameter_dtype: torch.dtype
+    parameter_bytes: int
+    trainable_bytes: int
+    largest_bytes: int  # of the trainable parameters
+    buffer_bytes: int
+
+    @property
+    def blocks(self) -> tuple[BlockShape, ...]:
+        return tuple(part for part in self.parts if isinstance(part, BlockShape))
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _block(name: str, module: Any) -> BlockShape:
+    layers = list(module.children())
+    first = layers[0]
+    bottleneck = hasattr(first, "conv2")
+    convs = [conv for layer in layers for conv in layer.children() if isinstance(conv, nn.Conv2d)]
+    return BlockShape(
+        name,
+        len(layers),
+        first.conv1.in_channels,
+        convs[-1].out_channels,
+        first.conv1.out_channels if bottleneck else 0,
+        any(layer.drop_rate for layer in layers),
+    )
+
+
+def _parts(features: Any) -> Iterable[BlockShape | TransitionShape]:
+    for name, module in features.named_children():
+        if name.startswith("denseblock"):
+            yield _block(name, module)
+        elif name.startswith("transition"):
+            yield TransitionShape(name, module.conv.in_channels, module.conv.out_channels)
+
+
+def _shape_of(model: Any) -> Network:
+    conv0 = model.features.conv0
+    parameters = list(model.parameters())
+    trainable = [p for p in parameters if p.requires_grad]
+    return Network(
+        conv0.in_channels,
+        conv0.out_channels,
+        conv0.kernel_size[0],
+        conv0.stride[0],
+        conv0.padding[0],
+        hasattr(model.features, "pool0"),
+        tuple(_parts(model.features)),
+        tuple(
+            (m.in_features, m.out_features) for m in model.classifier.modules() if isinstance(m, nn.Linear)
+        ),
+        conv0.weight.dtype,
+        _nbytes(parameters),
+        _nbytes(trainable),
+        max((_nbytes([p]) for p in trainable), default=0),
+        _nbytes(model.buffers()),
+    )
+
+
+def network_of(model: nn.Module | str) -> Network:
+    """The shape of a model.
+
+    Args:
+        model: a :class:`dense_ext.DenseNet`, a torchvision DenseNet, swapped or not, or one of
+            either's children by the same names; or a name of ``dense_ext.models.MODELS``.
+
+    Raises:
+        TypeError: neither a module nor a name.
+        ValueError: an unknown name; a module that is no DenseNet.
+    """
+    if isinstance(model, str):
+        if model not in MODELS:
+            raise ValueError(f"model must be one of {', '.join(MODELS)}; got {model!r}")
+        with torch.device("meta"):
+            model = MODELS[model]()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module or a name, got {type(model).__name__}")
+    try:
+        network = _shape_of(model)
+    except AttributeError as error:
+        raise ValueError(f"{type(model).__name__} is not a DenseNet: {error}") from error
+    if not network.blocks:
+        raise ValueError(f"{type(model).__name__} is not a DenseNet: its features have no dense block")
+    return network

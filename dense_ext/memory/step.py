@@ -1,0 +1,351 @@
+"""A training step's memory, followed through forward and backward.
+
+This mirrors :mod:`dense_ext.schedule`, :mod:`dense_ext.transition` and :mod:`dense_ext.ops`: the same
+buffers in the same order, alive for as long, but only their sizes. As autograd does, each part's
+forward leaves a backward on a tape, which takes the gradient of the part's output and gives that of
+its input. Letters as in the schedule: M pixels, C channels read, K growth, B bottleneck.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from ..backends import Primitives
+from ..backends.base import accumulate_dtype
+from .network import BlockShape, Network, TransitionShape
+from .timeline import Held, Timeline
+
+# What memory is held for, in the order of a report.
+PARTS = (
+    "parameters", "gradients", "optimizer state", "input", "stem", "concat buffers", "kept bottlenecks",
+    "transitions", "head", "gradient buffers", "statistics", "weight copies", "new gradients", "scratch",
+)  # fmt: skip
+
+# Values an optimizer keeps for each trainable parameter.
+OPTIMIZERS = {"none": 0, "sgd": 0, "momentum": 1, "adamw": 2}
+
+Backward = Callable[[Held], Held]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a step is run with.
+
+    Args:
+        network: the model's shape.
+        dtype: the activations'. Where the parameters are wider, autocast narrows them.
+        optimizer: a key of ``OPTIMIZERS``.
+        device: the kind that runs it.
+        primitives: what runs the fused parts there.
+        channels_last: memory format of the images, or of the first convolution's weight.
+    """
+
+    network: Network
+    dtype: torch.dtype
+    optimizer: str
+    device: str
+    primitives: Primitives
+    channels_last: bool
+
+    @property
+    def autocast(self) -> bool:
+        return self.network.parameter_dtype.itemsize > self.dtype.itemsize
+
+
+class Block:
+    """A dense block between its forward and its backward."""
+
+    def __init__(self, step: Step, shape: BlockShape, policy: str, x: Held) -> None:
+        self.step, self.shape, self.policy = step, shape, policy
+        self.pixels = step.pixels
+        t = step.timeline
+        self.out = self.buffer()
+        stats = 2 * (shape.out_channels + shape.layers * shape.bottleneck)
+        self.saved = [step.weight_copy(shape.conv_weights), t.hold("statistics", stats * step.wide)]
+        if policy == "none":
+            z = self.pixels * shape.bottleneck * step.item
+            self.saved.append(t.hold("kept bottlenecks", shape.layers * z))
+        self.run_forward(policy == "none")
+        self.saved.append(t.keep(x if policy == "block" else self.out))
+        self.recomputed: Held | None = None
+
+    def buffer(self) -> Held:
+        """X, unwritten."""
+        elements = self.pixels * self.shape.out_channels
+        return self.step.timeline.hold("concat buffers", elements * self.step.item)
+
+    def bottleneck(self, buffers: int) -> AbstractContextManager[None]:
+        """While this many [N, H, W, B] are held."""
+        return self.step.scratch(buffers * self.pixels * self.shape.bottleneck)
+
+    def dropout(self, buffers: int) -> AbstractContextManager[None]:
+        """While this many [N, H, W, K] are held, if layers drop out."""
+        return self.step.scratch(buffers * self.pixels * self.shape.growth_rate if self.shape.drops else 0)
+
+    def run_forward(self, keeps_bottleneck: bool) -> None:
+        shape, step, m = self.shape, self.step, self.pixels
+        b, k = shape.bottleneck, shape.growth_rate
+        with self.bottleneck(0 if keeps_bottleneck else 1):
+            for c in shape.read_channels:
+                if b:
+                    step.primitive("bn_relu_conv1x1_forward", m, c, b)
+                step.primitive("bn_relu_conv3x3_forward", m, b or c, k)
+                with self.dropout(1):
+                    pass  # the mask
+
+    def output(self) -> Held:
+        """X for a backward: kept, or computed again once for whoever comes first."""
+        if self.policy != "block":
+            return self.out
+        if self.recomputed is None:
+            self.recomputed = self.buffer()
+            self.run_forward(keeps_bottleneck=False)
+        return self.recomputed
+
+    def backward(self, grad: Held) -> Held:
+        """``grad`` is G: it is accumulated in place."""
+        t, shape, step = self.step.timeline, self.shape, self.step
+        x = self.output()
+        new = step.new_gradients(shape.conv_weights, 2 * shape.norm_channels)
+        with self.bottleneck(1 if self.policy == "none" else 2):
+            for c in reversed(shape.read_channels):
+                self.layer_backward(c)
+            grad_x = t.hold("gradient buffers", self.pixels * shape.in_channels * step.item)
+            step.primitive("affine_gradient", self.pixels, shape.in_channels, shape.in_channels)
+        if self.policy == "block":
+            t.release(x)
+        t.release(grad, *self.saved)
+        step.accumulate(new, shape.conv_weights)
+        return grad_x
+
+    def layer_backward(self, c: int) -> None:
+        shape, step, m = self.shape, self.step, self.pixels
+        k, b = shape.growth_rate, shape.bottleneck
+        if b and self.policy != "none":
+            step.primitive("bn_relu_conv1x1_forward", m, c, b)
+        with step.scratch(0 if b else m * c):  # without bottleneck, the gradient at the norm
+            with self.dropout(2):
+                pass  # the mask, and the gradient behind it
+            with self.dropout(1):  # that gradient
+                step.primitive("bn_relu_conv3x3_backward", m, b or c, k)
+            if not b:
+                step.primitive("scaled_accumulate", m, c, c)
+        if b:
+            step.primitive("bn_relu_conv1x1_backward", m, c, b)
+
+
+class Step:
+    """One training step on images [N, C, H, W]; :meth:`run` follows it.
+
+    Args:
+        setting: what it is run with.
+        input_shape: N, C, H, W.
+        policies: the recompute policy of each block, in order.
+    """
+
+    def __init__(self, setting: Setting, input_shape: Sequence[int], policies: Sequence[str]) -> None:
+        self.setting, self.network = setting, setting.network
+        self.policies = dict(zip((b.name for b in setting.network.blocks), policies, strict=True))
+        self.batch, _, self.height, self.width = input_shape
+        self.timeline = Timeline()
+        self.item = setting.dtype.itemsize
+        self.wide = accumulate_dtype(setting.dtype).itemsize  # of statistics and sums
+        self.tape: list[tuple[str, Backward]] = []
+        self.block_pixels: dict[str, int] = {}  # M of each block, once it has run
+
+    @property
+    def pixels(self) -> int:
+        """M where the forward is now."""
+        return self.batch * self.height * self.width
+
+    def resize(self, height: int, width: int) -> None:
+        """Go on with images of another size.
+
+        Raises:
+            ValueError: nothing is left of them.
+        """
+        if min(height, width) < 1:
+            raise ValueError(f"the images are too small for the network: {self.timeline.point} needs more")
+        self.height, self.width = height, width
+
+    def run(self) -> Timeline:
+        """Follow the step from its images to the optimizer's update.
+
+        Gradients are held throughout, as they are when they are zeroed or accumulated.
+        """
+        t, network = self.timeline, self.network
+        t.hold("parameters", network.parameter_bytes + network.buffer_bytes)
+        t.hold("gradients", network.trainable_bytes)
+        t.hold("optimizer state", OPTIMIZERS[self.setting.optimizer] * network.trainable_bytes)
+        t.hold("input", self.pixels * network.in_channels * network.parameter_dtype.itemsize)
+        self.forward()
+        grad = t.hold("head", 0)  # of the loss
+        for name, backward in reversed(self.tape):
+            t.point = f"backward, {name}"
+            grad = backward(grad)
+        if self.setting.optimizer != "none":
+            # By default PyTorch updates all parameters at once on a GPU, with a temporary for each, and
+            # one after another elsewhere, with two at a time.
+            t.point = "optimizer step"
+            at_once = self.setting.device == "cuda"
+            t.need("scratch", network.trainable_bytes if at_once else 2 * network.largest_bytes)
+        return t
+
+    def forward(self) -> None:
+        t = self.timeline
+        t.point = "forward, stem"
+        x = self.convolution()
+        if self.network.pools:
+            x = self.pool(x)
+        block = None
+        for shape in self.network.parts:
+            t.point = f"forward, {shape.name}"
+            if isinstance(shape, BlockShape):
+                self.block_pixels[shape.name] = self.pixels
+                block = Block(self, shape, self.policies[shape.name], x)
+                self.tape.append((shape.name, block.backward))
+                y = block.out
+            else:
+                y = self.transition(shape, x, block)
+            t.release(x)  # goes, unless kept
+            x = y
+        t.point = "forward, head"
+        self.head(x)
+
+    # --- what all parts use -------------------------------------------------------------------
+
+    @contextmanager
+    def scratch(self, elements: int) -> Iterator[None]:
+        """While this many activations are held beside everything else."""
+        held = self.timeline.hold("scratch", elements * self.item)
+        yield
+        self.timeline.release(held)
+
+    def primitive(self, name: str, pixels: int, in_channels: int, out_channels: int) -> None:
+        """Call a primitive: what its backend allocates meanwhile."""
+        backend = self.setting.primitives.table[name]
+        nbytes = backend.scratch_bytes(name, pixels, in_channels, out_channels, self.setting.dtype)
+        self.timeline.need("scratch", nbytes)
+
+    def weight_copy(self, elements: int) -> Held:
+        """What autocast keeps of convolution weights in the activations' dtype."""
+        return self.timeline.hold("weight copies", elements * self.item if self.setting.autocast else 0)
+
+    def new_gradients(self, convs: int, norms: int) -> Held:
+        """A part's parameter gradients, by elements, until they are added to those of the step."""
+        norms *= self.network.parameter_dtype.itemsize
+        return self.timeline.hold("new gradients", convs * self.item + norms)
+
+    def accumulate(self, new: Held, convs: int) -> None:
+        """Add a part's gradients to those of the step; under autocast widened, at most all at once."""
+        if self.setting.autocast:
+            self.timeline.need("new gradients", convs * self.network.parameter_dtype.itemsize)
+        self.timeline.release(new)
+
+    # --- stem, transition, head ---------------------------------------------------------------
+
+    def convolution(self) -> Held:
+        """The first convolution."""
+        t, network = self.timeline, self.network
+        elements = self.pixels * network.in_channels
+        saved = [t.hold("stem", elements * self.item if self.setting.autocast else 0)]
+        reach = 2 * network.padding - network.kernel_size
+        height, width = ((n + reach) // network.stride + 1 for n in (self.height, self.width))
+        self.resize(height, width)
+        elements = self.pixels * network.channels
+        weights = network.in_channels * network.channels * network.kernel_size**2
+        saved.append(self.weight_copy(weights))
+
+        def backward(grad: Held) -> Held:
+            new = self.new_gradients(weights, 0)
+            if not self.setting.channels_last:
+                self.timeline.need("scratch", elements * self.item)  # the gradient in the images' format
+            t.release(grad, *saved)
+            self.accumulate(new, weights)
+            return t.hold("stem", 0)  # nobody asks for the images' gradient
+
+        self.tape.append(("stem", backward))
+        return t.hold("stem", elements * self.item)
+
+    def pool(self, x: Held) -> Held:
+        """The stem's norm, ReLU and max pool."""
+        t, channels, pixels = self.timeline, self.network.channels, self.pixels
+        statistics = t.hold("statistics", 2 * channels * self.wide)
+        # The operator works in channels_last memory, if need be on a copy.
+        copy = 0 if self.setting.channels_last else pixels * channels
+        self.resize((self.height - 1) // 2 + 1, (self.width - 1) // 2 + 1)
+        y = t.hold("stem", self.pixels * channels * self.item)
+        with self.scratch(copy):
+            self.primitive("channel_stats", pixels, channels, channels)
+            self.primitive("bn_relu_maxpool_forward", pixels, channels, channels)
+
+        def backward(grad: Held) -> Held:
+            with self.scratch(copy):
+                grad_x = t.hold("gradient buffers", pixels * channels * self.item)
+                self.primitive("bn_relu_maxpool_backward", pixels, channels, channels)
+                self.primitive("affine_gradient", pixels, channels, channels)
+            t.release(grad, x, statistics)
+            return grad_x
+
+        self.tape.append(("stem", backward))
+        return y
+
+    def transition(self, shape: TransitionShape, x: Held, block: Block | None) -> Held:
+        """A transition after ``block``: after one that keeps only its input, it keeps nothing."""
+        t, c, k, pixels = self.timeline, shape.in_channels, shape.out_channels, self.pixels
+        self.resize(self.height // 2, self.width // 2)
+        saved = [self.weight_copy(c * k)]
+        y = t.hold("transitions", self.pixels * k * self.item)
+        saved.append(t.hold("statistics", 2 * c * self.wide))
+        self.primitive("channel_stats", pixels, c, c)
+        self.primitive("bn_relu_pool_conv1x1_forward", pixels, c, k)
+        if block is None or block.policy != "block":
+            saved.append(t.keep(x))
+
+        def backward(grad: Held) -> Held:
+            if block is not None:
+                block.output()
+            grad_x = t.hold("gradient buffers", pixels * c * self.item)
+            new = self.new_gradients(c * k, 2 * c)
+            self.primitive("bn_relu_pool_conv1x1_backward", pixels, c, k)
+            self.primitive("affine_gradient", pixels, c, c)
+            t.release(grad, *saved)
+            self.accumulate(new, c * k)
+            return grad_x
+
+        self.tape.append((shape.name, backward))
+        return y
+
+    def head(self, x: Held) -> None:
+        """Norm, ReLU in place, average pool, classifier and loss: PyTorch's own."""
+        t, channels = self.timeline, self.network.blocks[-1].out_channels
+        nbytes = self.pixels * channels * self.item
+        activation = t.hold("head", nbytes)
+        features = sum(k for _, k in self.network.head)
+        weights = sum(c * k for c, k in self.network.head)
+        vector = t.hold("head", self.batch * channels * self.item)  # the pooled features
+        copies = self.weight_copy(weights)
+        t.hold("head", self.batch * features * self.item)  # the logits, which the caller keeps
+        # Autocast leaves the loss wide.
+        loss_bytes = self.batch * features * (self.wide if self.setting.autocast else self.item)
+        probabilities = t.hold("head", loss_bytes)
+
+        def backward(grad: Held) -> Held:
+            of_probabilities = t.hold("head", loss_bytes)
+            of_logits = t.hold("head", loss_bytes)
+            t.release(grad, of_probabilities, probabilities)
+            new = self.new_gradients(weights, features)
+            t.release(of_logits, vector, copies)
+            self.accumulate(new, weights)
+            pooled = t.hold("head", nbytes)
+            masked = t.hold("head", nbytes)
+            t.release(pooled, activation)
+            grad_x = t.hold("gradient buffers", nbytes)
+            t.release(masked, x)
+            return grad_x
+
+        self.tape.append(("head", backward))

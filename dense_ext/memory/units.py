@@ -1,0 +1,46 @@
+"""Sizes of memory: as people write them, and as machines have them."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import torch
+
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+          "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+
+
+def parse_bytes(size: int | str) -> int:
+    """Bytes of a size such as 10**9, ``"80GiB"`` (2**30 bytes each), ``"1.5 GB"`` (10**9) or ``"4096"``.
+
+    Raises:
+        TypeError: neither an integer nor a string.
+        ValueError: no positive number, or an unknown unit.
+    """
+    if isinstance(size, bool) or not isinstance(size, int | str):
+        raise TypeError(f"a memory size must be bytes or a string such as '80GiB', got {size!r}")
+    match = _SIZE.fullmatch(str(size))
+    if match is None:
+        raise ValueError(f"a memory size must be a number and a unit, as in '80GiB'; got {size!r}")
+    number, unit = match[1], match[2].lower() or "b"
+    if unit not in _UNITS:
+        raise ValueError(f"{size!r}: the unit must be one of B, kB, MB, GB, TB, KiB, MiB, GiB, TiB")
+    nbytes = int(float(number) * _UNITS[unit])
+    if nbytes < 1:
+        raise ValueError(f"a memory size must be at least one byte, got {size!r}")
+    return nbytes
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes this process can have on a device: free or already reserved on a GPU, all on a CPU.
+
+    Raises:
+        ValueError: torch does not say for this device.
+    """
+    if device.type == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    raise ValueError(f"the memory of {device} is not known here: pass memory=")

@@ -1,0 +1,36 @@
+"""``swap(model, recompute="auto")``: what each block recomputes, so that a step fits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..memory import Planner, device_memory, parse_bytes
+from ..schedule import RECOMPUTE
+
+
+def policies_that_fit(
+    model: nn.Module, input_shape: Sequence[int] | None, memory: int | str | None, backend: str
+) -> dict[str, str]:
+    """Each block's policy by its name in the model; arguments and errors as :func:`dense_ext.swap`."""
+    if input_shape is None or len(input_shape) != 4:
+        got = None if input_shape is None else list(input_shape)
+        raise ValueError(f'recompute="auto" needs input_shape=[N, C, H, W] of the images, got {got}')
+    weight = next(model.parameters())
+    budget = device_memory(weight.device) if memory is None else parse_bytes(memory)
+    batch, *image_shape = input_shape
+    first = next((m.weight for m in model.modules() if isinstance(m, nn.Conv2d)), weight)
+    # The images' memory format is not known; they follow the weights' if those are channels_last.
+    channels_last = first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last)
+    planner = Planner(model, image_shape, optimizer="adamw", backend=backend, channels_last=channels_last)
+    choice = planner.choose(batch, budget)
+    if choice is None:
+        least = min(planner.estimate(batch, policy).peak for policy in RECOMPUTE)
+        largest = max(planner.largest_batch(budget, policy) for policy in RECOMPUTE)
+        raise ValueError(
+            f"no recompute policy fits images {list(input_shape)} into {budget} bytes: "
+            f"they need {least}; a batch of {largest} fits"
+        )
+    return {f"features.{name}": policy for name, policy in choice.recompute.items()}

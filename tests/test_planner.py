@@ -1,0 +1,256 @@
+"""The planner's estimates are what a training step is measured to take; its choices follow them."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import dense_ext
+from dense_ext.benchmark.memory import peak_bytes
+from dense_ext.benchmark.networks import torchvision_twin
+from dense_ext.benchmark.step import sgd_step
+from dense_ext.memory import Estimate, Planner, device_memory, estimate, parse_bytes, tracked_peak
+from dense_ext.models import MODELS
+from dense_ext.schedule import RECOMPUTE
+
+from .helpers import small_densenet
+
+# What a step finds allocated: not part of the measured peak.
+BEFORE = ("parameters", "gradients", "optimizer state", "input")
+
+# Models and images whose peaks lie in different parts of the step.
+CASES: dict[str, tuple[str, tuple[int, int, int, int], dict[str, Any]]] = {
+    "densenet121": ("densenet121", (4, 3, 64, 64), {}),
+    "densenet169": ("densenet169", (2, 3, 64, 64), {}),
+    "densenet_bc_100_12": ("densenet_bc_100_12", (2, 3, 32, 32), {}),
+    "densenet_bc_40_12": ("densenet_bc_40_12", (4, 3, 32, 32), {}),
+    "no bottleneck": ("densenet_40_12", (2, 3, 32, 32), {}),
+    "dropout": ("densenet_bc_40_12", (4, 3, 24, 32), {"drop_rate": 0.1}),
+    "stem": ("densenet121", (2, 3, 96, 96), {"block_config": (1, 1), "growth_rate": 8}),
+    "head": ("densenet121", (8, 3, 32, 32), {"block_config": (2,), "num_init_features": 64,
+                                             "num_classes": 20000}),
+}  # fmt: skip
+
+
+def measured(model: nn.Module, shape: tuple[int, ...], channels_last: bool = True, dtype: Any = None) -> int:
+    """The allocator's peak over what the step found."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    images = torch.randn(shape).contiguous(memory_format=layout)
+    step = sgd_step(model, dtype or torch.float32, torch.device("cpu"))
+    return peak_bytes(step, images, torch.zeros(shape[0], dtype=torch.long))
+
+
+def over_before(found: Estimate) -> int:
+    return found.peak - sum(found.parts.get(part, 0) for part in BEFORE)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_estimate_is_the_measured_peak(case: str, recompute: str) -> None:
+    name, shape, options = CASES[case]
+    model = MODELS[name](recompute=recompute, **options)
+    found = estimate(model, shape, recompute=recompute, optimizer="none")
+    assert over_before(found) == pytest.approx(measured(model, shape), rel=0.05)
+
+
+@pytest.mark.parametrize("backend", dense_ext.available_backends("cpu"))
+@pytest.mark.parametrize(
+    ("dtype", "channels_last"),
+    # Contiguous in bfloat16, oneDNN reorders the first convolution's gradient into a layout of its own.
+    [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)],
+)
+def test_estimate_on_each_backend(backend: str, dtype: torch.dtype, channels_last: bool) -> None:
+    for case in ("stem", "densenet_bc_40_12"):
+        name, shape, options = CASES[case]
+        model = MODELS[name](backend=backend, **options)
+        found = estimate(
+            model, shape, dtype=dtype, optimizer="none", backend=backend, channels_last=channels_last
+        )
+        expected = measured(model, shape, channels_last, dtype)
+        assert over_before(found) == pytest.approx(expected, rel=0.05), case
+
+
+def test_estimate_of_mixed_policies() -> None:
+    policies = ("none", "block", "bottleneck")
+    name, shape, _ = CASES["densenet_bc_40_12"]
+    model = MODELS[name]()
+    blocks = [m for m in model.modules() if isinstance(m, dense_ext.DenseBlock)]
+    for block, policy in zip(blocks, policies, strict=True):
+        block.recompute = policy
+    found = estimate(model, shape, recompute=policies, optimizer="none")
+    assert over_before(found) == pytest.approx(measured(model, shape), rel=0.05)
+    assert tuple(found.recompute.values()) == policies
+
+
+def test_what_a_step_finds_is_counted_exactly() -> None:
+    model = MODELS["densenet_bc_40_12"]()
+    parameters = sum(p.nbytes for p in model.parameters())
+    buffers = sum(b.nbytes for b in model.buffers())
+    for optimizer, states in (("none", 0), ("sgd", 0), ("momentum", 1), ("adamw", 2)):
+        parts = estimate(model, (4, 3, 32, 32), optimizer=optimizer).parts
+        assert parts["parameters"] == parameters + buffers
+        assert parts["gradients"] == parameters
+        assert parts.get("optimizer state", 0) == states * parameters
+        assert parts["input"] == 4 * 3 * 32 * 32 * 4
+    model.features.conv0.weight.requires_grad_(False)
+    frozen = estimate(model, (4, 3, 32, 32)).parts["gradients"]
+    assert frozen == parameters - model.features.conv0.weight.nbytes
+
+
+def test_parts_add_up_and_nothing_is_touched() -> None:
+    model = MODELS["densenet_bc_40_12"]()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = estimate(model, (4, 3, 32, 32))
+    assert sum(found.parts.values()) == found.peak
+    assert found.point.startswith("backward, ")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_name_a_meta_model_and_torchvision_agree() -> None:
+    shape = (4, 3, 64, 64)
+    by_name = estimate("densenet121", shape)
+    with torch.device("meta"):
+        model = MODELS["densenet121"]()
+    assert estimate(model, shape) == by_name
+    assert estimate(torchvision_twin(model), shape) == by_name
+
+
+def test_largest_batch_fits_and_one_more_does_not(recompute: str) -> None:
+    planner = Planner("densenet_bc_40_12", (3, 32, 32))
+    largest = planner.largest_batch("1GiB", recompute)
+    assert planner.estimate(largest, recompute).peak <= 2**30 < planner.estimate(largest + 1, recompute).peak
+    assert planner.largest_batch(1000, recompute) == 0
+
+
+def test_choice_is_the_cheapest_mixture_that_fits() -> None:
+    planner, batch = Planner("densenet_bc_40_12", (3, 32, 32)), 64
+    peaks = {m: planner.estimate(batch, m).peak for m in itertools.product(RECOMPUTE, repeat=3)}
+    none = peaks["none", "none", "none"]
+    assert planner.choose(batch, none).recompute == dict.fromkeys(
+        ("denseblock1", "denseblock2", "denseblock3"), "none"
+    )
+    tighter = planner.choose(batch, none - 1)
+    assert tighter.peak < none
+    assert "none" in tighter.recompute.values()  # not every block has to pay
+    assert planner.choose(batch, min(peaks.values())).peak == min(peaks.values())
+    assert planner.choose(batch, min(peaks.values()) - 1) is None
+
+
+@pytest.mark.parametrize("memory_efficient", [False, True])
+def test_peers_are_tracked(memory_efficient: bool) -> None:
+    shape = (4, 3, 32, 32)
+    with torch.device("meta"):
+        model = MODELS["densenet_bc_40_12"]()
+    network = torchvision_twin(model, memory_efficient, "cpu")
+    tensors = [*network.parameters()] * 3 + [*network.buffers()]  # gradients and momentum too
+    before = sum(t.nbytes for t in tensors) + 4 * 3 * 32 * 32 * 4
+    tracked = tracked_peak(lambda: torchvision_twin(model, memory_efficient, "cpu"), shape)
+    assert tracked - before == pytest.approx(measured(network, shape), rel=0.05)
+
+
+# --- sizes and bad input ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "nbytes"),
+    [("80GiB", 80 * 2**30), ("1.5 GB", 1_500_000_000), ("4096", 4096), (10**9, 10**9), (" 2mib ", 2**21)],
+)
+def test_sizes(size: int | str, nbytes: int) -> None:
+    assert parse_bytes(size) == nbytes
+
+
+@pytest.mark.parametrize("size", ["", "GiB", "-1GB", "1e9", "8 GX", "0", 0, -5, "0.1B"])
+def test_bad_sizes(size: int | str) -> None:
+    with pytest.raises(ValueError, match=r"memory size|unit must be one of"):
+        parse_bytes(size)
+    with pytest.raises(TypeError, match="must be bytes or a string"):
+        parse_bytes(1.5)  # type: ignore[arg-type]
+
+
+def test_memory_of_a_device() -> None:
+    assert device_memory(torch.device("cpu")) > 2**20
+    with pytest.raises(ValueError, match="memory of meta is not known"):
+        device_memory(torch.device("meta"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": "resnet50"}, "model must be one of"),
+        ({"model": nn.Linear(2, 2)}, "Linear is not a DenseNet"),
+        ({"input_shape": (3, 32, 32)}, r"must be \[N, C, H, W\]"),
+        ({"input_shape": (1, 4, 32, 32)}, "images of 3 channels"),
+        ({"input_shape": (0, 3, 32, 32)}, "batch must be at least 1"),
+        ({"input_shape": (1, 3, 0, 32)}, "not empty"),
+        ({"input_shape": (1, 3, 3, 3)}, "too small for the network: forward, transition2"),
+        ({"dtype": torch.int8}, "dtype must be one of"),
+        ({"recompute": "some"}, "recompute must be one of"),
+        ({"recompute": ("none", "block")}, "2 entries, expected 3"),
+        ({"optimizer": "lion"}, "optimizer must be one of"),
+        ({"backend": "abacus"}, "backend must be one of"),
+    ],
+)
+def test_bad_input(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        estimate(**{"model": "densenet_bc_40_12", "input_shape": (1, 3, 32, 32), **arguments})
+
+
+def test_no_model() -> None:
+    with pytest.raises(TypeError, match=r"must be a torch.nn.Module or a name"):
+        estimate(7, (1, 3, 32, 32))  # type: ignore[arg-type]
+
+
+# --- swap ---------------------------------------------------------------------------------------------
+
+
+def policies(model: nn.Module) -> list[str]:
+    return [row.recompute for row in dense_ext.report(model).rows if row.kind == "dense block"]
+
+
+def test_swap_chooses_what_fits() -> None:
+    shape = (64, 3, 64, 64)
+    planner = Planner(small_densenet(), shape[1:], optimizer="adamw", channels_last=False)
+    for memory in ("1TiB", planner.estimate(64, "none").peak - 1):
+        model = dense_ext.swap(small_densenet(), recompute="auto", input_shape=shape, memory=memory)
+        choice = planner.choose(64, memory)
+        assert choice is not None
+        assert policies(model) == list(choice.recompute.values())
+    assert len(set(policies(model))) > 1
+    assert model(torch.randn(2, 3, 64, 64).double()).shape == (2, 4)
+
+
+def test_swap_takes_the_memory_of_the_device() -> None:
+    model = dense_ext.swap(small_densenet(), recompute="auto", input_shape=(1, 3, 64, 64))
+    assert set(policies(model)) == {"none"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"recompute": "auto"}, "needs input_shape"),
+        ({"recompute": "auto", "input_shape": (3, 64, 64)}, "needs input_shape"),
+        ({"recompute": "block", "memory": "1GiB"}, 'go with recompute="auto"'),
+        ({"input_shape": (1, 3, 64, 64)}, 'go with recompute="auto"'),
+        ({"recompute": "auto", "input_shape": (1, 3, 64, 64), "memory": "much"}, "memory size"),
+        ({"recompute": "auto", "input_shape": (1, 3, 64, 64), "memory": "1kB"}, "a batch of 0 fits"),
+    ],
+)
+def test_swap_refuses_before_it_changes_anything(arguments: dict[str, Any], message: str) -> None:
+    model = small_densenet()
+    classes = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match=message):
+        dense_ext.swap(model, **arguments)
+    assert [type(m) for m in model.modules()] == classes
+
+
+def test_swap_plans_only_what_it_can_serve() -> None:
+    model = small_densenet()
+    model.features.denseblock1.denselayer1.relu1 = nn.GELU()
+    with pytest.raises(ValueError, match=r'recompute="auto"\): left as they are: features.denseblock1'):
+        dense_ext.swap(model, recompute="auto", input_shape=(1, 3, 64, 64))
+    wrapped = nn.Sequential(small_densenet())
+    with pytest.raises(ValueError, match="Sequential is not a DenseNet"):
+        dense_ext.swap(wrapped, recompute="auto", input_shape=(1, 3, 64, 64))
