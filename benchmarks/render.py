@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dense_ext.benchmark.bench import speeds
-from dense_ext.benchmark.plots import draw_all
+from dense_ext.benchmark.figures import draw_all
 from dense_ext.benchmark.results import read_json
 
 HERE = Path(__file__).resolve().parent

@@ -81,7 +81,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"{dense_ext.__version__}\n"
 
 
-@pytest.mark.parametrize("command", [[], ["info"], ["bench"], ["models"], ["train"]])
+@pytest.mark.parametrize("command", [[], ["info"], ["bench"], ["models"], ["train"], ["report"]])
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--help"]) == 0
     assert "Usage: dense-ext" in capsys.readouterr().out
@@ -125,6 +125,13 @@ def test_a_missing_package_is_named(package: str, tmp_path: Path) -> None:
         (["bench", "--device", "meta"], "--device must be cpu or cuda, got meta"),
         (["bench", "--device", "cuda:99"], "--device cuda:99: torch sees "),
         (["bench", "--data", "nowhere"], "data folder nowhere does not exist"),
+        (["bench", "--suite", "all"], "--suite must be one of quick, memory, "),
+        (["bench", "--suite", "paper", "--model", "densenet121"], "varies one network and takes no --model"),
+        (["bench", "--suite", "step", "--model", "densenet121,resnet50"], "got 'resnet50'"),
+        (["bench", "--model", "densenet121,densenet161"], "quick takes one --model and one --dtype"),
+        (["bench", "--peers", "dense_ext-none-graph"], "peers must name at least one of eager, "),
+        (["bench", "--budget", "0"], "--budget must be positive, got 0.0"),
+        (["bench", "--compare", "a.json", "b.json"], "a.json can't be read: No such file"),
         (["models", "--size", "8"], "--size must be at least 32, got 8"),
         (["train", "--data", "nowhere"], "data folder nowhere does not exist"),
         (["train", "--lr", "0"], "--lr must be positive, got 0.0"),

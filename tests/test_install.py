@@ -56,7 +56,8 @@ def test_installs_without_a_compiler_and_runs_on_the_reference(tmp_path: Path) -
     assert "where no compiled library fits, the reference backend serves" in result.stdout + result.stderr
     (wheel,) = source.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        assert "dense_ext/py.typed" in archive.namelist()
+        data = {"py.typed", "benchmark/results.schema.json", "benchmark/report.html.jinja"}
+        assert {f"dense_ext/{name}" for name in data} <= set(archive.namelist())
         assert not [n for n in archive.namelist() if n.endswith(".so") or n.startswith("tests")]
         archive.extractall(tmp_path / "site")
     output = subprocess.run(

@@ -1,4 +1,5 @@
 """Measuring dense_ext against PyTorch's eager DenseNets: memory, speed, accuracy.
 
-What ``dense-ext bench``, ``models`` and ``train`` run; needs the packages of ``dense_ext[bench]``.
+What ``dense-ext bench``, ``models``, ``train`` and ``report`` run; needs the packages of
+``dense_ext[bench]``.
 """

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,9 @@ from torch import Tensor
 from ..models import MODELS, DenseNet
 from ..swap import report
 from . import depth
-from .errors import MeasurementError
+from .errors import MeasurementError, UnavailableError, reason
 from .flops import flops_per_image
+from .graphs import GraphedStep
 from .images import Batch, sample_batch
 from .machine import copy_bandwidth, matmul_rate
 from .memory import peak_bytes, saved_bytes
@@ -28,8 +30,10 @@ from .timing import calls_per_sample, interleave, spread
 
 SEED = 0
 # Losses of the first two steps may differ from the first peer's by this share. float32 accumulates
-# rounding over about 120 convolutions, then one update; the others round every activation to 8 or 11 bits.
+# rounding over hundreds of convolutions, then one update; the others round every activation to 8 or 11 bits.
 LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
+# torch.compile gives up on a network after 8 versions of it; a run has as many as compiled peers.
+COMPILED_VERSIONS = 64
 
 Tick = Callable[[str], None]
 
@@ -91,9 +95,9 @@ class Bench:
 
     def depth_peers(self) -> list[Peer]:
         """One memory format suffices for the memory of a block."""
-        others = [p for p in self.peers if not p.ours]
-        kinds = {p.memory_efficient: p for p in others}
-        return [p for p in others if p in kinds.values()] + [p for p in self.peers if p.ours]
+        plain = [p for p in self.running() if p.source in ("eager", "memory-efficient") and p.mode == "eager"]
+        kinds = {p.memory_efficient: p for p in plain if not p.ours}
+        return [*kinds.values(), *(p for p in plain if p.ours)]
 
     def run(self, tick: Tick) -> None:
         """All stages; ``tick`` is told what comes next.
@@ -103,14 +107,15 @@ class Bench:
         """
         self.tick = tick
         torch.backends.cudnn.benchmark = True  # eager at its best
-        self.measure_work()
-        self.measure_memory()
-        self.measure_speed()
-        if self.options.depths:
-            depth.measure_depth(
-                self.depth_peers(), self.results.setdefault("depth", {}), self.device, self.dtype,
-                self.options.backend, self.tick, self.options.depths,
-            )  # fmt: skip
+        with torch._dynamo.config.patch(recompile_limit=COMPILED_VERSIONS):
+            self.measure_work()
+            self.measure_memory()
+            self.measure_speed()
+            if self.options.depths:
+                depth.measure_depth(
+                    self.depth_peers(), self.results.setdefault("depth", {}), self.device, self.dtype,
+                    self.options.backend, self.tick, self.options.depths,
+                )  # fmt: skip
 
     def measure_work(self) -> None:
         """The step's arithmetic and the machine's rates: what could bound it."""
@@ -130,7 +135,8 @@ class Bench:
         measured = self.results.setdefault("memory", {})
         for peer in self.peers:
             self.tick(f"memory of {peer.name}")
-            measured[peer.name] = self._memory(peer, batch)
+            with self.failing(peer):
+                measured[peer.name] = self._memory(peer, batch)
 
     def _memory(self, peer: Peer, batch: Batch) -> dict[str, float]:
         step, images, labels = self._step(peer, batch)
@@ -143,17 +149,20 @@ class Bench:
     def measure_speed(self) -> None:
         """Seconds per step of each peer, in interleaved rounds, after checking that they agree."""
         steps = {}
-        for peer in self.peers:
+        for peer in self.running():
             self.tick(f"first steps of {peer.name}")
-            step, images, labels = self._step(peer, self.timing_batch)
-            steps[peer.name] = partial(step, images, labels)
-            if peer.ours:
-                served = dict.fromkeys(row.detail for row in report(step.model).rows)
-                self.results["peers"][peer.name]["served_by"] = list(served)
-            losses = [float(steps[peer.name]()[0]) for _ in range(2)]
-            self.results.setdefault("first_losses", {})[peer.name] = losses
+            with self.failing(peer):
+                step, images, labels = self._step(peer, self.timing_batch)
+                call = partial(GraphedStep(step, self.device) if peer.graphed else step, images, labels)
+                if peer.ours:
+                    served = dict.fromkeys(row.detail for row in report(step.model).rows)
+                    self.results["peers"][peer.name]["served_by"] = list(served)
+                # More calls than a graph makes before it is recorded, and than compiling takes.
+                losses = [float(call()[0]) for _ in range(5)][:2]
+                self.results.setdefault("first_losses", {})[peer.name] = losses
+                steps[peer.name] = call
         self.check_agreement()
-        count = calls_per_sample(steps[self.peers[0].name], self.device)
+        count = calls_per_sample(next(iter(steps.values())), self.device)
         samples: dict[str, list[float]] = {name: [] for name in steps}
         self.results["speed"] = {"calls_per_sample": count, "seconds": samples}
         interleave(steps, samples, self.device, self.options.rounds, count, self.tick)
@@ -165,9 +174,12 @@ class Bench:
 
     def check_agreement(self) -> None:
         """Refuse to go on if the first two losses of dense_ext differ from the first peer's."""
-        losses, reference = self.results["first_losses"], self.peers[0].name
+        losses, running = self.results["first_losses"], self.running()
+        if not running or running[0].ours:
+            raise UnavailableError("no peer to compare with can run here; see --peers")
+        reference = running[0].name
         tolerance = self.results["loss_tolerance"] = LOSS_TOLERANCE[self.options.dtype]
-        for peer in self.peers:
+        for peer in running:
             for i, (loss, expected) in enumerate(zip(losses[peer.name], losses[reference], strict=True)):
                 difference = abs(loss - expected) / abs(expected)
                 if peer.ours and not (math.isfinite(loss) and difference <= tolerance):
@@ -175,6 +187,18 @@ class Bench:
                         f"{peer.name} has loss {loss:.6g} in step {i + 1}, {reference} has {expected:.6g}: "
                         f"they differ by {difference:.2g}, tolerance {tolerance:g}; no speed is reported"
                     )
+
+    def running(self) -> list[Peer]:
+        """The peers that have not failed."""
+        return [peer for peer in self.peers if "failure" not in self.results["peers"][peer.name]]
+
+    @contextmanager
+    def failing(self, peer: Peer) -> Iterator[None]:
+        """What goes wrong inside is the reason why the peer has no figures."""
+        try:
+            yield
+        except Exception as error:
+            self.results["peers"][peer.name]["failure"] = reason(error)
 
     def _plain_twin(self) -> torch.nn.Module:
         network: torch.nn.Module = torchvision_twin(self.model, device="cpu")
@@ -184,6 +208,7 @@ class Bench:
         return sample_batch(self.options.data, batch, size, SEED)
 
     def _step(self, peer: Peer, batch: Batch) -> tuple[TrainStep, Tensor, Tensor]:
+        peer.check(self.device, self.dtype)
         network = peer.build(self.model, self.weights, self.device, self.options.backend)
         step = sgd_step(network, self.dtype, self.device)
         return step, peer.images(batch.images.to(self.device)), batch.labels.to(self.device)

@@ -20,7 +20,9 @@ DEPTHS = (25, 50, 100, 150, 200, 250, 300, 350, 400)
 
 def _block(peer: Peer, layers: int, backend: str) -> nn.Module:
     if peer.recompute is not None:
-        return DenseBlock(layers, IN_CHANNELS, GROWTH_RATE, recompute=peer.recompute, backend=backend)
+        return DenseBlock(
+            layers, IN_CHANNELS, GROWTH_RATE, recompute=peer.recompute, backend=peer.backend or backend
+        )
     block: nn.Module = _DenseBlock(layers, IN_CHANNELS, 4, GROWTH_RATE, 0.0, peer.memory_efficient)
     return block
 

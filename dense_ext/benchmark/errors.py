@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
+_LONGEST = 200  # characters of a reason
+
 
 class UsageError(Exception):
     """Bad options or input; nothing was written. Exit code 2."""
@@ -13,3 +17,19 @@ class MeasurementError(Exception):
     """What was measured must not be believed. Exit code 1."""
 
     exit_code = 1
+
+
+class UnavailableError(Exception):
+    """A peer cannot run here: something is not installed, or not made for this device."""
+
+    exit_code = 2
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in a line: for the row of a peer that failed."""
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return "out of memory"
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if isinstance(error, UnavailableError):
+        return text
+    return f"{type(error).__name__}: {text}"[:_LONGEST]

@@ -14,7 +14,7 @@ import torch
 from ..version import __version__
 from .timing import best_seconds
 
-_PACKAGES = ("torch", "torchvision", "triton", "numpy", "scikit-learn")
+_PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy", "scikit-learn")
 
 
 def versions() -> dict[str, str | None]:
@@ -55,6 +55,32 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def _cpu_hertz() -> float | None:
+    """The mean of the cores' clocks at this moment, as the system gives it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    clocks = [float(line.partition(":")[2]) * 1e6 for line in lines if line.startswith("cpu MHz")]
+    return sum(clocks) / len(clocks) if clocks else None
+
+
+def _gpu_clocks() -> dict[str, float | None]:
+    """The first GPU's clocks at this moment and the most they may be; None where the driver is silent."""
+    names = {"gpu_hertz": "clocks.sm", "gpu_memory_hertz": "clocks.mem", "gpu_max_hertz": "clocks.max.sm"}
+    command = [
+        "nvidia-smi",
+        "-i",
+        "0",
+        f"--query-gpu={','.join(names.values())}",
+        "--format=csv,noheader,nounits",
+    ]
+    try:
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        values: list[float | None] = [float(text) * 1e6 for text in printed.split(",")]
+    except (OSError, ValueError, subprocess.CalledProcessError):
+        values = [None] * len(names)
+    return dict(zip(names, values, strict=True))
+
+
 def machine() -> dict[str, Any]:
     """CPU, cores, threads, memory in bytes, and the GPU if there is one."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -66,6 +92,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_bytes": pages,
         "load_average": os.getloadavg()[0],
+        "clocks": {"cpu_hertz": _cpu_hertz()},
         "gpu": None,
     }
     if torch.cuda.is_available():
@@ -75,6 +102,7 @@ def machine() -> dict[str, Any]:
             "memory_bytes": gpu.total_memory,
             "compute_capability": f"{gpu.major}.{gpu.minor}",
         }
+        found["clocks"] |= _gpu_clocks()
     return found
 
 

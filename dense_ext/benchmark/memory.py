@@ -38,7 +38,12 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
 
 
 def peak_bytes(step: TrainStep, images: Tensor, labels: Tensor) -> int:
-    """Highest allocation during forward and backward, over what was allocated before, in bytes.
+    """Highest allocation during forward and backward, over what was allocated before, in bytes."""
+    return step_peaks(step, images, labels)["peak_bytes"]
+
+
+def step_peaks(step: TrainStep, images: Tensor, labels: Tensor) -> dict[str, int]:
+    """The :func:`peaks` of forward and backward.
 
     The parameters' gradients are allocated beforehand. What a library allocates behind PyTorch's
     allocator (oneDNN's and cuDNN's internal buffers on a CPU) is not seen.
@@ -50,16 +55,49 @@ def peak_bytes(step: TrainStep, images: Tensor, labels: Tensor) -> int:
         loss, _ = step.loss(images, labels)
         torch.autograd.backward(loss)
 
-    return _cuda_peak(run, step.device) if step.device.type == "cuda" else max(allocation_levels(run))
+    return peaks(run, step.device)
 
 
-def _cuda_peak(run: Callable[[], None], device: torch.device) -> int:
+def peaks(run: Callable[[], object], device: torch.device) -> dict[str, int]:
+    """``peak_bytes``, the most that was allocated at a time over what was before ``run``.
+
+    On a GPU also ``reserved_bytes``, the same of what the allocator took from the device.
+    """
+    if device.type != "cuda":
+        return {"peak_bytes": max(allocation_levels(run), default=0)}
     torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
     run()
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    return {
+        "peak_bytes": torch.cuda.max_memory_allocated(device) - allocated,
+        "reserved_bytes": torch.cuda.max_memory_reserved(device) - reserved,
+    }
+
+
+def lasting_bytes(step: TrainStep) -> int:
+    """What lives through all steps: parameters, their gradients, buffers and the optimizer's state."""
+    state = (t for values in step.optimizer.state.values() for t in values.values())
+    gradients = (p.grad for p in step.model.parameters())
+    tensors = (*step.model.parameters(), *step.model.buffers(), *gradients, *state)
+    return sum(t.nbytes for t in tensors if isinstance(t, Tensor))
+
+
+def largest(fits: Callable[[int], bool], at_most: int) -> int:
+    """The greatest n from 1 to ``at_most`` that fits, 0 if none does.
+
+    By doubling, then bisection: ``fits`` must not hold again once it has not.
+    """
+    low, high = 0, 1
+    while high <= at_most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, at_most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def allocation_levels(run: Callable[[], object]) -> list[int]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.densenet import DenseNet as TorchvisionDenseNet
+from torchvision.models.densenet import _DenseBlock
 
 from .. import modules
 from ..models import MODELS, DenseNet
-from .errors import UsageError
+from .errors import UnavailableError, UsageError
 
 # What dense_ext's own modules are without fusion.
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
@@ -65,6 +68,48 @@ def torchvision_twin(
     if _shapes(twin) != shapes:
         raise UsageError("torchvision has no DenseNet of this shape")
     return twin
+
+
+def timm_twin(model: DenseNet) -> nn.Module:
+    """DenseNet of timm, of ``model``'s shape, on the meta device; its parameters have the same names.
+
+    Raises:
+        UnavailableError: timm is not installed, or its DenseNet has no such shape.
+    """
+    try:
+        from timm.models.densenet import DenseNet as TimmDenseNet
+    except ImportError as error:
+        raise UnavailableError(f"timm is not installed: {error}") from error
+    shapes = _shapes(model)
+    growth, bottleneck = shapes["features.denseblock1.denselayer1.conv2.weight"][:2]
+    init_features, in_channels = shapes["features.conv0.weight"][:2]
+    with torch.device("meta"):
+        twin = TimmDenseNet(
+            growth_rate=growth,
+            block_config=tuple(len(m) for m in model.features if isinstance(m, modules.DenseBlock)),
+            bn_size=bottleneck // growth,
+            num_classes=model.classifier.out_features,
+            in_chans=in_channels,
+        )
+        if takes_small_images(model):
+            twin.features.conv0 = nn.Conv2d(in_channels, init_features, 3, padding=1, bias=False)
+            del twin.features.norm0, twin.features.pool0
+    if _shapes(twin) != shapes:
+        raise UnavailableError("timm has no DenseNet of this shape")
+    return twin
+
+
+def checkpoint_blocks(network: nn.Module) -> None:
+    """Put torch.utils.checkpoint around each of torchvision's dense blocks, in place."""
+    for block in network.modules():
+        if isinstance(block, _DenseBlock):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def small_densenet(depth: int, growth_rate: int) -> DenseNet:
+    """The papers' DenseNet-BC for images of 32x32: three equal blocks, ``depth`` = 6n + 4 convolutions."""
+    layers = (depth - 4) // 6
+    return DenseNet(growth_rate, (layers,) * 3, 2 * growth_rate, num_classes=10, small_inputs=True)
 
 
 def _shapes(network: nn.Module) -> dict[str, torch.Size]:

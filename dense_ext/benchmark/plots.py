@@ -1,12 +1,10 @@
-"""Figures from results: each function draws one PNG from one result file's content."""
+"""Figures of the quick run, the family and trainings: each function draws one from one result."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -14,93 +12,32 @@ from matplotlib.ticker import MaxNLocator
 from ..schedule import RECOMPUTE
 from .bench import speeds
 from .family import MEMORY_KINDS
-from .results import Results, write_atomically
-
-# Okabe and Ito's palette, told apart with any colour vision.
-_BLUE, _SKY, _ORANGE, _YELLOW, _GREEN, _RED, _PURPLE = (
-    "#0072B2", "#56B4E9", "#E69F00", "#F0E442", "#009E73", "#D55E00", "#CC79A7",
-)  # fmt: skip
-COLOURS = {
-    "eager": _SKY,
-    "eager-cl": _BLUE,
-    "memory-efficient": _YELLOW,
-    "memory-efficient-cl": _ORANGE,
-    "dense_ext-none": _PURPLE,
-    "dense_ext-bottleneck": _GREEN,
-    "dense_ext-block": _RED,
-    "default": _BLUE,
-    "memory_efficient": _ORANGE,
-    "none": _PURPLE,
-    "bottleneck": _GREEN,
-    "block": _RED,
-}
-MARKERS = dict(zip(COLOURS, "o^sDvPXo^vPX", strict=True))
-_BEHIND_TEXT: Any = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-_STYLE: Any = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-}
-
-
-def _save(path: Path, width: float, height: float, draw: Callable[[Figure], None]) -> None:
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        draw(figure)
-        write_atomically(path, lambda p: figure.savefig(p, dpi=150, format="png"))
-
-
-def _title(figure: Figure, *lines: str) -> None:
-    figure.suptitle("\n".join(lines), x=0.01, ha="left")
-
-
-def _setting(results: Results, batch: int, size: int) -> str:
-    """Model, images and machine in a line."""
-    options, machine = results["options"], results["machine"]
-    if options["device"].startswith("cuda"):
-        where = machine["gpu"]["name"]
-    else:
-        where = f"{machine['cpu']}, threads: {machine['threads']}"
-    return f"{options['model']}, {batch} images of {size}x{size}, {options['dtype']}, {where}"
-
-
-def _horizontal(axes: Axes, labels: Sequence[str]) -> None:
-    """Name the rows of horizontal bars, the first on top."""
-    axes.set_yticks(range(len(labels)), labels)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="y", visible=False)
-    axes.invert_yaxis()
+from .plot_style import BEHIND_TEXT, BLUE, COLOURS, GREEN, INK, horizontal, save, setting, styles, title
+from .results import Results
 
 
 def memory_bars(results: Results, path: Path) -> None:
     """Saved and peak MB per image of each peer."""
     measured, options = results["memory"], results["options"]
-    colours = [COLOURS[name] for name in measured]
+    colours = [style["color"] for style in styles(measured).values()]
     panels = {
         "saved_bytes_per_image": "kept for backward",
         "peak_bytes_per_image": "allocator's peak in a step",
     }
 
     def draw(figure: Figure) -> None:
-        for axes, (key, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for axes, (key, what) in zip(figure.subplots(1, 2), panels.items(), strict=True):
             values = [m[key] / 1e6 for m in measured.values()]
             bars = axes.barh(range(len(values)), values, color=colours, height=0.7)
             axes.bar_label(bars, [f"{v:.1f}" for v in values], padding=3)
             axes.set_xlim(0, max(values) * 1.2)
-            axes.set(xlabel="MB per image", title=title)
+            axes.set(xlabel="MB per image", title=what)
             labels = [results["peers"][name]["label"] for name in measured]
-            _horizontal(axes, labels if key == "saved_bytes_per_image" else [""] * len(labels))
-        setting = _setting(results, options["memory_batch"], options["memory_size"])
-        _title(figure, "Memory of a training step", setting)
+            horizontal(axes, labels if key == "saved_bytes_per_image" else [""] * len(labels))
+        images = setting(results, options["memory_batch"], options["memory_size"])
+        title(figure, "Memory of a training step", images)
 
-    _save(path, 9, 1.6 + 0.36 * len(measured), draw)
+    save(path, 9, 1.6 + 0.36 * len(measured), draw)
 
 
 def throughput_bars(results: Results, path: Path) -> None:
@@ -116,33 +53,34 @@ def throughput_bars(results: Results, path: Path) -> None:
             range(len(values)),
             [s["ratio"] for s in values],
             xerr=spread,
-            color=[COLOURS[name] for name in speed],
+            color=[style["color"] for style in styles(speed).values()],
             height=0.7,
-            error_kw={"ecolor": "#333333", "capsize": 3, "linewidth": 1},
+            error_kw={"ecolor": INK, "capsize": 3, "linewidth": 1},
         )
         for i, s in enumerate(values):
             text = f"{s['ratio']:.2f}x   {s['images_per_second']:.3g} images/s"
-            axes.text(s["ratio_max"] + 0.02 * right, i, text, va="center", bbox=_BEHIND_TEXT)
-        axes.axvline(1, color="#333333", linewidth=1, linestyle=":")
+            axes.text(s["ratio_max"] + 0.02 * right, i, text, va="center", bbox=BEHIND_TEXT)
+        axes.axvline(1, color=INK, linewidth=1, linestyle=":")
         axes.set_xlim(0, right * 1.4)
         axes.set_xlabel("speed relative to the fastest eager peer: median, and slowest to fastest sample")
-        _horizontal(axes, [results["peers"][name]["label"] for name in speed])
-        setting = _setting(results, options["batch"], options["size"])
-        _title(figure, "Training step: forward, backward, SGD", setting)
+        horizontal(axes, [results["peers"][name]["label"] for name in speed])
+        images = setting(results, options["batch"], options["size"])
+        title(figure, "Training step: forward, backward, SGD", images)
 
-    _save(path, 9, 1.6 + 0.36 * len(values), draw)
+    save(path, 9, 1.6 + 0.36 * len(values), draw)
 
 
 def depth_lines(results: Results, path: Path) -> None:
     """Saved MB per image of one dense block against its number of layers."""
     study, peers = results["depth"]["peers"], results["peers"]
     block, dtype = results["depth"]["block"], results["options"]["dtype"]
+    style = styles(study)
 
     def draw(figure: Figure) -> None:
         every, linear = figure.subplots(1, 2)
         for name, measured in study.items():
             megabytes = [b / 1e6 for b in measured["saved_bytes"]]
-            line: Any = {"color": COLOURS[name], "marker": MARKERS[name], "markersize": 4}
+            line: Any = {**style[name], "markersize": 4}
             label = peers[name]["label"].replace(", channels_last", "")
             quadratic = name in ("eager", "eager-cl")
             for axes in (every,) if quadratic else (every, linear):
@@ -156,9 +94,9 @@ def depth_lines(results: Results, path: Path) -> None:
                 axes.legend(loc="upper left")
         size = f"{block['size']}x{block['size']} pixels"
         channels = f"growth rate {block['growth_rate']}, bottleneck of {block['bottleneck']} channels"
-        _title(figure, "Memory of one dense block against its depth", f"{channels}, {size}, {dtype}")
+        title(figure, "Memory of one dense block against its depth", f"{channels}, {size}, {dtype}")
 
-    _save(path, 9, 4.4, draw)
+    save(path, 9, 4.4, draw)
 
 
 def family_bars(results: Results, path: Path) -> None:
@@ -173,9 +111,9 @@ def family_bars(results: Results, path: Path) -> None:
             _family_panel(axes, rows)
             axes.set_title(f"images of {size}x{size}")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-        _title(figure, "Memory that a training step keeps for backward, float32")
+        title(figure, "Memory that a training step keeps for backward, float32")
 
-    _save(path, 9, 1.2 + 0.6 * len(groups) + 0.68 * len(results["models"]), draw)
+    save(path, 9, 1.2 + 0.6 * len(groups) + 0.68 * len(results["models"]), draw)
 
 
 def _family_panel(axes: Axes, rows: list[Results]) -> None:
@@ -191,7 +129,7 @@ def _family_panel(axes: Axes, rows: list[Results]) -> None:
     axes.set_xlabel("MB per image")
     axes.margins(x=0.1)
     axes.set_ylim(-0.5, len(rows) - 0.5)
-    _horizontal(axes, [_network_label(row) for row in rows])
+    horizontal(axes, [_network_label(row) for row in rows])
 
 
 def _offset(kind: str, row: Results) -> float:
@@ -213,7 +151,7 @@ def training_curves(results: Results, path: Path) -> None:
         for i, (name, run) in enumerate(results["runs"].items()):
             history = run["history"]
             epochs = [epoch["epoch"] for epoch in history]
-            style: Any = {"color": (_GREEN, _BLUE)[i], "marker": "ox"[i], "markersize": 5 + 2 * i}
+            style: Any = {"color": (GREEN, BLUE)[i], "marker": "ox"[i], "markersize": 5 + 2 * i}
             solid: Any = ("-", (0, (4, 3)))[i]
             for part, dashes in (("training", solid), ("test", ":")):
                 values = [epoch[f"{part}_loss"] for epoch in history]
@@ -225,30 +163,6 @@ def training_curves(results: Results, path: Path) -> None:
         for axes in (losses, accuracies):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.legend()
-        _title(figure, f"Training {results['options']['model']} on {results['data']}")
+        title(figure, f"Training {results['options']['model']} on {results['data']}")
 
-    _save(path, 9, 4, draw)
-
-
-def draw_all(results: Results, folder: Path, stem: str = "") -> list[Path]:
-    """Every figure the results have data for, into ``folder``; returns the files.
-
-    Args:
-        results: the content of a result file.
-        folder: where to.
-        stem: put before the figures' names.
-    """
-    figures: list[tuple[str, Callable[[Results, Path], None], bool]] = [
-        ("memory", memory_bars, bool(results.get("memory"))),
-        ("throughput", throughput_bars, results["kind"] == "bench" and bool(speeds(results))),
-        ("depth", depth_lines, bool(results.get("depth", {}).get("peers"))),
-        ("models", family_bars, bool(results.get("models"))),
-        ("curves", training_curves, any(r["history"] for r in results.get("runs", {}).values())),
-    ]
-    drawn = []
-    for name, draw, possible in figures:
-        if possible:
-            path = folder / f"{stem}{name}.png"
-            draw(results, path)
-            drawn.append(path)
-    return drawn
+    save(path, 9, 4, draw)

@@ -1,7 +1,7 @@
 """Result files: JSON with everything needed to read and to draw them again.
 
-Bytes are bytes, times seconds, rates per second. Every file has ``kind`` ("bench", "models" or
-"train"), ``date``, ``machine``, ``versions``, ``commit``, ``options`` and ``interrupted``.
+Bytes are bytes, times seconds, rates per second. results.schema.json, beside this file, describes
+every key; ``interrupted`` marks a file that holds only what was measured until then.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from .errors import UsageError
 from .machine import commit, machine, versions
 
 Results = dict[str, Any]
+
+# What every file has.
+HEAD = {"kind", "date", "machine", "versions", "commit", "options", "interrupted"}
 
 
 def new_results(kind: str, options: dict[str, Any]) -> Results:
@@ -49,6 +52,23 @@ def write_json(path: Path, results: Results) -> None:
 
 def read_json(path: Path) -> Results:
     results: Results = json.loads(path.read_text())
+    return results
+
+
+def read_results(path: Path) -> Results:
+    """A result file somebody names.
+
+    Raises:
+        UsageError: it is missing, or none of ours.
+    """
+    try:
+        results = read_json(path)
+    except OSError as error:
+        raise UsageError(f"{path} can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"{path} is no result file: {error}") from error
+    if not isinstance(results, dict) or not results.keys() >= HEAD:
+        raise UsageError(f"{path} is no result file of dense-ext")
     return results
 
 

@@ -48,6 +48,26 @@ def sgd_step(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Trai
     return TrainStep(model, optimizer, dtype, device)
 
 
+class InferenceStep:
+    """A model's forward without gradients; calling it returns the logits, not synchronised.
+
+    Args:
+        model: in evaluation mode.
+        dtype: other than float32 by autocast.
+        device: the model's.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        self.model, self.dtype, self.device = model, dtype, device
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Logits [N, classes]; ``labels`` are there to be called like a training step."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            logits: Tensor = self.model(images)
+            return logits
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done everything asked of it."""
     if device.type == "cuda":

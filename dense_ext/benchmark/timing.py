@@ -12,6 +12,8 @@ from .step import synchronize
 
 # On a GPU, steps are queued until a sample lasts about this long.
 _SAMPLE_SECONDS = 0.5
+_FLUSHED_BYTES = 2**26  # more than the last-level cache of a CPU core's share
+_WARM_UP = 3  # calls
 
 
 def seconds_per_call(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
@@ -65,6 +67,43 @@ def interleave(
         for name in names[start:] + names[:start]:
             tick(f"{name}, round {i + 1} of {rounds}")
             samples[name].append(seconds_per_call(calls[name], device, calls_in_sample))
+
+
+class ColdTimer:
+    """Times single calls that find the caches empty, by CUDA events on a GPU.
+
+    Between two calls a buffer larger than the last-level cache is overwritten. On a GPU that also
+    keeps the device busy while the call is launched: what is timed is the device's work.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, size = device, _FLUSHED_BYTES
+        if device.type == "cuda":
+            size = max(size, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
+        self.flushed = torch.empty(size, dtype=torch.int8, device=device)
+
+    def samples(self, call: Callable[[], object], count: int) -> list[float]:
+        """Seconds of each of ``count`` calls, after some to warm up."""
+        for _ in range(_WARM_UP):
+            call()
+        return self._events(call, count) if self.device.type == "cuda" else self._clock(call, count)
+
+    def _clock(self, call: Callable[[], object], count: int) -> list[float]:
+        samples = []
+        for _ in range(count):
+            self.flushed.zero_()
+            samples.append(seconds_per_call(call, self.device))
+        return samples
+
+    def _events(self, call: Callable[[], object], count: int) -> list[float]:
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+        for start, end in pairs:
+            self.flushed.zero_()
+            start.record()
+            call()
+            end.record()
+        synchronize(self.device)
+        return [start.elapsed_time(end) / 1e3 for start, end in pairs]
 
 
 def spread(samples: list[float]) -> dict[str, float]:

@@ -13,12 +13,12 @@ from typing import Annotated
 import typer
 
 from ..version import __version__
-from . import bench, info, models, plan, train
+from . import bench, info, models, plan, report, train
 
 __all__ = ["main"]
 
 # What `pip install "dense_ext[bench]"` brings, by the name it is imported under.
-_EXTRA = {"torchvision", "matplotlib", "sklearn", "numpy", "PIL"}
+_EXTRA = {"torchvision", "matplotlib", "sklearn", "scipy", "numpy", "jinja2", "PIL"}
 
 app = typer.Typer(
     name="dense-ext",
@@ -33,6 +33,7 @@ app.command()(bench.bench)
 app.command()(models.models)
 app.command()(plan.plan)
 app.command()(train.train)
+app.command()(report.report)
 
 
 def _print_version(wanted: bool) -> None:

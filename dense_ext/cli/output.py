@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from .console import print_json, progress, remark
+from .console import print_json, print_table, progress, remark
 
 INTERRUPTED = 130
 
@@ -23,19 +23,27 @@ def measure(run: Callable[[Callable[[str], None]], None], ticks: int, results: d
     results["interrupted"] = False
 
 
+def print_tables(results: dict[str, Any]) -> None:
+    """What was measured; an interrupted run leaves some of it out."""
+    from ..benchmark.tables import tables
+
+    for table in tables(results):
+        print_table(table.title, table.header, table.rows, table.left)
+
+
 def publish(
     results: dict[str, Any],
     path: Path,
     draw: Callable[[dict[str, Any], Path], list[Path]],
-    print_tables: Callable[[dict[str, Any]], None] | None,
+    show: Callable[[dict[str, Any]], None] | None,
 ) -> None:
     """Write the results and their figures, and print them.
 
     Args:
         results: what to write.
         path: the JSON file; ``draw`` puts figures beside it.
-        draw: ``plots.draw_all``, imported by the command, so that a missing package shows at once.
-        print_tables: None prints the JSON instead.
+        draw: ``figures.draw_all``, imported by the command, so that a missing package shows at once.
+        show: prints the results, e.g. :func:`print_tables`; None prints the JSON instead.
 
     Raises:
         typer.Exit: with code 130, if the measurement was interrupted.
@@ -44,10 +52,10 @@ def publish(
 
     write_json(path, results)
     figures = draw(results, path.parent)
-    if print_tables is None:
+    if show is None:
         print_json(results)
     else:
-        print_tables(results)
+        show(results)
     remark(f"wrote {', '.join(str(p) for p in (path, *figures))}")
     if results["interrupted"]:
         remark("interrupted: these are the results until then")

@@ -116,7 +116,7 @@ def _check_folder(out: Path, resume: bool, overwrite: bool) -> None:
 
 
 def _train(training: Training, options: dict[str, Any], out: Path, json: bool) -> None:
-    from ..benchmark.plots import draw_all
+    from ..benchmark.figures import draw_all
     from ..benchmark.results import new_results, write_atomically
     from ..benchmark.training import write_csv
 

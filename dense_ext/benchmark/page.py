@@ -1,0 +1,106 @@
+"""Results as one HTML page that needs nothing beside itself."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from ..version import __version__
+from .figures import draw_all
+from .plot_style import INK, PAPER, RULE
+from .results import Results
+from .tables import tables
+
+_TITLES = {
+    "bench": "A training step",
+    "models": "The family",
+    "train": "Training",
+    "memory": "Memory",
+    "step": "Training steps over the family",
+    "inference": "Inference",
+    "primitives": "Primitives",
+    "paper": "Memory against depth, after arXiv 1707.06990",
+}
+# A figure's colours of text and lines become the page's, which follow the reader's preference.
+_COLOURS = {INK: "currentColor", RULE: "var(--rule)", PAPER: "var(--paper)"}
+
+
+def inline_svg(text: str, label: str) -> Markup:
+    """An SVG file's content to stand in a page: without header, size and the ids nothing refers to."""
+    text = text[text.index("<svg") :]
+    for colour, in_page in _COLOURS.items():
+        text = text.replace(colour, in_page)
+    referred = set(re.findall(r"#([\w-]+)[\")]", text))
+    text = re.sub(r' id="([^"]*)"', lambda m: m.group(0) if m.group(1) in referred else "", text)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    head, _, rest = text.partition(">")
+    head = re.sub(r' (width|height)="[^"]*"', "", head)
+    return Markup(f'{head} role="img" aria-label="{{}}">').format(label) + Markup(rest)
+
+
+def _figures(results: Results, prefix: str) -> list[Markup]:
+    """The result's figures; the prefix keeps the ids of several results apart."""
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = draw_all(results, Path(folder), prefix, ".svg")
+        return [
+            inline_svg(path.read_text(encoding="utf-8"), path.stem.removeprefix(prefix).replace("-", ", "))
+            for path in drawn
+        ]
+
+
+def _setting(results: Results) -> dict[str, str]:
+    """What was measured, on what and with what."""
+    machine, gpu = results["machine"], results["machine"]["gpu"]
+    clocks = machine.get("clocks", {})
+    versions = {name: version for name, version in results["versions"].items() if version}
+    options = {name: value for name, value in results["options"].items() if value not in (None, [], ())}
+    return {
+        "measured": results["date"].replace("T", " "),
+        "CPU": f"{machine['cpu']}, {machine['cpu_capability']}, {machine['threads']} threads, "
+        f"{machine['memory_bytes'] / 2**30:.1f} GiB",
+        "GPU": f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.0f} GiB" if gpu else "none",
+        "clocks": ", ".join(
+            f"{name.removesuffix('_hertz').replace('_', ' ')} {hertz / 1e6:.0f} MHz"
+            for name, hertz in clocks.items() if hertz
+        ) or "not known",
+        "commit": results["commit"] or "not known",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "options": ", ".join(f"{name.replace('_', ' ')} {_text(value)}" for name, value in options.items()),
+    }  # fmt: skip
+
+
+def _text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def page(results: Mapping[Path, Results], tick: Callable[[str], None] = lambda text: None) -> str:
+    """The page of these results, in their order.
+
+    Args:
+        results: by the file they were read from; its name without suffix is shown.
+        tick: told the file before each.
+    """
+    sections = []
+    for i, (path, result) in enumerate(results.items()):
+        tick(f"drawing {path.name}")
+        sections.append({
+            "title": _TITLES[result["kind"]],
+            "name": path.stem,
+            "kind": result["kind"],
+            "interrupted": result["interrupted"],
+            "setting": _setting(result),
+            "figures": _figures(result, f"r{i}-"),
+            "tables": tables(result),
+        })  # fmt: skip
+    environment = Environment(
+        loader=PackageLoader("dense_ext.benchmark", ""), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    template = environment.get_template("report.html.jinja")
+    return template.render(sections=sections, version=__version__)

@@ -1,0 +1,182 @@
+"""Each primitive on the shapes of a DenseNet: time, and how near to what the machine can do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...backends import BACKENDS
+from ...backends.reference import ReferenceBackend
+from ...models import MODELS
+from ..errors import UnavailableError
+from ..machine import copy_bandwidth, matmul_rate
+from ..networks import takes_small_images
+from ..primitives import ACCUMULATES, WRITES, PrimitiveCase, flops, minimum_bytes, model_cases
+from ..step import DTYPES
+from ..timing import ColdTimer
+from .base import Row, Suite, failing_into, new_row
+
+ATEN = "aten"
+_REFERENCE = ReferenceBackend()
+
+Arguments = dict[str, Any]
+Outputs = dict[str, Tensor]
+
+# What PyTorch's modules do after norm and ReLU, from the activation and the weight.
+_AFTER_ACTIVATION: dict[str, Callable[..., Tensor]] = {
+    "bn_relu_conv1x1": F.conv2d,
+    "bn_relu_conv3x3": partial(F.conv2d, padding=1),
+    "bn_relu_pool_conv1x1": lambda activated, weight: F.avg_pool2d(F.conv2d(activated, weight), 2),
+    "bn_relu_maxpool": lambda activated: F.max_pool2d(activated, 3, 2, 1),
+}
+
+
+def unfused(primitive: str, tensors: Arguments) -> Callable[[], tuple[Tensor, ...]]:
+    """The primitive as PyTorch's modules do it one by one, batch norm over a dense input included.
+
+    Backward is autograd's of input, norm and weight; its forward has run before. A primitive that
+    is no module runs as the reference backend's formula.
+    """
+    name, _, direction = primitive.rpartition("_")
+    if name not in _AFTER_ACTIVATION:
+        return partial(_reference_outputs, primitive, tensors)
+    backward = direction == "backward"
+
+    def leaf(tensor: Tensor) -> Tensor:
+        return tensor.detach().clone(memory_format=torch.preserve_format).requires_grad_(backward)
+
+    source = tensors["z" if name == "bn_relu_conv3x3" else "x"]
+    x = leaf(source.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last))
+    scale, shift = (leaf(tensors[n]) for n in ("scale", "shift"))
+    weights = [leaf(tensors["weight"])] if "weight" in tensors else []
+
+    def forward() -> Tensor:
+        activated = F.relu(F.batch_norm(x, None, None, scale, shift, training=True))
+        return _AFTER_ACTIVATION[name](activated, *weights)
+
+    if not backward:
+        return torch.no_grad()(lambda: (forward(),))
+    y = forward()
+    grad = tensors["grad_bn" if name == "bn_relu_conv1x1" else "grad"].permute(0, 3, 1, 2)
+    return lambda: torch.autograd.grad(y, [x, scale, shift, *weights], grad, retain_graph=True)
+
+
+def _reference_outputs(primitive: str, tensors: Arguments) -> tuple[Tensor, ...]:
+    getattr(_REFERENCE, primitive)(**tensors)
+    return tuple(_outputs(primitive, tensors).values())
+
+
+def _outputs(primitive: str, tensors: Arguments) -> Outputs:
+    return {n: tensors[n] for n in (*WRITES[primitive], *ACCUMULATES.get(primitive, ()))}
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) else value
+
+
+def _copied(value: Any) -> Any:
+    """With its strides, so that a slice stays one."""
+    if not isinstance(value, Tensor):
+        return value
+    copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    return copy.copy_(value)
+
+
+def relative_error(got: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest relative L2 error of the tensors."""
+    pairs = zip(got, expected, strict=True)
+    return max(float((a.double() - b).norm() / b.norm().clamp_min(1e-300)) for a, b in pairs)
+
+
+def backend_error(backend: str, case: PrimitiveCase, tensors: Arguments) -> float:
+    """The backend's error against the reference in float64 on the same numbers."""
+    exact = {name: _double(value) for name, value in tensors.items()}
+    mine = {name: _copied(value) for name, value in tensors.items()}
+    getattr(_REFERENCE, case.primitive)(**exact)
+    getattr(BACKENDS[backend], case.primitive)(**mine)
+    return relative_error(*(list(_outputs(case.primitive, t).values()) for t in (mine, exact)))
+
+
+def unfused_error(case: PrimitiveCase, tensors: Arguments) -> float:
+    """PyTorch's own error, against itself in float64."""
+    copies = {name: _copied(value) for name, value in tensors.items()}
+    exact = {name: _double(value) for name, value in tensors.items()}
+    return relative_error(list(unfused(case.primitive, copies)()), list(unfused(case.primitive, exact)()))
+
+
+class PrimitiveSuite(Suite):
+    """Every primitive by backend and dtype, beside unfused ATen, on the shapes of one network."""
+
+    name = "primitives"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        labels = {ATEN: "unfused ATen", **{name: f"dense_ext, {name}" for name in BACKENDS}}
+        self.results["peers"] = {n: {"label": label, "ours": n != ATEN} for n, label in labels.items()}
+        self.cases = self._cases()
+
+    def _cases(self) -> list[PrimitiveCase]:
+        """The cases of the models, equal ones once."""
+        batch = self.options.batch or (64 if self.gpu else 2)
+        found: dict[str, PrimitiveCase] = {}
+        for name in self.options.models or ("densenet121",):
+            with torch.device("meta"):
+                small = takes_small_images(MODELS[name]())
+            size = self.options.size or (32 if small else 224 if self.gpu else 128)
+            for case in model_cases(MODELS[name], batch, size):
+                found.setdefault(f"{case.primitive}{case.shapes}{case.widths}", case)
+        return list(found.values())
+
+    def ticks(self) -> int:
+        return 1 + len(self.cases) * len(self.options.dtypes) * (1 + len(BACKENDS))
+
+    def measure(self) -> None:
+        self.tick("the machine's rates")
+        self.timer = ColdTimer(self.device)
+        self.results["work"] = {
+            "copy_bytes_per_second": copy_bandwidth(self.device),
+            "matmul_flops_per_second": {
+                dtype: matmul_rate(self.device, DTYPES[dtype]) for dtype in self.options.dtypes
+            },
+        }
+        for case in self.cases:
+            for dtype in self.options.dtypes:
+                tensors = case.tensors(DTYPES[dtype], self.device)
+                for peer in self.results["peers"]:
+                    self.tick(f"{case.primitive}, {case.where}, {dtype}, {peer}")
+                    self.fill(self.new_row(case, dtype, peer), case, tensors)
+
+    def new_row(self, case: PrimitiveCase, dtype: str, peer: str) -> Row:
+        shapes = {name: "x".join(map(str, shape)) for name, shape in case.shapes.items() if len(shape) == 4}
+        vectors = {name: str(shape[-1]) for name, shape in case.shapes.items()}
+        shape = " ".join(
+            f"{name} {text}" for name, text in (shapes or dict([next(iter(vectors.items()))])).items()
+        )
+        row = new_row(
+            {"primitive": case.primitive, "where": case.where, "shape": shape, "dtype": dtype}, peer
+        )
+        row["measures"] = {
+            "minimum_bytes": minimum_bytes(case.primitive, case.shapes, DTYPES[dtype]),
+            "flops": flops(case.primitive, case.shapes),
+        }
+        self.rows.append(row)
+        return row
+
+    def fill(self, row: Row, case: PrimitiveCase, tensors: Arguments) -> None:
+        """Time and error of one row."""
+        with failing_into(row):
+            if row["peer"] == ATEN:
+                row["measures"]["relative_error"] = unfused_error(case, tensors)
+                call: Callable[[], object] = unfused(case.primitive, tensors)
+            else:
+                backend, dtype = BACKENDS[row["peer"]], DTYPES[row["case"]["dtype"]]
+                if reason := backend.can_run(case.primitive, self.device, dtype):
+                    raise UnavailableError(reason)
+                row["measures"]["relative_error"] = backend_error(row["peer"], case, tensors)
+                call = partial(getattr(backend, case.primitive), **tensors)
+            row["seconds"] += self.timer.samples(call, self.options.rounds)

@@ -1,0 +1,187 @@
+"""Speed of training steps and of inference over the family."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+
+from ...models import MODELS, DenseNet
+from ...swap import report
+from ..bench import LOSS_TOLERANCE
+from ..errors import reason
+from ..flops import flops_per_image
+from ..graphs import GraphedStep
+from ..machine import copy_bandwidth, matmul_rate
+from ..memory import lasting_bytes, peaks, saved_bytes, step_peaks
+from ..networks import plain, takes_small_images
+from ..peers import Peer
+from ..step import DTYPES, InferenceStep
+from ..timing import calls_per_sample, interleave
+from .base import Case, Row, Suite, failing_into, release
+
+FAMILY = ("densenet121", "densenet169", "densenet201", "densenet161", "densenet264",
+          "densenet_bc_100_12", "densenet_bc_250_24", "densenet_bc_190_40")  # fmt: skip
+# How the failure of a row with wrong values begins.
+DISAGREES = "disagrees"
+
+Call = Callable[[], Any]
+
+
+def _build(classes: int, name: str) -> DenseNet:
+    return MODELS[name](num_classes=classes)
+
+
+class _TimedSuite(Suite):
+    """Times a call of each peer, case by case.
+
+    On a CPU the rounds of all peers are interleaved, so that a slow minute falls on every one. On a
+    GPU a peer is timed alone: the memory its graphs hold must not be taken from the next.
+    """
+
+    training: ClassVar[bool]
+
+    def batches(self, small: bool) -> tuple[int, ...]:
+        """Images a call, where no option says so; ``small`` for networks of 32x32 images."""
+        return (64,) if self.gpu else ((16,) if small else (4,))
+
+    def cases(self) -> list[Case]:
+        found = []
+        for name in self.options.models or FAMILY:
+            with torch.device("meta"):
+                small = takes_small_images(_build(10, name))
+            size = self.options.size or (32 if small else 224 if self.gpu else 128)
+            batches = (self.options.batch,) if self.options.batch else self.batches(small)
+            found += [
+                Case(partial(_build, name=name), batch, size, dtype, {"model": name})
+                for batch in batches
+                for dtype in self.options.dtypes
+            ]
+        return found
+
+    def ticks(self) -> int:
+        return 1 + len(self.cases()) * len(self.peers) * (1 + self.options.rounds)
+
+    def measure(self) -> None:
+        self.tick("the machine's rates")
+        self.results["work"] = {
+            "copy_bytes_per_second": copy_bandwidth(self.device),
+            "matmul_flops_per_second": {
+                dtype: matmul_rate(self.device, DTYPES[dtype]) for dtype in self.options.dtypes
+            },
+        }
+        for case in self.cases():
+            size, build = case.size, case.build
+            flops = flops_per_image(lambda build=build: plain(build(10)), size, self.training)  # type: ignore[misc]
+            rows: list[Row] = []
+            for group in [[p] for p in self.peers] if self.gpu else [self.peers]:
+                release()
+                self.time(case, group, flops * case.batch, rows)
+
+    def time(self, case: Case, peers: list[Peer], flops: int, rows: list[Row]) -> None:
+        """Time some of a case's peers together; adds to ``rows``, its rows so far."""
+        calls: dict[str, tuple[Call, Row]] = {}
+        for peer in peers:
+            self.tick(f"{peer.name}: {case}")
+            row = self.row(case, peer)
+            rows.append(row)
+            with failing_into(row):
+                call = self.prepare(case, peer, row)
+                # More than a graph's eager calls, and what torch.compile takes to be done.
+                row["values"] = [self.value(call) for _ in range(5)][:2]
+                row["measures"]["flops"] = flops
+                calls[peer.name] = call, row
+        mark_disagreement(rows, self.results["peers"], LOSS_TOLERANCE[case.dtype])
+        timed = {name: _surviving(*pair) for name, pair in calls.items() if pair[1]["failure"] is None}
+        if timed:
+            count = calls_per_sample(next(iter(timed.values())), self.device)
+            for name in timed:
+                calls[name][1]["calls_per_sample"] = count
+            samples = {name: calls[name][1]["seconds"] for name in timed}
+            interleave(timed, samples, self.device, self.options.rounds, count, self.tick)
+        for _, row in calls.values():
+            if row["failure"] is not None:
+                row["seconds"].clear()
+
+    @abstractmethod
+    def prepare(self, case: Case, peer: Peer, row: Row) -> Call:
+        """What to time; measures its memory on the way."""
+
+    @abstractmethod
+    def value(self, call: Call) -> float:
+        """A number the call computed, to compare between peers."""
+
+    def note_backends(self, peer: Peer, network: torch.nn.Module, row: Row) -> None:
+        if peer.ours:
+            row["served_by"] = list(dict.fromkeys(part.detail for part in report(network).rows))
+
+
+def _surviving(call: Call, row: Row) -> Call:
+    """The call, until it fails: that ends up in the row, and from then on it does nothing."""
+
+    def run() -> None:
+        if row["failure"] is None:
+            try:
+                call()
+            except Exception as error:
+                row["failure"] = reason(error)
+
+    return run
+
+
+def mark_disagreement(rows: list[Row], peers: dict[str, Any], tolerance: float) -> None:
+    """Rows of dense_ext whose values are not those of the first peer that ran fail: they "disagree"."""
+    reference = next((r for r in rows if r["failure"] is None and not peers[r["peer"]]["ours"]), None)
+    for row in rows:
+        if row["failure"] is not None or not peers[row["peer"]]["ours"] or reference is None:
+            continue
+        for got, expected in zip(row["values"], reference["values"], strict=True):
+            if not abs(got - expected) <= tolerance * abs(expected):  # NaN is not
+                row["failure"] = f"{DISAGREES}: {got:.6g}, {reference['peer']} has {expected:.6g}"
+
+
+class StepSuite(_TimedSuite):
+    """Training steps: forward, cross entropy, backward and SGD with momentum."""
+
+    name = "step"
+    training = True
+
+    def prepare(self, case: Case, peer: Peer, row: Row) -> Call:
+        step, images, labels = self.training_step(case, peer)
+        saved = saved_bytes(step.model, lambda: step.loss(images, labels)[0])
+        # The memory is that of a network of its own: measuring it makes steps that change the weights.
+        row["measures"] |= {"saved_bytes": saved, **step_peaks(step, images, labels)}
+        row["measures"]["lasting_bytes"] = lasting_bytes(step)
+        step, images, labels = self.training_step(case, peer)
+        self.note_backends(peer, step.model, row)
+        call = GraphedStep(step, self.device) if peer.graphed else step
+        return partial(call, images, labels)
+
+    def value(self, call: Call) -> float:
+        return float(call()[0])
+
+
+class InferenceSuite(_TimedSuite):
+    """Forward passes in evaluation mode without gradients, of one image and of a batch."""
+
+    name = "inference"
+    training = False
+
+    def batches(self, small: bool) -> tuple[int, ...]:
+        return (1, *super().batches(small))
+
+    def prepare(self, case: Case, peer: Peer, row: Row) -> Call:
+        images, labels, classes = self.batch(case, peer)
+        network = self.network(case, peer, classes, training=False)
+        self.note_backends(peer, network, row)
+        step = InferenceStep(network, DTYPES[case.dtype], self.device)
+        step(images, labels)
+        row["measures"] |= peaks(lambda: step(images, labels), self.device)
+        call = GraphedStep(step, self.device) if peer.graphed else step
+        return partial(call, images, labels)
+
+    def value(self, call: Call) -> float:
+        return float(call().double().norm())

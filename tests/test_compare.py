@@ -1,0 +1,147 @@
+"""What counts as a regression, and what is noise."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torchvision")
+pytest.importorskip("scipy")
+
+from dense_ext.benchmark.compare import compare, rows_of
+from dense_ext.benchmark.errors import UsageError
+from dense_ext.benchmark.suites.base import new_row
+from dense_ext.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+MACHINE = {"cpu": "one", "threads": 2, "gpu": None}
+
+
+def result(
+    median: float, samples: int = 15, seed: int = 0, rows: int = 1, **measures: float
+) -> dict[str, Any]:
+    """A step suite's result with samples 3 % to either side of a median."""
+    generator = random.Random(seed)
+    made = []
+    for i in range(rows):
+        row = new_row({"model": f"m{i}"}, "dense_ext-none")
+        row["seconds"] = [median * generator.uniform(0.97, 1.03) for _ in range(samples)]
+        row["measures"] = dict(measures)
+        made.append(row)
+    return {
+        "kind": "step", "date": "", "machine": MACHINE, "versions": {"torch": "2.11"}, "commit": None,
+        "options": {}, "interrupted": False,
+        "peers": {"dense_ext-none": {"label": "ours", "ours": True}}, "rows": made,
+    }  # fmt: skip
+
+
+def test_slower_beyond_noise() -> None:
+    (change,) = compare(result(1.0), result(1.2, seed=1)).changes
+    assert (change.measure, change.worse) == ("seconds", True)
+    assert change.ratio == pytest.approx(1.2, rel=0.05)
+
+
+def test_faster_is_no_regression() -> None:
+    found = compare(result(1.2), result(1.0, seed=1))
+    assert [change.worse for change in found.changes] == [False]
+    assert found.regressions == []
+
+
+def test_noise_is_no_change() -> None:
+    assert compare(result(1.0, rows=300), result(1.0, seed=1, rows=300)).changes == []
+
+
+def test_a_small_difference_is_left_to_what_runs_differ_by() -> None:
+    old, new = result(1.0), result(1.04, seed=1)
+    assert compare(old, new).changes == []
+    assert len(compare(old, new, threshold=0.02).changes) == 1
+
+
+def test_too_few_samples_say_nothing() -> None:
+    found = compare(result(1.0, samples=3), result(2.0, samples=3))
+    assert (found.changes, found.undecided) == ([], 1)
+
+
+@pytest.mark.parametrize(
+    ("measure", "old", "new", "worse"),
+    [
+        ("saved_bytes", 1000, 1002, True),
+        ("saved_bytes", 1002, 1000, False),
+        ("saved_bytes", 1000, 1000, None),
+        ("peak_bytes", 1000, 1010, None),
+        ("peak_bytes", 1000, 1030, True),
+        ("largest_batch", 100, 90, True),
+        ("largest_batch", 90, 100, False),
+        ("relative_error", 1e-7, 1.9e-7, None),
+        ("relative_error", 1e-7, 2.1e-7, True),
+        ("relative_error", 0.0, 1e-7, True),
+        ("flops", 1000, 2000, None),
+    ],
+)
+def test_measures_without_samples(measure: str, old: float, new: float, worse: bool | None) -> None:
+    found = compare(result(1.0, **{measure: old}), result(1.0, **{measure: new}))
+    assert [change.worse for change in found.changes] == ([] if worse is None else [worse])
+
+
+def test_a_row_that_fails_now() -> None:
+    old = result(1.0)
+    new = copy.deepcopy(old)
+    new["rows"][0] |= {"failure": "out of memory", "seconds": []}
+    (change,) = compare(old, new).regressions
+    assert (change.measure, change.new) == ("failure", "out of memory")
+
+
+def test_what_else_differs() -> None:
+    old, new = result(1.0, rows=2), result(1.0, rows=2)
+    new["machine"] = {**MACHINE, "cpu": "another"}
+    new["versions"] = {"torch": "2.12"}
+    new["rows"][1]["case"] = {"model": "other"}
+    found = compare(old, new)
+    assert found.differences == ["machine's cpu: one, now another", "version of torch: 2.11, now 2.12"]
+    assert found.only_old == ["model m1: dense_ext-none"]
+    assert found.only_new == ["model other: dense_ext-none"]
+
+
+def test_results_that_cannot_be_compared() -> None:
+    with pytest.raises(UsageError, match="different kinds: step and memory"):
+        compare(result(1.0), {**result(1.0), "kind": "memory"})
+    with pytest.raises(UsageError, match="no row in common"):
+        compare(result(1.0), result(1.0, rows=0))
+    models = json.loads((ROOT / "benchmarks" / "results" / "family.json").read_text())
+    with pytest.raises(UsageError, match="dense-ext models has nothing to compare"):
+        rows_of(models)
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = ROOT / "benchmarks" / "results" / "cpu.json"
+    results = json.loads(old.read_text())
+    results["speed"]["seconds"]["dense_ext-none"] = [
+        1.3 * s for s in results["speed"]["seconds"]["dense_ext-none"]
+    ]
+    new = tmp_path / "new.json"
+    new.write_text(json.dumps(results))
+    assert main(["bench", "--compare", str(old), str(old)]) == 0
+    assert "7 rows compared, 0 measures got worse" in capsys.readouterr().err
+    assert main(["bench", "--compare", str(old), str(new)]) == 1
+    printed = capsys.readouterr()
+    assert "dense_ext-none" in printed.out
+    assert "1.300" in printed.out
+    assert "is worse than" in printed.err
+    assert main(["bench", "--compare", str(old), str(new), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["changes"][0]["peer"] == "dense_ext-none"
+    assert main(["bench", "--compare", str(old), str(new), "--threshold", "0.5"]) == 0
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"kind": "bench"}'])
+def test_files_that_are_no_results(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    assert main(["bench", "--compare", str(path), str(path)]) == 2
+    assert "is no result file" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "missing.json"), "--out", str(tmp_path / "r.html")]) == 2
+    assert "can't be read: No such file" in capsys.readouterr().err

@@ -1,0 +1,196 @@
+"""The report: complete in itself, and what a browser makes of it, light and dark, wide and narrow."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torchvision")
+pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
+
+from PIL import Image, ImageStat
+
+from dense_ext.benchmark.suites.base import new_row
+from dense_ext.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PHONE, DESK = 390, 1200
+
+
+def suite_result(kind: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    head = json.loads((RESULTS / "cpu.json").read_text())
+    kept = {key: head[key] for key in ("date", "machine", "versions", "commit")}
+    return {
+        **kept, "kind": kind, "interrupted": True, "rows": rows, "options": {"device": "cpu"}, "data": "none",
+        "peers": {"eager": {"label": "eager <b>", "ours": False},
+                  "cpu": {"label": "dense_ext, cpu", "ours": True}},
+        "work": {"copy_bytes_per_second": 1e10, "matmul_flops_per_second": {"float32": 1e11}},
+    }  # fmt: skip
+
+
+def primitive_rows() -> Iterator[dict[str, Any]]:
+    for i, peer in enumerate(("eager", "cpu")):
+        for j in range(30):
+            case = {"primitive": "p", "where": f"block {j}", "shape": "1x1", "dtype": "float32"}
+            row = new_row(case, peer)
+            row["measures"] = {"minimum_bytes": 100, "flops": 100 * (j + 1), "relative_error": 1e-8}
+            row["seconds"] = [1e-3 / (i + 1)] * 3
+            yield row
+
+
+def memory_rows() -> Iterator[dict[str, Any]]:
+    for peer in ("eager", "cpu"):
+        for depth in (10, 20, 30):
+            case = {
+                "vary": "depth",
+                "depth": depth,
+                "growth_rate": 12,
+                "batch": 1,
+                "size": 8,
+                "dtype": "float32",
+            }
+            row = new_row(case, peer)
+            row["measures"] = dict.fromkeys(("saved_bytes", "peak_bytes", "lasting_bytes"), depth * 10**6)
+            yield row
+
+
+def step_rows() -> Iterator[dict[str, Any]]:
+    for peer, seconds in (("eager", 2.0), ("cpu", 1.0)):
+        row = new_row({"model": "m", "batch": 1, "size": 8, "dtype": "float32"}, peer)
+        row["measures"], row["seconds"] = {"flops": 10**9}, [seconds] * 3
+        yield row
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    for kind, rows in (("primitives", primitive_rows()), ("paper", memory_rows()), ("step", step_rows())):
+        (folder / f"{kind}.json").write_text(json.dumps(suite_result(kind, list(rows))))
+    out = folder / "page.html"
+    committed, suites = (sorted(map(str, where.glob("*.json"))) for where in (RESULTS, folder))
+    assert main(["report", *committed, *suites, "--out", str(out)]) == 0
+    return out
+
+
+class Parsed(HTMLParser):
+    """Tags and attributes of a page, closed as they were opened."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag not in ("meta", "link", "br", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_page_needs_nothing_beside_itself(report: Path) -> None:
+    parsed = Parsed(report.read_text())
+    assert parsed.open == []
+    for tag, attributes in parsed.found:
+        assert tag not in ("script", "link", "img", "iframe")
+        for name in ("src", "href", "xlink:href"):
+            assert (attributes.get(name) or "#").startswith("#")
+    assert "url(http" not in report.read_text()
+
+
+def test_references_within_the_page_are_unique_and_kept(report: Path) -> None:
+    text = report.read_text()
+    ids = re.findall(r' id="([^"]+)"', text)
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', text)) <= set(ids)
+    assert len(set(ids)) == len(ids)
+
+
+def test_page_shows_every_result(report: Path) -> None:
+    text = report.read_text()
+    assert text.count("<section") == 6
+    # memory, throughput, depth; models; curves; memory-depth; roofline; throughput
+    assert text.count("<svg") == 8
+    assert "AMD EPYC" in text
+    assert "torch 2.11.0" in text
+    assert text.count("Interrupted: this is what was measured until then.") == 3
+    assert "eager &lt;b&gt;" in text
+    assert "<b>" not in text
+    assert "<summary>primitives, from empty caches (60 rows)</summary>" in text
+    for fixed in ("#333333", "#dddddd", "#ffffff;", "matplotlib.org"):
+        assert fixed not in text.partition("</style>")[2]
+
+
+def test_an_existing_page_is_kept(report: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["report", str(RESULTS / "digits.json"), "--out", str(report)]
+    assert main(arguments) == 2
+    assert "exists; pass --overwrite or another --out" in capsys.readouterr().err
+
+
+# --- in a browser ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium: the one that $CHROMIUM names, one installed on the system, or Playwright's own."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = ("chromium", "chromium-headless-shell", "google-chrome")
+    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    with playwright.sync_playwright() as started:
+        try:
+            chromium = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        except playwright.Error as error:
+            pytest.skip(f"no Chromium starts: {str(error).splitlines()[0]}")
+        yield chromium
+        chromium.close()
+
+
+def background(png: bytes) -> float:
+    """Mean brightness, 0 to 255, of the page's upper left corner."""
+    corner = Image.open(io.BytesIO(png)).convert("L").crop((0, 0, 12, 12))
+    return ImageStat.Stat(corner).mean[0]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [PHONE, DESK])
+def test_page_in_a_browser(browser: Any, report: Path, scheme: str, width: int) -> None:
+    context = browser.new_context(
+        viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True, is_mobile=width == PHONE
+    )
+    page, complaints = context.new_page(), []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("requestfailed", lambda request: complaints.append(request.url))
+    page.goto(report.as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page itself scrolls sideways"
+    dark = scheme == "dark"
+    assert (background(page.screenshot()) < 80) == dark
+    figures = page.locator("figure svg")
+    for i in range(figures.count()):
+        box = figures.nth(i).bounding_box()
+        assert box is not None
+        assert box["width"] >= 600
+        assert box["height"] >= 150
+        # Text is the page's ink: light on dark, dark on light.
+        ink = figures.nth(i).locator("text").first.evaluate("e => getComputedStyle(e).fill")
+        brightness = sum(int(v) for v in re.findall(r"\d+", ink)[:3]) / 3
+        assert (brightness > 128) == dark
+    size_of = "all => all.map(e => parseFloat(getComputedStyle(e).fontSize))"
+    sizes = page.locator("td, th, dd").evaluate_all(size_of)
+    assert min(sizes) >= 13
+    assert complaints == []
+    context.close()

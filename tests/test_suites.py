@@ -1,0 +1,352 @@
+"""Every suite at a tiny size: its rows, its exit code, its file against the schema."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dense_ext
+from dense_ext.cli import main
+
+pytest.importorskip("torchvision")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("jsonschema")
+
+import jsonschema
+
+from dense_ext.benchmark import bench, peers, suites
+from dense_ext.benchmark.graphs import GraphedStep
+from dense_ext.benchmark.memory import largest
+from dense_ext.benchmark.networks import small_densenet
+from dense_ext.benchmark.suites.base import new_row
+from dense_ext.benchmark.suites.memory import deepest_row
+from dense_ext.benchmark.suites.speed import mark_disagreement
+
+ROOT = Path(__file__).resolve().parent.parent
+SCHEMA = json.loads((ROOT / "dense_ext" / "benchmark" / "results.schema.json").read_text())
+SMALL = ["--size", "8", "--batch", "2", "--rounds", "3", "--recompute", "bottleneck"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tiny(**options: Any) -> dense_ext.DenseNet:
+        return dense_ext.DenseNet(**{
+            "growth_rate": 8, "block_config": (3, 2), "num_init_features": 16, "small_inputs": True,
+            "num_classes": 10, **options,
+        })  # fmt: skip
+
+    monkeypatch.setitem(dense_ext.models.MODELS, "tiny", tiny)
+
+
+def run(suite: str, out: Path, *arguments: str, code: int = 0) -> dict[str, Any]:
+    """A suite's result, which the schema describes."""
+    assert main(["bench", "--suite", suite, *SMALL, *arguments, "--out", str(out)]) == code
+    results = json.loads((out / f"{suite}.json").read_text())
+    jsonschema.validate(results, SCHEMA)
+    assert str(out) not in json.dumps(results)
+    return results
+
+
+def by_peer(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        found.setdefault(row["peer"], []).append(row)
+    return found
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda p: p.stem
+)
+def test_committed_results_are_what_the_schema_says(path: Path) -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    jsonschema.validate(json.loads(path.read_text()), SCHEMA)
+
+
+def test_schema_refuses_a_row_with_an_unknown_measure() -> None:
+    row = new_row({"model": "tiny"}, "eager")
+    validator = jsonschema.Draft202012Validator({"$ref": "#/$defs/row", "$defs": SCHEMA["$defs"]})
+    validator.validate(row)
+    with pytest.raises(jsonschema.ValidationError):
+        validator.validate({**row, "measures": {"speed": 1}})
+
+
+def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = suites.memory.MemorySuite.cases
+    monkeypatch.setattr(suites.memory.MemorySuite, "cases", lambda self: kept(self)[:2])
+    results = run("memory", tmp_path, "--peers", "eager-cl", "--budget", "0.0055")
+    assert "largest batch that fits" in capsys.readouterr().out
+    rows = by_peer(results)
+    eager, ours = rows["eager-cl"], rows["dense_ext-bottleneck"]
+    assert [row["case"]["depth"] for row in eager[:2]] == [22, 40]
+    for a, b in zip(eager[:2], ours[:2], strict=True):
+        assert a["measures"]["saved_bytes"] > 4 * b["measures"]["saved_bytes"]
+        assert a["measures"]["lasting_bytes"] == b["measures"]["lasting_bytes"]
+        assert a["measures"]["peak_bytes"] > b["measures"]["peak_bytes"]
+    assert 0 < eager[2]["measures"]["largest_batch"] < ours[2]["measures"]["largest_batch"]
+    assert {p.name for p in tmp_path.iterdir()} == {"memory.json", "memory-depth.png"}
+
+
+def test_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shallow(self: suites.memory.PaperSuite, dtype: str) -> list[suites.base.Case]:
+        return [self.case("depth", depth, 12, 2, dtype) for depth in (10, 16, 22)]
+
+    monkeypatch.setattr(suites.memory.PaperSuite, "cases", shallow)
+    rows = by_peer(run("paper", tmp_path, "--peers", "eager-cl", "--budget", "0.05"))
+    deepest = {peer: rows[peer][-1]["measures"]["deepest"] for peer in rows}
+    assert deepest["dense_ext-bottleneck"] > deepest["eager-cl"] > 22
+
+
+def test_step(tmp_path: Path) -> None:
+    arguments = ("--model", "tiny", "--dtype", "float32,bfloat16", "--peers", "eager,timm,graph")
+    results = run("step", tmp_path, *arguments)
+    rows = by_peer(results)
+    assert list(rows) == ["eager", "timm", "graph", "dense_ext-bottleneck"]
+    for peer in ("eager", "timm", "dense_ext-bottleneck"):
+        assert [row["case"]["dtype"] for row in rows[peer]] == ["float32", "bfloat16"]
+        assert all(len(row["seconds"]) == 3 and row["failure"] is None for row in rows[peer])
+    assert {row["failure"] for row in rows["graph"]} == {"CUDA graphs need a GPU"}
+    assert rows["dense_ext-bottleneck"][0]["served_by"]
+    measures = [rows[peer][0]["measures"] for peer in ("eager", "dense_ext-bottleneck")]
+    assert measures[0]["flops"] == measures[1]["flops"] > 0
+    assert measures[0]["saved_bytes"] > 3 * measures[1]["saved_bytes"]
+
+
+def test_inference(tmp_path: Path) -> None:
+    rows = by_peer(run("inference", tmp_path, "--model", "tiny", "--peers", "eager-cl"))
+    eager, ours = (rows[peer][0] for peer in ("eager-cl", "dense_ext-bottleneck"))
+    assert eager["values"] == pytest.approx(ours["values"], rel=1e-5)
+    assert eager["measures"].keys() == {"peak_bytes", "flops"}
+
+
+def cannot_run(row: dict[str, Any], device: torch.device) -> str | None:
+    """Why a row of the primitives suite, float32, must have failed."""
+    if row["peer"] == "aten":
+        return None
+    return dense_ext.backends.BACKENDS[row["peer"]].can_run(row["case"]["primitive"], device, torch.float32)
+
+
+def test_primitives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = run("primitives", tmp_path, "--model", "tiny", "--json")
+    assert json.loads(capsys.readouterr().out) == results
+    rows = by_peer(results)
+    assert list(rows) == ["aten", *dense_ext.backends.BACKENDS]
+    for row in results["rows"]:
+        assert row["failure"] == cannot_run(row, torch.device("cpu"))
+        if row["failure"] is None:
+            assert len(row["seconds"]) == 3
+            assert row["measures"]["relative_error"] < 1e-5
+    assert (tmp_path / "primitives-roofline-float32.png").exists()
+
+
+def test_rows_that_disagree_have_no_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(bench.LOSS_TOLERANCE, "float32", -1.0)
+    results = run("step", tmp_path, "--model", "tiny", "--peers", "eager", code=1)
+    assert "not the eager network's" in capsys.readouterr().err
+    rows = by_peer(results)
+    assert rows["dense_ext-bottleneck"][0]["failure"].startswith("disagrees: ")
+    assert rows["dense_ext-bottleneck"][0]["seconds"] == []
+    assert len(rows["eager"][0]["seconds"]) == 3
+
+
+@pytest.mark.parametrize("value", [2.0 * 1.01, math.nan])
+def test_disagreement(value: float) -> None:
+    rows = [{**new_row({}, peer), "values": [v]} for peer, v in (("eager", 2.0), ("ours", value))]
+    mark_disagreement(rows, {"eager": {"ours": False}, "ours": {"ours": True}}, 1e-3)
+    assert [row["failure"] is None for row in rows] == [True, False]
+
+
+def test_an_interrupted_suite_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample, calls = suites.speed.interleave, itertools.count()
+
+    def interrupted(*arguments: Any) -> None:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        sample(*arguments)
+
+    monkeypatch.setattr(suites.speed, "interleave", interrupted)
+    arguments = ("--model", "tiny", "--dtype", "float32,bfloat16", "--peers", "eager")
+    results = run("step", tmp_path, *arguments, code=130)
+    assert results["interrupted"]
+    assert [len(row["seconds"]) for row in results["rows"]] == [3, 3, 0, 0]
+
+
+def test_a_failing_peer_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("tried to allocate more than there is")
+
+    monkeypatch.setattr(peers, "timm_twin", full)
+    rows = by_peer(run("step", tmp_path, "--model", "tiny", "--peers", "timm,eager"))
+    assert rows["timm"][0]["failure"] == "out of memory"
+    assert len(rows["dense_ext-bottleneck"][0]["seconds"]) == 3
+
+
+def test_a_missing_timm_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm.models.densenet", None)
+    rows = by_peer(run("step", tmp_path, "--model", "tiny", "--peers", "timm,eager"))
+    assert rows["timm"][0]["failure"].startswith("timm is not installed")
+
+
+def test_quick_run_with_a_failing_peer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "bench",
+        "--model",
+        "tiny",
+        *SMALL,
+        "--memory-size",
+        "8",
+        "--memory-batch",
+        "2",
+        "--no-depth",
+    ]
+    assert main([*arguments, "--peers", "graph,eager", "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "bench.json").read_text())
+    jsonschema.validate(results, SCHEMA)
+    assert results["peers"]["graph"]["failure"] == "CUDA graphs need a GPU"
+    assert list(results["speed"]["seconds"]) == ["eager", "dense_ext-bottleneck"]
+    assert "not measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("limit", [0, 1, 5, 8, 63, 100])
+def test_largest(limit: int) -> None:
+    asked: list[int] = []
+
+    def fits(n: int) -> bool:
+        asked.append(n)
+        return n <= limit
+
+    assert largest(fits, 64) == min(limit, 64)
+    assert len(asked) <= 14
+    assert max(asked) <= 64
+
+
+def test_deepest_is_where_the_parabola_meets_the_budget() -> None:
+    rows = [new_row({"vary": "depth", "depth": d, "dtype": "float32"}, "eager") for d in (10, 22, 40, 58)]
+    for row in rows:
+        row["measures"] = {"peak_bytes": row["case"]["depth"] ** 2, "lasting_bytes": 7}
+    row = deepest_row(rows, 100**2 + 7)
+    assert row["measures"] == {"deepest": 100}
+    assert "3" in deepest_row(rows[:2], 10**4)["failure"]
+
+
+# --- peers ---------------------------------------------------------------------------------------------
+
+
+def losses(peer: peers.Peer) -> list[float]:
+    torch.manual_seed(0)
+    model, device = small_densenet(10, 12), torch.device("cpu")
+    x, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
+    step = bench.sgd_step(peer.build(model, model.state_dict(), device, "auto"), torch.float32, device)
+    return [float(step(peer.images(x), labels)[0]) for _ in range(2)]
+
+
+def test_every_peer_does_the_same_step() -> None:
+    expected = losses(peers.PEERS["eager"])
+    served = (None, *dense_ext.available_backends("cpu"))
+    for name, peer in peers.PEERS.items():
+        if peer.mode == "eager" and peer.backend in served:
+            assert losses(peer) == pytest.approx(expected, rel=1e-5), name
+
+
+def test_compiled_within_a_budget() -> None:
+    """Compiled like any other, then with less kept for backward: not the code of the first."""
+    torch.manual_seed(0)
+    device, x, labels = torch.device("cpu"), torch.randn(4, 3, 8, 8), torch.arange(4)
+    saved = {}
+    for name in ("compile-cl", "budget-cl"):
+        model = dense_ext.DenseNet(8, (2,), 16, num_classes=5, small_inputs=True)
+        peer = peers.PEERS[name]
+        step = bench.sgd_step(peer.build(model, model.state_dict(), device, "auto"), torch.float32, device)
+        saved[name] = bench.saved_bytes(
+            step.model, lambda step=step, peer=peer: step.loss(peer.images(x), labels)[0]
+        )
+    assert saved["budget-cl"] < saved["compile-cl"]
+
+
+class Recording:
+    """Stands in for torch.cuda's stream, its graph and their contexts: what happens in which order."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments, **options: self.events.append(name)
+
+    @contextmanager
+    def context(self, name: str) -> Iterator[None]:
+        self.events.append(name)
+        yield
+
+
+def test_a_graph_is_recorded_once_after_eager_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Recording()
+    for name, stand_in in {
+        "Stream": lambda device: seen, "CUDAGraph": lambda: seen, "current_stream": lambda: seen,
+        "stream": lambda stream: seen.context("eager"), "graph": lambda graph, stream: seen.context("record"),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    calls = itertools.count(1)
+    step = GraphedStep(lambda images, labels: next(calls), torch.device("cpu"))
+    x = torch.zeros(1)
+    assert [step(x, x) for _ in range(6)] == [1, 2, 3, 4, 4, 4]
+    ran = [event for event in seen.events if event != "wait_stream"]
+    assert ran == ["eager"] * 3 + ["record", "replay", "replay", "replay"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("peer", ["graph-cl", "dense_ext-none-graph", "dense_ext-block-graph"])
+def test_graphed_training_is_the_plain_one(peer: str) -> None:
+    device = torch.device("cuda")
+    model, labels = small_densenet(10, 12), torch.arange(4, device=device)
+    x = peers.PEERS[peer].images(torch.randn(4, 3, 8, 8, device=device))
+    plain, recorded = (
+        bench.sgd_step(
+            peers.PEERS[peer].build(model, model.state_dict(), device, "auto"), torch.float32, device
+        )
+        for _ in range(2)
+    )
+    graphed = GraphedStep(recorded, device)
+    expected = [float(plain(x, labels)[0]) for _ in range(8)]
+    assert [float(graphed(x, labels)[0]) for _ in range(8)] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("suite", ["memory", "step", "inference", "primitives"])
+def test_suites_on_a_gpu(suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = suites.memory.MemorySuite.cases
+    monkeypatch.setattr(suites.memory.MemorySuite, "cases", lambda self: cases(self)[:1])
+    model = () if suite == "memory" else ("--model", "tiny")
+    chosen = ("--device", "cuda", "--dtype", "float32", "--peers", "eager-cl,graph-cl", "--budget", "0.01")
+    rows = run(suite, tmp_path, *model, *chosen)["rows"]
+    for row in rows:
+        assert row["failure"] == (cannot_run(row, torch.device("cuda")) if suite == "primitives" else None)
+        assert suite != "memory" or row["measures"].keys() & {"reserved_bytes", "largest_batch"}
+
+
+def test_all_peers() -> None:
+    every = peers.choose(["all"], ["none"])
+    assert [peer.name for peer in every] == list(peers.PEERS)
+    assert len({peer.label for peer in every}) == len(every)
+    for backend in dense_ext.backends.BACKENDS:
+        assert f"dense_ext-block-{backend}-graph" in peers.PEERS
+    with pytest.raises(bench.UnavailableError, match="CUDA graphs need a GPU"):
+        peers.PEERS["graph"].check(torch.device("cpu"), torch.float32)
