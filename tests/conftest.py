@@ -12,6 +12,10 @@ import dense_ext
 BACKENDS = dense_ext.available_backends("cpu")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where tests/primitives and tests/triton run: cpu, cuda")
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """Every uninitialised tensor holds NaN, so that reading one shows; the seed is fixed."""

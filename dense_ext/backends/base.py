@@ -311,9 +311,7 @@ class Backend(ABC):
         Writes the gradients of x, of the norm's weight and bias [C], and of weight unless None.
         """
         sums = x.new_empty(2, x.shape[3], dtype=mean.dtype)
-        self.bn_relu_pool_conv1x1_backward(
-            grad, x, mean, scale, shift, weight, grad_x, sums, grad_weight
-        )
+        self.bn_relu_pool_conv1x1_backward(grad, x, mean, scale, shift, weight, grad_x, sums, grad_weight)
         self._finish(sums, x, mean, var, norm_weight, eps, grad_x, grad_norm_weight, grad_norm_bias)
 
     def bn_relu_maxpool_norm_backward(
@@ -349,7 +347,5 @@ class Backend(ABC):
     ) -> None:
         u, v = x.new_zeros(2, x.shape[3], dtype=mean.dtype)
         count = x.shape[0] * x.shape[1] * x.shape[2]
-        self.bn_gradient(
-            sums, mean, var, norm_weight, eps, count, grad_norm_weight, grad_norm_bias, u, v
-        )
+        self.bn_gradient(sums, mean, var, norm_weight, eps, count, grad_norm_weight, grad_norm_bias, u, v)
         self.affine_gradient(grad_x, x, u, v, grad_x)

@@ -13,17 +13,29 @@ from dense_ext.backends.base import PRIMITIVES, STORAGE_DTYPES, Backend
 
 from .harness import Maker
 
-# Under Triton's interpreter the run is about the Triton backend; the others have their own.
-CHECKED = ["triton"] if os.environ.get("TRITON_INTERPRET") else ["cpu"]
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The backends that run on ``--device``; the cases and sizes of a PrimitiveTests class."""
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", _checked(metafunc.config.getoption("--device")), indirect=True)
+    for name, values in (("case", "cases"), ("optional_case", "optional_cases"), ("size", "sizes")):
+        if name in metafunc.fixturenames and hasattr(metafunc.cls, values):
+            metafunc.parametrize(name, getattr(metafunc.cls, values), ids=_id)
+
+
+def _checked(device: str) -> list[str]:
+    """The backend to compare with the reference: one a run, so that none repeats another run's work."""
+    on_gpu = torch.device(device).type == "cuda"
+    return ["triton"] if on_gpu or os.environ.get("TRITON_INTERPRET") else ["cpu"]
 
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Where the tensors live: ``--device``."""
-    return torch.device(request.config.getoption("--device", default="cpu"))
+    return torch.device(request.config.getoption("--device"))
 
 
-@pytest.fixture(params=CHECKED)
+@pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Each backend that is checked against the reference."""
     return BACKENDS[request.param]
@@ -56,13 +68,6 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The cases and sizes of a PrimitiveTests class."""
-    for name, values in (("case", "cases"), ("optional_case", "optional_cases"), ("size", "sizes")):
-        if name in metafunc.fixturenames and hasattr(metafunc.cls, values):
-            metafunc.parametrize(name, getattr(metafunc.cls, values), ids=_id)
 
 
 def _id(value: object) -> str:

@@ -106,7 +106,9 @@ def _plan_accumulate(device, pixels, channels, strides, dtype, alignment):
     config = configure(_accumulate, device, dtype, "any", (pixels, channels)).fit(BLOCK_C=channels)
     grid = triton.cdiv(pixels, config.blocks["BLOCK_M"]), triton.cdiv(channels, config.blocks["BLOCK_C"])
     numbers = (pixels, channels // unit, *(stride // unit for stride in strides))
-    return _accumulate.bind(device, grid, (dtype, torch.float32, dtype), numbers, alignment, config, UNIT=unit)
+    return _accumulate.bind(
+        device, grid, (dtype, torch.float32, dtype), numbers, alignment, config, UNIT=unit
+    )
 
 
 def affine_gradient(grad: Tensor, x: Tensor, u: Tensor, v: Tensor, out: Tensor) -> None:

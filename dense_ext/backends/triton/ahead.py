@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
 from .configs import Row
-from .launch import INTERPRETED, Kernel, Variant, dot_precision
+from .launch import Kernel, Variant, dot_precision
 
 GPUS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -154,5 +154,7 @@ def _accesses(ptx: str) -> dict[str, int]:
 def _widths(ptx: str) -> Iterator[int]:
     for vector, bits in re.findall(r"(?:ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)", ptx):
         yield int(vector or 1) * int(bits) // 8
-    for size in re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], (0x[0-9a-f]+|\d+)", ptx):
+    for size in re.findall(
+        r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], (0x[0-9a-f]+|\d+)", ptx
+    ):
         yield int(size, 0)

@@ -21,9 +21,7 @@ def bn_scale_shift_kernel(
     invstd = 1.0 / tl.sqrt_rn(tl.load(var_vec + c, mask=ok, other=1.0) + eps)
     scale = tl.load(weight_vec + c, mask=ok) * invstd
     tl.store(scale_vec + c, scale, mask=ok)
-    tl.store(
-        shift_vec + c, tl.load(bias_vec + c, mask=ok) - tl.load(mean_vec + c, mask=ok) * scale, mask=ok
-    )
+    tl.store(shift_vec + c, tl.load(bias_vec + c, mask=ok) - tl.load(mean_vec + c, mask=ok) * scale, mask=ok)
 
 
 @triton.jit

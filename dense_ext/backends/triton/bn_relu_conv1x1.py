@@ -300,9 +300,7 @@ def is_fused(device: int, bottleneck: int, precision: str) -> bool:
 
 
 @plan
-def _plan_fused(
-    device, pixels, channels, bottleneck, strides, dtype, precision, alignment, weight_strides
-):
+def _plan_fused(device, pixels, channels, bottleneck, strides, dtype, precision, alignment, weight_strides):
     unit = alignment // dtype.itemsize
     config = configure(_fused, device, dtype, precision, (pixels, channels, bottleneck))
     config = config.fit(BLOCK_B=bottleneck, BLOCK_C=channels)
@@ -316,15 +314,11 @@ def _plan_fused(
         device, (blocks, programs), types, numbers, alignment, config,
         UNIT=unit, PRECISION=dot_precision(precision), WEIGHT=wanted,
     )  # fmt: skip
-    return row * programs, launch, _bind_reduce(
-        device, programs, channels, bottleneck, dtype, weight_strides
-    )
+    return row * programs, launch, _bind_reduce(device, programs, channels, bottleneck, dtype, weight_strides)
 
 
 @plan
-def _plan_split(
-    device, pixels, channels, bottleneck, strides, dtype, precision, alignment, weight_strides
-):
+def _plan_split(device, pixels, channels, bottleneck, strides, dtype, precision, alignment, weight_strides):
     unit = alignment // dtype.itemsize
     config = configure(_split, device, dtype, precision, (pixels, channels, bottleneck))
     config = config.fit(BLOCK_B=bottleneck, BLOCK_C=channels)

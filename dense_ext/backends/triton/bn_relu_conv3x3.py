@@ -82,7 +82,7 @@ def bn_relu_conv3x3_forward_kernel(
         middle = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
         right = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
         chunks = tl.cdiv(B, BLOCK_B)
-        for step in range(0, 3 * chunks):
+        for step in range(3 * chunks):
             dy = step // chunks
             b = step % chunks * BLOCK_B + tl.arange(0, BLOCK_B)
             b_ok = b < B
@@ -118,7 +118,7 @@ def bn_relu_conv3x3_forward_kernel(
 
 @triton.jit
 def load_tap(dy_ptr, m, line, column, k, k_ok, M, H, W, row_stride, tap):
-    """dy [M, K] at the pixels that tap ``3*i + j`` of the kernel brings to m; zero outside."""
+    """Dy [M, K] at the pixels that tap ``3*i + j`` of the kernel brings to m; zero outside."""
     i, j = tap // 3 - 1, tap % 3 - 1
     inside = (m < M) & (line >= i) & (line - i < H) & (column >= j) & (column - j < W)
     source = (m - i * W - j).to(tl.int64)[:, None] * row_stride
@@ -151,7 +151,8 @@ def bn_relu_conv3x3_backward_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Grid: (blocks of B for the data gradient, then blocks of dW by rows of taps; programs that share
-    the tiles)."""
+    the tiles).
+    """
     B, K = b_units * UNIT, k_units * UNIT
     b_blocks = tl.cdiv(B, BLOCK_B)
     is_data = tl.program_id(0) < b_blocks
@@ -170,7 +171,7 @@ def bn_relu_conv3x3_backward_kernel(
             m_ok = (m < M)[:, None]
             column, line = m % W, m // W % H
             da = tl.zeros([BLOCK_M, BLOCK_B], tl.float32)
-            for step in range(0, 9 * tl.cdiv(K, BLOCK_K)):
+            for step in range(9 * tl.cdiv(K, BLOCK_K)):
                 tap = step % 9
                 k = step // 9 * BLOCK_K + tl.arange(0, BLOCK_K)
                 k_ok = k < K
@@ -181,9 +182,7 @@ def bn_relu_conv3x3_backward_kernel(
             row = m.to(tl.int64)[:, None] * UNIT
             z = tl.load(z_ptr + row * z_units + b[None, :], mask=m_ok & b_ok[None, :], other=0.0)
             g, sum_g, sum_gz = masked_gradient(da, z, scale, shift, mean, sum_g, sum_gz)
-            tl.store(
-                grad_bn_ptr + row * grad_bn_units + b[None, :], g.to(z.dtype), mask=m_ok & b_ok[None, :]
-            )
+            tl.store(grad_bn_ptr + row * grad_bn_units + b[None, :], g.to(z.dtype), mask=m_ok & b_ok[None, :])
         tl.store(partials_vec + b, sum_g, mask=b_ok)
         tl.store(partials_vec + B + b, sum_gz, mask=b_ok)
     else:

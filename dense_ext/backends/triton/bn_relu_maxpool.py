@@ -19,7 +19,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .batch_norm import bn_gradient, sums_and_uv
-from .launch import Kernel, alignment_of, configure, partial_results, persistent_programs, pixels_of, plan, zero
+from .launch import (
+    Kernel,
+    alignment_of,
+    configure,
+    partial_results,
+    persistent_programs,
+    pixels_of,
+    plan,
+    zero,
+)
 from .reduce import bind_reduce
 from .tiles import masked_gradient, pre_activation, relu
 
@@ -262,7 +271,5 @@ def bn_relu_maxpool_norm_backward(
     """First the sums, then grad_x: x is read twice, and grad_x is not touched a second time."""
     sums, (u, v) = sums_and_uv(mean)
     _backward_pass(grad, x, mean, scale, shift, None, None, sums)
-    bn_gradient(
-        sums, mean, var, norm_weight, eps, pixels_of(x), grad_norm_weight, grad_norm_bias, u, v
-    )
+    bn_gradient(sums, mean, var, norm_weight, eps, pixels_of(x), grad_norm_weight, grad_norm_bias, u, v)
     _backward_pass(grad, x, mean, scale, shift, (u, v), grad_x, None)

@@ -85,7 +85,7 @@ def window_gradient(
     grad_ptr, weight_ptr, q, q_ok, c, c_ok, C, K, grad_stride,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """da [M, C] = (grad @ W) / 4 of the windows q."""
+    """Da [M, C] = (grad @ W) / 4 of the windows q."""
     da = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     row = q.to(tl.int64)[:, None] * grad_stride
     for start in range(0, K, BLOCK_K):
@@ -169,7 +169,7 @@ def bn_relu_pool_conv1x1_weight_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """dW = grad^T @ p, a row [K, C] a program. Grid: (blocks of dW, programs)."""
+    """DW = grad^T @ p, a row [K, C] a program. Grid: (blocks of dW, programs)."""
     C, K = c_units * UNIT, k_units * UNIT
     c_blocks = tl.cdiv(C, BLOCK_C)
     c = tl.program_id(0) % c_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -180,9 +180,7 @@ def bn_relu_pool_conv1x1_weight_kernel(
         q = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         q_ok = (q < Q)[:, None]
         row = q.to(tl.int64)[:, None]
-        grad = tl.load(
-            grad_ptr + row * grad_units * UNIT + k[None, :], mask=q_ok & k_ok[None, :], other=0.0
-        )
+        grad = tl.load(grad_ptr + row * grad_units * UNIT + k[None, :], mask=q_ok & k_ok[None, :], other=0.0)
         pooled = tl.load(pooled_ptr + row * C + c[None, :], mask=q_ok & c_ok[None, :], other=0.0)
         dw = tl.dot(tl.trans(grad), pooled, dw, input_precision=PRECISION)
     at = tl.program_id(1).to(tl.int64) * K * C + k[:, None] * C + c[None, :]
@@ -214,7 +212,8 @@ def bn_relu_pool_conv1x1_data_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """grad_x. Grid: (blocks of C, tiles of cells of 2x2 pixels; an odd last row or column makes cells
-    that are no window)."""
+    that are no window).
+    """
     C, K = c_units * UNIT, k_units * UNIT
     OH, OW = H // 2, W // 2
     CH, CW = (H + 1) // 2, (W + 1) // 2
@@ -419,7 +418,5 @@ def bn_relu_pool_conv1x1_norm_backward(
     weight = dense_1x1(weight)
     sums, (u, v) = sums_and_uv(mean)
     _sums_and_weight_gradient(grad, x, mean, scale, shift, weight, sums, grad_weight)
-    bn_gradient(
-        sums, mean, var, norm_weight, eps, pixels_of(x), grad_norm_weight, grad_norm_bias, u, v
-    )
+    bn_gradient(sums, mean, var, norm_weight, eps, pixels_of(x), grad_norm_weight, grad_norm_bias, u, v)
     return _data_gradient(grad, x, scale, shift, weight, (u, v), grad_x)

@@ -10,7 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Kernel, alignment_of, configure, partial_results, persistent_programs, pixels_of, plan, zero
+from .launch import (
+    Kernel,
+    alignment_of,
+    configure,
+    partial_results,
+    persistent_programs,
+    pixels_of,
+    plan,
+    zero,
+)
 from .reduce import bind_merge
 from .tiles import add_moments, store_moments
 

@@ -73,7 +73,7 @@ class Launch:
 
     __slots__ = ("device", "function", "grid", "metadata", "rest", "run")
 
-    def __init__(self, kernel: CompiledKernel, device: int, grid: tuple[int, int, int], rest: tuple) -> None:
+    def __init__(self, kernel: CompiledKernel, device: int, grid: tuple[int, ...], rest: tuple[Any, ...]) -> None:
         self.run, self.function, self.metadata = kernel.run, kernel.function, kernel.packed_metadata
         self.device, self.grid, self.rest = device, grid, rest
 
@@ -104,14 +104,14 @@ class Kernel:
         names = self.function.arg_names
         pointers, numbers = len(variant.types), len(variant.numbers)
         signature, constants, attributes = {}, dict(variant.constants), {}
-        for i, (name, dtype) in enumerate(zip(names, variant.types)):
+        for i, (name, dtype) in enumerate(zip(names, variant.types, strict=False)):
             if dtype is None:
                 signature[name], constants[name] = "constexpr", None
                 continue
             signature[name] = f"*{_TYPES[dtype]}"
             if name.endswith("_ptr"):
                 attributes[(i,)] = [["tt.divisibility", variant.alignment]]
-        signature.update(zip(names[pointers : pointers + numbers], variant.numbers))
+        signature.update(zip(names[pointers : pointers + numbers], variant.numbers, strict=True))
         signature.update((name, "constexpr") for name in names[pointers + numbers :])
         source = ASTSource(self.function, signature, constants, attributes)
         return triton.compile(source, target=gpu, options=dict(variant.options))
@@ -193,7 +193,8 @@ def fp32_precision(dtype: torch.dtype) -> str:
         return "16bit"
     if torch.version.hip is not None:
         return "ieee"
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    return "tf32" if convolutions.fp32_precision == "tf32" else "ieee"
 
 
 def dot_precision(precision: str) -> str:
@@ -216,7 +217,9 @@ def pixels_of(x: Tensor) -> int:
     n, h, w, _ = x.shape
     pixels = n * h * w
     if pixels > MAX_PIXELS:
-        raise ValueError(f"the Triton backend takes up to {MAX_PIXELS} pixels, got {pixels} ({list(x.shape)})")
+        raise ValueError(
+            f"the Triton backend takes up to {MAX_PIXELS} pixels, got {pixels} ({list(x.shape)})"
+        )
     return pixels
 
 

@@ -7,12 +7,13 @@ from collections.abc import Callable
 import torch
 import triton
 
+from .configs import Config
 from .launch import Kernel
 from .tiles import merge_moments_kernel, reduce_partials_kernel
 
 # Second stages read a few MB at the most, from the L2 cache: nothing to tune.
-_MERGE = {"BLOCK_P": 64, "BLOCK_C": 16}
-_REDUCE = {"BLOCK_P": 16, "BLOCK": 128}
+_MERGE = Config({"BLOCK_P": 64, "BLOCK_C": 16})
+_REDUCE = Config({"BLOCK_P": 16, "BLOCK": 128})
 
 _merge = Kernel(merge_moments_kernel)
 _reduce = Kernel(reduce_partials_kernel)
@@ -20,9 +21,9 @@ _reduce = Kernel(reduce_partials_kernel)
 
 def bind_merge(device: int, programs: int, channels: int, pixels: int) -> Callable[..., None]:
     """Partial moments of ``programs`` programs to (mean, var): called with partials, mean, var."""
-    grid = (triton.cdiv(channels, _MERGE["BLOCK_C"]),)
+    grid = (triton.cdiv(channels, _MERGE.blocks["BLOCK_C"]),)
     types = (torch.float32,) * 3
-    return _merge.bind(device, grid, types, (programs, channels, pixels), **_MERGE)
+    return _merge.bind(device, grid, types, (programs, channels, pixels), config=_MERGE)
 
 
 def bind_reduce(
@@ -44,5 +45,5 @@ def bind_reduce(
     """
     row = sums + shape[0] * shape[1] * shape[2]
     types = (torch.float32, torch.float32 if sums else None, weight_dtype)
-    grid = (triton.cdiv(row, _REDUCE["BLOCK"]),)
-    return _reduce.bind(device, grid, types, (programs, row, sums, *shape[1:], *strides), **_REDUCE)
+    grid = (triton.cdiv(row, _REDUCE.blocks["BLOCK"]),)
+    return _reduce.bind(device, grid, types, (programs, row, sums, *shape[1:], *strides), config=_REDUCE)

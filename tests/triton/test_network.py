@@ -1,0 +1,165 @@
+"""A whole DenseNet through the Triton kernels, in the interpreter; on a GPU with ``--device cuda``."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dense_ext
+from dense_ext.backends.triton import launch
+
+from ..helpers import eager_block, eager_transition, small_densenet
+
+STEPS = 3
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """``--device``, if Triton runs there."""
+    device = torch.device(request.config.getoption("--device"))
+    if reason := dense_ext.backends.unavailable_reasons(device)["triton"]:
+        pytest.skip(f"triton: {reason}")
+    return device
+
+
+@pytest.fixture(params=["sm_80", "sm_90"])
+def architecture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The schedules of both kinds of chip; on a GPU only its own."""
+    if launch.INTERPRETED:
+        monkeypatch.setattr(launch.Target, "architecture", request.param)
+        launch.forget_plans()
+    elif launch.target_of(torch.cuda.current_device()).architecture != request.param:
+        pytest.skip("another GPU's")
+    return str(request.param)
+
+
+def train(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Outputs, input gradients and, at the end, parameters and buffers of some SGD steps.
+
+    Small steps: large ones multiply a rounding error by a thousand each.
+    """
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    found = []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y = model(leaf)
+        (F.softplus(y) * torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y)).sum().backward()
+        found += [y.detach(), leaf.grad]
+        optimizer.step()
+    state = [value.detach() for value in model.state_dict().values() if value.is_floating_point()]
+    return [tensor.double() for tensor in (*found, *state)]
+
+
+def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
+    """Relative L2 distances."""
+    return [((a - e).norm() / e.norm()).item() for a, e in zip(found, exact, strict=True) if e.norm() > 0]
+
+
+@pytest.mark.usefixtures("architecture")
+@pytest.mark.parametrize("recompute", ["none", "bottleneck"])
+def test_trains_as_exactly_as_eager(device: torch.device, recompute: str) -> None:
+    """float32 with float32 products: off float64 no more than eager itself, as a median over tensors.
+
+    The ratio of two equally exact programs scatters with the rounding; twice is allowed.
+    """
+    torch.manual_seed(0)
+    exact = small_densenet(growth_rate=6).to(device)
+    eager = copy.deepcopy(exact).float()
+    ours = dense_ext.swap(copy.deepcopy(eager), recompute=recompute, backend="triton")
+    x = torch.randn(2, 3, 33, 32, device=device)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        truth = train(exact, x.double())
+        mine, theirs = errors(train(ours, x), truth), errors(train(eager, x), truth)
+    assert all(row.runs == "fused" for row in dense_ext.report(ours).rows)
+    assert statistics.median(mine) <= 2 * statistics.median(theirs)
+    # A tensor much further off would be a mistake that the median hides.
+    assert max(mine) <= 10 * max(theirs)
+
+
+@pytest.mark.usefixtures("architecture")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sixteen_bits_are_as_exact_as_eagers(device: torch.device, dtype: torch.dtype) -> None:
+    """A block's and a transition's outputs and gradients against float64.
+
+    Over several draws and a few hundred pixels: in a whole small network a single ReLU mask that
+    flips outweighs all rounding. Equally exact programs then differ by some percent.
+    """
+    if launch.INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("the interpreter does not compute in bfloat16")
+    ratios = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        exact = nn.Sequential(eager_block(2, 16, 8, bn_size=4), eager_transition(32, 16)).to(device)
+        exact.load_state_dict({k: v.to(dtype).to(v.dtype) for k, v in exact.state_dict().items()})
+        eager = copy.deepcopy(exact).to(dtype, memory_format=torch.channels_last)
+        ours = copy.deepcopy(eager)
+        for module in ours:
+            dense_ext.swap(module, backend="triton")
+        x, weights = (
+            torch.randn(2, 16, 14, 14, device=device).to(dtype),
+            torch.randn(2, 16, 7, 7, device=device),
+        )
+        found = []
+        for model, leaf in ((exact, x.double()), (eager, x), (ours, x)):
+            leaf = leaf.clone(memory_format=torch.channels_last).requires_grad_()
+            y = model(leaf)
+            (y.double() * weights).sum().backward()
+            grads = [leaf.grad, *(p.grad for p in model.parameters())]
+            found.append([tensor.detach().double() for tensor in (y, *grads)])
+        truth, theirs, mine = found
+        means = [statistics.geometric_mean(errors(tensors, truth)) for tensors in (mine, theirs)]
+        ratios.append(means[0] / means[1])
+    assert statistics.geometric_mean(ratios) <= 1.15, ratios
+
+
+@pytest.mark.usefixtures("architecture")
+def test_every_policy_gives_the_same_bits(device: torch.device) -> None:
+    model = small_densenet().float().to(device)
+    x = torch.randn(2, 3, 33, 32, device=device)
+    results = []
+    for policy in ("none", "bottleneck", "block"):
+        ours = dense_ext.swap(copy.deepcopy(model), recompute=policy, backend="triton")
+        ours(x).square().sum().backward()
+        results.append([p.grad for p in ours.parameters()])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.usefixtures("architecture")
+def test_eval_and_dropout(device: torch.device) -> None:
+    model = small_densenet(drop_rate=0.3).float().to(device)
+    ours = dense_ext.swap(copy.deepcopy(model), backend="triton")
+    x = torch.randn(2, 3, 33, 32, device=device)
+    ours(x).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in ours.parameters())
+    ours, model = dense_ext.swap(copy.deepcopy(model).eval(), backend="triton"), model.eval()
+    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+        torch.testing.assert_close(ours(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_element_offsets_beyond_32_bits() -> None:
+    """Rows so far apart that the last ones begin beyond 2^31 elements: memory reserved, not touched."""
+    if not launch.INTERPRETED:
+        pytest.skip("one launch of the interpreter shows it; on a GPU it would need the memory")
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        stride = 2**30 + 8
+        buffer = torch.empty(3 * stride, dtype=torch.float16)
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = True
+    x = buffer.as_strided((1, 1, 3, 8), (3 * stride, 3 * stride, stride, 1))
+    x.copy_(torch.randn(1, 1, 3, 8))
+    mean, var = torch.empty(8), torch.empty(8)
+    with dense_ext.use_backend("triton"):
+        ops = dense_ext.backends.select("triton", "cpu", torch.float16)
+        ops.channel_stats(x, mean, var)
+        out = torch.empty(1, 1, 3, 8, dtype=torch.float16)
+        ops.affine_gradient(x, x, torch.ones(8), torch.zeros(8), out)
+    torch.testing.assert_close(mean, x.float().mean(dim=(0, 1, 2)))
+    torch.testing.assert_close(out, 2 * x)
