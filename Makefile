@@ -6,11 +6,12 @@ BIN    := $(VENV)/bin
 OUT    ?= runs/bench
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: help setup bench test lint format clean
+.PHONY: help setup bench test gpu lint format clean
 
 help:
 	@echo "make bench    memory and speed of a training step beside torchvision's (OUT=$(OUT))"
-	@echo "make test     the whole test suite"
+	@echo "make test     the whole test suite; the Triton kernels in Triton's interpreter"
+	@echo "make gpu      tests and measurements on this machine's GPU, with its own python3 (OUT=$(OUT))"
 	@echo "make lint     ruff, mypy and clang-format"
 	@echo "make format   apply ruff's and clang-format's layout"
 	@echo "make clean    remove what was built"
@@ -32,6 +33,11 @@ bench: setup
 
 test: setup
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/primitives tests/triton
+
+# Installs nothing: for a machine that has PyTorch, Triton, torchvision and pytest.
+gpu:
+	$(PYTHON) benchmarks/gpu.py --out $(OUT)
 
 lint: setup
 	$(BIN)/ruff check .

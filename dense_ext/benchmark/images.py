@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sklearn.datasets import load_digits, load_sample_images
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision.datasets import ImageFolder
@@ -74,10 +72,21 @@ def sample_batch(folder: Path | None, batch: int, size: int, seed: int) -> Batch
             images, labels = zip(*picks, strict=True)
             classes = len(data.classes)
             return Batch(torch.stack(images), torch.tensor(labels), classes, f"folder {folder.name}")
-        photos = [torch.tensor(image).permute(2, 0, 1) for image in load_sample_images().images]
+        photos, source = _photographs()
         images = tuple(transform(photos[i % len(photos)]) for i in range(batch))
         labels_ = torch.arange(batch) % len(photos)
-        return Batch(torch.stack(images), labels_, 1000, "scikit-learn's sample photographs, random crops")
+        return Batch(torch.stack(images), labels_, 1000, source)
+
+
+def _photographs() -> tuple[list[Tensor], str]:
+    """Two images [3, H, W] uint8, and where they come from."""
+    try:
+        from sklearn.datasets import load_sample_images
+    except ImportError:
+        noise = torch.randint(256, (2, 3, 427, 640), dtype=torch.uint8)
+        return list(noise), "noise (scikit-learn with its photographs is not installed)"
+    photos = [torch.tensor(image).permute(2, 0, 1) for image in load_sample_images().images]
+    return photos, "scikit-learn's sample photographs, random crops"
 
 
 def image_folder(folder: Path, transform: Transform | None = None) -> ImageFolder:
@@ -127,6 +136,8 @@ def folder_data(folder: Path, size: int) -> DataSets:
 
 def _split(labels: Sequence[int]) -> tuple[list[int], list[int]]:
     """Indices for training and test, every class in its share."""
+    from sklearn.model_selection import train_test_split
+
     try:
         first, second = train_test_split(
             range(len(labels)), test_size=_TEST_SHARE, random_state=_SPLIT_SEED, stratify=labels
@@ -145,6 +156,8 @@ class Digits(Dataset[tuple[Tensor, int]]):
     """
 
     def __init__(self, part: str, size: int) -> None:
+        from sklearn.datasets import load_digits
+
         data = load_digits()
         images = torch.from_numpy(data.images).float().div_(16)
         split = dict(zip(("training", "test"), _split(data.target), strict=True))

@@ -129,8 +129,8 @@ class PrimitiveCase:
         shape = self.shapes[name]
         if len(shape) < 4:
             vector = torch.rand(shape, device=device, generator=generator, dtype=accumulate_dtype(dtype))
-            # Repeated calls may feed on their own output (grad_bn is scratch): z_scale keeps its size.
-            small = name in ("z_u", "z_v")
+            # Repeated calls may feed on their own output (grad_bn and grad are scratch): it keeps its size.
+            small = name in ("z_u", "z_v", "u", "v")
             return torch.ones_like(vector) if name == "z_scale" else vector * 1e-3 if small else vector + 0.5
         wide = (*shape[:-1], self.widths.get(name, shape[-1]))
         values = torch.randn(wide, device=device, generator=generator)

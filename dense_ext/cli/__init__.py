@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from ..version import __version__
-from . import bench, info, models, plan, report, train
+from . import bench, info, models, plan, report, train, tune
 
 __all__ = ["main"]
 
@@ -34,6 +34,7 @@ app.command()(models.models)
 app.command()(plan.plan)
 app.command()(train.train)
 app.command()(report.report)
+app.command()(tune.tune)
 
 
 def _print_version(wanted: bool) -> None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dense_ext.backends.triton import ahead
 from dense_ext.backends.triton.configs import SHIPPED, Row, read_rows
+from dense_ext.backends.triton.launch import INTERPRETED
 
-ahead = pytest.importorskip("dense_ext.backends.triton.ahead")
-if ahead.INTERPRETED:
-    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
 ROWS = list(read_rows(SHIPPED))
 # What multiplies matrices, the bias of a mean aside.

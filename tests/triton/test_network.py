@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -28,14 +29,17 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(params=["sm_80", "sm_90"])
-def architecture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def architecture(
+    request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
     """The schedules of both kinds of chip; on a GPU only its own."""
     if launch.INTERPRETED:
         monkeypatch.setattr(launch.Target, "architecture", request.param)
         launch.forget_plans()
     elif launch.target_of(torch.cuda.current_device()).architecture != request.param:
         pytest.skip("another GPU's")
-    return str(request.param)
+    yield str(request.param)
+    launch.forget_plans()
 
 
 def train(model: nn.Module, x: Tensor) -> list[Tensor]:

@@ -89,7 +89,7 @@ def bind_affine(
 ) -> Callable[..., None]:
     """Called with grad, factor (or None), x, u, v, out; ``strides`` are the pixel strides of grad, x, out."""
     unit = alignment // dtype.itemsize
-    config = configure(_affine, device, dtype, "any", (pixels, channels)).fit(BLOCK_C=channels)
+    config = configure(_affine, device, "any", (pixels, channels)).fit(BLOCK_C=channels)
     grid = triton.cdiv(pixels, config.blocks["BLOCK_M"]), triton.cdiv(channels, config.blocks["BLOCK_C"])
     vector = torch.float32
     types = (dtype, vector if has_factor else None, dtype, vector, vector, dtype)
@@ -103,7 +103,7 @@ _plan_affine = plan(bind_affine)
 @plan
 def _plan_accumulate(device, pixels, channels, strides, dtype, alignment):
     unit = alignment // dtype.itemsize
-    config = configure(_accumulate, device, dtype, "any", (pixels, channels)).fit(BLOCK_C=channels)
+    config = configure(_accumulate, device, "any", (pixels, channels)).fit(BLOCK_C=channels)
     grid = triton.cdiv(pixels, config.blocks["BLOCK_M"]), triton.cdiv(channels, config.blocks["BLOCK_C"])
     numbers = (pixels, channels // unit, *(stride // unit for stride in strides))
     return _accumulate.bind(

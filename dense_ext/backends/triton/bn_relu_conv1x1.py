@@ -253,7 +253,7 @@ _split = Kernel(bn_relu_conv1x1_backward_split_kernel)
 @plan
 def _plan_forward(device, pixels, channels, bottleneck, strides, dtype, precision, alignment, stats):
     unit = alignment // dtype.itemsize
-    config = configure(_forward, device, dtype, precision, (pixels, channels, bottleneck))
+    config = configure(_forward, device, precision, (pixels, channels, bottleneck))
     config = config.fit(BLOCK_B=bottleneck, BLOCK_C=channels)
     blocks = triton.cdiv(bottleneck, config.blocks["BLOCK_B"])
     programs = persistent_programs(device, pixels, config, blocks)
@@ -302,7 +302,7 @@ def is_fused(device: int, bottleneck: int, precision: str) -> bool:
 @plan
 def _plan_fused(device, pixels, channels, bottleneck, strides, dtype, precision, alignment, weight_strides):
     unit = alignment // dtype.itemsize
-    config = configure(_fused, device, dtype, precision, (pixels, channels, bottleneck))
+    config = configure(_fused, device, precision, (pixels, channels, bottleneck))
     config = config.fit(BLOCK_B=bottleneck, BLOCK_C=channels)
     blocks = triton.cdiv(channels, config.blocks["BLOCK_C"])
     programs = persistent_programs(device, pixels, config, blocks)
@@ -320,7 +320,7 @@ def _plan_fused(device, pixels, channels, bottleneck, strides, dtype, precision,
 @plan
 def _plan_split(device, pixels, channels, bottleneck, strides, dtype, precision, alignment, weight_strides):
     unit = alignment // dtype.itemsize
-    config = configure(_split, device, dtype, precision, (pixels, channels, bottleneck))
+    config = configure(_split, device, precision, (pixels, channels, bottleneck))
     config = config.fit(BLOCK_B=bottleneck, BLOCK_C=channels)
     c_blocks = triton.cdiv(channels, config.blocks["BLOCK_C"])
     wanted, vector = weight_strides is not None, torch.float32

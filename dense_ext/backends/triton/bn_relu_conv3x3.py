@@ -220,7 +220,7 @@ _backward = Kernel(bn_relu_conv3x3_backward_kernel)
 def _plan_forward(device, shape, outputs, strides, dtype, precision, alignment, stats):
     images, height, width, bottleneck = shape
     pixels, unit = images * height * width, alignment // dtype.itemsize
-    config = configure(_forward, device, dtype, precision, (pixels, bottleneck, outputs))
+    config = configure(_forward, device, precision, (pixels, bottleneck, outputs))
     config = config.fit(BLOCK_B=bottleneck, BLOCK_K=outputs)
     blocks = triton.cdiv(outputs, config.blocks["BLOCK_K"])
     programs = persistent_programs(device, pixels, config, blocks)
@@ -264,7 +264,7 @@ def bn_relu_conv3x3_forward(
 def _plan_backward(device, shape, outputs, strides, dtype, precision, alignment, weight_strides):
     images, height, width, bottleneck = shape
     pixels, unit = images * height * width, alignment // dtype.itemsize
-    config = configure(_backward, device, dtype, precision, (pixels, bottleneck, outputs))
+    config = configure(_backward, device, precision, (pixels, bottleneck, outputs))
     config = config.fit(BLOCK_B=bottleneck, BLOCK_K=outputs)
     b_blocks = triton.cdiv(bottleneck, config.blocks["BLOCK_B"])
     wanted, vector = weight_strides is not None, torch.float32

@@ -179,7 +179,7 @@ def _plan_forward(device, shape, strides, dtype, alignment):
     images, height, width, channels = shape
     unit = alignment // dtype.itemsize
     outputs = images * ((height - 1) // 2 + 1) * ((width - 1) // 2 + 1)
-    config = configure(_forward, device, dtype, "any", (outputs, channels)).fit(BLOCK_C=channels)
+    config = configure(_forward, device, "any", (outputs, channels)).fit(BLOCK_C=channels)
     grid = triton.cdiv(outputs, config.blocks["BLOCK_M"]), triton.cdiv(channels, config.blocks["BLOCK_C"])
     numbers = (outputs, height, width, channels // unit, *(stride // unit for stride in strides))
     types = (dtype, torch.float32, torch.float32, dtype)
@@ -191,7 +191,7 @@ def _plan_backward(device, shape, strides, dtype, alignment, writes, sums, batch
     images, height, width, channels = shape
     unit = alignment // dtype.itemsize
     cells = images * ((height - 1) // 2 + 1) * ((width - 1) // 2 + 1)
-    config = configure(_backward, device, dtype, "any", (cells, channels)).fit(BLOCK_C=channels)
+    config = configure(_backward, device, "any", (cells, channels)).fit(BLOCK_C=channels)
     blocks = triton.cdiv(channels, config.blocks["BLOCK_C"])
     programs = persistent_programs(device, cells, config, blocks)
     vector = torch.float32

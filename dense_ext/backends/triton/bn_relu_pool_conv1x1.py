@@ -251,7 +251,7 @@ def _plan_forward(device, shape, outputs, strides, dtype, precision, alignment):
     images, height, width, channels = shape
     unit = alignment // dtype.itemsize
     windows = images * (height // 2) * (width // 2)
-    config = configure(_forward, device, dtype, precision, (windows, channels, outputs))
+    config = configure(_forward, device, precision, (windows, channels, outputs))
     config = config.fit(BLOCK_C=channels, BLOCK_K=outputs)
     grid = triton.cdiv(outputs, config.blocks["BLOCK_K"]), triton.cdiv(windows, config.blocks["BLOCK_M"])
     types = (dtype, torch.float32, torch.float32, dtype, dtype)
@@ -266,7 +266,7 @@ def _plan_sums(device, shape, outputs, strides, dtype, precision, alignment, kee
     images, height, width, channels = shape
     unit = alignment // dtype.itemsize
     windows = images * (height // 2) * (width // 2)
-    config = configure(_sums, device, dtype, precision, (windows, channels, outputs))
+    config = configure(_sums, device, precision, (windows, channels, outputs))
     config = config.fit(BLOCK_C=channels, BLOCK_K=outputs)
     blocks = triton.cdiv(channels, config.blocks["BLOCK_C"])
     programs = persistent_programs(device, windows, config, blocks)
@@ -283,7 +283,7 @@ def _plan_sums(device, shape, outputs, strides, dtype, precision, alignment, kee
 @plan
 def _plan_weight(device, windows, channels, outputs, stride, dtype, precision, alignment, weight_strides):
     unit = alignment // dtype.itemsize
-    config = configure(_weight, device, dtype, precision, (windows, channels, outputs))
+    config = configure(_weight, device, precision, (windows, channels, outputs))
     config = config.fit(BLOCK_C=channels, BLOCK_K=outputs)
     blocks = triton.cdiv(channels, config.blocks["BLOCK_C"]) * triton.cdiv(outputs, config.blocks["BLOCK_K"])
     programs = persistent_programs(device, windows, config, blocks)
@@ -301,7 +301,7 @@ def _plan_data(device, shape, outputs, strides, dtype, precision, alignment, bat
     images, height, width, channels = shape
     unit = alignment // dtype.itemsize
     cells = images * ((height + 1) // 2) * ((width + 1) // 2)
-    config = configure(_data, device, dtype, precision, (cells, channels, outputs))
+    config = configure(_data, device, precision, (cells, channels, outputs))
     config = config.fit(BLOCK_C=channels, BLOCK_K=outputs)
     grid = triton.cdiv(channels, config.blocks["BLOCK_C"]), triton.cdiv(cells, config.blocks["BLOCK_M"])
     vector = torch.float32

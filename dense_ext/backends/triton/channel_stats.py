@@ -61,7 +61,7 @@ _kernel = Kernel(channel_stats_kernel)
 @plan
 def _plan(pixels, channels, stride, dtype, alignment, device):
     unit = alignment // dtype.itemsize
-    config = configure(_kernel, device, dtype, "any", (pixels, channels)).fit(BLOCK_C=channels)
+    config = configure(_kernel, device, "any", (pixels, channels)).fit(BLOCK_C=channels)
     blocks = triton.cdiv(channels, config.blocks["BLOCK_C"])
     programs = persistent_programs(device, pixels, config, blocks)
     launch = _kernel.bind(

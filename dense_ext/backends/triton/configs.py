@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,11 @@ class Row:
     config: Config
     source: str
 
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What the row is looked up by."""
+        return self.kernel, self.architecture, self.precision, self.shape
+
     def as_json(self) -> dict[str, Any]:
         """The row as it is written to a table."""
         return asdict(self)
@@ -96,11 +102,32 @@ def read_rows(path: Path) -> Iterator[Row]:
 @functools.cache
 def _table() -> dict[tuple[str, str, str, str], Config]:
     paths = [SHIPPED, *([user_table()] if user_table().exists() else [])]
-    return {
-        (row.kernel, row.architecture, row.precision, row.shape): row.config
-        for path in paths
-        for row in read_rows(path)
-    }
+    return {row.key: row.config for path in paths for row in read_rows(path)}
+
+
+@contextmanager
+def trying(kernel: str, architecture: str, precision: str, shape: str, config: Config) -> Iterator[None]:
+    """Let look-ups find ``config`` in that place of the table."""
+    table, key = _table(), (kernel, architecture, precision, shape)
+    before = table.get(key)
+    table[key] = config
+    try:
+        yield
+    finally:
+        table.pop(key)
+        if before is not None:
+            table[key] = before
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write a table, keeping the rows it has for other keys."""
+    kept = {row.key: row for row in (read_rows(path) if path.exists() else ())}
+    kept |= {row.key: row for row in rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(f"  {json.dumps(row.as_json())}" for row in kept.values())
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(f"[\n{lines}\n]\n")
+    scratch.replace(path)
 
 
 def find_config(kernel: str, architecture: str, precision: str, shape: str = ANY_SHAPE) -> Config:

@@ -73,7 +73,9 @@ class Launch:
 
     __slots__ = ("device", "function", "grid", "metadata", "rest", "run")
 
-    def __init__(self, kernel: CompiledKernel, device: int, grid: tuple[int, ...], rest: tuple[Any, ...]) -> None:
+    def __init__(
+        self, kernel: CompiledKernel, device: int, grid: tuple[int, ...], rest: tuple[Any, ...]
+    ) -> None:
         self.run, self.function, self.metadata = kernel.run, kernel.function, kernel.packed_metadata
         self.device, self.grid, self.rest = device, grid, rest
 
@@ -152,6 +154,9 @@ class Kernel:
         return lambda *tensors: launcher(*tensors, *numbers, **constants)
 
 
+# What configurations were asked for, while somebody wants to know.
+looked_up: list[tuple[str, str, str, str]] | None = None
+
 _Planner = TypeVar("_Planner", bound=Callable[..., Any])
 _PLANNERS: list[Any] = []
 
@@ -172,12 +177,13 @@ def forget_plans() -> None:
 # --- what plans are made of ------------------------------------------------------------------------
 
 
-def configure(
-    kernel: Kernel, device: int, dtype: torch.dtype, precision: str, sizes: tuple[int, ...]
-) -> Config:
+def configure(kernel: Kernel, device: int, precision: str, sizes: tuple[int, ...]) -> Config:
     """The configuration of a kernel for a problem's sizes."""
     name = kernel.name.removesuffix("_kernel")
-    return find_config(name, target_of(device).architecture, precision, shape_class(*sizes))
+    key = name, target_of(device).architecture, precision, shape_class(*sizes)
+    if looked_up is not None:
+        looked_up.append(key)
+    return find_config(*key)
 
 
 def persistent_programs(device: int, pixels: int, config: Config, blocks: int) -> int:

@@ -1,0 +1,112 @@
+"""Test and measure on this machine's GPU, the most telling first: ``python benchmarks/gpu.py --out DIR``.
+
+Needs the checkout, PyTorch with Triton, torchvision and pytest; nothing is installed or downloaded.
+Every part runs in a process of its own with a time limit, logs to ``DIR/PART.log`` and keeps what it
+measured when the limit ends it. ``DIR/summary.txt`` says how each part went.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+POLICIES = ["none", "bottleneck", "block"]
+PEERS = ["eager-cl", "eager-cl-compile", "memory-efficient-cl"]
+
+# Part, seconds it may take, and its command after the interpreter; about eight minutes in all.
+PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--device", "cuda"]
+SUITE = ["benchmarks/gpu.py", "--suite"]
+PARTS: list[tuple[str, int, list[str]]] = [
+    ("machine", 20, ["benchmarks/gpu.py", "--suite", "machine"]),
+    ("test_primitives", 110, [*PYTEST, "tests/primitives"]),
+    ("test_triton", 60, [*PYTEST, "tests/triton/test_network.py"]),
+    ("step", 110, [*SUITE, "step", "--model", "densenet121", "--batch", "256"]),
+    ("primitives", 70, [*SUITE, "primitives", "--model", "densenet121", "--batch", "256"]),
+    ("inference", 50, [*SUITE, "inference", "--model", "densenet121", "--batch", "256"]),
+    ("memory", 40, [*SUITE, "memory"]),
+    ("step_others", 60, [*SUITE, "step", "--model", "densenet169,densenet201,densenet161", "--batch", "128"]),
+]
+
+
+def run_part(name: str, seconds: int, command: list[str], out: Path) -> str:
+    """Run one part; how it went, in a line."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    if SUITE[0] in command:
+        command = [*command, "--out", str(out), "--name", name]
+    started = time.monotonic()
+    with (out / f"{name}.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            code = str(process.wait(seconds))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # a suite writes what it has
+            try:
+                code = f"{process.wait(15)}, ended after {seconds} s"
+            except subprocess.TimeoutExpired:
+                process.kill()
+                code = f"killed after {seconds} s"
+    lines = (out / f"{name}.log").read_text().strip().splitlines()
+    return f"{name}: exit {code}, {time.monotonic() - started:.0f} s: {lines[-1] if lines else ''}"
+
+
+def run_suite(name: str, models: tuple[str, ...], batch: int | None, path: Path) -> None:
+    """Fill one result file, in this process."""
+    import torch
+
+    from dense_ext.backends import unavailable_reasons
+    from dense_ext.benchmark import peers
+    from dense_ext.benchmark.results import new_results, write_json
+    from dense_ext.benchmark.suites import SUITES, SuiteOptions
+    from dense_ext.benchmark.tables import tables
+
+    if name == "machine":
+        print(torch.__version__, torch.cuda.get_device_name(), unavailable_reasons("cuda", torch.bfloat16))
+        return
+    options = SuiteOptions(models, batch, None, ("bfloat16",), "cuda", "auto", 5, int(8e9), None)
+    results = new_results(name, options.as_json())
+    suite = SUITES[name](options, peers.choose(PEERS, POLICIES), results)
+    try:
+        suite.run(lambda what: print(f"{time.strftime('%X')} {what}"))
+        results["interrupted"] = False
+    except KeyboardInterrupt:
+        print("ended early")
+    finally:
+        write_json(path, results)
+    for table in tables(results):
+        print(f"\n{table.title}\n" + "\t".join(table.header))
+        for row in table.rows:
+            print("\t".join(row))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for logs and results")
+    parser.add_argument("--suite", help="run one suite in this process instead")
+    parser.add_argument("--name", help="with --suite: of the result file")
+    parser.add_argument("--model", default="", help="with --suite: networks, separated by commas")
+    parser.add_argument("--batch", type=int, help="with --suite: images a step")
+    options = parser.parse_args()
+    options.out = options.out.resolve()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.suite:
+        models = tuple(filter(None, options.model.split(",")))
+        run_suite(options.suite, models, options.batch, options.out / f"{options.name}.json")
+        return 0
+    lines = []
+    for name, seconds, command in PARTS:
+        lines.append(run_part(name, seconds, command, options.out))
+        print(lines[-1], flush=True)
+        (options.out / "summary.txt").write_text("\n".join(lines) + "\n")
+    return 0 if all(": exit 0," in line for line in lines[:3]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
