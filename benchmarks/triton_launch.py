@@ -76,8 +76,8 @@ def main() -> None:
     each = [second / launches * 1e6 for second in seconds[ROUNDS // 5 :]]
     text = (
         "# The Python cost of a Triton launch\n\n"
-        f"A dense block of {LAYERS} layers, forward and backward, with everything real but the call into the\n"
-        f"driver: {launches} launches, {statistics.median(each):.1f} us each ({min(each):.1f} to "
+        f"A dense block of {LAYERS} layers, forward and backward, all real but the call into the driver:\n"
+        f"{launches} launches, {statistics.median(each):.1f} us each ({min(each):.1f} to "
         f"{max(each):.1f} over {len(each)} rounds), the schedule's own\nPython and the allocation of scratch "
         f"included. {os.cpu_count()} CPU cores, one thread, PyTorch {torch.__version__},\n"
         f"Triton {triton.__version__}. Triton's launcher and the driver come on top, on a GPU.\n"

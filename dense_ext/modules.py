@@ -167,6 +167,8 @@ class FusedDenseBlock:
         # Without a backward there is nothing to keep z for.
         recompute = self.recompute if torch.is_grad_enabled() else "bottleneck"
         out, stats, _ = torch.ops.dense_ext.dense_block(x, *args, *BlockOptions(seeds, drop_rate, recompute))
+        if any(args.batch_stats[:: len(names)]):  # of a norm that reads X
+            ops.remember_statistics(out, stats[:, : out.shape[1]])
         self._update_running_stats(norms, convs, stats, values_per_channel(x))
         return out
 

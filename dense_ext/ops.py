@@ -117,8 +117,11 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def remember_statistics(x: Tensor, stats: Tensor) -> None:
-    """Let the batch statistics [2, C] of x travel with it, to a transition that reads x as it is now."""
-    if not x.is_inference():
+    """Let the batch statistics [2, C] of x travel with it, to a transition that reads x as it is now.
+
+    Not in compiled code: the compiler may put other values into x's memory and leave its version.
+    """
+    if not torch.compiler.is_compiling() and not x.is_inference():
         x._dense_ext_statistics = stats, x._version  # type: ignore[attr-defined]
 
 
@@ -136,10 +139,7 @@ def _dense_block(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     args, options = Arguments(*rest[:8]), BlockOptions(*rest[8:])
     block = _block(x, x.shape[1], args, options)
     with _without_autocast(x):
-        out, stats, z = schedule.forward(_primitives(x, args), block, x, options.recompute == "none")
-    if any(args.batch_stats):
-        remember_statistics(out, stats[:, : block.out_channels])
-    return out, stats, z
+        return schedule.forward(_primitives(x, args), block, x, options.recompute == "none")
 
 
 @_fake("dense_block")

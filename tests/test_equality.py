@@ -290,3 +290,10 @@ class TestStatisticsOfATransition:
         found, ours, expected = self.run(change)
         assert found == calls
         assert_equal(ours.detach(), expected.detach(), "transition")
+
+    def test_not_known_where_no_layer_took_them(self, backend: str) -> None:
+        block, transition = eager_block(), eager_transition(21, 4)
+        for layer in block.values():
+            layer.norm1.eval()  # norm2 keeps using the batch's
+        ours, eager = twin(nn.Sequential(block, transition), lambda m: [dense_ext.swap(part) for part in m])
+        assert_trains_alike(ours, eager, torch.randn(2, 6, 8, 8, dtype=torch.float64))

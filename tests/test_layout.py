@@ -26,6 +26,8 @@ def test_every_primitive_is_compiled_once_and_its_file_has_a_test() -> None:
     files = {path.stem: registered(path) for path in (ROOT / "csrc" / "cpu").glob("*.cpp")}
     kernels = {stem: names for stem, names in files.items() if names}
     assert sorted(name for names in kernels.values() for name in names) == sorted(PRIMITIVES)
+    triton = {path.stem for path in (PACKAGE / "backends" / "triton").glob("*.py")}
+    assert set(kernels) <= triton
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "primitives").glob("test_*.py")}
     assert set(kernels) == tests
 

@@ -35,6 +35,13 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.config.getoption("--device"))
 
 
+@pytest.fixture(autouse=True)
+def exact_products() -> Iterator[None]:
+    """float32 products in float32, not in tf32."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Each backend that is checked against the reference."""

@@ -55,13 +55,13 @@ class Case:
         return {n: self.arguments[n] for n in names if self.arguments[n] is not None}
 
     def copy(self, dtype: torch.dtype | None = None) -> Case:
-        """The same with every tensor copied, with its strides or as a dense one of ``dtype``."""
+        """The same with every tensor copied, with its strides or as a dense one of ``dtype`` on the CPU."""
 
         def copied(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
             if dtype is not None:
-                return value.to(dtype).clone(memory_format=torch.contiguous_format)
+                return value.to("cpu", dtype).clone(memory_format=torch.contiguous_format)
             return same_view(value, base_of(value).clone())
 
         arguments = {name: copied(value) for name, value in self.arguments.items()}
@@ -221,7 +221,7 @@ def check_values(backend: Backend, case: Case) -> None:
     for name, length in case.lengths.items():
         if name in outputs:
             tol = tolerance(outputs[name].dtype, length, operands)
-            assert_close(f"{case.primitive} {name}", outputs[name], expected[name], tol)
+            assert_close(f"{case.primitive} {name}", outputs[name].cpu(), expected[name], tol)
     if case.statistics is not None and case.statistics[0] in outputs:
         mean, var, of = (case.arguments[name] for name in case.statistics)
         assert_moments(f"{case.primitive} {case.statistics[0]}", mean, var, of)

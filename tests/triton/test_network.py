@@ -77,7 +77,7 @@ def test_trains_as_exactly_as_eager(device: torch.device, recompute: str) -> Non
     eager = copy.deepcopy(exact).float()
     ours = dense_ext.swap(copy.deepcopy(eager), recompute=recompute, backend="triton")
     x = torch.randn(2, 3, 33, 32, device=device)
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         truth = train(exact, x.double())
         mine, theirs = errors(train(ours, x), truth), errors(train(eager, x), truth)
     assert all(row.runs == "fused" for row in dense_ext.report(ours).rows)
@@ -143,7 +143,7 @@ def test_eval_and_dropout(device: torch.device) -> None:
     ours(x).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in ours.parameters())
     ours, model = dense_ext.swap(copy.deepcopy(model).eval(), backend="triton"), model.eval()
-    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         torch.testing.assert_close(ours(x), model(x), rtol=1e-4, atol=1e-5)
 
 

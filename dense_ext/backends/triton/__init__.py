@@ -49,10 +49,10 @@ class TritonBackend(Backend):
     def can_run(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
         if primitive not in PRIMITIVES:
             return f"there is no primitive {primitive!r}"
-        if dtype not in STORAGE_DTYPES:
-            return f"dtype {dtype} is not one of {', '.join(str(d) for d in STORAGE_DTYPES)}"
         if device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
             return f"runs on GPUs, not on {device.type}"
+        if dtype not in STORAGE_DTYPES:
+            return f"dtype {dtype} is not one of {', '.join(str(d) for d in STORAGE_DTYPES)}"
         module = _kernels()
         return module if isinstance(module, str) else module.can_run(device, dtype)
 
