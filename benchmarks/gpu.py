@@ -17,48 +17,75 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 POLICIES = ["none", "bottleneck", "block"]
-PEERS = ["eager-cl", "eager-cl-compile", "memory-efficient-cl"]
+OTHERS = "densenet169,densenet201,densenet161"
+PEERS = [
+    "eager-cl",
+    "compile-cl",
+    "memory-efficient-cl",
+    "dense_ext-none-graph",
+    "dense_ext-bottleneck-graph",
+]
 
-# Part, seconds it may take, and its command after the interpreter; about eight minutes in all.
 PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--device", "cuda"]
 SUITE = ["benchmarks/gpu.py", "--suite"]
-PARTS: list[tuple[str, int, list[str]]] = [
-    ("machine", 20, ["benchmarks/gpu.py", "--suite", "machine"]),
-    ("test_primitives", 110, [*PYTEST, "tests/primitives"]),
-    ("test_triton", 60, [*PYTEST, "tests/triton/test_network.py"]),
-    ("step", 110, [*SUITE, "step", "--model", "densenet121", "--batch", "256"]),
-    ("primitives", 70, [*SUITE, "primitives", "--model", "densenet121", "--batch", "256"]),
-    ("inference", 50, [*SUITE, "inference", "--model", "densenet121", "--batch", "256"]),
-    ("memory", 40, [*SUITE, "memory"]),
-    ("step_others", 60, [*SUITE, "step", "--model", "densenet169,densenet201,densenet161", "--batch", "128"]),
+# The tests compile a few hundred variants of the kernels, each process its own: side by side.
+PRIMITIVES = sorted(path for path in (ROOT / "tests" / "primitives").glob("test_*.py"))
+TESTS = [
+    *([*PYTEST, str(path.relative_to(ROOT)), "-k", which] for path in PRIMITIVES
+      for which in (("backward", "not backward") if "bn_relu" in path.name else ("",))),
+    [*PYTEST, "tests/triton/test_network.py"],
+]  # fmt: skip
+
+# Part, seconds it may take, and its commands after the interpreter; about eight minutes in all.
+PARTS: list[tuple[str, int, list[list[str]]]] = [
+    ("machine", 20, [[*SUITE, "machine"]]),
+    ("tests", 150, TESTS),
+    ("step", 110, [[*SUITE, "step", "--model", "densenet121", "--batch", "256"]]),
+    ("primitives", 70, [[*SUITE, "primitives", "--model", f"densenet121,{OTHERS}", "--batch", "256"]]),
+    ("inference", 50, [[*SUITE, "inference", "--model", "densenet121", "--batch", "256"]]),
+    ("memory", 40, [[*SUITE, "memory"]]),
+    ("step_others", 60, [[*SUITE, "step", "--model", OTHERS, "--batch", "128"]]),
 ]
 
 
-def run_part(name: str, seconds: int, command: list[str], out: Path) -> str:
-    """Run one part; how it went, in a line."""
+def run_part(name: str, seconds: int, commands: list[list[str]], out: Path) -> str:
+    """Run a part's commands side by side; how they went, a line each."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # for the tests' deterministic mode
-    if SUITE[0] in command:
-        command = [*command, "--out", str(out), "--name", name]
-    started = time.monotonic()
-    with (out / f"{name}.log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, *command], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
-        )
-        try:
-            code = str(process.wait(seconds))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)  # a suite writes what it has
-            try:
-                code = f"{process.wait(15)}, ended after {seconds} s"
-            except subprocess.TimeoutExpired:
-                process.kill()
-                code = f"killed after {seconds} s"
-    lines = (out / f"{name}.log").read_text().strip().splitlines()
-    return f"{name}: exit {code}, {time.monotonic() - started:.0f} s: {lines[-1] if lines else ''}"
+    started, running = time.monotonic(), []
+    for number, command in enumerate(commands):
+        if SUITE[0] in command:
+            command = [*command, "--out", str(out), "--name", name]
+        log = out / (f"{name}.log" if len(commands) == 1 else f"{name}-{number}.log")
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                [sys.executable, *command], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+            )
+        running.append((process, log))
+    lines = []
+    for process, log in running:
+        code = _wait(process, started + seconds - time.monotonic(), seconds)
+        last = ["", *log.read_text().strip().splitlines()][-1]
+        lines.append(f"{log.stem}: exit {code}, {time.monotonic() - started:.0f} s: {last}")
+    return "\n".join(lines)
 
 
-def run_suite(name: str, models: tuple[str, ...], batch: int | None, path: Path) -> None:
+def _wait(process: subprocess.Popen[bytes], remaining: float, seconds: int) -> str:
+    """The exit code; a process that takes longer than what remains is ended."""
+    try:
+        return str(process.wait(max(remaining, 0.1)))
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # a suite writes what it has
+    try:
+        return f"{process.wait(15)}, ended after {seconds} s"
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return f"killed after {seconds} s"
+
+
+def run_suite(
+    name: str, models: tuple[str, ...], batch: int | None, path: Path, device: str = "cuda"
+) -> None:
     """Fill one result file, in this process."""
     import torch
 
@@ -71,7 +98,7 @@ def run_suite(name: str, models: tuple[str, ...], batch: int | None, path: Path)
     if name == "machine":
         print(torch.__version__, torch.cuda.get_device_name(), unavailable_reasons("cuda", torch.bfloat16))
         return
-    options = SuiteOptions(models, batch, None, ("bfloat16",), "cuda", "auto", 5, int(8e9), None)
+    options = SuiteOptions(models, batch, None, ("bfloat16",), device, "auto", 5, int(8e9), None)
     results = new_results(name, options.as_json())
     suite = SUITES[name](options, peers.choose(PEERS, POLICIES), results)
     try:
@@ -102,11 +129,12 @@ def main() -> int:
         run_suite(options.suite, models, options.batch, options.out / f"{options.name}.json")
         return 0
     lines = []
-    for name, seconds, command in PARTS:
-        lines.append(run_part(name, seconds, command, options.out))
-        print(lines[-1], flush=True)
+    for name, seconds, commands in PARTS:
+        lines += run_part(name, seconds, commands, options.out).splitlines()
+        print("\n".join(lines[-len(commands) :]), flush=True)
         (options.out / "summary.txt").write_text("\n".join(lines) + "\n")
-    return 0 if all(": exit 0," in line for line in lines[:3]) else 1
+    checked = [line for line in lines if line.startswith(("machine", "tests"))]
+    return 0 if all(": exit 0," in line for line in checked) else 1
 
 
 if __name__ == "__main__":
