@@ -65,8 +65,6 @@ class Backend(ABC):
     def can_run(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
         """None if ``primitive`` can run on tensors of ``dtype`` on ``device``, else the reason why not."""
 
-    # --- per-channel vectors -------------------------------------------------------------
-
     def scratch_bytes(
         self, primitive: str, pixels: int, in_channels: int, out_channels: int, dtype: torch.dtype
     ) -> int:
@@ -82,6 +80,8 @@ class Backend(ABC):
             dtype: of the activations.
         """
         return 0
+
+    # --- per-channel vectors -------------------------------------------------------------
 
     @abstractmethod
     def channel_stats(self, x: Tensor, mean: Tensor, var: Tensor) -> None:

@@ -115,8 +115,7 @@ def affine_gradient(grad: Tensor, x: Tensor, u: Tensor, v: Tensor, out: Tensor) 
     if x.numel() == 0:
         return
     channels, strides = x.shape[3], (grad.stride(2), x.stride(2), out.stride(2))
-    sizes = (channels | strides[0] | strides[1] | strides[2]) * x.element_size()
-    alignment = alignment_of(grad.data_ptr() | x.data_ptr() | out.data_ptr() | sizes)
+    alignment = alignment_of(grad, x, out)
     launch = _plan_affine(x.get_device(), pixels_of(x), channels, strides, x.dtype, alignment)
     launch(grad, None, x, u, v, out)
 
@@ -125,7 +124,6 @@ def scaled_accumulate(grad: Tensor, scale: Tensor, out: Tensor) -> None:
     if out.numel() == 0:
         return
     channels, strides = out.shape[3], (grad.stride(2), out.stride(2))
-    sizes = (channels | strides[0] | strides[1]) * out.element_size()
-    alignment = alignment_of(grad.data_ptr() | out.data_ptr() | sizes)
+    alignment = alignment_of(grad, out)
     launch = _plan_accumulate(out.get_device(), pixels_of(out), channels, strides, out.dtype, alignment)
     launch(grad, scale, out)

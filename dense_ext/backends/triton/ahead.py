@@ -11,8 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -64,9 +63,6 @@ class Resources:
     occupancy: int | None
     tensor_core_instructions: int
     accesses: dict[str, int]
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def kernel_of(name: str) -> Kernel:

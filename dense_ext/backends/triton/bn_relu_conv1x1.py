@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .affine_gradient import bind_affine
+from .configs import Config
 from .launch import (
     Kernel,
     alignment_of,
@@ -36,7 +37,6 @@ from .launch import (
     persistent_programs,
     pixels_of,
     plan,
-    target_of,
     zero,
 )
 from .reduce import bind_merge, bind_reduce
@@ -280,8 +280,7 @@ def bn_relu_conv1x1_forward(
         return zero(mean, var)
     weight, channels, bottleneck = dense_1x1(weight), x.shape[3], z.shape[3]
     strides = (x.stride(2), z.stride(2))
-    sizes = (channels | bottleneck | strides[0] | strides[1]) * x.element_size()
-    alignment = alignment_of(x.data_ptr() | z.data_ptr() | weight.data_ptr() | sizes)
+    alignment = alignment_of(x, z, weight=weight)
     length, launch, merge = _plan_forward(
         x.get_device(), pixels_of(x), channels, bottleneck, strides, x.dtype,
         fp32_precision(x.dtype), alignment, mean is not None,
@@ -293,57 +292,46 @@ def bn_relu_conv1x1_forward(
     return None
 
 
-def is_fused(device: int, bottleneck: int, precision: str) -> bool:
-    """Whether backward runs as one kernel: where it was seen to fit the registers without spills."""
-    architecture = target_of(device).architecture
-    return precision == "16bit" and architecture in ("sm_90", "sm_100") and bottleneck <= 128
+def _fused_config(device, precision, sizes) -> Config | None:
+    """The fused kernel's configuration, where the table has one that covers all of B."""
+    try:
+        config = configure(_fused, device, precision, sizes)
+    except LookupError:
+        return None
+    return config if config.blocks["BLOCK_B"] >= sizes[2] else None
 
 
 @plan
-def _plan_fused(device, pixels, channels, bottleneck, strides, dtype, precision, alignment, weight_strides):
-    unit = alignment // dtype.itemsize
-    config = configure(_fused, device, precision, (pixels, channels, bottleneck))
+def _plan_backward(
+    device, pixels, channels, bottleneck, strides, dtype, precision, alignment, weight_strides
+):
+    """Length of the partial results, what forms dz (None: the kernel does), launch and reduction."""
+    unit, sizes = alignment // dtype.itemsize, (pixels, channels, bottleneck)
+    fused = _fused_config(device, precision, sizes)
+    config = fused or configure(_split, device, precision, sizes)
     config = config.fit(BLOCK_B=bottleneck, BLOCK_C=channels)
     blocks = triton.cdiv(channels, config.blocks["BLOCK_C"])
-    programs = persistent_programs(device, pixels, config, blocks)
     wanted, vector = weight_strides is not None, torch.float32
-    row = 2 * channels + (bottleneck * channels if wanted else 0)
-    types = (dtype, dtype, *(vector,) * 3, dtype, *(vector,) * 3, dtype, dtype, vector)
-    numbers = (pixels, *(n // unit for n in (channels, bottleneck, *strides)), row)
-    launch = _fused.bind(
-        device, (blocks, programs), types, numbers, alignment, config,
-        UNIT=unit, PRECISION=dot_precision(precision), WEIGHT=wanted,
-    )  # fmt: skip
-    return row * programs, launch, _bind_reduce(device, programs, channels, bottleneck, dtype, weight_strides)
-
-
-@plan
-def _plan_split(device, pixels, channels, bottleneck, strides, dtype, precision, alignment, weight_strides):
-    unit = alignment // dtype.itemsize
-    config = configure(_split, device, precision, (pixels, channels, bottleneck))
-    config = config.fit(BLOCK_B=bottleneck, BLOCK_C=channels)
-    c_blocks = triton.cdiv(channels, config.blocks["BLOCK_C"])
-    wanted, vector = weight_strides is not None, torch.float32
-    blocks = c_blocks * (1 + triton.cdiv(bottleneck, config.blocks["BLOCK_B"]) * wanted)
+    if not fused:
+        blocks *= 1 + triton.cdiv(bottleneck, config.blocks["BLOCK_B"]) * wanted
     programs = persistent_programs(device, pixels, config, blocks)
     row = 2 * channels + (bottleneck * channels if wanted else 0)
+    places = (0, *weight_strides) if wanted else None
+    reduce = bind_reduce(device, programs, 2 * channels, dtype, (1, bottleneck, channels), places)
+    constants = {"UNIT": unit, "PRECISION": dot_precision(precision)}
+    from_x = (dtype, *(vector,) * 3, dtype, dtype, vector)
     grad_bn, z, x, grad_x = strides
-    form_dz = bind_affine(device, pixels, bottleneck, (grad_bn, z, grad_bn), dtype, alignment, True)
-    types = (dtype, dtype, *(vector,) * 3, dtype, dtype, vector)
-    numbers = (pixels, *(n // unit for n in (channels, bottleneck, grad_bn, x, grad_x)), row)
-    launch = _split.bind(
-        device, (blocks, programs), types, numbers, alignment, config,
-        UNIT=unit, PRECISION=dot_precision(precision),
-    )  # fmt: skip
-    reduce = _bind_reduce(device, programs, channels, bottleneck, dtype, weight_strides)
+    if fused:
+        types: tuple[torch.dtype, ...] = (dtype, dtype, *(vector,) * 3, *from_x)
+        numbers = (pixels, *(n // unit for n in (channels, bottleneck, *strides)), row)
+        kernel, form_dz, constants["WEIGHT"] = _fused, None, wanted
+    else:
+        types = (dtype, *from_x)
+        numbers = (pixels, *(n // unit for n in (channels, bottleneck, grad_bn, x, grad_x)), row)
+        kernel = _split
+        form_dz = bind_affine(device, pixels, bottleneck, (grad_bn, z, grad_bn), dtype, alignment, True)
+    launch = kernel.bind(device, (blocks, programs), types, numbers, alignment, config, **constants)
     return row * programs, form_dz, launch, reduce
-
-
-def _bind_reduce(device, programs, channels, bottleneck, dtype, weight_strides):
-    if weight_strides is None:
-        return bind_reduce(device, programs, 2 * channels, None)
-    shape, strides = (1, bottleneck, channels), (0, *weight_strides)
-    return bind_reduce(device, programs, 2 * channels, dtype, shape, strides)
 
 
 def bn_relu_conv1x1_backward(
@@ -365,24 +353,15 @@ def bn_relu_conv1x1_backward(
         return zero(sums, grad_weight)
     weight, channels, bottleneck = dense_1x1(weight), x.shape[3], z.shape[3]
     strides = (grad_bn.stride(2), z.stride(2), x.stride(2), grad_x.stride(2))
-    sizes = (channels | bottleneck | strides[0] | strides[1] | strides[2] | strides[3]) * x.element_size()
-    alignment = alignment_of(
-        grad_bn.data_ptr() | z.data_ptr() | x.data_ptr() | weight.data_ptr() | grad_x.data_ptr() | sizes
-    )
-    precision, device = fp32_precision(x.dtype), x.get_device()
-    weight_strides = None if grad_weight is None else grad_weight.stride()[:2]
-    key = (
-        device, pixels_of(x), channels, bottleneck, strides, x.dtype, precision, alignment, weight_strides
+    alignment = alignment_of(grad_bn, z, x, grad_x, weight=weight)
+    length, form_dz, launch, reduce = _plan_backward(
+        x.get_device(), pixels_of(x), channels, bottleneck, strides, x.dtype, fp32_precision(x.dtype),
+        alignment, None if grad_weight is None else grad_weight.stride()[:2],
     )  # fmt: skip
-    if is_fused(device, bottleneck, precision):
-        length, launch, reduce = _plan_fused(*key)
-        partials = partial_results(length, x)
-        launch(
-            grad_bn, z, z_scale, z_u, z_v, x, mean, scale, shift, weight, grad_x, partials
-        )  # fmt: skip
+    partials = partial_results(length, x)
+    if form_dz is None:
+        launch(grad_bn, z, z_scale, z_u, z_v, x, mean, scale, shift, weight, grad_x, partials)
     else:
-        length, form_dz, launch, reduce = _plan_split(*key)
-        partials = partial_results(length, x)
         form_dz(grad_bn, z_scale, z, z_u, z_v, grad_bn)
         launch(grad_bn, x, mean, scale, shift, weight, grad_x, partials)
     return reduce(partials, sums, grad_weight)

@@ -246,8 +246,7 @@ def bn_relu_conv3x3_forward(
     if z.numel() == 0:
         return zero(mean, var)
     weight, outputs, strides = dense_3x3(weight), y.shape[3], (z.stride(2), y.stride(2))
-    sizes = (z.shape[3] | outputs | strides[0] | strides[1]) * z.element_size()
-    alignment = alignment_of(z.data_ptr() | y.data_ptr() | weight.data_ptr() | sizes)
+    alignment = alignment_of(z, y, weight=weight)
     pixels_of(z)
     length, launch, merge = _plan_forward(
         z.get_device(), tuple(z.shape), outputs, strides, z.dtype,
@@ -281,11 +280,8 @@ def _plan_backward(device, shape, outputs, strides, dtype, precision, alignment,
         device, (blocks, programs), types, numbers, alignment, config,
         UNIT=unit, PRECISION=dot_precision(precision),
     )  # fmt: skip
-    if wanted:
-        order, places = (outputs, 9, bottleneck), (weight_strides[0], weight_strides[3], weight_strides[1])
-        reduce = bind_reduce(device, programs, 2 * bottleneck, dtype, order, places)
-    else:
-        reduce = bind_reduce(device, programs, 2 * bottleneck, None)
+    places = (weight_strides[0], weight_strides[3], weight_strides[1]) if wanted else None
+    reduce = bind_reduce(device, programs, 2 * bottleneck, dtype, (outputs, 9, bottleneck), places)
     return row * programs, form_dy, launch, reduce
 
 
@@ -312,10 +308,7 @@ def bn_relu_conv3x3_backward(
         return None
     weight, outputs = dense_3x3(weight), y.shape[3]
     strides = (grad.stride(2), y.stride(2), z.stride(2), grad_bn.stride(2))
-    sizes = (z.shape[3] | outputs | strides[0] | strides[1] | strides[2] | strides[3]) * z.element_size()
-    alignment = alignment_of(
-        grad.data_ptr() | y.data_ptr() | z.data_ptr() | weight.data_ptr() | grad_bn.data_ptr() | sizes
-    )
+    alignment = alignment_of(grad, y, z, grad_bn, weight=weight)
     pixels_of(z)
     length, form_dy, launch, reduce = _plan_backward(
         z.get_device(), tuple(z.shape), outputs, strides, z.dtype, fp32_precision(z.dtype), alignment,

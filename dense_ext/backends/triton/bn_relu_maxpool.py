@@ -201,15 +201,14 @@ def _plan_backward(device, shape, strides, dtype, alignment, writes, sums, batch
     )  # fmt: skip
     numbers = (cells, height, width, channels // unit, *(stride // unit for stride in strides))
     launch = _backward.bind(device, (blocks, programs), types, numbers, alignment, config, UNIT=unit)
-    return 2 * channels * programs, launch, bind_reduce(device, programs, 2 * channels, None)
+    return 2 * channels * programs, launch, bind_reduce(device, programs, 2 * channels)
 
 
 def bn_relu_maxpool_forward(x: Tensor, scale: Tensor, shift: Tensor, y: Tensor) -> None:
     if x.numel() == 0:
         return
     strides = (x.stride(2), y.stride(2))
-    sizes = (x.shape[3] | strides[0] | strides[1]) * x.element_size()
-    alignment = alignment_of(x.data_ptr() | y.data_ptr() | sizes)
+    alignment = alignment_of(x, y)
     pixels_of(x)
     launch = _plan_forward(x.get_device(), tuple(x.shape), strides, x.dtype, alignment)
     launch(x, scale, shift, y)
@@ -228,8 +227,7 @@ def _backward_pass(
     """Writes grad_x and sums unless None."""
     written = x if grad_x is None else grad_x
     strides = (grad.stride(2), x.stride(2), written.stride(2))
-    sizes = (x.shape[3] | strides[0] | strides[1] | strides[2]) * x.element_size()
-    alignment = alignment_of(grad.data_ptr() | x.data_ptr() | written.data_ptr() | sizes)
+    alignment = alignment_of(grad, x, written)
     pixels_of(x)
     length, launch, reduce = _plan_backward(
         x.get_device(), tuple(x.shape), strides, x.dtype, alignment,

@@ -277,7 +277,7 @@ def _plan_sums(device, shape, outputs, strides, dtype, precision, alignment, kee
         device, (blocks, programs), types, numbers, alignment, config,
         UNIT=unit, PRECISION=dot_precision(precision),
     )  # fmt: skip
-    return windows, 2 * channels * programs, launch, bind_reduce(device, programs, 2 * channels, None)
+    return windows, 2 * channels * programs, launch, bind_reduce(device, programs, 2 * channels)
 
 
 @plan
@@ -316,8 +316,7 @@ def bn_relu_pool_conv1x1_forward(x: Tensor, scale: Tensor, shift: Tensor, weight
     if y.numel() == 0:
         return
     weight, outputs, strides = dense_1x1(weight), y.shape[3], (x.stride(2), y.stride(2))
-    sizes = (x.shape[3] | outputs | strides[0] | strides[1]) * x.element_size()
-    alignment = alignment_of(x.data_ptr() | y.data_ptr() | weight.data_ptr() | sizes)
+    alignment = alignment_of(x, y, weight=weight)
     pixels_of(x)
     launch = _plan_forward(
         x.get_device(), tuple(x.shape), outputs, strides, x.dtype, fp32_precision(x.dtype), alignment
@@ -339,8 +338,7 @@ def _sums_and_weight_gradient(
     pixels_of(x)
     device, outputs, channels = x.get_device(), grad.shape[3], x.shape[3]
     precision, strides = fp32_precision(x.dtype), (grad.stride(2), x.stride(2))
-    sizes = (channels | outputs | strides[0] | strides[1]) * x.element_size()
-    alignment = alignment_of(grad.data_ptr() | x.data_ptr() | weight.data_ptr() | sizes)
+    alignment = alignment_of(grad, x, weight=weight)
     windows, length, launch, reduce = _plan_sums(
         device, tuple(x.shape), outputs, strides, x.dtype, precision, alignment, grad_weight is not None
     )
@@ -368,10 +366,9 @@ def _data_gradient(
     grad_x: Tensor,
 ) -> None:
     """grad_x alone."""
-    channels, outputs = x.shape[3], grad.shape[3]
+    outputs = grad.shape[3]
     strides = (grad.stride(2), x.stride(2), grad_x.stride(2))
-    sizes = (channels | outputs | strides[0] | strides[1] | strides[2]) * x.element_size()
-    alignment = alignment_of(grad.data_ptr() | x.data_ptr() | weight.data_ptr() | grad_x.data_ptr() | sizes)
+    alignment = alignment_of(grad, x, grad_x, weight=weight)
     launch = _plan_data(
         x.get_device(), tuple(x.shape), outputs, strides, x.dtype, fp32_precision(x.dtype), alignment,
         uv is not None,

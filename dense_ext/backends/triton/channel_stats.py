@@ -79,8 +79,8 @@ def _plan(pixels, channels, stride, dtype, alignment, device):
 def channel_stats(x: Tensor, mean: Tensor, var: Tensor) -> None:
     if x.numel() == 0:
         return zero(mean, var)
-    channels, stride, size = x.shape[3], x.stride(2), x.element_size()
-    alignment = alignment_of(x.data_ptr() | (channels | stride) * size)
+    channels, stride = x.shape[3], x.stride(2)
+    alignment = alignment_of(x)
     length, launch, merge = _plan(pixels_of(x), channels, stride, x.dtype, alignment, x.get_device())
     partials = partial_results(length, x)
     launch(x, partials)

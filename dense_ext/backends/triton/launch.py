@@ -181,9 +181,10 @@ def configure(kernel: Kernel, device: int, precision: str, sizes: tuple[int, ...
     """The configuration of a kernel for a problem's sizes."""
     name = kernel.name.removesuffix("_kernel")
     key = name, target_of(device).architecture, precision, shape_class(*sizes)
+    config = find_config(*key)
     if looked_up is not None:
         looked_up.append(key)
-    return find_config(*key)
+    return config
 
 
 def persistent_programs(device: int, pixels: int, config: Config, blocks: int) -> int:
@@ -208,9 +209,14 @@ def dot_precision(precision: str) -> str:
     return "tf32" if precision == "tf32" else "ieee"
 
 
-def alignment_of(bits: int) -> int:
-    """The largest power of two, 16 at most, that divides all the numbers or-ed into ``bits``."""
-    bits |= 16
+def alignment_of(*views: Tensor, weight: Tensor | None = None) -> int:
+    """Bytes, 16 at most: the largest power of two that divides every address a kernel begins a row at.
+
+    That is, where the views [N, H, W, C] and the weight begin, the views' pixel strides and channels.
+    """
+    bits = 16 if weight is None else 16 | weight.data_ptr()
+    for view in views:
+        bits |= view.data_ptr() | (view.shape[3] | view.stride(2)) * view.element_size()
     return bits & -bits
 
 

@@ -30,20 +30,22 @@ def bind_reduce(
     device: int,
     programs: int,
     sums: int,
-    weight_dtype: torch.dtype | None,
+    dtype: torch.dtype | None = None,
     shape: tuple[int, int, int] = (0, 0, 0),
-    strides: tuple[int, int, int] = (0, 0, 0),
+    strides: tuple[int, int, int] | None = None,
 ) -> Callable[..., None]:
     """Rows of ``sums`` sums and a weight gradient to their places: called with partials, sums, weight.
 
     Args:
         programs: rows to add.
         sums: how many sums lead a row; 0 if there are none.
-        weight_dtype: of the weight's gradient; None if there is none.
+        dtype: of the weight's gradient.
         shape: the gradient's axes in the order in which a row holds them.
-        strides: of those axes in memory.
+        strides: of those axes in memory; None if there is no gradient.
     """
+    if strides is None:
+        dtype, shape, strides = None, (0, 0, 0), (0, 0, 0)
     row = sums + shape[0] * shape[1] * shape[2]
-    types = (torch.float32, torch.float32 if sums else None, weight_dtype)
+    types = (torch.float32, torch.float32 if sums else None, dtype)
     grid = (triton.cdiv(row, _REDUCE.blocks["BLOCK"]),)
     return _reduce.bind(device, grid, types, (programs, row, sums, *shape[1:], *strides), config=_REDUCE)
