@@ -1,0 +1,378 @@
+// What kernels take from CUDA, and the only place they take it from: built for a GPU, each function
+// is a builtin or one PTX instruction; built with DENSE_EXT_EMULATOR, it is a call of
+// tests/emulator, which runs the same kernels on the host.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#ifdef DENSE_EXT_EMULATOR
+#include "emulator.h"
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#else
+#include <cuda_runtime.h>
+#endif
+
+#ifdef __CUDACC__
+#define DENSE_EXT_UNROLL _Pragma("unroll")
+#define DENSE_EXT_NO_UNROLL _Pragma("unroll 1")
+#else
+#define DENSE_EXT_UNROLL
+#define DENSE_EXT_NO_UNROLL
+#endif
+
+namespace dense_ext {
+
+constexpr int kWarp = 32;
+
+// --- where a thread is -------------------------------------------------------------------------
+
+#ifdef DENSE_EXT_EMULATOR
+inline int thread_index() { return emulator::thread_index(); }
+inline int block_x() { return emulator::block_x(); }
+inline int block_y() { return emulator::block_y(); }
+inline int grid_y() { return emulator::grid_y(); }
+#else
+__device__ __forceinline__ int thread_index() { return threadIdx.x; }
+__device__ __forceinline__ int block_x() { return blockIdx.x; }
+__device__ __forceinline__ int block_y() { return blockIdx.y; }
+__device__ __forceinline__ int grid_y() { return gridDim.y; }
+#endif
+__device__ __forceinline__ int lane_index() { return thread_index() % kWarp; }
+__device__ __forceinline__ int warp_index() { return thread_index() / kWarp; }
+
+// --- storage types -----------------------------------------------------------------------------
+
+struct BFloat16 {
+  static constexpr bool kIsHalf = false;
+  uint16_t bits;
+};
+struct Half {
+  static constexpr bool kIsHalf = true;
+  uint16_t bits;
+};
+
+// Two values of a 16-bit type in a register, the first in the low half.
+struct Float2 {
+  float x, y;
+};
+
+__device__ __forceinline__ float float_of_bits(uint32_t bits) {
+  float f;
+  memcpy(&f, &bits, sizeof f);
+  return f;
+}
+__device__ __forceinline__ uint32_t bits_of(float f) {
+  uint32_t bits;
+  memcpy(&bits, &f, sizeof bits);
+  return bits;
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t pack(float x, float y);
+template <class T>
+__device__ __forceinline__ uint32_t pack_relu(float x, float y);
+template <class T>
+__device__ __forceinline__ Float2 unpack(uint32_t bits);
+
+#ifdef DENSE_EXT_EMULATOR
+template <>
+inline uint32_t pack<BFloat16>(float x, float y) {
+  return emulator::bfloat16_of(x) | uint32_t{emulator::bfloat16_of(y)} << 16;
+}
+template <>
+inline uint32_t pack<Half>(float x, float y) {
+  return emulator::half_of(x) | uint32_t{emulator::half_of(y)} << 16;
+}
+template <class T>
+inline uint32_t pack_relu(float x, float y) {
+  return pack<T>(x <= 0 ? 0 : x, y <= 0 ? 0 : y);
+}
+template <>
+inline Float2 unpack<Half>(uint32_t bits) {
+  return {emulator::float_of_half(static_cast<uint16_t>(bits)),
+          emulator::float_of_half(static_cast<uint16_t>(bits >> 16))};
+}
+#else
+template <>
+__device__ __forceinline__ uint32_t pack<BFloat16>(float x, float y) {
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(y), "f"(x));
+  return bits;
+}
+template <>
+__device__ __forceinline__ uint32_t pack_relu<BFloat16>(float x, float y) {
+  uint32_t bits;
+  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(y), "f"(x));
+  return bits;
+}
+template <>
+__device__ __forceinline__ uint32_t pack<Half>(float x, float y) {
+  uint32_t bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(y), "f"(x));
+  return bits;
+}
+template <>
+__device__ __forceinline__ uint32_t pack_relu<Half>(float x, float y) {
+  uint32_t bits;
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(y), "f"(x));
+  return bits;
+}
+template <>
+__device__ __forceinline__ Float2 unpack<Half>(uint32_t bits) {
+  Float2 f;
+  asm("{.reg .b16 l, h;\n"
+      "mov.b32 {l, h}, %2;\n"
+      "cvt.f32.f16 %0, l;\n"
+      "cvt.f32.f16 %1, h;}"
+      : "=f"(f.x), "=f"(f.y)
+      : "r"(bits));
+  return f;
+}
+#endif
+template <>
+__device__ __forceinline__ Float2 unpack<BFloat16>(uint32_t bits) {
+  return {float_of_bits(bits << 16), float_of_bits(bits & 0xffff0000u)};
+}
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+// NaN passes, as in PyTorch.
+__device__ __forceinline__ float relu(float x) { return x <= 0 ? 0 : x; }
+
+template <class T>
+__device__ __forceinline__ float to_float(T x) {
+  return unpack<T>(x.bits).x;
+}
+
+template <class T>
+__device__ __forceinline__ T from_float(float x) {
+  if constexpr (sizeof(T) == 4) {
+    return x;
+  } else {
+    return T{static_cast<uint16_t>(pack<T>(x, 0.0f))};
+  }
+}
+
+// Rounded to T and widened again: the value as stored.
+template <class T>
+__device__ __forceinline__ float rounded(float x) {
+  return to_float(from_float<T>(x));
+}
+
+// --- barriers and exchange within a warp ---------------------------------------------------------
+
+#ifdef DENSE_EXT_EMULATOR
+using emulator::Place;
+#define DENSE_EXT_PLACE Place place = Place::current()
+#define DENSE_EXT_AT_PLACE , Place place = Place::current()
+#define DENSE_EXT_HERE , place
+inline void sync_threads(DENSE_EXT_PLACE) { emulator::barrier(place); }
+template <class V>
+inline V shuffle(V value, int lane DENSE_EXT_AT_PLACE) {
+  return emulator::shuffle(value, lane, place);
+}
+template <class V>
+inline V shuffle_xor(V value, int mask DENSE_EXT_AT_PLACE) {
+  return emulator::shuffle(value, lane_index() ^ mask, place);
+}
+#else
+#define DENSE_EXT_AT_PLACE
+#define DENSE_EXT_HERE
+__device__ __forceinline__ void sync_threads() { __syncthreads(); }
+template <class V>
+__device__ __forceinline__ V shuffle(V value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+template <class V>
+__device__ __forceinline__ V shuffle_xor(V value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+#endif
+
+// --- memory --------------------------------------------------------------------------------------
+
+// kBytes bytes, aligned to as many, that move in one access.
+template <int kBytes>
+struct alignas(kBytes) Bytes {
+  uint8_t data[kBytes];
+};
+template <>
+struct alignas(16) Bytes<16> {
+  uint32_t data[4];
+};
+template <>
+struct alignas(8) Bytes<8> {
+  uint32_t data[2];
+};
+template <>
+struct alignas(4) Bytes<4> {
+  uint32_t data[1];
+};
+template <>
+struct alignas(2) Bytes<2> {
+  uint16_t data[1];
+};
+
+template <class V>
+__device__ __forceinline__ V load_global(const V* p DENSE_EXT_AT_PLACE) {
+#ifdef DENSE_EXT_EMULATOR
+  emulator::global_access(p, sizeof(V), false, place);
+#endif
+  return *p;
+}
+template <class V>
+__device__ __forceinline__ void store_global(V* p, const V& value DENSE_EXT_AT_PLACE) {
+#ifdef DENSE_EXT_EMULATOR
+  emulator::global_access(p, sizeof(V), true, place);
+#endif
+  *p = value;
+}
+template <class V>
+__device__ __forceinline__ V load_shared(const V* p DENSE_EXT_AT_PLACE) {
+#ifdef DENSE_EXT_EMULATOR
+  emulator::shared_access(p, sizeof(V), place);
+#endif
+  return *p;
+}
+template <class V>
+__device__ __forceinline__ void store_shared(V* p, const V& value DENSE_EXT_AT_PLACE) {
+#ifdef DENSE_EXT_EMULATOR
+  emulator::shared_access(p, sizeof(V), place);
+#endif
+  *p = value;
+}
+
+// A block's dynamic shared memory, handed out in the order in which every thread asks for it.
+class SharedMemory {
+ public:
+  static constexpr int kAlign = 128;  // so that no array's banks depend on another's size
+  static constexpr int bytes_of(int64_t bytes) {
+    return static_cast<int>((bytes + kAlign - 1) / kAlign * kAlign);
+  }
+
+  template <class T>
+  __device__ T* take(int count) {
+    const int bytes = bytes_of(int64_t{count} * int64_t{sizeof(T)});
+#ifdef DENSE_EXT_EMULATOR
+    return static_cast<T*>(emulator::shared_array(taken_++, count * sizeof(T), bytes));
+#else
+    extern __shared__ __align__(128) unsigned char dense_ext_shared[];
+    T* array = reinterpret_cast<T*>(dense_ext_shared + taken_);
+    taken_ += bytes;
+    return array;
+#endif
+  }
+
+ private:
+  int taken_ = 0;
+};
+
+// An asynchronous copy of kBytes (4, 8, 16) from global to shared memory; zeros where not `valid`.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* global,
+                                           bool valid DENSE_EXT_AT_PLACE) {
+#ifdef DENSE_EXT_EMULATOR
+  emulator::copy_async(shared, global, kBytes, valid, place);
+#else
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const int bytes = valid ? kBytes : 0;
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(to), "l"(global), "r"(bytes),
+                 "n"(kBytes)
+                 : "memory");
+  }
+#endif
+}
+
+// Ends a group of copies.
+__device__ __forceinline__ void copy_async_commit() {
+#ifdef DENSE_EXT_EMULATOR
+  emulator::copy_async_commit();
+#else
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most kGroups of the thread's last groups are on their way.
+template <int kGroups>
+__device__ __forceinline__ void copy_async_wait() {
+#ifdef DENSE_EXT_EMULATOR
+  emulator::copy_async_wait(kGroups);
+#else
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+#endif
+}
+
+// --- tensor cores --------------------------------------------------------------------------------
+
+// Four 8x8 matrices of 16-bit elements from shared memory: lane i gives the address of row i % 8 of
+// matrix i / 8, and gets elements (lane / 4, 2 * (lane % 4)) and the next one of each; of the
+// transposed matrices if kTransposed.
+template <bool kTransposed>
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4],
+                                              const void* row DENSE_EXT_AT_PLACE) {
+#ifdef DENSE_EXT_EMULATOR
+  emulator::load_matrices(r, row, kTransposed, place);
+#else
+  const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(from)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(from)
+                 : "memory");
+  }
+#endif
+}
+
+// float32 with tf32's ten bits of mantissa, rounded to nearest.
+__device__ __forceinline__ uint32_t tf32_of(float x) {
+#ifdef DENSE_EXT_EMULATOR
+  return emulator::tf32_of(x);
+#else
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return bits;
+#endif
+}
+
+// c += a @ b of a warp, m16n8k16 for 16-bit T, m16n8k8 in tf32 for float. With g = lane / 4 and
+// t = lane % 4, c holds (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1); 16-bit a holds pairs
+// along k at (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8), b at (2t, g), (2t + 8, g);
+// tf32 a holds (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4), b (t, g), (t + 4, g).
+template <class T>
+__device__ __forceinline__ void multiply_accumulate(float (&c)[4], const uint32_t (&a)[4],
+                                                    const uint32_t (&b)[2] DENSE_EXT_AT_PLACE) {
+#ifdef DENSE_EXT_EMULATOR
+  emulator::multiply_accumulate<T>(c, a, b, place);
+#else
+#define DENSE_EXT_MMA(shape, types)                                                             \
+  asm("mma.sync.aligned." shape ".row.col." types                                               \
+               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"               \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                 \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+  if constexpr (sizeof(T) == 4) {
+    DENSE_EXT_MMA("m16n8k8", "f32.tf32.tf32.f32");
+  } else if constexpr (T::kIsHalf) {
+    DENSE_EXT_MMA("m16n8k16", "f32.f16.f16.f32");
+  } else {
+    DENSE_EXT_MMA("m16n8k16", "f32.bf16.bf16.f32");
+  }
+#undef DENSE_EXT_MMA
+#endif
+}
+
+}  // namespace dense_ext

@@ -1,0 +1,134 @@
+// Launching kernels on PyTorch's current stream, and what is known of the device.
+
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+
+#include "device.cuh"
+#include "tensor.cuh"
+
+#ifndef DENSE_EXT_EMULATOR
+#include <atomic>
+// Absent from a PyTorch without CUDA, into which the library must load all the same.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#endif
+
+namespace dense_ext {
+
+struct Device {
+  int multiprocessors;
+  int shared_bytes;                 // a block's, at most
+  int multiprocessor_shared_bytes;  // of all blocks that run on one
+};
+
+#ifdef DENSE_EXT_EMULATOR
+
+inline Device current_device() {
+  const int bytes = emulator::settings().shared_bytes;
+  return {emulator::settings().multiprocessors, bytes, bytes + 1024};
+}
+
+#else
+
+constexpr int kMaxDevices = 64;
+
+inline void check_cuda(cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error));
+}
+
+inline Device current_device() {
+  int index, multiprocessors, shared, together;
+  check_cuda(cudaGetDevice(&index));
+  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
+  check_cuda(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+  check_cuda(
+      cudaDeviceGetAttribute(&together, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index));
+  return {multiprocessors, shared, together};
+}
+
+#endif
+
+// Makes a tensor's device the current one while an op runs.
+class OnDeviceOf {
+ public:
+#ifdef DENSE_EXT_EMULATOR
+  explicit OnDeviceOf(const Tensor&) {}
+#else
+  explicit OnDeviceOf(const Tensor& tensor) : guard_(tensor.get_device_index()) {}
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+};
+
+struct Launch {
+  int64_t x, y;
+  int threads;
+  int shared_bytes = 0;
+};
+
+// Runs kKernel(args) over the grid.
+template <auto kKernel, class Arguments>
+void launch(const Launch& on, const Arguments& args) {
+  const Device device = current_device();
+  STD_TORCH_CHECK(on.shared_bytes <= device.shared_bytes, "a kernel needs ", on.shared_bytes,
+                  " bytes of shared memory, this GPU has ", device.shared_bytes);
+#ifdef DENSE_EXT_EMULATOR
+  emulator::run(
+      {static_cast<int>(on.x), static_cast<int>(on.y), on.threads, on.shared_bytes},
+      [&] { kKernel(args); });
+#else
+  int index;
+  check_cuda(cudaGetDevice(&index));
+  // More than 48 KiB has to be asked for, once for each device.
+  static std::atomic<int> granted[kMaxDevices];
+  if (index >= kMaxDevices || granted[index].load(std::memory_order_relaxed) < on.shared_bytes) {
+    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
+                                    cudaFuncAttributeMaxDynamicSharedMemorySize, on.shared_bytes));
+    if (index < kMaxDevices) granted[index] = on.shared_bytes;
+  }
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this PyTorch has no CUDA");
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+  void* arguments[] = {const_cast<Arguments*>(&args)};
+  check_cuda(cudaLaunchKernel(reinterpret_cast<const void*>(kKernel),
+                              dim3(static_cast<unsigned>(on.x), static_cast<unsigned>(on.y)),
+                              dim3(on.threads), arguments, on.shared_bytes,
+                              static_cast<cudaStream_t>(stream)));
+#endif
+}
+
+// How many blocks share `tiles` of work in each of `columns` columns of the grid: as many as run at
+// once, at most one a tile.
+inline int64_t persistent_blocks(int64_t tiles, int64_t columns, int blocks_per_multiprocessor,
+                                 int shared_bytes) {
+  const Device device = current_device();
+  constexpr int kReserved = 1024;  // of each block's shared memory, by CUDA
+  const int64_t fit = std::max(1, device.multiprocessor_shared_bytes / (shared_bytes + kReserved));
+  const int64_t at_once =
+      device.multiprocessors * std::min<int64_t>(fit, blocks_per_multiprocessor);
+  return std::max<int64_t>(1, std::min(tiles, at_once / columns));
+}
+
+// Scratch of `count` floats on the tensor's device; it lives until the op returns, and the stream
+// orders whoever gets the memory next behind the op's kernels.
+inline Tensor scratch(int64_t count, const Tensor& like) {
+  return torch::stable::new_empty(like, {count}, ScalarType::Float);
+}
+
+// A 1x1 weight's tensor, copied if a row's elements don't lie side by side; `w` views it.
+template <class T>
+Tensor with_dense_rows(const Tensor& weight, Weight<const T>& w) {
+  if (w.in == 1 || w.in_stride == 1) return weight;
+  const Tensor dense = torch::stable::contiguous(weight);
+  w = weight_of<const T>(dense, "weight", w.out, w.in, 1);
+  return dense;
+}
+
+inline void zero(const Tensor& tensor) { torch::stable::fill_(tensor, 0); }
+
+}  // namespace dense_ext

@@ -1,0 +1,249 @@
+// Products of a warp: fragments of two factors from shared memory, batch norm and ReLU applied to
+// them in registers, and their product added to the warp's accumulators.
+//
+// A product is of rows times columns over a depth: c[row][column] += a[row][k] * b[k][column]. With
+// 16-bit types it runs on tensor cores, with float either there in tf32 or, exact, in FMAs.
+
+#pragma once
+
+#include "device.cuh"
+
+namespace dense_ext {
+
+// How a product treats its factors: in which type they are stored, and whether float is exact.
+template <class T_, bool kExact_>
+struct Arithmetic {
+  using T = T_;
+  static constexpr bool kExact = kExact_;
+  static constexpr int kDepth = sizeof(T) == 2 ? 16 : 8;  // of one fragment
+  static constexpr int kPad = 16 / static_cast<int>(sizeof(T));  // of a row in shared memory
+};
+
+// Elements between the rows of a tile in shared memory: an odd number of 16-byte units, so that
+// eight rows at the same column lie in different banks.
+template <class T>
+constexpr int padded(int columns) {
+  return columns + 16 / static_cast<int>(sizeof(T));
+}
+
+// A fragment of a: 16 rows, from a tile that stores k next to k. `offset(r)` is where row r
+// begins.
+template <class T>
+struct RowFragment {
+  static constexpr int kCount = sizeof(T) == 2 ? 1 : 2;
+  int at[kCount];
+
+  template <class Offset>
+  __device__ explicit RowFragment(const Offset& offset) {
+    const int lane = lane_index();
+    if constexpr (sizeof(T) == 2) {
+      at[0] = offset(lane % 16) + lane / 16 * 8;
+    } else {
+      at[0] = offset(lane / 4) + lane % 4;
+      at[1] = offset(lane / 4 + 8) + lane % 4;
+    }
+  }
+
+  // `tile` begins with the fragment's first k.
+  __device__ void load(uint32_t (&r)[4], const T* tile) const {
+    if constexpr (sizeof(T) == 2) {
+      load_matrices<false>(r, tile + at[0]);
+    } else {
+      r[0] = bits_of(load_shared(tile + at[0]));
+      r[1] = bits_of(load_shared(tile + at[1]));
+      r[2] = bits_of(load_shared(tile + at[0] + 4));
+      r[3] = bits_of(load_shared(tile + at[1] + 4));
+    }
+  }
+};
+
+// A fragment of a: 16 rows, from a tile that stores row next to row. `offset(k)` is where the
+// fragment's k-th step in depth begins.
+template <class T>
+struct TransposedRowFragment {
+  static constexpr int kCount = sizeof(T) == 2 ? 1 : 2;
+  int at[kCount];
+
+  template <class Offset>
+  __device__ explicit TransposedRowFragment(const Offset& offset) {
+    const int lane = lane_index();
+    if constexpr (sizeof(T) == 2) {
+      at[0] = offset(lane % 8 + lane / 16 * 8) + lane / 8 % 2 * 8;
+    } else {
+      at[0] = offset(lane % 4) + lane / 4;
+      at[1] = offset(lane % 4 + 4) + lane / 4;
+    }
+  }
+
+  // `tile` begins with the fragment's first row.
+  __device__ void load(uint32_t (&r)[4], const T* tile) const {
+    if constexpr (sizeof(T) == 2) {
+      load_matrices<true>(r, tile + at[0]);
+    } else {
+      r[0] = bits_of(load_shared(tile + at[0]));
+      r[1] = bits_of(load_shared(tile + at[0] + 8));
+      r[2] = bits_of(load_shared(tile + at[1]));
+      r[3] = bits_of(load_shared(tile + at[1] + 8));
+    }
+  }
+};
+
+// Two fragments of b, 8 columns each, from a tile [column][k].
+template <class T>
+struct ColumnFragments {
+  int at;
+
+  __device__ explicit ColumnFragments(int ld) {
+    const int lane = lane_index();
+    at = sizeof(T) == 2 ? (lane % 8 + lane / 16 * 8) * ld + lane / 8 % 2 * 8
+                        : lane / 4 * ld + lane % 4;
+  }
+
+  // `tile` begins with the fragments' first column and k.
+  __device__ void load(uint32_t (&b0)[2], uint32_t (&b1)[2], const T* tile, int ld) const {
+    if constexpr (sizeof(T) == 2) {
+      uint32_t r[4];
+      load_matrices<false>(r, tile + at);
+      b0[0] = r[0], b0[1] = r[1], b1[0] = r[2], b1[1] = r[3];
+    } else {
+      b0[0] = bits_of(load_shared(tile + at));
+      b0[1] = bits_of(load_shared(tile + at + 4));
+      b1[0] = bits_of(load_shared(tile + at + 8 * ld));
+      b1[1] = bits_of(load_shared(tile + at + 8 * ld + 4));
+    }
+  }
+};
+
+// Two fragments of b, 8 columns each, from a tile [k][column].
+template <class T>
+struct TransposedColumnFragments {
+  int at;
+
+  __device__ explicit TransposedColumnFragments(int ld) {
+    const int lane = lane_index();
+    at = sizeof(T) == 2 ? (lane % 8 + lane / 8 % 2 * 8) * ld + lane / 16 * 8
+                        : lane % 4 * ld + lane / 4;
+  }
+
+  __device__ void load(uint32_t (&b0)[2], uint32_t (&b1)[2], const T* tile, int ld) const {
+    if constexpr (sizeof(T) == 2) {
+      uint32_t r[4];
+      load_matrices<true>(r, tile + at);
+      b0[0] = r[0], b0[1] = r[1], b1[0] = r[2], b1[1] = r[3];
+    } else {
+      b0[0] = bits_of(load_shared(tile + at));
+      b0[1] = bits_of(load_shared(tile + at + 4 * ld));
+      b1[0] = bits_of(load_shared(tile + at + 8));
+      b1[1] = bits_of(load_shared(tile + at + 4 * ld + 8));
+    }
+  }
+};
+
+// --- batch norm and ReLU in registers --------------------------------------------------------------
+
+// scale and shift of the k a lane holds of a RowFragment.
+template <class T>
+struct DepthFactors {
+  static constexpr int kCount = sizeof(T) == 2 ? 4 : 2;
+  float scale[kCount], shift[kCount];
+
+  // Of the fragment whose first k is where the two vectors, in shared memory, begin.
+  __device__ DepthFactors(const float* scales, const float* shifts) {
+    const int t = lane_index() % 4;
+    if constexpr (sizeof(T) == 2) {
+      DENSE_EXT_UNROLL for (int i = 0; i < 2; i++) {
+        const auto s = load_shared(reinterpret_cast<const Bytes<8>*>(scales + 2 * t + 8 * i));
+        const auto h = load_shared(reinterpret_cast<const Bytes<8>*>(shifts + 2 * t + 8 * i));
+        DENSE_EXT_UNROLL for (int j = 0; j < 2; j++) {
+          scale[2 * i + j] = float_of_bits(s.data[j]);
+          shift[2 * i + j] = float_of_bits(h.data[j]);
+        }
+      }
+    } else {
+      DENSE_EXT_UNROLL for (int i = 0; i < 2; i++) {
+        scale[i] = load_shared(scales + t + 4 * i);
+        shift[i] = load_shared(shifts + t + 4 * i);
+      }
+    }
+  }
+
+  __device__ void activate(uint32_t (&r)[4]) const {
+    DENSE_EXT_UNROLL for (int i = 0; i < 4; i++) {
+      const int k = i / 2;
+      if constexpr (sizeof(T) == 2) {
+        const Float2 x = unpack<T>(r[i]);
+        r[i] = pack_relu<T>(x.x * scale[2 * k] + shift[2 * k],
+                            x.y * scale[2 * k + 1] + shift[2 * k + 1]);
+      } else {
+        r[i] = bits_of(relu(float_of_bits(r[i]) * scale[k] + shift[k]));
+      }
+    }
+  }
+};
+
+// The same for a fragment of b, all of whose values in a lane are of one column.
+template <class T>
+__device__ __forceinline__ void activate_column(uint32_t (&b)[2], float scale, float shift) {
+  DENSE_EXT_UNROLL for (int i = 0; i < 2; i++) {
+    if constexpr (sizeof(T) == 2) {
+      const Float2 x = unpack<T>(b[i]);
+      b[i] = pack_relu<T>(x.x * scale + shift, x.y * scale + shift);
+    } else {
+      b[i] = bits_of(relu(float_of_bits(b[i]) * scale + shift));
+    }
+  }
+}
+
+// --- the product -----------------------------------------------------------------------------------
+
+// c[i][first + j] += a[i] @ b[j], 16 x 8 values of a warp each.
+template <class Math, int kRows, int kAllColumns, int kColumns>
+__device__ __forceinline__ void multiply(float (&c)[kRows][kAllColumns][4], uint32_t (&a)[kRows][4],
+                                         uint32_t (&b)[kColumns][2], int first = 0) {
+  using T = typename Math::T;
+  if constexpr (sizeof(T) == 4 && Math::kExact) {
+    // A lane's rows and columns, collected from the lanes that hold them, step by step in depth.
+    const int lane = lane_index(), g = lane / 4 * 4, t = lane % 4;
+    DENSE_EXT_UNROLL for (int k = 0; k < 8; k++) {
+      float rows[kRows][2];
+      DENSE_EXT_UNROLL for (int i = 0; i < kRows; i++) {
+        DENSE_EXT_UNROLL for (int half = 0; half < 2; half++) {
+          rows[i][half] = float_of_bits(shuffle(a[i][k / 4 * 2 + half], g + k % 4));
+        }
+      }
+      DENSE_EXT_UNROLL for (int j = 0; j < kColumns; j++) {
+        const float left = float_of_bits(shuffle(b[j][k / 4], 8 * t + k % 4));
+        const float right = float_of_bits(shuffle(b[j][k / 4], 8 * t + 4 + k % 4));
+        DENSE_EXT_UNROLL for (int i = 0; i < kRows; i++) {
+          c[i][first + j][0] += rows[i][0] * left;
+          c[i][first + j][1] += rows[i][0] * right;
+          c[i][first + j][2] += rows[i][1] * left;
+          c[i][first + j][3] += rows[i][1] * right;
+        }
+      }
+    }
+  } else {
+    if constexpr (sizeof(T) == 4) {
+      DENSE_EXT_UNROLL for (int i = 0; i < kRows; i++) {
+        DENSE_EXT_UNROLL for (int r = 0; r < 4; r++) a[i][r] = tf32_of(float_of_bits(a[i][r]));
+      }
+      DENSE_EXT_UNROLL for (int j = 0; j < kColumns; j++) {
+        DENSE_EXT_UNROLL for (int r = 0; r < 2; r++) b[j][r] = tf32_of(float_of_bits(b[j][r]));
+      }
+    }
+    DENSE_EXT_UNROLL for (int i = 0; i < kRows; i++) {
+      DENSE_EXT_UNROLL for (int j = 0; j < kColumns; j++) {
+        multiply_accumulate<T>(c[i][first + j], a[i], b[j]);
+      }
+    }
+  }
+}
+
+// Where in a 16 x 8 fragment of c a lane's values are: rows `row` and row + 8, columns `column` and
+// column + 1.
+struct Position {
+  int row, column;
+  __device__ Position() : row(lane_index() / 4), column(lane_index() % 4 * 2) {}
+};
+
+}  // namespace dense_ext

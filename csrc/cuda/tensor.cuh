@@ -1,0 +1,67 @@
+// Tensors as the CUDA kernels take them.
+
+#pragma once
+
+#include "../range.h"
+#include "../tensor.h"
+#include "device.cuh"
+
+namespace dense_ext {
+
+template <>
+inline constexpr ScalarType kScalarType<float> = ScalarType::Float;
+template <>
+inline constexpr ScalarType kScalarType<BFloat16> = ScalarType::BFloat16;
+template <>
+inline constexpr ScalarType kScalarType<Half> = ScalarType::Half;
+
+inline void check_device(const Tensor& t, const char* name) {
+#ifdef DENSE_EXT_EMULATOR
+  STD_TORCH_CHECK(t.is_cpu(), name, " is not on the CPU");
+#else
+  int current = 0;
+  STD_TORCH_CHECK(t.is_cuda(), name, " is not on a GPU");
+  STD_TORCH_CHECK(cudaGetDevice(&current) == cudaSuccess && t.get_device_index() == current, name,
+                  " is on GPU ", t.get_device_index(), ", other tensors on GPU ", current);
+#endif
+}
+
+// Calls body(Tag<T>{}) for the tensor's storage type.
+template <class Body>
+void dispatch(const Tensor& t, const Body& body) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return body(Tag<float>{});
+    case ScalarType::BFloat16:
+      return body(Tag<BFloat16>{});
+    case ScalarType::Half:
+      return body(Tag<Half>{});
+    default:
+      STD_TORCH_CHECK(false, "dtype ", toString(t.scalar_type()),
+                      " is not one of float32, bfloat16, float16");
+  }
+}
+
+// The largest power of two, up to 16, that divides every address and distance it is told of: what
+// one access to global memory may move.
+class AccessBytes {
+ public:
+  template <class T>
+  AccessBytes& add(const Pixels<T>& p) {
+    return add(p.data, p.channels, p.count() > 1 ? p.stride : 0);
+  }
+  // Rows of a matrix whose columns lie side by side.
+  template <class T>
+  AccessBytes& add(const T* data, int64_t columns, int64_t row_stride) {
+    bits_ |= reinterpret_cast<uintptr_t>(data);
+    bits_ |= static_cast<uintptr_t>(columns * int64_t{sizeof(T)});
+    bits_ |= static_cast<uintptr_t>(row_stride * int64_t{sizeof(T)});
+    return *this;
+  }
+  operator int() const { return static_cast<int>(bits_ & (~bits_ + 1)); }
+
+ private:
+  uintptr_t bits_ = 16;
+};
+
+}  // namespace dense_ext

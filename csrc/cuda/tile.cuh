@@ -1,0 +1,191 @@
+// Tiles in shared memory: rows of a matrix brought there and back by a whole block, and moments of
+// their columns.
+
+#pragma once
+
+#include "device.cuh"
+
+namespace dense_ext {
+
+// Calls body(row, column, valid) for each access of kBytes to a tile of kRows x kColumns.
+template <class T, int kBytes, int kRows, int kColumns, int kThreads, class Body>
+__device__ __forceinline__ void for_accesses(int columns, const Body& body) {
+  constexpr int kElements = kBytes / static_cast<int>(sizeof(T)), kUnits = kColumns / kElements;
+  // Addresses of several accesses at once would cost the products' registers.
+  DENSE_EXT_NO_UNROLL for (int i = thread_index(); i < kRows * kUnits; i += kThreads) {
+    const int column = i % kUnits * kElements;
+    body(i / kUnits, column, column < columns);
+  }
+}
+
+// Calls body(Width<n>{}) with the bytes an access may move; an element where that is less than 4.
+template <int kBytes>
+struct Width {
+  static constexpr int value = kBytes;
+};
+template <class T, class Body>
+__device__ __forceinline__ void for_width(int bytes, const Body& body) {
+  if (bytes == 16) {
+    body(Width<16>{});
+  } else if (bytes == 8) {
+    body(Width<8>{});
+  } else if (bytes == 4) {
+    body(Width<4>{});
+  } else {
+    body(Width<sizeof(T)>{});
+  }
+}
+
+// Copies a tile into shared memory, asynchronously but for single 16-bit elements; columns from
+// `columns` on, and rows that are null, become zeros. `row(r)` is row r's first element in global
+// memory.
+template <int kRows, int kColumns, int kThreads, class T, class Row>
+__device__ __forceinline__ void copy_tile(T* tile, int ld, int columns, int bytes, const Row& row) {
+  for_width<T>(bytes, [&](auto width) {
+    constexpr int kBytes = decltype(width)::value;
+    for_accesses<T, kBytes, kRows, kColumns, kThreads>(columns, [&](int r, int c, bool valid) {
+      const T* from = row(r);
+      valid = valid && from;
+      if constexpr (kBytes >= 4) {
+        copy_async<kBytes>(tile + r * ld + c, valid ? from + c : from, valid);
+      } else {
+        store_shared(tile + r * ld + c, valid ? load_global(from + c) : T{0});
+      }
+    });
+  });
+}
+
+// Writes the columns below `columns` of a tile's rows that are not null to global memory.
+template <int kRows, int kColumns, int kThreads, class T, class Row>
+__device__ __forceinline__ void store_tile(const T* tile, int ld, int columns, int bytes,
+                                           const Row& row) {
+  for_width<T>(bytes, [&](auto width) {
+    constexpr int kBytes = decltype(width)::value;
+    using V = Bytes<kBytes>;
+    for_accesses<T, kBytes, kRows, kColumns, kThreads>(columns, [&](int r, int c, bool valid) {
+      T* to = row(r);
+      if (!valid || !to) return;
+      store_global(reinterpret_cast<V*>(to + c),
+                   load_shared(reinterpret_cast<const V*>(tile + r * ld + c)));
+    });
+  });
+}
+
+// kCount values of a vector of `count` from `first` on, zeros beyond its end, into shared memory.
+template <int kCount, int kThreads>
+__device__ __forceinline__ void copy_vector(float* shared, const float* vector, int64_t first,
+                                            int64_t count) {
+  for (int i = thread_index(); i < kCount; i += kThreads) {
+    const bool valid = first + i < count;
+    copy_async<4>(shared + i, valid ? vector + first + i : vector, valid);
+  }
+}
+
+// Two neighbouring values of a tile, rounded to T.
+template <class T>
+__device__ __forceinline__ void store_pair(T* at, float x, float y) {
+  if constexpr (sizeof(T) == 2) {
+    store_shared(reinterpret_cast<uint32_t*>(at), pack<T>(x, y));
+  } else {
+    store_shared(reinterpret_cast<Bytes<8>*>(at), Bytes<8>{{bits_of(x), bits_of(y)}});
+  }
+}
+template <class T>
+__device__ __forceinline__ Float2 load_pair(const T* at) {
+  if constexpr (sizeof(T) == 2) {
+    return unpack<T>(load_shared(reinterpret_cast<const uint32_t*>(at)));
+  } else {
+    const auto pair = load_shared(reinterpret_cast<const Bytes<8>*>(at));
+    return {float_of_bits(pair.data[0]), float_of_bits(pair.data[1])};
+  }
+}
+
+// Mean and sum of squared deviations of `count` values, merged as in Chan, Golub and LeVeque (1979).
+struct Moments {
+  float count = 0, mean = 0, m2 = 0;
+
+  __device__ void merge(const Moments& other) {
+    if (other.count == 0) return;
+    const float together = count + other.count, delta = other.mean - mean;
+    const float fraction = other.count / together;
+    mean += delta * fraction;
+    m2 += other.m2 + delta * delta * (count * fraction);
+    count = together;
+  }
+};
+
+// The moments of a tile's columns, over all tiles a block is given.
+template <class T, int kColumns, int kThreads>
+class ColumnMoments {
+  static constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
+  static constexpr int kWords = kColumns / kPerWord, kGroups = kThreads / kWords;
+  static_assert(kThreads % kWords == 0 && kColumns <= kThreads);
+
+ public:
+  static constexpr int kScratch = kGroups * (2 * kColumns + 1);  // floats
+
+  __device__ explicit ColumnMoments(float* scratch) : scratch_(scratch) {}
+
+  // Adds the rows of a tile for which `valid(r)`. Every thread comes here; the tile and the scratch
+  // are in use until the block's next barrier.
+  template <int kRows, class Valid>
+  __device__ void add(const T* tile, int ld, const Valid& valid) {
+    const int word = thread_index() % kWords, group = thread_index() / kWords;
+    const T* column = tile + word * kPerWord;
+    int count = 0;
+    float mean[kPerWord] = {}, m2[kPerWord] = {};
+    for (int r = group; r < kRows; r += kGroups) {
+      if (!valid(r)) continue;
+      count++;
+      const Word x(column + r * ld);
+      DENSE_EXT_UNROLL for (int i = 0; i < kPerWord; i++) mean[i] += x.value[i];
+    }
+    DENSE_EXT_UNROLL for (int i = 0; i < kPerWord; i++) mean[i] /= static_cast<float>(count);
+    for (int r = group; r < kRows; r += kGroups) {
+      if (!valid(r)) continue;
+      const Word x(column + r * ld);
+      DENSE_EXT_UNROLL for (int i = 0; i < kPerWord; i++) {
+        m2[i] += (x.value[i] - mean[i]) * (x.value[i] - mean[i]);
+      }
+    }
+    float* means = scratch_ + group * kColumns + word * kPerWord;
+    DENSE_EXT_UNROLL for (int i = 0; i < kPerWord; i++) {
+      means[i] = mean[i];
+      means[kGroups * kColumns + i] = m2[i];
+    }
+    if (word == 0) scratch_[2 * kGroups * kColumns + group] = static_cast<float>(count);
+    sync_threads();
+    if (thread_index() >= kColumns) return;
+    for (int g = 0; g < kGroups; g++) {
+      const float* of = scratch_ + g * kColumns + thread_index();
+      total_.merge({scratch_[2 * kGroups * kColumns + g], of[0], of[kGroups * kColumns]});
+    }
+  }
+
+  // Writes the moments of `columns` columns: their number, the means, the m2, each vector `size`
+  // long, of which this block's begin at `first`.
+  __device__ void write(float* row, int64_t first, int64_t size, int columns) const {
+    if (thread_index() >= columns) return;
+    if (first == 0 && thread_index() == 0) store_global(row, total_.count);
+    store_global(row + 1 + first + thread_index(), total_.mean);
+    store_global(row + 1 + size + first + thread_index(), total_.m2);
+  }
+
+ private:
+  struct Word {
+    float value[kPerWord];
+    __device__ explicit Word(const T* at) {
+      if constexpr (kPerWord == 2) {
+        const Float2 x = unpack<T>(load_shared(reinterpret_cast<const uint32_t*>(at)));
+        value[0] = x.x, value[1] = x.y;
+      } else {
+        value[0] = load_shared(at);
+      }
+    }
+  };
+
+  float* scratch_;
+  Moments total_;  // of column thread_index()
+};
+
+}  // namespace dense_ext

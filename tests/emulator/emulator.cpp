@@ -1,0 +1,444 @@
+#include "emulator.h"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cstdlib>
+#include <deque>
+#include <map>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <unordered_set>
+#include <vector>
+
+#include "fiber.h"
+
+namespace dense_ext::emulator {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr size_t kStackBytes = 128 << 10;
+// The chance that a warp which could go on gives way to another, and that a copy lands at once.
+constexpr double kRedraw = 0.02, kEager = 0.5;
+
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed * 0x9e3779b97f4a7c15u + 0x1234567u) {}
+  uint64_t next() {  // splitmix64
+    uint64_t z = state_ += 0x9e3779b97f4a7c15u;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    return z ^ z >> 31;
+  }
+  bool chance(double p) { return static_cast<double>(next() >> 11) * 0x1p-53 < p; }
+
+ private:
+  uint64_t state_;
+};
+
+std::string text(Place place) {
+  const char* name = std::strrchr(place.file, '/');
+  return std::string(name ? name + 1 : place.file) + ":" + std::to_string(place.line);
+}
+
+struct Copy {
+  void* shared;
+  const void* global;
+  int bytes;
+  bool valid;
+  void land() const { valid ? std::memcpy(shared, global, bytes) : std::memset(shared, 0, bytes); }
+};
+
+enum class State { kReady, kAtBarrier, kInWarp, kDone };
+
+struct Thread {
+  Fiber fiber;
+  int index = 0;
+  State state = State::kReady;
+  Place place = {};
+  void* mine = nullptr;                // for the warp
+  int arrays = 0;
+  std::deque<std::vector<Copy>> groups;  // of copies under way; the last is not committed
+  std::map<std::pair<const char*, unsigned>, int> accesses;  // times it came by a place
+};
+
+struct Access {
+  const void* p;
+  int bytes;
+};
+using Request = std::tuple<int, const char*, unsigned, int, bool>;  // warp, place, time, is shared
+
+// One block at a time runs, on this thread.
+struct Block {
+  const Grid* grid = nullptr;
+  int x = 0, y = 0;
+  const std::function<void()>* kernel = nullptr;
+  std::vector<std::unique_ptr<Thread>> threads;
+  Thread* running = nullptr;
+  std::vector<std::pair<std::unique_ptr<void, decltype(&std::free)>, int64_t>> arrays;
+  int64_t reserved = 0;
+  std::exception_ptr error;
+  Random random{0};
+  std::map<Request, std::vector<Access>> requests;
+};
+thread_local Block block;
+thread_local Fiber scheduler;
+
+void fail(const std::string& what) { throw std::runtime_error("emulated GPU: " + what); }
+
+// Back to the scheduler until this thread may go on.
+void wait(State state, Place place) {
+  Thread& self = *block.running;
+  self.state = state;
+  self.place = place;
+  switch_fiber(self.fiber, scheduler);
+}
+
+void thread_main() {
+  Thread& self = *block.running;
+  try {
+    (*block.kernel)();
+    for (const auto& group : self.groups) {
+      if (!group.empty()) fail("a thread ends with copies under way that nothing waited for");
+    }
+  } catch (...) {
+    block.error = std::current_exception();
+  }
+  self.state = State::kDone;
+  switch_fiber(self.fiber, scheduler);
+}
+
+// --- accesses ------------------------------------------------------------------------------------
+
+void record(const void* p, int bytes, bool shared, Place place) {
+  Thread& self = *block.running;
+  const int time = self.accesses[{place.file, place.line}]++;
+  block.requests[{self.index / kWarp, place.file, place.line, time, shared}].push_back({p, bytes});
+}
+
+// Passes a warp's access to shared memory takes beyond those its bytes need: of the words in one
+// bank, one is served at a time. Eight lanes at a time for 16-byte accesses, sixteen for 8.
+int conflicts(const std::vector<Access>& accesses) {
+  const size_t at_once = 128 / std::max(4, accesses.front().bytes);
+  int extra = 0;
+  for (size_t first = 0; first < accesses.size(); first += at_once) {
+    std::array<std::unordered_set<uintptr_t>, 32> banks;
+    for (size_t i = first; i < std::min(first + at_once, accesses.size()); i++) {
+      const auto address = reinterpret_cast<uintptr_t>(accesses[i].p);
+      for (uintptr_t word = address / 4; word <= (address + accesses[i].bytes - 1) / 4; word++) {
+        banks[word % 32].insert(word);
+      }
+    }
+    size_t passes = 1;
+    for (const auto& bank : banks) passes = std::max(passes, bank.size());
+    extra += static_cast<int>(passes) - 1;
+  }
+  return extra;
+}
+
+void count_requests() {
+  for (const auto& [request, accesses] : block.requests) {
+    if (std::get<4>(request)) {
+      counters().shared_requests++;
+      counters().bank_conflicts += conflicts(accesses);
+      continue;
+    }
+    std::unordered_set<uintptr_t> sectors;
+    for (const Access& access : accesses) {
+      const auto address = reinterpret_cast<uintptr_t>(access.p);
+      for (uintptr_t s = address / 32; s <= (address + access.bytes - 1) / 32; s++) sectors.insert(s);
+    }
+    counters().global_requests++;
+    counters().global_sectors += static_cast<int64_t>(sectors.size());
+  }
+  block.requests.clear();
+}
+
+// --- the scheduler -------------------------------------------------------------------------------
+
+std::vector<int> draw_order(int warps) {
+  std::vector<int> order(warps);
+  for (int i = 0; i < warps; i++) order[i] = i;
+  if (settings().order == Order::kLast) std::reverse(order.begin(), order.end());
+  if (settings().order == Order::kRandom) {
+    for (int i = warps - 1; i > 0; i--) std::swap(order[i], order[block.random.next() % (i + 1)]);
+  }
+  return order;
+}
+
+// Lets the block's threads go on from the barrier if all have come to it.
+bool release_barrier() {
+  const Place place = block.threads.front()->place;
+  for (const auto& thread : block.threads) {
+    if (thread->state == State::kDone) fail("barrier at " + text(place) + " after a thread has ended");
+    if (thread->state != State::kAtBarrier) return false;
+    if (!(thread->place == place)) {
+      fail("threads wait at different barriers: " + text(place) + " and " + text(thread->place));
+    }
+  }
+  for (const auto& thread : block.threads) thread->state = State::kReady;
+  counters().barriers++;
+  return true;
+}
+
+[[noreturn]] void deadlock() {
+  std::string where;
+  for (const auto& thread : block.threads) {
+    if (thread->state == State::kDone) continue;
+    where += " thread " + std::to_string(thread->index) + " at " + text(thread->place) + ";";
+    if (where.size() > 400) break;
+  }
+  fail("divergent threads wait for each other:" + where);
+  std::abort();
+}
+
+void run_block() {
+  const int threads = block.grid->threads, warps = (threads + kWarp - 1) / kWarp;
+  std::vector<int> order = draw_order(warps);
+  for (;;) {
+    Thread* next = nullptr;
+    bool all_done = true;
+    for (int warp : order) {
+      for (int i = warp * kWarp; i < std::min(threads, (warp + 1) * kWarp) && !next; i++) {
+        all_done &= block.threads[i]->state == State::kDone;
+        if (block.threads[i]->state == State::kReady) next = block.threads[i].get();
+      }
+      if (next) break;
+    }
+    if (!next) {
+      if (all_done) return;
+      const bool any_at_barrier = std::any_of(block.threads.begin(), block.threads.end(), [](const auto& t) {
+        return t->state == State::kAtBarrier;
+      });
+      if (!any_at_barrier || !release_barrier()) deadlock();
+      order = draw_order(warps);
+      continue;
+    }
+    block.running = next;
+    switch_fiber(scheduler, next->fiber);
+    if (block.error) std::rethrow_exception(block.error);
+    if (block.random.chance(kRedraw)) order = draw_order(warps);
+  }
+}
+
+void start_block() {
+  block.arrays.clear();
+  block.reserved = 0;
+  block.error = nullptr;
+  block.requests.clear();
+  while (block.threads.size() < static_cast<size_t>(block.grid->threads)) {
+    block.threads.push_back(std::make_unique<Thread>());
+  }
+  block.threads.resize(block.grid->threads);
+  for (int i = 0; i < block.grid->threads; i++) {
+    Thread& thread = *block.threads[i];
+    thread.index = i;
+    thread.state = State::kReady;
+    thread.arrays = 0;
+    thread.groups.assign(1, {});
+    thread.accesses.clear();
+    thread.fiber.start(kStackBytes, thread_main);
+  }
+}
+
+}  // namespace
+
+Settings& settings() {
+  static Settings instance;
+  return instance;
+}
+Counters& counters() {
+  static Counters instance;
+  return instance;
+}
+
+int thread_index() { return block.running->index; }
+int block_x() { return block.x; }
+int block_y() { return block.y; }
+int grid_y() { return block.grid->y; }
+
+void run(const Grid& grid, const std::function<void()>& kernel) {
+  if (grid.x <= 0 || grid.y <= 0 || grid.y > 65535) fail("grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y));
+  if (grid.threads <= 0 || grid.threads > 1024) fail("block of " + std::to_string(grid.threads));
+  if (grid.shared_bytes > settings().shared_bytes) {
+    fail(std::to_string(grid.shared_bytes) + " bytes of shared memory asked for");
+  }
+  counters().launches++;
+  counters().shared_bytes = std::max<int64_t>(counters().shared_bytes, grid.shared_bytes);
+  block.grid = &grid;
+  block.kernel = &kernel;
+  block.random = Random(settings().seed);
+  for (block.y = 0; block.y < grid.y; block.y++) {
+    for (block.x = 0; block.x < grid.x; block.x++) {
+      start_block();
+      run_block();
+      if (settings().count) count_requests();
+      counters().blocks++;
+    }
+  }
+}
+
+void barrier(Place place) { wait(State::kAtBarrier, place); }
+
+void together(void* mine, const std::function<void(void* const*)>& body, Place place) {
+  Thread& self = *block.running;
+  const int first = self.index / kWarp * kWarp;
+  self.mine = mine;
+  void* lanes[kWarp];
+  bool all = first + kWarp <= block.grid->threads;
+  if (!all) fail("a warp of less than 32 threads acts together at " + text(place));
+  for (int i = 0; i < kWarp && all; i++) {
+    const Thread& other = *block.threads[first + i];
+    lanes[i] = other.mine;
+    all = &other == &self || (other.state == State::kInWarp && other.place == place);
+  }
+  if (!all) return wait(State::kInWarp, place);
+  body(lanes);
+  for (int i = 0; i < kWarp; i++) block.threads[first + i]->state = State::kReady;
+}
+
+void load_matrices(uint32_t (&r)[4], const void* row, bool transposed, Place place) {
+  struct Mine {
+    const void* row;
+    uint32_t* r;
+    bool transposed;
+  } mine{row, r, transposed};
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("matrix row not aligned at " + text(place));
+  if (settings().count) record(row, 16, true, place);
+  together(
+      &mine,
+      [](void* const* lanes) {
+        uint16_t rows[32][8];
+        for (int i = 0; i < 32; i++) std::memcpy(rows[i], static_cast<Mine*>(lanes[i])->row, 16);
+        for (int i = 0; i < 32; i++) {
+          Mine& m = *static_cast<Mine*>(lanes[i]);
+          for (int matrix = 0; matrix < 4; matrix++) {
+            uint16_t pair[2];
+            for (int e = 0; e < 2; e++) {
+              const int down = i / 4, across = 2 * (i % 4) + e;
+              pair[e] = m.transposed ? rows[8 * matrix + across][down] : rows[8 * matrix + down][across];
+            }
+            std::memcpy(&m.r[matrix], pair, 4);
+          }
+        }
+      },
+      place);
+}
+
+namespace {
+
+float element(int kind, uint32_t bits, int half) {
+  if (kind == 2) return std::bit_cast<float>(bits & 0xffffe000u);
+  const auto h = static_cast<uint16_t>(bits >> 16 * half);
+  return kind == 1 ? float_of_half(h) : std::bit_cast<float>(uint32_t{h} << 16);
+}
+
+}  // namespace
+
+void multiply_accumulate(int kind, float* c, const uint32_t* a, const uint32_t* b, Place place) {
+  struct Mine {
+    int kind;
+    float* c;
+    const uint32_t *a, *b;
+  } mine{kind, c, a, b};
+  together(
+      &mine,
+      [](void* const* lanes) {
+        counters().products++;
+        const auto& at = [&](int lane) -> Mine& { return *static_cast<Mine*>(lanes[lane]); };
+        const int kind = at(0).kind, depth = kind == 2 ? 8 : 16;
+        float a[16][16], b[16][8];
+        for (int i = 0; i < 32; i++) {
+          const int g = i / 4, t = i % 4;
+          for (int r = 0; r < 4; r++) {
+            const int row = g + 8 * (r % 2);
+            if (kind == 2) {
+              a[row][t + 4 * (r / 2)] = element(kind, at(i).a[r], 0);
+            } else {
+              for (int e = 0; e < 2; e++) a[row][2 * t + e + 8 * (r / 2)] = element(kind, at(i).a[r], e);
+            }
+          }
+          for (int r = 0; r < 2; r++) {
+            if (kind == 2) {
+              b[t + 4 * r][g] = element(kind, at(i).b[r], 0);
+            } else {
+              for (int e = 0; e < 2; e++) b[2 * t + e + 8 * r][g] = element(kind, at(i).b[r], e);
+            }
+          }
+        }
+        for (int i = 0; i < 32; i++) {
+          for (int e = 0; e < 4; e++) {
+            const int row = i / 4 + 8 * (e / 2), column = 2 * (i % 4) + e % 2;
+            float sum = at(i).c[e];
+            for (int k = 0; k < depth; k++) sum += a[row][k] * b[k][column];
+            at(i).c[e] = sum;
+          }
+        }
+      },
+      place);
+}
+
+void* shared_array(int index, int64_t bytes, int64_t reserved) {
+  if (index < static_cast<int>(block.arrays.size())) {
+    if (block.arrays[index].second != bytes) fail("threads ask for shared memory in different orders");
+    return block.arrays[index].first.get();
+  }
+  block.reserved += reserved;
+  if (block.reserved > block.grid->shared_bytes) {
+    fail("the block takes " + std::to_string(block.reserved) + " bytes of shared memory, launched with " +
+         std::to_string(block.grid->shared_bytes));
+  }
+  // The bytes and no more, from where bank 0 is.
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 128, std::max<int64_t>(bytes, 1)) != 0) fail("out of memory");
+  std::memset(memory, 0xff, bytes);
+  block.arrays.emplace_back(std::unique_ptr<void, decltype(&std::free)>(memory, std::free), bytes);
+  return memory;
+}
+
+void copy_async(void* shared, const void* global, int bytes, bool valid, Place place) {
+  if (reinterpret_cast<uintptr_t>(shared) % bytes || (valid && reinterpret_cast<uintptr_t>(global) % bytes)) {
+    fail("copy not aligned at " + text(place));
+  }
+  if (valid) global_access(global, bytes, false, place);
+  if (settings().count) record(shared, bytes, true, place);
+  const Copy copy{shared, global, bytes, valid};
+  if (block.random.chance(kEager)) {
+    copy.land();
+  } else {
+    block.running->groups.back().push_back(copy);
+  }
+}
+
+void copy_async_commit() { block.running->groups.emplace_back(); }
+
+void copy_async_wait(int groups) {
+  auto& pending = block.running->groups;
+  while (static_cast<int>(pending.size()) - 1 > groups) {
+    for (const Copy& copy : pending.front()) copy.land();
+    pending.pop_front();
+  }
+}
+
+void global_access(const void* p, int bytes, bool is_store, Place place) {
+  (is_store ? counters().global_stores : counters().global_loads) += bytes;
+  if (settings().count) record(p, bytes, false, place);
+}
+void shared_access(const void* p, int bytes, Place place) {
+  if (settings().count) record(p, bytes, true, place);
+}
+
+uint16_t bfloat16_of(float x) {
+  const auto bits = std::bit_cast<uint32_t>(x);
+  if (x != x) return 0x7fff;
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+uint16_t half_of(float x) { return std::bit_cast<uint16_t>(static_cast<_Float16>(x)); }
+float float_of_half(uint16_t bits) { return static_cast<float>(std::bit_cast<_Float16>(bits)); }
+uint32_t tf32_of(float x) {
+  const auto bits = std::bit_cast<uint32_t>(x);
+  return x - x != 0 ? bits : (bits + 0x1000) & 0xffffe000u;
+}
+
+}  // namespace dense_ext::emulator

@@ -1,0 +1,88 @@
+// Stacks to switch between: on x86-64 six registers and a stack pointer, elsewhere ucontext.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#ifndef __x86_64__
+#include <ucontext.h>
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
+namespace dense_ext::emulator {
+
+struct Fiber {
+  std::unique_ptr<unsigned char[]> stack;
+  void (*main)() = nullptr;
+#ifdef __x86_64__
+  void* pointer = nullptr;
+#else
+  ucontext_t context;
+#endif
+
+  // Makes a later switch run `main`, which must never return.
+  void start(size_t bytes, void (*main)());
+};
+
+#ifdef __x86_64__
+// Pushes the callee-saved registers, leaves the stack in *from and goes on with `to`.
+extern "C" void dense_ext_switch_stack(void** from, void* to);
+asm(R"(
+.text
+.globl dense_ext_switch_stack
+.hidden dense_ext_switch_stack
+.type dense_ext_switch_stack, @function
+dense_ext_switch_stack:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size dense_ext_switch_stack, .-dense_ext_switch_stack
+)");
+#endif
+
+inline void Fiber::start(size_t bytes, void (*entry)()) {
+  main = entry;
+  if (!stack) stack.reset(new unsigned char[bytes]);
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(stack.get(), bytes);  // of frames an error left behind
+#endif
+#ifdef __x86_64__
+  auto top = (reinterpret_cast<uintptr_t>(stack.get()) + bytes) & ~uintptr_t{15};
+  auto** slots = reinterpret_cast<void**>(top) - 8;  // six registers, the entry, its caller: none
+  for (int i = 0; i < 8; i++) slots[i] = nullptr;
+  slots[6] = reinterpret_cast<void*>(entry);
+  pointer = slots;
+#else
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack.get();
+  context.uc_stack.ss_size = bytes;
+  makecontext(&context, entry, 0);
+#endif
+}
+
+// Leaves `from` until somebody switches back to it.
+inline void switch_fiber(Fiber& from, Fiber& to) {
+#ifdef __x86_64__
+  dense_ext_switch_stack(&from.pointer, to.pointer);
+#else
+  swapcontext(&from.context, &to.context);
+#endif
+}
+
+}  // namespace dense_ext::emulator

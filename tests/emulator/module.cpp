@@ -1,0 +1,39 @@
+// What tests set and read of the emulator, as a Python module.
+
+#include <pybind11/pybind11.h>
+
+#include "emulator.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_emulator, m) {
+  py::enum_<emulator::Order>(m, "Order")
+      .value("RANDOM", emulator::Order::kRandom)
+      .value("FIRST", emulator::Order::kFirst)
+      .value("LAST", emulator::Order::kLast);
+  py::class_<emulator::Settings>(m, "Settings")
+      .def(py::init<>())
+      .def_readwrite("seed", &emulator::Settings::seed)
+      .def_readwrite("order", &emulator::Settings::order)
+      .def_readwrite("multiprocessors", &emulator::Settings::multiprocessors)
+      .def_readwrite("shared_bytes", &emulator::Settings::shared_bytes)
+      .def_readwrite("count", &emulator::Settings::count);
+  py::class_<emulator::Counters>(m, "Counters")
+      .def_readonly("launches", &emulator::Counters::launches)
+      .def_readonly("blocks", &emulator::Counters::blocks)
+      .def_readonly("barriers", &emulator::Counters::barriers)
+      .def_readonly("products", &emulator::Counters::products)
+      .def_readonly("global_loads", &emulator::Counters::global_loads)
+      .def_readonly("global_stores", &emulator::Counters::global_stores)
+      .def_readonly("global_requests", &emulator::Counters::global_requests)
+      .def_readonly("global_sectors", &emulator::Counters::global_sectors)
+      .def_readonly("shared_requests", &emulator::Counters::shared_requests)
+      .def_readonly("bank_conflicts", &emulator::Counters::bank_conflicts)
+      .def_readonly("shared_bytes", &emulator::Counters::shared_bytes);
+  m.def("set", [](const emulator::Settings& to) { emulator::settings() = to; });
+  m.def("take_counters", [] {
+    const emulator::Counters taken = emulator::counters();
+    emulator::counters() = {};
+    return taken;
+  });
+}
