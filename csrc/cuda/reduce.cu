@@ -1,4 +1,4 @@
-// merge_moments and add_rows. A block takes 32 columns: each of its 32 warps every 32nd row, then
+// merge_moments and add_rows. A block takes 32 columns: each of its warps every kGroups-th row, then
 // their results in a tree. Bytes moved: those of the rows.
 
 #include "reduce.cuh"
@@ -8,7 +8,7 @@
 namespace dense_ext {
 namespace {
 
-constexpr int kColumns = kWarp, kGroups = 32, kThreads = kColumns * kGroups;
+constexpr int kColumns = kWarp, kGroups = 8, kThreads = kColumns * kGroups;
 
 struct MergeArguments {
   const float* rows;
