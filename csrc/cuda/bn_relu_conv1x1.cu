@@ -163,15 +163,6 @@ void run_forward(ForwardArguments<typename Config::T> args, const Tensor& like, 
   if (mean) merge_moments(*moments, blocks, out, mean, var);
 }
 
-// Calls body(Arithmetic<T, exact>{}).
-template <class T, class Body>
-void with_arithmetic(bool tf32, const Body& body) {
-  if constexpr (sizeof(T) == 4) {
-    if (!tf32) return body(Arithmetic<T, true>{});
-  }
-  body(Arithmetic<T, false>{});
-}
-
 void bn_relu_conv1x1_forward(const Tensor& x, const Tensor& scale, const Tensor& shift,
                              const Tensor& weight, const Tensor& z,
                              const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
@@ -228,6 +219,7 @@ struct BackwardArguments {
   int64_t row_size;
   bool wants_weight;
   int grad_bn_bytes, z_bytes, x_bytes, grad_x_bytes;
+  int stages;  // tiles in shared memory at a time
 };
 
 // A block takes kIn channels of x and all of B, at most kOut, and goes through tiles of kPixels:
@@ -245,11 +237,11 @@ struct Backward {
   static constexpr int shared_bytes(int stages) {
     return SharedMemory::bytes_of(stages * kStageSize * int64_t{sizeof(T)}) +
            SharedMemory::bytes_of(kVectors * int64_t{sizeof(float)}) +
-           SharedMemory::bytes_of(2 * kIn * int64_t{sizeof(float)});
+           SharedMemory::bytes_of(2 * 2 * kIn * int64_t{sizeof(float)});
   }
 };
 
-template <class Config, int kStages>
+template <class Config>
 __global__ void __launch_bounds__(kThreads, Config::kBlocks)
     backward_kernel(const BackwardArguments<typename Config::T> args) {
   using Math = typename Config::Math;
@@ -257,11 +249,11 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks)
   constexpr int kPixels = Config::kPixels, kOut = Config::kOut, kIn = Config::kIn;
   constexpr int kOutLd = Config::kOutLd, kInLd = Config::kInLd;
   SharedMemory shared;
-  T* const tiles = shared.take<T>(kStages * Config::kStageSize);
+  T* const tiles = shared.take<T>(args.stages * Config::kStageSize);
   float* const z_scale = shared.take<float>(Config::kVectors);
   float *const z_u = z_scale + kOut, *const z_v = z_u + kOut;
   float *const mean = z_v + kOut, *const scale = mean + kIn, *const shift = scale + kIn;
-  float* const sums = shared.take<float>(2 * kIn);
+  float* const sums = shared.take<float>(2 * 2 * kIn);
 
   const int64_t pixels = args.x.count(), first_in = int64_t{block_x()} * kIn;
   const int out = static_cast<int>(args.z.channels);
@@ -330,10 +322,8 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks)
   for (int64_t tile = block_y(); tile < tile_count; tile += grid_y()) {
     copy_async_wait<0>();
     sync_threads();
-    if constexpr (kStages > 1) {
-      load(tile + grid_y(), 1 - stage);
-      copy_async_commit();
-    }
+    if (args.stages > 1) load(tile + grid_y(), 1 - stage);
+    copy_async_commit();
     T* const dz = tiles + stage * Config::kStageSize;
     const T* const z = dz + kPixels * kOutLd;
     const T* const x = z + kPixels * kOutLd;
@@ -401,7 +391,7 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks)
     store_tile<kPixels, kIn, kThreads>(grad_x, kInLd, ins, args.grad_x_bytes, [&](int r) {
       return r < rows ? args.grad_x.at(first + r) + first_in : nullptr;
     });
-    if constexpr (kStages > 1) {
+    if (args.stages > 1) {
       stage = 1 - stage;
     } else {
       sync_threads();
@@ -411,31 +401,9 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks)
   }
   copy_async_wait<0>();
 
-  // Sums over the rows of a warp, then of both warps that share its columns.
-  DENSE_EXT_UNROLL for (int j = 0; j < kDataColumns; j++) {
-    DENSE_EXT_UNROLL for (int e = 0; e < 2; e++) {
-      DENSE_EXT_UNROLL for (int mask = 4; mask < kWarp; mask *= 2) {
-        sum_g[j][e] += shuffle_xor(sum_g[j][e], mask);
-        sum_gx[j][e] += shuffle_xor(sum_gx[j][e], mask);
-      }
-      if (data_row > 0 && at.row == 0) {
-        sums[data_column + 8 * j + at.column + e] = sum_g[j][e];
-        sums[kIn + data_column + 8 * j + at.column + e] = sum_gx[j][e];
-      }
-    }
-  }
-  sync_threads();
   float* row = args.rows + block_y() * args.row_size;
-  if (data_row == 0 && at.row == 0) {
-    DENSE_EXT_UNROLL for (int j = 0; j < kDataColumns; j++) {
-      DENSE_EXT_UNROLL for (int e = 0; e < 2; e++) {
-        const int column = data_column + 8 * j + at.column + e;
-        if (column >= ins) continue;
-        store_global(row + first_in + column, sum_g[j][e] + sums[column]);
-        store_global(row + args.x.channels + first_in + column, sum_gx[j][e] + sums[kIn + column]);
-      }
-    }
-  }
+  write_column_sums<kThreads, 2, kIn>(sums, sum_g, sum_gx, warp / 4, data_column, ins,
+                                      row + first_in, row + args.x.channels + first_in);
   if (!args.wants_weight) return;
   row += 2 * args.x.channels + first_in;
   DENSE_EXT_UNROLL for (int i = 0; i < kWeightRows; i++) {
@@ -449,24 +417,18 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks)
   }
 }
 
-template <class Config, int kStages>
+template <class Config>
 void run_backward(BackwardArguments<typename Config::T> args, const Tensor& like,
-                  Sums<typename Config::T> sums) {
+                  const Sums<typename Config::T>& sums) {
   const int64_t chunks = ceil_div(args.x.channels, Config::kIn);
-  const int shared = Config::shared_bytes(kStages);
+  args.stages = Config::shared_bytes(2) <= current_device().shared_bytes ? 2 : 1;
+  const int shared = Config::shared_bytes(args.stages);
   const int64_t blocks = persistent_blocks(ceil_div(args.x.count(), Config::kPixels), chunks,
                                            Config::kBlocks, shared);
   const Tensor rows = scratch(blocks * args.row_size, like);
   args.rows = static_cast<float*>(rows.data_ptr());
-  launch<backward_kernel<Config, kStages>>({chunks, blocks, kThreads, shared}, args);
+  launch<backward_kernel<Config>>({chunks, blocks, kThreads, shared}, args);
   add_rows(rows, blocks, sums);
-}
-
-template <class T>
-Pixels<T> slice(Pixels<T> p, int64_t first, int64_t count) {
-  p.data += first;
-  p.channels = count;
-  return p;
 }
 
 void bn_relu_conv1x1_backward(const Tensor& grad_bn, const Tensor& z, const Tensor& z_scale,
@@ -516,14 +478,9 @@ void bn_relu_conv1x1_backward(const Tensor& grad_bn, const Tensor& z, const Tens
         piece.z_bytes = AccessBytes().add(piece.z);
         piece.x_bytes = AccessBytes().add(piece.x);
         piece.grad_x_bytes = AccessBytes().add(piece.grad_x);
-        const Sums<T> to{sum,   2 * in, b > 0,         dw.data ? dw.data + b * dw.out_stride : nullptr,
-                         1,     count,  in,            dw.out_stride,
-                         dw.in_stride, 0,     0};
-        if (Config::shared_bytes(2) <= current_device().shared_bytes) {
-          run_backward<Config, 2>(piece, x, to);
-        } else {
-          run_backward<Config, 1>(piece, x, to);
-        }
+        Sums<T> to{.vector = sum, .vector_size = 2 * in, .accumulate = b > 0};
+        if (grad_weight) to.set_weight(dw, b, count, 1);
+        run_backward<Config>(piece, x, to);
       }
     });
   });

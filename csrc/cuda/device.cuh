@@ -58,10 +58,21 @@ struct Half {
   uint16_t bits;
 };
 
-// Two values of a 16-bit type in a register, the first in the low half.
 struct Float2 {
   float x, y;
 };
+
+// An unsigned integer as wide as T.
+template <class T>
+struct BitsOfSize {
+  using type = uint16_t;
+};
+template <>
+struct BitsOfSize<float> {
+  using type = uint32_t;
+};
+template <class T>
+using BitsOf = typename BitsOfSize<T>::type;
 
 __device__ __forceinline__ float float_of_bits(uint32_t bits) {
   float f;
@@ -74,6 +85,7 @@ __device__ __forceinline__ uint32_t bits_of(float f) {
   return bits;
 }
 
+// Two values of a 16-bit type in a register, the first in the low half.
 template <class T>
 __device__ __forceinline__ uint32_t pack(float x, float y);
 template <class T>

@@ -194,6 +194,19 @@ __device__ __forceinline__ void activate_column(uint32_t (&b)[2], float scale, f
   }
 }
 
+// Zeros for the k of a fragment of b, in depth the rows of a tile, whose bits are not kept.
+template <class T>
+__device__ __forceinline__ void keep_rows(uint32_t (&b)[2], const BitsOf<T>* keep) {
+  const int t = lane_index() % 4;
+  DENSE_EXT_UNROLL for (int i = 0; i < 2; i++) {
+    if constexpr (sizeof(T) == 2) {
+      b[i] &= load_shared(reinterpret_cast<const uint32_t*>(keep + 2 * t + 8 * i));
+    } else {
+      b[i] &= load_shared(keep + t + 4 * i);
+    }
+  }
+}
+
 // --- the product -----------------------------------------------------------------------------------
 
 // c[i][first + j] += a[i] @ b[j], 16 x 8 values of a warp each.
@@ -239,11 +252,50 @@ __device__ __forceinline__ void multiply(float (&c)[kRows][kAllColumns][4], uint
   }
 }
 
+// Calls body(Arithmetic<T, exact>{}).
+template <class T, class Body>
+void with_arithmetic(bool tf32, const Body& body) {
+  if constexpr (sizeof(T) == 4) {
+    if (!tf32) return body(Arithmetic<T, true>{});
+  }
+  body(Arithmetic<T, false>{});
+}
+
 // Where in a 16 x 8 fragment of c a lane's values are: rows `row` and row + 8, columns `column` and
 // column + 1.
 struct Position {
   int row, column;
   __device__ Position() : row(lane_index() / 4), column(lane_index() % 4 * 2) {}
 };
+
+// Adds up what every lane has summed of its columns of c, two a fragment, over the lanes and over
+// the kWarps warps that share the columns, of which this is `warp`; writes the first `count` columns
+// of the block's kColumns. `scratch` has 2 * kWarps * kColumns floats, `first` is the warp's first
+// column.
+template <int kThreads, int kWarps, int kColumns, int kFragments>
+__device__ __forceinline__ void write_column_sums(float* scratch, float (&g)[kFragments][2],
+                                                  float (&gx)[kFragments][2], int warp, int first,
+                                                  int count, float* to_g, float* to_gx) {
+  const Position at;
+  DENSE_EXT_UNROLL for (int j = 0; j < kFragments; j++) {
+    DENSE_EXT_UNROLL for (int e = 0; e < 2; e++) {
+      DENSE_EXT_UNROLL for (int mask = 4; mask < kWarp; mask *= 2) {
+        g[j][e] += shuffle_xor(g[j][e], mask);
+        gx[j][e] += shuffle_xor(gx[j][e], mask);
+      }
+      if (at.row > 0) continue;
+      float* part = scratch + warp * 2 * kColumns + first + 8 * j + at.column + e;
+      store_shared(part, g[j][e]);
+      store_shared(part + kColumns, gx[j][e]);
+    }
+  }
+  sync_threads();
+  for (int i = thread_index(); i < 2 * kColumns; i += kThreads) {
+    if (i % kColumns >= count) continue;
+    float total = 0;
+    for (int w = 0; w < kWarps; w++) total += load_shared(scratch + w * 2 * kColumns + i);
+    store_global((i < kColumns ? to_g : to_gx) + i % kColumns, total);
+  }
+}
 
 }  // namespace dense_ext

@@ -71,10 +71,11 @@ __global__ void __launch_bounds__(kThreads) add_rows_kernel(const AddArguments<T
     store_global(at, to.accumulate ? load_global(at) + total : total);
     return;
   }
-  const int64_t element = column - to.vector_size, in = element % to.in;
-  const int64_t out = element / to.in % to.out, tap = element / to.in / to.out;
-  store_global(to.weight + out * to.out_stride + in * to.in_stride + tap / 3 * to.row_stride +
-                   tap % 3 * to.column_stride,
+  const int64_t element = column - to.vector_size, in = element % to.weight.in;
+  const int64_t out = element / to.weight.in % to.weight.out;
+  const int64_t tap = element / to.weight.in / to.weight.out;
+  store_global(to.weight.data + out * to.weight.out_stride + in * to.weight.in_stride +
+                   to.weight.tap_offset(tap),
                from_float<T>(total));
 }
 
@@ -91,7 +92,7 @@ void merge_moments(const Tensor& rows, int64_t row_count, int64_t channels, floa
 
 template <class T>
 void add_rows(const Tensor& rows, int64_t row_count, const Sums<T>& to) {
-  const int64_t weights = to.weight ? to.taps * to.out * to.in : 0;
+  const int64_t weights = to.taps * to.weight.out * to.weight.in;
   const AddArguments<T> args{static_cast<const float*>(rows.data_ptr()), row_count,
                              to.vector_size + weights, to};
   launch<add_rows_kernel<T>>({ceil_div(args.size, kColumns), 1, kThreads,

@@ -18,10 +18,17 @@ template <class T>
 struct Sums {
   float* vector;
   int64_t vector_size;
-  bool accumulate;  // add to the vector
-  T* weight;        // null: there is none
-  int64_t taps, out, in;
-  int64_t out_stride, in_stride, row_stride, column_stride;  // of a tap: row tap / 3, column tap % 3
+  bool accumulate;        // add to the vector
+  Weight<T> weight = {};  // data null: there is none
+  int64_t taps = 0;
+
+  // The `count` output channels of a weight gradient from `first` on.
+  void set_weight(const Weight<T>& gradient, int64_t first, int64_t count, int64_t tap_count) {
+    weight = gradient;
+    weight.data += first * gradient.out_stride;
+    weight.out = count;
+    taps = tap_count;
+  }
 };
 
 template <class T>

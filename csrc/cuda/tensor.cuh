@@ -42,6 +42,14 @@ void dispatch(const Tensor& t, const Body& body) {
   }
 }
 
+// Channels [first, first + count).
+template <class T>
+Pixels<T> slice(Pixels<T> p, int64_t first, int64_t count) {
+  p.data += first;
+  p.channels = count;
+  return p;
+}
+
 // The largest power of two, up to 16, that divides every address and distance it is told of: what
 // one access to global memory may move.
 class AccessBytes {

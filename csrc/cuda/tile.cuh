@@ -71,16 +71,6 @@ __device__ __forceinline__ void store_tile(const T* tile, int ld, int columns, i
   });
 }
 
-// kCount values of a vector of `count` from `first` on, zeros beyond its end, into shared memory.
-template <int kCount, int kThreads>
-__device__ __forceinline__ void copy_vector(float* shared, const float* vector, int64_t first,
-                                            int64_t count) {
-  for (int i = thread_index(); i < kCount; i += kThreads) {
-    const bool valid = first + i < count;
-    copy_async<4>(shared + i, valid ? vector + first + i : vector, valid);
-  }
-}
-
 // Two neighbouring values of a tile, rounded to T.
 template <class T>
 __device__ __forceinline__ void store_pair(T* at, float x, float y) {
@@ -97,6 +87,40 @@ __device__ __forceinline__ Float2 load_pair(const T* at) {
   } else {
     const auto pair = load_shared(reinterpret_cast<const Bytes<8>*>(at));
     return {float_of_bits(pair.data[0]), float_of_bits(pair.data[1])};
+  }
+}
+
+// relu(scale*x + shift) in place, rounded to T, of the rows of a tile for which `valid(r)`.
+template <int kRows, int kColumns, int kThreads, class T, class Valid>
+__device__ __forceinline__ void activate_rows(T* tile, int ld, const float* scale,
+                                              const float* shift, const Valid& valid) {
+  constexpr int kElements = 16 / static_cast<int>(sizeof(T)), kUnits = kColumns / kElements;
+  DENSE_EXT_NO_UNROLL for (int i = thread_index(); i < kRows * kUnits; i += kThreads) {
+    if (!valid(i / kUnits)) continue;
+    const int column = i % kUnits * kElements;
+    auto* const at = reinterpret_cast<Bytes<16>*>(tile + i / kUnits * ld + column);
+    Bytes<16> x = load_shared(at);
+    DENSE_EXT_UNROLL for (int w = 0; w < 4; w++) {
+      if constexpr (sizeof(T) == 2) {
+        const Float2 pair = unpack<T>(x.data[w]);
+        const Float2 s = load_pair(scale + column + 2 * w), t = load_pair(shift + column + 2 * w);
+        x.data[w] = pack_relu<T>(pair.x * s.x + t.x, pair.y * s.y + t.y);
+      } else {
+        const float s = load_shared(scale + column + w), t = load_shared(shift + column + w);
+        x.data[w] = bits_of(relu(float_of_bits(x.data[w]) * s + t));
+      }
+    }
+    store_shared(at, x);
+  }
+}
+
+// kCount values of a vector of `count` from `first` on, zeros beyond its end, into shared memory.
+template <int kCount, int kThreads>
+__device__ __forceinline__ void copy_vector(float* shared, const float* vector, int64_t first,
+                                            int64_t count) {
+  for (int i = thread_index(); i < kCount; i += kThreads) {
+    const bool valid = first + i < count;
+    copy_async<4>(shared + i, valid ? vector + first + i : vector, valid);
   }
 }
 
