@@ -1,21 +1,29 @@
 // Every primitive's schema. What they compute is said once, in dense_ext/backends/base.py;
-// kernels register themselves beside their code.
+// kernels register themselves beside their code. Each library has the ops in a namespace of its
+// own, DENSE_EXT_NAMESPACE, so that any of them can be loaded with or without the others.
 
 #include <torch/csrc/stable/library.h>
 
+// Where a float32 product can be rounded to tf32, the caller says whether it may.
+#ifdef DENSE_EXT_TF32
+#define TF32_ARGUMENT ", bool tf32"
+#else
+#define TF32_ARGUMENT ""
+#endif
+
 // clang-format off
-STABLE_TORCH_LIBRARY(dense_ext, m) {
+STABLE_TORCH_LIBRARY(DENSE_EXT_NAMESPACE, m) {
   m.def("channel_stats(Tensor x, Tensor(a!) mean, Tensor(b!) var) -> ()");
   m.def("bn_scale_shift(Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps, Tensor(a!) scale, Tensor(b!) shift) -> ()");
   m.def("bn_gradient(Tensor sums, Tensor mean, Tensor var, Tensor weight, float eps, int count, Tensor(a!) grad_weight, Tensor(b!) grad_bias, Tensor(c!)? u, Tensor(d!)? v) -> ()");
   m.def("affine_gradient(Tensor grad, Tensor x, Tensor u, Tensor v, Tensor(a!) out) -> ()");
   m.def("scaled_accumulate(Tensor grad, Tensor scale, Tensor(a!) out) -> ()");
-  m.def("bn_relu_conv1x1_forward(Tensor x, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) z, Tensor(b!)? mean, Tensor(c!)? var) -> ()");
-  m.def("bn_relu_conv1x1_backward(Tensor(a!) grad_bn, Tensor z, Tensor z_scale, Tensor z_u, Tensor z_v, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, Tensor(b!) grad_x, Tensor(c!) sums, Tensor(d!)? grad_weight) -> ()");
-  m.def("bn_relu_conv3x3_forward(Tensor z, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) y, Tensor(b!)? mean, Tensor(c!)? var) -> ()");
-  m.def("bn_relu_conv3x3_backward(Tensor grad, Tensor y, Tensor u, Tensor v, Tensor z, Tensor mean, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) grad_bn, Tensor(b!) sums, Tensor(c!)? grad_weight) -> ()");
-  m.def("bn_relu_pool_conv1x1_forward(Tensor x, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) y) -> ()");
-  m.def("bn_relu_pool_conv1x1_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) grad_x, Tensor(b!) sums, Tensor(c!)? grad_weight) -> ()");
+  m.def("bn_relu_conv1x1_forward(Tensor x, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) z, Tensor(b!)? mean, Tensor(c!)? var" TF32_ARGUMENT ") -> ()");
+  m.def("bn_relu_conv1x1_backward(Tensor(a!) grad_bn, Tensor z, Tensor z_scale, Tensor z_u, Tensor z_v, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, Tensor(b!) grad_x, Tensor(c!) sums, Tensor(d!)? grad_weight" TF32_ARGUMENT ") -> ()");
+  m.def("bn_relu_conv3x3_forward(Tensor z, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) y, Tensor(b!)? mean, Tensor(c!)? var" TF32_ARGUMENT ") -> ()");
+  m.def("bn_relu_conv3x3_backward(Tensor grad, Tensor y, Tensor u, Tensor v, Tensor z, Tensor mean, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) grad_bn, Tensor(b!) sums, Tensor(c!)? grad_weight" TF32_ARGUMENT ") -> ()");
+  m.def("bn_relu_pool_conv1x1_forward(Tensor x, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) y" TF32_ARGUMENT ") -> ()");
+  m.def("bn_relu_pool_conv1x1_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) grad_x, Tensor(b!) sums, Tensor(c!)? grad_weight" TF32_ARGUMENT ") -> ()");
   m.def("bn_relu_maxpool_forward(Tensor x, Tensor scale, Tensor shift, Tensor(a!) y) -> ()");
   m.def("bn_relu_maxpool_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor(a!) grad_x, Tensor(b!) sums) -> ()");
 }
