@@ -4,14 +4,16 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= runs/bench
-SOURCES := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+FORMATTED := $(SOURCES) $(wildcard tests/emulator/*.cpp tests/emulator/*.h)
 
-.PHONY: help setup bench test gpu lint format clean
+.PHONY: help setup bench test gpu wheel-check lint format clean
 
 help:
 	@echo "make bench    memory and speed of a training step beside torchvision's (OUT=$(OUT))"
 	@echo "make test     the whole test suite; the Triton kernels in Triton's interpreter"
 	@echo "make gpu      tests and measurements on this machine's GPU, with its own python3 (OUT=$(OUT))"
+	@echo "make wheel-check  one wheel in several Pythons and PyTorches: slow, downloads gigabytes"
 	@echo "make lint     ruff, mypy and clang-format"
 	@echo "make format   apply ruff's and clang-format's layout"
 	@echo "make clean    remove what was built"
@@ -24,7 +26,7 @@ $(VENV)/requirements: requirements-dev.txt
 	touch $@
 
 # An editable install compiles the libraries into dense_ext/.
-$(VENV)/installed: $(VENV)/requirements pyproject.toml setup.py $(SOURCES)
+$(VENV)/installed: $(VENV)/requirements pyproject.toml setup.py csrc/rules.ninja $(SOURCES)
 	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps -v -e .
 	touch $@
 
@@ -39,16 +41,20 @@ test: setup
 gpu:
 	$(PYTHON) benchmarks/gpu.py --out $(OUT)
 
+# One build has to serve every Python and PyTorch.
+wheel-check: setup
+	$(BIN)/python tests/wheel.py
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/clang-format --style=file:csrc/.clang-format --dry-run --Werror $(FORMATTED)
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES)
+	$(BIN)/clang-format --style=file:csrc/.clang-format -i $(FORMATTED)
 
 clean:
 	rm -rf build dist *.egg-info dense_ext/*.so

@@ -1,119 +1,118 @@
 """Builds the compiled backends; everything else about the package is in pyproject.toml.
 
-The C++ CPU backend is compiled once for each instruction set worth having, into shared libraries
-without Python in them (libtorch's stable ABI): one build serves every Python and every later
-PyTorch. :mod:`dense_ext.backends.cpu` loads the one that fits the machine.
+They are shared libraries without Python in them (libtorch's stable ABI): one build serves every
+Python, and every PyTorch from 2.10 on, with CUDA or without. The CPU's is compiled once for each
+instruction set worth having; CUDA's, where nvcc is found, once for all of TORCH_CUDA_ARCH_LIST.
 
-Without a working compiler the package installs all the same and runs on its reference backend.
-``DENSE_EXT_BUILD=1`` makes a failed build an error, ``DENSE_EXT_BUILD=0`` skips building.
+What can't be built is left out, and the package installs all the same. ``DENSE_EXT_BUILD=1`` makes
+a failed build an error, ``DENSE_EXT_BUILD=0`` skips building. ``DENSE_EXT_CUDA`` does so for the
+CUDA library alone; with ``1`` it is also an error that nvcc is missing.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from glob import glob
-from typing import Any
+from importlib.util import find_spec
+from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
-REQUESTED = os.environ.get("DENSE_EXT_BUILD")
+BUILD, CUDA = os.environ.get("DENSE_EXT_BUILD"), os.environ.get("DENSE_EXT_CUDA")
+TORCH = Path(spec.origin).parent if (spec := find_spec("torch")) and spec.origin else None
 
 # Library -> its instruction set's compiler flags; only the default is built elsewhere.
-X86_64 = {
-    "_cpu_avx512": ["-march=x86-64-v4"],
-    "_cpu_avx2": ["-march=x86-64-v3"],
-    "_cpu_default": [],
-}
+CPU_TARGETS = {"_cpu_default": ""}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    CPU_TARGETS |= {"_cpu_avx2": "-march=x86-64-v3", "_cpu_avx512": "-march=x86-64-v4"}
 
-FLAGS = [
-    *("-std=c++20", "-O3", "-g0", "-Wall"),
-    "-fvisibility=hidden",
-    # Contracting to FMA, and no errno or traps, change no result that anything relies on;
-    # -ffast-math would (NaN, the order of sums).
-    "-ffp-contract=fast",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-DTORCH_TARGET_VERSION=0x020a000000000000",  # runs on PyTorch 2.10 and later
-]
+# A chip runs the code for earlier ones of its generation, 9.0a's excepted; later ones need the PTX.
+ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
 
 
 class BuildError(RuntimeError):
     """A build that was asked for failed."""
 
 
-def explain(what: str, error: object) -> None:
+def leave_out(what: str, why: object, required: bool) -> None:
     """Raise if a build was asked for, else say what will be missing, and why."""
-    if REQUESTED == "1":
-        raise BuildError(f"{what}: {error}")
-    print(
-        f"\ndense_ext: {what}: {error}\n"
-        "dense_ext: installing without it; where no compiled library fits, the reference backend "
-        "serves (DENSE_EXT_BUILD=1 makes this an error)\n",
-        file=sys.stderr,
-    )
+    if required:
+        raise BuildError(f"can't build {what}: {why}")
+    fallback = "where no compiled library fits, the reference backend serves"
+    print(f"\ndense_ext: can't build {what}: {why}\ndense_ext: {fallback}\n", file=sys.stderr)
 
 
-def cpu_extensions() -> list[Extension]:
-    from torch.utils.cpp_extension import CppExtension
-
-    x86_64 = platform.machine().lower() in ("x86_64", "amd64")
-    libraries: dict[str, list[str]] = X86_64 if x86_64 else {"_cpu_default": []}
-    return [
-        CppExtension(
-            f"dense_ext.{name}",
-            sorted(["csrc/ops.cpp", *glob("csrc/cpu/*.cpp")]),
-            depends=sorted(glob("csrc/cpu/*.h")),
-            extra_compile_args={"cxx": [*FLAGS, *isa]},
-            py_limited_api=True,
-        )
-        for name, isa in libraries.items()
-    ]
+def cuda_home() -> Path | None:
+    """Where nvcc is: CUDA_HOME, on the path, in the usual place, or in the packages beside PyTorch."""
+    home = [f"{os.environ['CUDA_HOME']}/bin"] if os.environ.get("CUDA_HOME") else []
+    places = [*home, *os.get_exec_path(), "/usr/local/cuda/bin", *glob(f"{TORCH}/../nvidia/*/bin")]
+    nvcc = shutil.which("nvcc", path=os.pathsep.join(places))
+    return Path(nvcc).parent.parent if nvcc else None
 
 
-def build_command() -> type:
-    from torch.utils.cpp_extension import BuildExtension
-
-    class Build(BuildExtension):  # type: ignore[misc]
-        """Builds each library in a folder of its own; one that fails is left out."""
-
-        def build_extensions(self) -> None:
-            self.failed: list[Extension] = []
-            try:
-                super().build_extensions()
-            except BuildError:
-                raise
-            except Exception as error:  # no compiler at all
-                explain("can't build the C++ backend", error)
-                self.failed = list(self.extensions)
-            self.extensions = [e for e in self.extensions if e not in self.failed]
-
-        def build_extension(self, ext: Extension) -> None:
-            shared, self.build_temp = self.build_temp, os.path.join(self.build_temp, ext.name)
-            try:
-                super().build_extension(ext)
-            except Exception as error:
-                explain(f"can't build {ext.name}", error)
-                self.failed.append(ext)
-            finally:
-                self.build_temp = shared
-
-    return Build.with_options(no_python_abi_suffix=True)  # type: ignore[no-any-return]
+def cuda_target() -> str:
+    flags = []
+    for name in ARCHITECTURES.replace(";", " ").split():
+        number, _, ptx = name.replace(".", "").partition("+")
+        flags.append(f"-gencode=arch=compute_{number},code=[sm_{number}{f',compute_{number}' * bool(ptx)}]")
+    return " ".join(flags)
 
 
-def extensions() -> dict[str, Any]:
-    if REQUESTED == "0":
-        return {}
-    if sys.platform == "win32":
-        explain("can't build the C++ backend", "it needs GCC's vector extensions, MSVC has none")
-        return {}
-    try:
-        return {"ext_modules": cpu_extensions(), "cmdclass": {"build_ext": build_command()}}
-    except ImportError as error:
-        explain("can't build the C++ backend", error)
-        return {}
+class Build(build_ext):
+    """Builds each library with Ninja, by csrc/rules.ninja; one that fails is left out."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", os.sep) + ".so"
+
+    def build_extensions(self) -> None:
+        self.extensions = [ext for ext in self.extensions if self.built(ext)]
+
+    def built(self, ext: Extension) -> bool:
+        name = ext.name.removeprefix("dense_ext.")
+        kind, target = ("cpu", CPU_TARGETS[name]) if name in CPU_TARGETS else ("cuda", cuda_target())
+        folder = f"build/{name}"  # stays, so that only what has changed is compiled again
+        objects = {source: f"{folder}/{Path(source).name}.o" for source in ext.sources}
+        lines = [f"folder = {folder}", f"cxx = {os.environ.get('CXX') or 'c++'}", f"torch = {TORCH}",
+                 f"cuda = {cuda_home()}", f"target = {target}", "include csrc/rules.ninja",
+                 *(f"build {objects[source]}: {kind}_compile {source}" for source in objects),
+                 f"build {folder}/{name}.so: {kind}_link {' '.join(objects.values())}"]  # fmt: skip
+        os.makedirs(folder, exist_ok=True)
+        Path(folder, "build.ninja").write_text("\n".join(lines) + "\n")
+        jobs = [f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else []
+        try:
+            subprocess.run([sys.executable, "-m", "ninja", "-f", f"{folder}/build.ninja", *jobs], check=True)
+        except subprocess.CalledProcessError as error:
+            leave_out(name, error, BUILD == "1" or (kind == "cuda" and CUDA == "1"))
+            return False
+        path = self.get_ext_fullpath(ext.name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        self.copy_file(f"{folder}/{name}.so", path)
+        return True
+
+
+def extensions() -> list[Extension]:
+    folders = {} if BUILD == "0" else dict.fromkeys(CPU_TARGETS, "cpu")
+    if folders and (TORCH is None or sys.platform == "win32"):
+        leave_out("the libraries", "it takes PyTorch, and GCC or Clang", BUILD == "1")
+        return []
+    if folders and (CUDA == "1" or (CUDA != "0" and os.path.exists(f"{TORCH}/lib/libtorch_cuda.so"))):
+        if cuda_home():
+            folders["_cuda"] = "cuda"
+        else:
+            leave_out("_cuda", "there is no nvcc", CUDA == "1")
+    found = []
+    for name, folder in folders.items():
+        files = sorted([*glob("csrc/*.*"), *glob(f"csrc/{folder}/*")])
+        sources = [file for file in files if file.endswith((".cpp", ".cu"))]
+        found.append(Extension(f"dense_ext.{name}", sources, depends=files))
+    return found
 
 
 # The libraries know nothing of Python: one wheel serves every version from 3.10 on.
-setup(options={"bdist_wheel": {"py_limited_api": "cp310"}}, **extensions())
+abi3 = {"bdist_wheel": {"py_limited_api": "cp310"}}
+setup(ext_modules=extensions(), cmdclass={"build_ext": Build}, options=abi3)

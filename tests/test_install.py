@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from dense_ext.backends import CPU, CUDA
+from tests.wheel import unstable_symbols
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Prints how it is served, the number of warnings of two forwards, and the output's first value.
@@ -46,7 +49,7 @@ def build(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-NO_COMPILER = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
+NO_COMPILER = {"CXX": "/nonexistent/c++", "DENSE_EXT_CUDA": ""}
 
 
 def test_installs_without_a_compiler_and_runs_on_the_reference(tmp_path: Path) -> None:
@@ -56,7 +59,12 @@ def test_installs_without_a_compiler_and_runs_on_the_reference(tmp_path: Path) -
     assert "where no compiled library fits, the reference backend serves" in result.stdout + result.stderr
     (wheel,) = source.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        data = {"py.typed", "benchmark/results.schema.json", "benchmark/report.html.jinja"}
+        data = {
+            "py.typed",
+            "benchmark/results.schema.json",
+            "benchmark/report.html.jinja",
+            "backends/preference.json",
+        }
         assert {f"dense_ext/{name}" for name in data} <= set(archive.namelist())
         assert not [n for n in archive.namelist() if n.endswith(".so") or n.startswith("tests")]
         archive.extractall(tmp_path / "site")
@@ -67,6 +75,8 @@ def test_installs_without_a_compiler_and_runs_on_the_reference(tmp_path: Path) -
     file, backends, warned, mean = json.loads(output.stdout)
     assert str(tmp_path) in file
     assert "is not built" in backends["cpu"]
+    assert "is not built" in backends["cuda"]
+    assert "DENSE_EXT_CUDA=1" in backends["cuda"]
     assert backends["reference"] is None
     assert len(warned) == 1
     assert "reference backend: the C++ backend is not built" in warned[0]
@@ -80,3 +90,26 @@ def test_a_build_that_was_asked_for_may_not_fail(tmp_path: Path) -> None:
     result = build(copy_of_the_sources(tmp_path), **NO_COMPILER, DENSE_EXT_BUILD="1")
     assert result.returncode != 0
     assert "BuildError: can't build" in result.stdout + result.stderr
+
+
+def test_a_cuda_library_that_was_asked_for_may_not_fail(tmp_path: Path) -> None:
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    nvcc.chmod(0o755)
+    asked = {"DENSE_EXT_BUILD": "", "DENSE_EXT_CUDA": "1", "CUDA_HOME": str(nvcc.parent.parent)}
+    architectures = {"TORCH_CUDA_ARCH_LIST": "8.0;9.0a+PTX"}
+    result = build(copy_of_the_sources(tmp_path / "sources"), **NO_COMPILER | asked | architectures)
+    assert result.returncode != 0
+    output = result.stdout + result.stderr
+    assert "BuildError: can't build _cuda" in output
+    compile, codes = f"'{nvcc}' -ccbin /nonexistent/c++", "-gencode=arch=compute_80,code=[sm_80]"
+    assert compile in output
+    assert f"{codes} -gencode=arch=compute_90a,code=[sm_90a,compute_90a]" in output
+
+
+@pytest.mark.parametrize("path", [CPU.library.path, CUDA.library.path], ids=["cpu", "cuda"])
+def test_a_library_serves_every_python_and_pytorch(path: Path | None) -> None:
+    if path is None or shutil.which("nm") is None:
+        pytest.skip("there is no library, or no nm")
+    assert not unstable_symbols(path)

@@ -11,20 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from dense_ext.backends import cpu
+from dense_ext.backends import CPU
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # In a process of its own, since a process loads one library: says which, then runs the tests.
 RUN = """
 import sys, pytest
-from dense_ext.backends import cpu
-print("library:", cpu.library())
+from dense_ext.backends import CPU
+print("library:", CPU.library)
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/primitives"]))
 """
 
 
-@pytest.mark.skipif(cpu.LIBRARY is None, reason="the C++ backend is not built")
+@pytest.mark.skipif(CPU.library.path is None, reason="the C++ backend is not built")
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="elsewhere there is one library")
 @pytest.mark.parametrize(("capability", "library"), [("avx2", "_cpu_avx2"), ("default", "_cpu_default")])
 def test_primitives(capability: str, library: str) -> None:

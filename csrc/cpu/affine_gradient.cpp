@@ -77,7 +77,7 @@ void scaled_accumulate(const Tensor& grad, const Tensor& scale, const Tensor& ou
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(dense_ext, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(DENSE_EXT_NAMESPACE, CPU, m) {
   m.impl("affine_gradient", TORCH_BOX(&affine_gradient));
   m.impl("scaled_accumulate", TORCH_BOX(&scaled_accumulate));
 }

@@ -71,7 +71,7 @@ void bn_gradient(const Tensor& sums, const Tensor& mean, const Tensor& var, cons
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(dense_ext, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(DENSE_EXT_NAMESPACE, CPU, m) {
   m.impl("bn_scale_shift", TORCH_BOX(&bn_scale_shift));
   m.impl("bn_gradient", TORCH_BOX(&bn_gradient));
 }

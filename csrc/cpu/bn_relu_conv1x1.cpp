@@ -310,7 +310,7 @@ void bn_relu_conv1x1_backward(const Tensor& grad_bn, const Tensor& z, const Tens
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(dense_ext, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(DENSE_EXT_NAMESPACE, CPU, m) {
   m.impl("bn_relu_conv1x1_forward", TORCH_BOX(&bn_relu_conv1x1_forward));
   m.impl("bn_relu_conv1x1_backward", TORCH_BOX(&bn_relu_conv1x1_backward));
 }

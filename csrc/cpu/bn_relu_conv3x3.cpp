@@ -352,7 +352,7 @@ void bn_relu_conv3x3_backward(const Tensor& grad, const Tensor& y, const Tensor&
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(dense_ext, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(DENSE_EXT_NAMESPACE, CPU, m) {
   m.impl("bn_relu_conv3x3_forward", TORCH_BOX(&bn_relu_conv3x3_forward));
   m.impl("bn_relu_conv3x3_backward", TORCH_BOX(&bn_relu_conv3x3_backward));
 }

@@ -209,7 +209,7 @@ void bn_relu_maxpool_backward(const Tensor& grad, const Tensor& x, const Tensor&
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(dense_ext, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(DENSE_EXT_NAMESPACE, CPU, m) {
   m.impl("bn_relu_maxpool_forward", TORCH_BOX(&bn_relu_maxpool_forward));
   m.impl("bn_relu_maxpool_backward", TORCH_BOX(&bn_relu_maxpool_backward));
 }

@@ -47,6 +47,8 @@ void channel_stats(const Tensor& x, const Tensor& mean, const Tensor& var) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(dense_ext, CPU, m) { m.impl("channel_stats", TORCH_BOX(&channel_stats)); }
+STABLE_TORCH_LIBRARY_IMPL(DENSE_EXT_NAMESPACE, CPU, m) {
+  m.impl("channel_stats", TORCH_BOX(&channel_stats));
+}
 
 }  // namespace dense_ext

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "range.h"
+#include "../range.h"
 #include "vector.h"
 
 namespace dense_ext {

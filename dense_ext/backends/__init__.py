@@ -1,7 +1,8 @@
 """The backends, and which of them runs a primitive.
 
-``auto`` takes, primitive by primitive, the first backend of ``PREFERENCE`` that can run it. A
-backend asked for by name runs everything or raises the reason why it can't.
+``auto`` takes, primitive by primitive, the first backend that can run it, in the order of
+:mod:`dense_ext.backends.preference`. A backend asked for by name runs everything or raises the reason
+why it can't.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from typing import Any
 
 import torch
 
-from . import cpu
+from . import preference
 from .base import PRIMITIVES, THROUGH_NORM, Backend
 from .cpu import CPUBackend
+from .cuda import CUDABackend
+from .preference import PREFERENCE
 from .reference import ReferenceBackend
 from .triton import TritonBackend
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (CPUBackend(), TritonBackend(), ReferenceBackend())}
-
-# Fastest first; `auto` walks this list.
-PREFERENCE = ("cpu", "triton", "reference")
+CPU, CUDA = CPUBackend(), CUDABackend()
+BACKENDS: dict[str, Backend] = {b.name: b for b in (CPU, TritonBackend(), CUDA, ReferenceBackend())}
 
 ENVIRONMENT_VARIABLE = "DENSE_EXT_BACKEND"
 
@@ -82,11 +83,11 @@ def select(name: str, device_type: str, dtype: torch.dtype) -> Primitives:
         RuntimeError: a backend asked for by name can't run one of them; says which and why.
     """
     device = torch.device(device_type)
-    if name == "auto" and device_type == "cpu" and cpu.REASON is not None:
-        _say_not_built(cpu.REASON)
+    if name == "auto" and device_type == "cpu" and CPU.library.reason is not None:
+        _say_not_built(CPU.library.reason)
     table: dict[str, Backend] = {}
     for primitive in PRIMITIVES:
-        candidates = PREFERENCE if name == "auto" else (name,)
+        candidates = preference.order(primitive, device, dtype) if name == "auto" else (name,)
         reasons = []
         for candidate in candidates:
             reason = BACKENDS[candidate].can_run(primitive, device, dtype)

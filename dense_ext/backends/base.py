@@ -53,6 +53,12 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def tf32_allowed(dtype: torch.dtype) -> bool:
+    """Whether products of such activations may be rounded to tf32: PyTorch's setting for convolutions."""
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    return dtype == torch.float32 and convolutions.fp32_precision == "tf32"
+
+
 class Backend(ABC):
     """One implementation of the primitives. Stateless: an instance only names the code."""
 

@@ -1,19 +1,15 @@
-"""The C++ backend for CPUs: loads the library built for this machine, and forwards to its ops.
+"""The C++ backend for CPUs.
 
-setup.py compiles the same sources for several instruction sets; the one that PyTorch itself uses
-here (``torch.backends.cpu.get_cpu_capability()``) is loaded once, when this module is imported. If
-it can't be, the reason is kept, and :meth:`CPUBackend.can_run` returns it.
+setup.py compiles the same sources for several instruction sets; the library for the one that PyTorch
+itself uses here (``torch.backends.cpu.get_cpu_capability()``) is loaded, once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NoReturn
-
 import torch
 
-from .base import PRIMITIVES, STORAGE_DTYPES, Backend, accumulate_dtype
+from .base import PRIMITIVES, STORAGE_DTYPES, accumulate_dtype
+from .compiled import PACKAGE, CompiledBackend, Library
 
 # PyTorch's name for the instruction set -> the libraries such a machine runs, best first.
 LIBRARIES = {
@@ -23,43 +19,10 @@ LIBRARIES = {
 ELSEWHERE = ("_cpu_default",)
 
 
-def _load() -> tuple[Path | None, str | None]:
-    """Load the best library that was built: its path and None, or None and the reason why not."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    package = Path(__file__).resolve().parent.parent
-    names = LIBRARIES.get(capability, ELSEWHERE)
-    built = [path for name in names if (path := package / f"{name}.so").exists()]
-    if not built:
-        return None, f"the C++ backend is not built: none of {', '.join(names)} is in {package}"
-    try:
-        torch.ops.load_library(built[0])
-    except OSError as error:
-        return None, f"{built[0].name} can't be loaded: {error}"
-    return built[0], None
-
-
-LIBRARY, REASON = _load()
-
-
-def library() -> str:
-    """The library in use, e.g. ``_cpu_avx512.so``, or the reason why there is none."""
-    return LIBRARY.name if LIBRARY is not None else str(REASON)
-
-
-def _op(primitive: str) -> Any:
-    """The compiled op, called with the primitive's arguments; without the library, an error."""
-    if LIBRARY is None:
-        return _unavailable(primitive)
-    # The ops only write into what they are given: on fake tensors there is nothing to do.
-    torch.library.register_fake(f"dense_ext::{primitive}", lambda *args: None)
-    return getattr(torch.ops.dense_ext, primitive).default
-
-
-def _unavailable(primitive: str) -> Callable[..., NoReturn]:
-    def fail(*args: object, **kwargs: object) -> NoReturn:
-        raise RuntimeError(f"{primitive}: {REASON}")
-
-    return fail
+def _library() -> Library:
+    names = LIBRARIES.get(torch.backends.cpu.get_cpu_capability(), ELSEWHERE)
+    absent = f"the C++ backend is not built: none of {', '.join(names)} is in {PACKAGE}"
+    return Library([PACKAGE / f"{name}.so" for name in names], "dense_ext", absent)
 
 
 # The most values in the matrix product's vectors and panels, over instruction sets; see csrc/cpu/gemm.h.
@@ -71,14 +34,17 @@ def _whole(channels: int, width: int) -> int:
     return -(-channels // width) * width
 
 
-class CPUBackend(Backend):
-    """The primitives as compiled ops, ``torch.ops.dense_ext.*``; see csrc/ops.cpp."""
+class CPUBackend(CompiledBackend):
+    """The primitives as C++ for the CPU."""
 
     name = "cpu"
 
+    def __init__(self) -> None:
+        super().__init__(_library())
+
     def can_run(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
-        if REASON is not None:
-            return REASON
+        if self.library.reason is not None:
+            return self.library.reason
         if primitive not in PRIMITIVES:
             return f"there is no primitive {primitive!r}"
         if device.type != "cpu":
@@ -101,18 +67,3 @@ class CPUBackend(Backend):
             return sums + wide * taps * in_channels * _whole(out_channels, _PANEL)
         gradient = taps * in_channels * _whole(out_channels, _VECTOR) if taps > 1 else transposed
         return sums + wide * (transposed + threads * gradient)
-
-    # The op itself is the attribute: it takes no self, and a call costs no second Python frame.
-    channel_stats = _op("channel_stats")
-    bn_scale_shift = _op("bn_scale_shift")
-    bn_gradient = _op("bn_gradient")
-    affine_gradient = _op("affine_gradient")
-    scaled_accumulate = _op("scaled_accumulate")
-    bn_relu_conv1x1_forward = _op("bn_relu_conv1x1_forward")
-    bn_relu_conv1x1_backward = _op("bn_relu_conv1x1_backward")
-    bn_relu_conv3x3_forward = _op("bn_relu_conv3x3_forward")
-    bn_relu_conv3x3_backward = _op("bn_relu_conv3x3_backward")
-    bn_relu_pool_conv1x1_forward = _op("bn_relu_pool_conv1x1_forward")
-    bn_relu_pool_conv1x1_backward = _op("bn_relu_pool_conv1x1_backward")
-    bn_relu_maxpool_forward = _op("bn_relu_maxpool_forward")
-    bn_relu_maxpool_backward = _op("bn_relu_maxpool_backward")

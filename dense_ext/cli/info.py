@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from ..backends import BACKENDS, select, unavailable_reasons
+from ..backends import BACKENDS, CPU, CUDA, select, unavailable_reasons
 from ..backends.base import STORAGE_DTYPES
-from ..backends.cpu import library
 from .console import print_json, print_table
 from .options import Json
 
@@ -40,7 +39,7 @@ def _collect() -> dict[str, Any]:
     return {
         "versions": versions(),
         "machine": machine(),
-        "compiled_library": library(),
+        "compiled_libraries": {backend.name: str(backend.library) for backend in (CPU, CUDA)},
         "backends": rows,
     }
 
@@ -50,7 +49,8 @@ def _print(found: dict[str, Any]) -> None:
     gpu = machine["gpu"]
     facts = [
         *((name, str(version or "not installed")) for name, version in found["versions"].items()),
-        ("compiled CPU library", found["compiled_library"]),
+        ("CPU library", found["compiled_libraries"]["cpu"]),
+        ("CUDA library", found["compiled_libraries"]["cuda"]),
         ("CPU", f"{machine['cpu']}, {machine['cores']} cores, {machine['cpu_capability']}"),
         ("threads", str(machine["threads"])),
         ("memory", f"{machine['memory_bytes'] / 2**30:.1f} GiB"),

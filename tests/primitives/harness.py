@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dense_ext.backends.base import Backend, accumulate_dtype
+from dense_ext.backends.compiled import CompiledBackend
 from dense_ext.backends.reference import ReferenceBackend
 
 # Channels of the wider tensor on either side of a slice.
@@ -245,15 +246,15 @@ def check_repeats(backend: Backend, case: Case) -> None:
 
 def check_op(backend: Backend, case: Case) -> None:
     """The op behind a compiled backend's primitive passes torch.library.opcheck."""
-    op = getattr(backend, case.primitive)
-    if isinstance(op, torch._ops.OpOverload):
-        names = [argument.name for argument in op._schema.arguments]
-        torch.library.opcheck(op, tuple(case.arguments[name] for name in names))
+    if isinstance(backend, CompiledBackend):
+        op = backend.library.op(case.primitive)
+        given = {**case.arguments, "tf32": False}
+        torch.library.opcheck(op, tuple(given[argument.name] for argument in op._schema.arguments))
 
 
 def check_refuses(backend: Backend, case: Case, name: str, value: Tensor, message: str) -> None:
     """A compiled backend refuses the case with ``value`` for the argument ``name``."""
-    if not isinstance(getattr(backend, case.primitive), torch._ops.OpOverload):
+    if not isinstance(backend, CompiledBackend):
         pytest.skip(f"{backend.name} leaves checking to its caller")
     wrong = case.copy()
     wrong.arguments[name] = value

@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.interpreter import InterpretedFunction
 
+from ..base import tf32_allowed
 from .configs import Config, find_config, has_architecture, shape_class
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -198,10 +199,7 @@ def fp32_precision(dtype: torch.dtype) -> str:
     """The row of the table: "16bit", or PyTorch's own setting for float32 convolutions."""
     if dtype != torch.float32:
         return "16bit"
-    if torch.version.hip is not None:
-        return "ieee"
-    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    return "tf32" if convolutions.fp32_precision == "tf32" else "ieee"
+    return "tf32" if torch.version.hip is None and tf32_allowed(dtype) else "ieee"
 
 
 def dot_precision(precision: str) -> str:

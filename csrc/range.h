@@ -11,11 +11,11 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 struct Range {
   int64_t begin, end;
-  int64_t size() const { return end - begin; }
+  constexpr int64_t size() const { return end - begin; }
 };
 
 // The index-th of `parts` near-equal parts of [0, total).
-inline Range part_of(int64_t total, int64_t parts, int64_t index) {
+constexpr Range part_of(int64_t total, int64_t parts, int64_t index) {
   return {total * index / parts, total * (index + 1) / parts};
 }
 

@@ -1,0 +1,76 @@
+"""The CUDA backend: kernels in CUDA C++ for NVIDIA GPUs from compute capability 8.0."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import PRIMITIVES, tf32_allowed
+from .compiled import PACKAGE, CompiledBackend, Library
+
+STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# What multiplies matrices, and so is told how float32 may be rounded for it.
+PRODUCTS = tuple(primitive for primitive in PRIMITIVES if "conv" in primitive)
+
+
+class CUDABackend(CompiledBackend):
+    """The primitives as CUDA kernels.
+
+    Args:
+        library: the compiled kernels.
+        namespace: of the library's ops.
+        device_type: of the tensors it takes; other than "cuda" where a GPU is emulated.
+    """
+
+    name = "cuda"
+    rounds_operands = True
+
+    def __init__(
+        self,
+        library: Path = PACKAGE / "_cuda.so",
+        namespace: str = "dense_ext_cuda",
+        device_type: str = "cuda",
+    ) -> None:
+        absent = (
+            f"the CUDA library is not built: {library.name} is not in {library.parent}; installing "
+            "compiles it where there is nvcc (DENSE_EXT_CUDA=1: or says why it can't)"
+        )
+        super().__init__(Library([library], namespace, absent))
+        self.device_type = device_type
+        for primitive in PRODUCTS:
+            self.ops[primitive] = functools.partial(_multiply, self.ops[primitive])
+
+    def can_run(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
+        if self.library.reason is not None:
+            return self.library.reason
+        if primitive not in PRIMITIVES:
+            return f"there is no primitive {primitive!r}"
+        if device.type != self.device_type:
+            return f"runs on {self.device_type}, not on {device.type}"
+        if dtype not in STORAGE_DTYPES:
+            return f"dtype {dtype} is not one of {', '.join(str(d) for d in STORAGE_DTYPES)}"
+        return _gpu_lacks(device.index) if device.type == "cuda" else None
+
+
+def _multiply(op: Any, *args: Any, **kwargs: Any) -> None:
+    """Call a product's op with what PyTorch's settings say of float32 at that moment."""
+    activations: Tensor = args[0] if args else kwargs["weight"]
+    op(*args, **kwargs, tf32=tf32_allowed(activations.dtype))
+
+
+@functools.cache
+def _gpu_lacks(device: int | None) -> str | None:
+    """None if the kernels run on the GPU, the current one for None, else the reason why not."""
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    if torch.version.hip is not None:
+        return "runs on NVIDIA GPUs, this PyTorch is for AMD's"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return "needs compute capability 8.0, this GPU has {}.{}".format(*capability)
+    return None

@@ -1,0 +1,118 @@
+"""One wheel in several Pythons and PyTorches: ``make wheel-check``.
+
+Builds the wheel once, installs it beside each PyTorch into a fresh environment of each Python, and
+there compares a small swapped DenseNet with eager and loads every library. Slow, and each
+environment takes gigabytes while it lasts: not part of the test suite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHONS = ("3.10", "3.12")
+TORCHES = ("torch==2.10.*", "torch")  # the oldest that is supported, and the newest there is
+
+CHECK = """
+import json, torch, torchvision, dense_ext
+from dense_ext.backends import CPU, CUDA
+
+torch.manual_seed(0)
+model = torchvision.models.DenseNet(8, (2, 2), 16, num_classes=4).double()
+images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+
+def step():
+    model.zero_grad()
+    model(images).square().mean().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+eager = step()
+dense_ext.swap(model)
+with dense_ext.use_backend("cpu"):
+    error = (step() - eager).norm() / eager.norm()
+print(json.dumps([torch.__version__, str(CPU.library), str(CUDA.library), error.item()]))
+"""
+
+
+def run(*command: str | Path, **environment: str) -> str:
+    """What the command prints; its errors, if it fails."""
+    done = subprocess.run(
+        command, cwd=tempfile.gettempdir(), env={**os.environ, **environment},
+        text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}: {(done.stderr or done.stdout)[-2000:]}")
+    return done.stdout
+
+
+def unstable_symbols(library: Path) -> list[str]:
+    """What a library expects of Python, or of libtorch beyond its stable ABI."""
+    wanted = [line.split()[-1] for line in run("nm", "-D", "--undefined-only", library).splitlines()]
+    namespaces = tuple(f"_ZN{k}{name}" for k in ("", "K") for name in ("2at", "3c10", "5torch", "6caffe2"))
+    return [symbol for symbol in wanted if symbol.startswith(("Py", "_Py", *namespaces))]
+
+
+def find_python(version: str) -> str:
+    """An interpreter of that version: on the path, uv's, or pyenv's."""
+    places = [shutil.which(f"python{version}"), *Path.home().glob(f".pyenv/versions/{version}.*/bin/python")]
+    if shutil.which("uv"):
+        run("uv", "python", "install", version)
+        places.append(run("uv", "python", "find", version).strip())
+    for place in filter(None, places):
+        # A shim may be there without an interpreter behind it.
+        found = subprocess.run([place, "-c", "import venv, sys; print(sys.version)"], capture_output=True)
+        if found.returncode == 0 and found.stdout.decode().startswith(f"{version}."):
+            return str(place)
+    raise RuntimeError("there is no such Python")
+
+
+def check(wheel: Path, version: str, torch: str) -> tuple[str, ...]:
+    """PyTorch's version, the libraries, and how far from eager a step's gradients are."""
+    python = find_python(version)
+    with tempfile.TemporaryDirectory(prefix="dense_ext-") as folder:
+        run(python, "-m", "venv", folder)
+        inside = Path(folder, "bin", "python")
+        run(inside, "-m", "pip", "install", "--quiet", wheel, torch, "torchvision", "numpy")
+        installed, cpu, cuda, error = json.loads(run(inside, "-c", CHECK, OMP_NUM_THREADS="1"))
+    if not error < 1e-9 or not cpu.endswith(".so") or "loaded" in cuda:
+        raise RuntimeError(f"{cpu}, {cuda}, gradients off by {error:.1e}")
+    return installed, cpu, cuda, f"{error:.1e}"
+
+
+def main() -> int:
+    """Print a line for each environment; 1 if one of them fails."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--python", action="append", help=f"instead of {', '.join(PYTHONS)}")
+    parser.add_argument("--torch", action="append", help=f"instead of {', '.join(TORCHES)}")
+    arguments = parser.parse_args()
+    failed = False
+    with tempfile.TemporaryDirectory(prefix="dense_ext-") as folder:
+        run(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", folder, ROOT)
+        (wheel,) = Path(folder).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(Path(folder, "content"))
+        print(f"{wheel.name}, {wheel.stat().st_size / 1e6:.1f} MB")
+        for library in sorted(Path(folder).rglob("*.so")):
+            unstable = unstable_symbols(library)
+            failed |= bool(unstable)
+            print(f"  {library.name}: {', '.join(unstable) or 'only the stable ABI'}")
+        for version in arguments.python or PYTHONS:
+            for torch in arguments.torch or TORCHES:
+                try:
+                    line = "\t".join(check(wheel, version, torch))
+                except RuntimeError as error:
+                    failed, line = True, f"failed: {error}"
+                print(f"Python {version}\t{torch}\t{line}", flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
