@@ -73,17 +73,16 @@ __global__ void __launch_bounds__(kThreads, 2)
   const RowFragment<T> rows([&](int r) { return (warp_row + r) * kLd; });
   const ColumnFragments<T> columns(kLd);
 
-  const int64_t tile_count = (pixels + kPixels - 1) / kPixels;
-  for (int64_t tile = block_y(); tile < tile_count; tile += grid_y()) {
-    const int64_t first = tile * kPixels;
+  const int tile_count = static_cast<int>((pixels + kPixels - 1) / kPixels);
+  for (int tile = block_y(); tile < tile_count; tile += grid_y()) {
+    const int64_t first = int64_t{tile} * kPixels;
     const int tile_rows = static_cast<int>(std::min(int64_t{kPixels}, pixels - first));
 
     const auto load = [&](int step) {
       T* x = tiles + step % kStages * Config::kStageSize;
       const int c = step * kDepth;
-      copy_tile<kPixels, kDepth, kThreads>(x, kLd, in - c, args.x_bytes, [&](int r) {
-        return r < tile_rows ? args.x.at(first + r) + c : nullptr;
-      });
+      copy_tile<kPixels, kDepth, kThreads>(x, kLd, in - c, args.x_bytes,
+                                           Rows(args.x, first, tile_rows, c));
       copy_tile<kOut, kDepth, kThreads>(
           x + kPixels * kLd, kLd, in - c, args.weight_bytes, [&](int r) {
             return r < outs ? args.weight.data + (first_out + r) * args.weight.out_stride + c : nullptr;
@@ -106,17 +105,16 @@ __global__ void __launch_bounds__(kThreads, 2)
       const T* x = tiles + step % kStages * Config::kStageSize;
       const T* weight = x + kPixels * kLd + warp_column * kLd;
       const float* vector = vectors + step % kStages * 2 * kDepth;
-      DENSE_EXT_UNROLL for (int k = 0; k < kDepth; k += Math::kDepth) {
+      DENSE_EXT_NO_UNROLL for (int k = 0; k < kDepth; k += Math::kDepth) {
         const DepthFactors<T> factors(vector + k, vector + kDepth + k);
         uint32_t a[Config::kWarpRows][4];
         DENSE_EXT_UNROLL for (int i = 0; i < Config::kWarpRows; i++) {
           rows.load(a[i], x + 16 * i * kLd + k);
           factors.activate(a[i]);
         }
-        DENSE_EXT_UNROLL for (int j = 0; j < Config::kWarpColumns; j += 4) {
-          uint32_t b[4][2];
+        DENSE_EXT_UNROLL for (int j = 0; j < Config::kWarpColumns; j += 2) {
+          uint32_t b[2][2];
           columns.load(b[0], b[1], weight + 8 * j * kLd + k, kLd);
-          columns.load(b[2], b[3], weight + 8 * (j + 2) * kLd + k, kLd);
           multiply<Math>(z, a, b, j);
         }
       }
@@ -134,9 +132,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
     sync_threads();
-    store_tile<kPixels, kOut, kThreads>(tiles, Config::kOutLd, outs, args.z_bytes, [&](int r) {
-      return r < tile_rows ? args.z.at(first + r) + first_out : nullptr;
-    });
+    store_tile<kPixels, kOut, kThreads>(tiles, Config::kOutLd, outs, args.z_bytes,
+                                        Rows(args.z, first, tile_rows, first_out));
     if (args.moments) {
       statistics.template add<kPixels>(tiles, Config::kOutLd, [&](int r) { return r < tile_rows; });
     }
@@ -218,7 +215,7 @@ struct BackwardArguments {
   float* rows;  // [blocks, 2 C + B C]: sums, and dW if wanted
   int64_t row_size;
   bool wants_weight;
-  int grad_bn_bytes, z_bytes, x_bytes, grad_x_bytes;
+  int grad_bn_bytes, z_bytes, x_bytes, weight_bytes, grad_x_bytes;
   int stages;  // tiles in shared memory at a time
 };
 
@@ -272,54 +269,46 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks)
   const int weight_row = warp / 2 * 32, weight_column = warp % 2 * 32;
   const RowFragment<T> dz_rows([&](int r) { return (data_row + r) * kOutLd; });
   const TransposedRowFragment<T> dz_columns([&](int k) { return k * kOutLd + weight_row; });
-  const TransposedColumnFragments<T> a_columns(kInLd);
+  const TransposedColumnFragments<T> columns(kInLd);
   const Position at;
 
-  // W of the warp's columns of da, as fragments of b.
+  // W of the warp's columns of da, as fragments of b: by way of the memory the tiles will take.
+  static_assert(kOut * kInLd <= Config::kStageSize);
+  copy_tile<kOut, kIn, kThreads>(tiles, kInLd, ins, args.weight_bytes, [&](int r) {
+    return r < out ? args.weight.data + r * args.weight.out_stride + first_in : nullptr;
+  });
+  copy_async_commit();
+  copy_async_wait<0>();
+  sync_threads();
   uint32_t w[kOut / Math::kDepth][kDataColumns][2];
   DENSE_EXT_UNROLL for (int k = 0; k < kOut / Math::kDepth; k++) {
-    DENSE_EXT_UNROLL for (int j = 0; j < kDataColumns; j++) {
-      DENSE_EXT_UNROLL for (int r = 0; r < 2; r++) {
-        const int column = data_column + 8 * j + lane / 4;
-        const auto value = [&](int row) {
-          if (row >= out || column >= ins) return 0.0f;
-          return to_float(load_global(args.weight.data + row * args.weight.out_stride +
-                                      (first_in + column) * args.weight.in_stride));
-        };
-        if constexpr (sizeof(T) == 2) {
-          const int row = 16 * k + 8 * r + lane % 4 * 2;
-          w[k][j][r] = pack<T>(value(row), value(row + 1));
-        } else {
-          w[k][j][r] = bits_of(value(8 * k + 4 * r + lane % 4));
-        }
-      }
-    }
+    columns.load(w[k][0], w[k][1], tiles + k * Math::kDepth * kInLd + data_column, kInLd);
   }
+  sync_threads();
 
   float dw[kWeightRows][kWeightColumns][4] = {};
   float sum_g[kDataColumns][2] = {}, sum_gx[kDataColumns][2] = {};
 
-  const int64_t tile_count = (pixels + kPixels - 1) / kPixels;
-  const auto load = [&](int64_t tile, int stage) {
+  const int tile_count = static_cast<int>((pixels + kPixels - 1) / kPixels);
+  const auto load = [&](int tile, int stage) {
     if (tile >= tile_count) return;
     T* grad_bn = tiles + stage * Config::kStageSize;
     T *z = grad_bn + kPixels * kOutLd, *x = z + kPixels * kOutLd, *grad_x = x + kPixels * kInLd;
-    const int64_t first = tile * kPixels;
-    const auto row_of = [&](const auto& p, int64_t channel) {
-      return [=](int r) { return first + r < pixels ? p.at(first + r) + channel : nullptr; };
-    };
+    const int64_t first = int64_t{tile} * kPixels;
+    const int rows = static_cast<int>(std::min(int64_t{kPixels}, pixels - first));
     copy_tile<kPixels, kOut, kThreads>(grad_bn, kOutLd, out, args.grad_bn_bytes,
-                                       row_of(args.grad_bn, 0));
-    copy_tile<kPixels, kOut, kThreads>(z, kOutLd, out, args.z_bytes, row_of(args.z, 0));
-    copy_tile<kPixels, kIn, kThreads>(x, kInLd, ins, args.x_bytes, row_of(args.x, first_in));
+                                       Rows(args.grad_bn, first, rows, 0));
+    copy_tile<kPixels, kOut, kThreads>(z, kOutLd, out, args.z_bytes, Rows(args.z, first, rows, 0));
+    copy_tile<kPixels, kIn, kThreads>(x, kInLd, ins, args.x_bytes,
+                                      Rows(args.x, first, rows, first_in));
     copy_tile<kPixels, kIn, kThreads>(grad_x, kInLd, ins, args.grad_x_bytes,
-                                      row_of(args.grad_x, first_in));
+                                      Rows(args.grad_x, first, rows, first_in));
   };
 
   int stage = 0;
   load(block_y(), 0);
   copy_async_commit();
-  for (int64_t tile = block_y(); tile < tile_count; tile += grid_y()) {
+  for (int tile = block_y(); tile < tile_count; tile += grid_y()) {
     copy_async_wait<0>();
     sync_threads();
     if (args.stages > 1) load(tile + grid_y(), 1 - stage);
@@ -328,7 +317,7 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks)
     const T* const z = dz + kPixels * kOutLd;
     const T* const x = z + kPixels * kOutLd;
     T* const grad_x = dz + kPixels * (2 * kOutLd + kInLd);
-    const int rows = static_cast<int>(std::min(int64_t{kPixels}, pixels - tile * kPixels));
+    const int rows = static_cast<int>(std::min(int64_t{kPixels}, pixels - int64_t{tile} * kPixels));
 
     // dz in place of grad_bn; zero beyond the last pixel, where z_v would remain.
     for (int i = thread_index(); i < kPixels * kOut / 2; i += kThreads) {
@@ -343,22 +332,21 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks)
     sync_threads();
 
     if (args.wants_weight) {
-      float scales[kWeightColumns], shifts[kWeightColumns];
-      DENSE_EXT_UNROLL for (int j = 0; j < kWeightColumns; j++) {
-        scales[j] = load_shared(scale + weight_column + 8 * j + lane / 4);
-        shifts[j] = load_shared(shift + weight_column + 8 * j + lane / 4);
-      }
-      DENSE_EXT_UNROLL for (int k = 0; k < kPixels; k += Math::kDepth) {
-        uint32_t a[kWeightRows][4], b[kWeightColumns][2];
+      DENSE_EXT_NO_UNROLL for (int k = 0; k < kPixels; k += Math::kDepth) {
+        uint32_t a[kWeightRows][4];
         DENSE_EXT_UNROLL for (int i = 0; i < kWeightRows; i++) {
           dz_columns.load(a[i], dz + k * kOutLd + 16 * i);
         }
         DENSE_EXT_UNROLL for (int j = 0; j < kWeightColumns; j += 2) {
-          a_columns.load(b[j], b[j + 1], x + k * kInLd + weight_column + 8 * j, kInLd);
-          activate_column<T>(b[j], scales[j], shifts[j]);
-          activate_column<T>(b[j + 1], scales[j + 1], shifts[j + 1]);
+          uint32_t b[2][2];
+          const int column = weight_column + 8 * j;
+          columns.load(b[0], b[1], x + k * kInLd + column, kInLd);
+          DENSE_EXT_UNROLL for (int i = 0; i < 2; i++) {
+            const int c = column + 8 * i + lane / 4;
+            activate_column<T>(b[i], load_shared(scale + c), load_shared(shift + c));
+          }
+          multiply<Math>(dw, a, b, j);
         }
-        multiply<Math>(dw, a, b);
       }
     }
 
@@ -387,10 +375,8 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks)
       }
     }
     sync_threads();
-    const int64_t first = tile * kPixels;
-    store_tile<kPixels, kIn, kThreads>(grad_x, kInLd, ins, args.grad_x_bytes, [&](int r) {
-      return r < rows ? args.grad_x.at(first + r) + first_in : nullptr;
-    });
+    store_tile<kPixels, kIn, kThreads>(grad_x, kInLd, ins, args.grad_x_bytes,
+                                       Rows(args.grad_x, int64_t{tile} * kPixels, rows, first_in));
     if (args.stages > 1) {
       stage = 1 - stage;
     } else {
@@ -441,6 +427,7 @@ void bn_relu_conv1x1_backward(const Tensor& grad_bn, const Tensor& z, const Tens
     using T = typename decltype(tag)::type;
     const auto xs = pixels<const T>(x, "x");
     const int64_t in = xs.channels, out = weight.size(0);
+    Weight<const T> weights = weight_of<const T>(weight, "weight", out, in, 1);
     const BackwardArguments<T> args{
         .grad_bn = pixels<const T>(grad_bn, "grad_bn", xs, out),
         .z = pixels<const T>(z, "z", xs, out),
@@ -451,7 +438,6 @@ void bn_relu_conv1x1_backward(const Tensor& grad_bn, const Tensor& z, const Tens
         .mean = channels<const float>(mean, "mean", in),
         .scale = channels<const float>(scale, "scale", in),
         .shift = channels<const float>(shift, "shift", in),
-        .weight = weight_of<const T>(weight, "weight", out, in, 1),
         .grad_x = pixels<T>(grad_x, "grad_x", xs, in),
         .rows = nullptr,
         .row_size = 0,
@@ -463,6 +449,7 @@ void bn_relu_conv1x1_backward(const Tensor& grad_bn, const Tensor& z, const Tens
       if (grad_weight) zero(*grad_weight);
       return;
     }
+    const Tensor dense = with_dense_rows(weight, weights);
     with_arithmetic<T>(tf32, [&](auto math) {
       using Config = Backward<decltype(math)>;
       // What doesn't fit is done in pieces of B, each adding its part to grad_x and to the sums.
@@ -472,11 +459,13 @@ void bn_relu_conv1x1_backward(const Tensor& grad_bn, const Tensor& z, const Tens
         piece.grad_bn = slice(args.grad_bn, b, count);
         piece.z = slice(args.z, b, count);
         piece.z_scale += b, piece.z_u += b, piece.z_v += b;
-        piece.weight.data += b * args.weight.out_stride;
+        piece.weight = weights;
+        piece.weight.data += b * weights.out_stride;
         piece.row_size = 2 * in + (grad_weight ? count * in : 0);
         piece.grad_bn_bytes = AccessBytes().add(piece.grad_bn);
         piece.z_bytes = AccessBytes().add(piece.z);
         piece.x_bytes = AccessBytes().add(piece.x);
+        piece.weight_bytes = AccessBytes().add(piece.weight.data, in, weights.out_stride);
         piece.grad_x_bytes = AccessBytes().add(piece.grad_x);
         Sums<T> to{.vector = sum, .vector_size = 2 * in, .accumulate = b > 0};
         if (grad_weight) to.set_weight(dw, b, count, 1);

@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "device.cuh"
+#include "tensor.cuh"
 
 namespace dense_ext {
 
@@ -35,6 +35,20 @@ __device__ __forceinline__ void for_width(int bytes, const Body& body) {
     body(Width<sizeof(T)>{});
   }
 }
+
+// Rows side by side, the first `count` of them there; 32-bit distances spare registers.
+template <class T>
+struct Rows {
+  T* data;
+  int stride, count;
+
+  // Of pixels from `first` on, the channels from `channel` on.
+  __device__ Rows(const Pixels<T>& p, int64_t first, int count, int64_t channel)
+      : data(p.at(first) + channel), stride(static_cast<int>(p.stride)), count(count) {}
+  __device__ T* operator()(int r) const {
+    return r < count ? data + int64_t{r} * stride : nullptr;
+  }
+};
 
 // Copies a tile into shared memory, asynchronously but for single 16-bit elements; columns from
 // `columns` on, and rows that are null, become zeros. `row(r)` is row r's first element in global
