@@ -107,9 +107,9 @@ def extensions() -> list[Extension]:
             leave_out("_cuda", "there is no nvcc", CUDA == "1")
     found = []
     for name, folder in folders.items():
-        files = sorted([*glob("csrc/*.*"), *glob(f"csrc/{folder}/*")])
-        sources = [file for file in files if file.endswith((".cpp", ".cu"))]
-        found.append(Extension(f"dense_ext.{name}", sources, depends=files))
+        files = [*glob("csrc/*"), *glob(f"csrc/{folder}/*")]
+        sources = sorted(file for file in files if file.endswith((".cpp", ".cu")))
+        found.append(Extension(f"dense_ext.{name}", sources))
     return found
 
 

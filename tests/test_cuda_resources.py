@@ -1,0 +1,42 @@
+"""benchmarks/cuda_resources.py reads what cuobjdump says of a library."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+USAGE = """
+Fatbin elf code:
+================
+arch = sm_90a
+code version = [1,8]
+
+Resource usage:
+ Common:
+  GLOBAL:28 CONSTANT[4]:224
+ Function _ZN9dense_ext57_GLOBAL__N__12e854e7_18_bn_relu_conv1x1_cu_6a743775_1253415backward_kernelINS0_8\
+BackwardINS_10ArithmeticINS_4HalfELb0EEEEELi1EEEvNS0_17BackwardArgumentsINT_1TEEE:
+  REG:128 STACK:8 SHARED:1024 LOCAL:0 CONSTANT[0]:688 TEXTURE:0 SURFACE:0 SAMPLER:0
+ Function _Z5plainv:
+  REG:12 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:688 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+
+
+@pytest.mark.skipif(shutil.which("c++filt") is None, reason="there is no c++filt")
+def test_kernels_are_named_as_in_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.delitem(sys.modules, "cuda_resources", raising=False)
+    import cuda_resources
+
+    backward = "backward_kernel<Backward<Arithmetic<Half, false>>, 1>"
+    kernels = cuda_resources.read(USAGE)
+    assert sorted(map(tuple, kernels)) == [
+        ("", "plain", "sm_90a", 12, 0, 0),
+        ("bn_relu_conv1x1", backward, "sm_90a", 128, 8, 1024),
+    ]
+    assert f"| bn_relu_conv1x1 | {backward} | sm_90a | 128 | 8 | 1024 |\n" in cuda_resources.table(kernels)
