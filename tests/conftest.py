@@ -2,18 +2,55 @@
 
 from __future__ import annotations
 
+import os
+import zlib
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 import dense_ext
+from dense_ext.backends import BACKENDS, select
 
-BACKENDS = dense_ext.available_backends("cpu")
+AVAILABLE = dense_ext.available_backends("cpu")
+
+DEVICES = ("cpu", "cuda", "emulator")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", help="where tests/primitives and tests/triton run: cpu, cuda")
+    where = "where tests/primitives and tests/gpu run; in the emulator it is the CUDA kernels, on the CPU"
+    parser.addoption("--device", default="cpu", choices=DEVICES, help=where)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") == "emulator":
+        from .emulator import emulator
+
+        BACKENDS["cuda"] = emulator().backend
+        select.cache_clear()
+
+
+def device_of(config: pytest.Config) -> torch.device:
+    """Where the tensors live."""
+    device = config.getoption("--device")
+    return torch.device("cpu" if device == "emulator" else device)
+
+
+def checked_backends(config: pytest.Config) -> list[str]:
+    """The backends to compare with the reference: those that no other run compares."""
+    device = config.getoption("--device")
+    if device == "cpu":
+        return ["triton"] if os.environ.get("TRITON_INTERPRET") else ["cpu"]
+    return ["cuda"] if device == "emulator" else ["triton", "cuda"]
+
+
+@pytest.fixture(autouse=True)
+def schedule(request: pytest.FixtureRequest) -> None:
+    """In the emulator, each test has the order of its warps from its name."""
+    if request.config.getoption("--device") == "emulator":
+        from .emulator import emulator
+
+        emulator().reset(seed=zlib.crc32(request.node.nodeid.encode()))
 
 
 @pytest.fixture(autouse=True)
@@ -21,13 +58,13 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every uninitialised tensor holds NaN, so that reading one shows; the seed is fixed."""
     torch.manual_seed(0)
     # On a GPU some of eager's own operators have no deterministic form: there, a warning.
-    on_gpu = torch.device(request.config.getoption("--device")).type == "cuda"
+    on_gpu = device_of(request.config).type == "cuda"
     torch.use_deterministic_algorithms(True, warn_only=on_gpu)
     yield
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=AVAILABLE)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of each backend that runs here, in force during the test."""
     with dense_ext.use_backend(request.param):

@@ -7,6 +7,7 @@
 #include <deque>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <tuple>
 #include <unordered_set>
@@ -50,17 +51,19 @@ struct Copy {
   void land() const { valid ? std::memcpy(shared, global, bytes) : std::memset(shared, 0, bytes); }
 };
 
-enum class State { kReady, kAtBarrier, kInWarp, kDone };
-
 struct Thread {
   Fiber fiber;
   int index = 0;
-  State state = State::kReady;
-  Place place = {};
-  void* mine = nullptr;                // for the warp
+  Place place = {};                      // where it waits
+  void* mine = nullptr;                  // for the other lanes of its warp
   int arrays = 0;
   std::deque<std::vector<Copy>> groups;  // of copies under way; the last is not committed
   std::map<std::pair<const char*, unsigned>, int> accesses;  // times it came by a place
+};
+
+// A bit for each lane.
+struct Warp {
+  uint32_t all = 0, ready = 0, together = 0;
 };
 
 struct Access {
@@ -72,9 +75,11 @@ using Request = std::tuple<int, const char*, unsigned, int, bool>;  // warp, pla
 // One block at a time runs, on this thread.
 struct Block {
   const Grid* grid = nullptr;
-  int x = 0, y = 0;
   const std::function<void()>* kernel = nullptr;
   std::vector<std::unique_ptr<Thread>> threads;
+  std::vector<Warp> warps;
+  int at_barrier = 0, done = 0;
+  Place barrier = {};
   Thread* running = nullptr;
   std::vector<std::pair<std::unique_ptr<void, decltype(&std::free)>, int64_t>> arrays;
   int64_t reserved = 0;
@@ -82,15 +87,18 @@ struct Block {
   Random random{0};
   std::map<Request, std::vector<Access>> requests;
 };
-thread_local Block block;
-thread_local Fiber scheduler;
+Block block;
+Fiber scheduler;
 
 void fail(const std::string& what) { throw std::runtime_error("emulated GPU: " + what); }
 
+Warp& warp_of(const Thread& thread) { return block.warps[thread.index / kWarp]; }
+uint32_t bit_of(const Thread& thread) { return 1u << thread.index % kWarp; }
+
 // Back to the scheduler until this thread may go on.
-void wait(State state, Place place) {
+void wait(Place place) {
   Thread& self = *block.running;
-  self.state = state;
+  warp_of(self).ready &= ~bit_of(self);
   self.place = place;
   switch_fiber(self.fiber, scheduler);
 }
@@ -105,8 +113,8 @@ void thread_main() {
   } catch (...) {
     block.error = std::current_exception();
   }
-  self.state = State::kDone;
-  switch_fiber(self.fiber, scheduler);
+  block.done++;
+  wait({"the end", 0});
 }
 
 // --- accesses ------------------------------------------------------------------------------------
@@ -167,56 +175,32 @@ std::vector<int> draw_order(int warps) {
   return order;
 }
 
-// Lets the block's threads go on from the barrier if all have come to it.
-bool release_barrier() {
-  const Place place = block.threads.front()->place;
-  for (const auto& thread : block.threads) {
-    if (thread->state == State::kDone) fail("barrier at " + text(place) + " after a thread has ended");
-    if (thread->state != State::kAtBarrier) return false;
-    if (!(thread->place == place)) {
-      fail("threads wait at different barriers: " + text(place) + " and " + text(thread->place));
-    }
-  }
-  for (const auto& thread : block.threads) thread->state = State::kReady;
-  counters().barriers++;
-  return true;
-}
-
 [[noreturn]] void deadlock() {
+  std::map<std::string, int> waiting;
+  for (const auto& thread : block.threads) waiting[text(thread->place)]++;
   std::string where;
-  for (const auto& thread : block.threads) {
-    if (thread->state == State::kDone) continue;
-    where += " thread " + std::to_string(thread->index) + " at " + text(thread->place) + ";";
-    if (where.size() > 400) break;
-  }
-  fail("divergent threads wait for each other:" + where);
+  for (const auto& [place, threads] : waiting) where += " " + std::to_string(threads) + " at " + place + ";";
+  fail("threads wait for each other:" + where);
   std::abort();
 }
 
 void run_block() {
-  const int threads = block.grid->threads, warps = (threads + kWarp - 1) / kWarp;
+  const int warps = static_cast<int>(block.warps.size());
   std::vector<int> order = draw_order(warps);
-  for (;;) {
-    Thread* next = nullptr;
-    bool all_done = true;
-    for (int warp : order) {
-      for (int i = warp * kWarp; i < std::min(threads, (warp + 1) * kWarp) && !next; i++) {
-        all_done &= block.threads[i]->state == State::kDone;
-        if (block.threads[i]->state == State::kReady) next = block.threads[i].get();
-      }
-      if (next) break;
-    }
-    if (!next) {
-      if (all_done) return;
-      const bool any_at_barrier = std::any_of(block.threads.begin(), block.threads.end(), [](const auto& t) {
-        return t->state == State::kAtBarrier;
-      });
-      if (!any_at_barrier || !release_barrier()) deadlock();
+  while (block.done < block.grid->threads) {
+    const auto next = std::find_if(order.begin(), order.end(), [](int w) { return block.warps[w].ready != 0; });
+    if (next == order.end()) {
+      if (block.at_barrier < block.grid->threads) deadlock();
+      block.at_barrier = 0;
+      for (Warp& warp : block.warps) warp.ready = warp.all;
+      counters().barriers++;
       order = draw_order(warps);
       continue;
     }
-    block.running = next;
-    switch_fiber(scheduler, next->fiber);
+    const int lane = std::countr_zero(block.warps[*next].ready);
+    block.running = block.threads[*next * kWarp + lane].get();
+    running.thread = block.running->index;
+    switch_fiber(scheduler, block.running->fiber);
     if (block.error) std::rethrow_exception(block.error);
     if (block.random.chance(kRedraw)) order = draw_order(warps);
   }
@@ -227,6 +211,8 @@ void start_block() {
   block.reserved = 0;
   block.error = nullptr;
   block.requests.clear();
+  block.at_barrier = block.done = 0;
+  block.warps.assign((block.grid->threads + kWarp - 1) / kWarp, {});
   while (block.threads.size() < static_cast<size_t>(block.grid->threads)) {
     block.threads.push_back(std::make_unique<Thread>());
   }
@@ -234,7 +220,7 @@ void start_block() {
   for (int i = 0; i < block.grid->threads; i++) {
     Thread& thread = *block.threads[i];
     thread.index = i;
-    thread.state = State::kReady;
+    warp_of(thread).all = warp_of(thread).ready |= bit_of(thread);
     thread.arrays = 0;
     thread.groups.assign(1, {});
     thread.accesses.clear();
@@ -253,10 +239,7 @@ Counters& counters() {
   return instance;
 }
 
-int thread_index() { return block.running->index; }
-int block_x() { return block.x; }
-int block_y() { return block.y; }
-int grid_y() { return block.grid->y; }
+Coordinates running;
 
 void run(const Grid& grid, const std::function<void()>& kernel) {
   if (grid.x <= 0 || grid.y <= 0 || grid.y > 65535) fail("grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y));
@@ -266,11 +249,14 @@ void run(const Grid& grid, const std::function<void()>& kernel) {
   }
   counters().launches++;
   counters().shared_bytes = std::max<int64_t>(counters().shared_bytes, grid.shared_bytes);
+  static std::mutex one_at_a_time;
+  const std::lock_guard lock(one_at_a_time);
   block.grid = &grid;
   block.kernel = &kernel;
   block.random = Random(settings().seed);
-  for (block.y = 0; block.y < grid.y; block.y++) {
-    for (block.x = 0; block.x < grid.x; block.x++) {
+  running.grid_y = grid.y;
+  for (running.block_y = 0; running.block_y < grid.y; running.block_y++) {
+    for (running.block_x = 0; running.block_x < grid.x; running.block_x++) {
       start_block();
       run_block();
       if (settings().count) count_requests();
@@ -279,23 +265,31 @@ void run(const Grid& grid, const std::function<void()>& kernel) {
   }
 }
 
-void barrier(Place place) { wait(State::kAtBarrier, place); }
-
-void together(void* mine, const std::function<void(void* const*)>& body, Place place) {
-  Thread& self = *block.running;
-  const int first = self.index / kWarp * kWarp;
-  self.mine = mine;
-  void* lanes[kWarp];
-  bool all = first + kWarp <= block.grid->threads;
-  if (!all) fail("a warp of less than 32 threads acts together at " + text(place));
-  for (int i = 0; i < kWarp && all; i++) {
-    const Thread& other = *block.threads[first + i];
-    lanes[i] = other.mine;
-    all = &other == &self || (other.state == State::kInWarp && other.place == place);
+void barrier(Place place) {
+  if (block.at_barrier++ == 0) block.barrier = place;
+  if (!(block.barrier == place)) {
+    fail("threads wait at different barriers: " + text(block.barrier) + " and " + text(place));
   }
-  if (!all) return wait(State::kInWarp, place);
-  body(lanes);
-  for (int i = 0; i < kWarp; i++) block.threads[first + i]->state = State::kReady;
+  wait(place);
+}
+
+void together(void* mine, void (*body)(void* const*), Place place) {
+  Thread& self = *block.running;
+  Warp& warp = warp_of(self);
+  if (warp.all != ~0u) fail("a warp of less than 32 threads acts together at " + text(place));
+  const int first = self.index / kWarp * kWarp;
+  if (warp.together != 0) {
+    const Place other = block.threads[first + std::countr_zero(warp.together)]->place;
+    if (!(other == place)) fail("lanes of a warp act together at " + text(other) + " and " + text(place));
+  }
+  self.mine = mine;
+  warp.together |= bit_of(self);
+  if (warp.together != warp.all) return wait(place);
+  void* of_lanes[kWarp];
+  for (int i = 0; i < kWarp; i++) of_lanes[i] = block.threads[first + i]->mine;
+  body(of_lanes);
+  warp.together = 0;
+  warp.ready = warp.all;
 }
 
 void load_matrices(uint32_t (&r)[4], const void* row, bool transposed, Place place) {

@@ -15,10 +15,15 @@ namespace dense_ext::emulator {
 
 // --- where a thread is, and where in the source --------------------------------------------------
 
-int thread_index();
-int block_x();
-int block_y();
-int grid_y();
+// Of the thread that runs.
+struct Coordinates {
+  int thread, block_x, block_y, grid_y;
+};
+extern Coordinates running;
+inline int thread_index() { return running.thread; }
+inline int block_x() { return running.block_x; }
+inline int block_y() { return running.block_y; }
+inline int grid_y() { return running.grid_y; }
 
 struct Place {
   const char* file;
@@ -35,7 +40,8 @@ struct Grid {
   int x, y, threads, shared_bytes;
 };
 
-// Runs `kernel` once for every thread of every block. Throws what goes wrong in one of them.
+// Runs `kernel` once for every thread of every block, for one caller at a time. Throws what goes
+// wrong in one of them.
 void run(const Grid& grid, const std::function<void()>& kernel);
 
 // --- what threads do together --------------------------------------------------------------------
@@ -44,7 +50,7 @@ void barrier(Place place);
 
 // Waits for the other lanes of the warp at the same place; the last to come runs `body` on what all
 // of them brought: `mine` of every lane, by lane.
-void together(void* mine, const std::function<void(void* const*)>& body, Place place);
+void together(void* mine, void (*body)(void* const*), Place place);
 
 template <class V>
 V shuffle(V value, int lane, Place place) {

@@ -12,7 +12,6 @@ PYBIND11_MODULE(_emulator, m) {
       .value("FIRST", emulator::Order::kFirst)
       .value("LAST", emulator::Order::kLast);
   py::class_<emulator::Settings>(m, "Settings")
-      .def(py::init<>())
       .def_readwrite("seed", &emulator::Settings::seed)
       .def_readwrite("order", &emulator::Settings::order)
       .def_readwrite("multiprocessors", &emulator::Settings::multiprocessors)
@@ -30,10 +29,11 @@ PYBIND11_MODULE(_emulator, m) {
       .def_readonly("shared_requests", &emulator::Counters::shared_requests)
       .def_readonly("bank_conflicts", &emulator::Counters::bank_conflicts)
       .def_readonly("shared_bytes", &emulator::Counters::shared_bytes);
-  m.def("set", [](const emulator::Settings& to) { emulator::settings() = to; });
-  m.def("take_counters", [] {
-    const emulator::Counters taken = emulator::counters();
+  // The ones in use.
+  m.def("settings", &emulator::settings, py::return_value_policy::reference);
+  m.def("counters", &emulator::counters, py::return_value_policy::reference);
+  m.def("reset", [] {
+    emulator::settings() = {};
     emulator::counters() = {};
-    return taken;
   });
 }

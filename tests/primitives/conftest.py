@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,28 +10,24 @@ import torch
 from dense_ext.backends import BACKENDS
 from dense_ext.backends.base import PRIMITIVES, STORAGE_DTYPES, Backend
 
+from ..conftest import checked_backends, device_of
+from ..emulator import emulator
 from .harness import Maker
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """The backends that run on ``--device``; the cases and sizes of a PrimitiveTests class."""
     if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", _checked(metafunc.config.getoption("--device")), indirect=True)
+        metafunc.parametrize("backend", checked_backends(metafunc.config), indirect=True)
     for name, values in (("case", "cases"), ("optional_case", "optional_cases"), ("size", "sizes")):
         if name in metafunc.fixturenames and hasattr(metafunc.cls, values):
             metafunc.parametrize(name, getattr(metafunc.cls, values), ids=_id)
 
 
-def _checked(device: str) -> list[str]:
-    """The backend to compare with the reference: one a run, so that none repeats another run's work."""
-    on_gpu = torch.device(device).type == "cuda"
-    return ["triton"] if on_gpu or os.environ.get("TRITON_INTERPRET") else ["cpu"]
-
-
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where the tensors live: ``--device``."""
-    return torch.device(request.config.getoption("--device"))
+    """Where the tensors live."""
+    return device_of(request.config)
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +65,9 @@ def maker(backend: Backend, device: torch.device) -> Callable[..., Maker]:
 
 @pytest.fixture(params=[1, 7], ids=lambda n: f"{n}threads")
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """One thread, and more than there are cores or, often, tiles."""
+    """One thread, and more than there are cores or, often, tiles; in the emulator multiprocessors."""
+    if request.config.getoption("--device") == "emulator":
+        emulator().reset(multiprocessors=request.param)
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param

@@ -1,0 +1,51 @@
+"""The CUDA backend on the host; see README.md."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from dense_ext.backends.cuda import CUDABackend
+
+from .build import NAMESPACE, build
+
+
+class Emulator:
+    """The kernels compiled for the host, and the emulator's controls.
+
+    Attributes:
+        backend: the CUDA backend, for tensors on the CPU.
+        settings: what the next launches go by; see Settings in emulator.h.
+    """
+
+    def __init__(self, library: Path, namespace: str = NAMESPACE) -> None:
+        spec = importlib.util.spec_from_file_location("_emulator", library)
+        assert spec is not None
+        assert spec.loader is not None
+        self._module: Any = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self._module)
+        self.backend = CUDABackend(library, namespace, device_type="cpu")
+        self.settings = self._module.settings()
+
+    def reset(self, **settings: object) -> None:
+        """The default settings but for those given, by their names; the counters at zero."""
+        self._module.reset()
+        for name, value in settings.items():
+            setattr(self.settings, name, getattr(self._module.Order, value) if name == "order" else value)
+
+    @property
+    def counters(self) -> Any:
+        """What happened since the last reset; see Counters in emulator.h."""
+        return self._module.counters()
+
+
+_running: Emulator | None = None
+
+
+def emulator() -> Emulator:
+    """The emulator of this process, built if need be."""
+    global _running
+    if _running is None:
+        _running = Emulator(build())
+    return _running
