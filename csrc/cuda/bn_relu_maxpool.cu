@@ -1,0 +1,395 @@
+// Forward:  y = max over 3x3 windows, 2 apart, of relu(scale*x + shift); padding never wins.
+// Backward: the first maximum of each window in row-major order takes its gradient;
+//           g = the sum of what a pixel took where scale*x + shift > 0, else 0
+//           grad_x = scale*g;  sums = [sum g, sum g*(x - mean)]
+//
+// x, grad_x [N, H, W, C], y, grad [N, (H-1)/2 + 1, (W-1)/2 + 1, C], pixels their own strides apart.
+//
+// Elements moved an input pixel: 5/4 C forward, 9/4 C backward, each once from device memory: blocks
+// that run side by side share the pixels at the edges of their strips through the L2 cache. A block
+// goes down a strip of an image, whose lines pass through shared memory; each window's maximum is
+// found once. In the backward pass a pixel gathers from the windows it lies in, in a fixed order.
+// Beside the activations each of its blocks leaves a row of sums.
+
+#include <torch/csrc/stable/library.h>
+
+#include "reduce.cuh"
+#include "tile.cuh"
+#include "vector.cuh"
+
+namespace dense_ext {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / kWarp, kBlocks = 4;  // of a multiprocessor
+constexpr int kLines = 14, kColumns = 14;  // windows of a strip, at most
+constexpr int kAhead = 2, kStages = kAhead + 2;
+
+// A warp takes as many channels as fill 128 bytes, and each of its threads four bytes of them.
+constexpr int kWordBytes = 4;
+template <class T>
+using Word = Vector<T, kWordBytes>;
+template <class T>
+constexpr int kChannels = kWarp * Word<T>::kSize;
+
+template <class T>
+__device__ __forceinline__ Word<T> load_word(const T* pixel) {
+  const T* word = pixel + lane_index() * Word<T>::kSize;
+  return Word<T>(load_shared(reinterpret_cast<const Bytes<kWordBytes>*>(word)));
+}
+
+// The channels of a block, those of a thread, and the thread's part of per-channel vectors.
+template <class T>
+struct Channels {
+  int64_t chunk, first;
+  int chunk_size, size;  // the latter is not positive beyond the last channel
+
+  __device__ explicit Channels(int64_t channels)
+      : chunk(int64_t{block_x()} * kChannels<T>),
+        first(chunk + lane_index() * Word<T>::kSize),
+        chunk_size(static_cast<int>(std::min<int64_t>(kChannels<T>, channels - chunk))),
+        size(std::min(int{Word<T>::kSize}, chunk_size - lane_index() * Word<T>::kSize)) {}
+
+  __device__ Word<T> load(const float* vector) const {
+    Word<T> word;
+    DENSE_EXT_UNROLL for (int i = 0; i < Word<T>::kSize; i++) {
+      if (i < size) word.value[i] = load_global(vector + first + i);
+    }
+    return word;
+  }
+
+  // Stores a word of a pixel, its elements one by one where words are not aligned.
+  __device__ void store(T* pixel, const Word<T>& word, int bytes) const {
+    if (size <= 0) return;
+    if (bytes >= kWordBytes) return store_bytes(pixel + first, word.stored());
+    DENSE_EXT_UNROLL for (int i = 0; i < Word<T>::kSize; i++) {
+      if (i < size) store_global(pixel + first + i, from_float<T>(word.value[i]));
+    }
+  }
+};
+
+// Near-equal parts of the windows of y: so many of them down and across an image.
+struct Strips {
+  int64_t down, across;
+
+  template <class T>
+  explicit Strips(const Pixels<T>& y)
+      : down(ceil_div(y.height, kLines)), across(ceil_div(y.width, kColumns)) {}
+
+  DENSE_EXT_HOST_DEVICE int64_t count(int64_t images) const { return images * down * across; }
+};
+
+struct Strip {
+  int64_t image;
+  Range lines, columns;
+
+  template <class T>
+  __device__ Strip(const Pixels<T>& y, const Strips& strips, int64_t index)
+      : image(index / (strips.down * strips.across)),
+        lines(part_of(y.height, strips.down, index / strips.across % strips.down)),
+        columns(part_of(y.width, strips.across, index % strips.across)) {}
+};
+
+// The maximum of a window from zero on, which is that of the ReLU's values.
+template <class T>
+struct Maximum {
+  static constexpr int kNone = 9;
+  Word<T> value;
+  int index[Word<T>::kSize];  // of the first to have it, 3*line + column; kNone if none is positive
+
+  // Three lines of pixels, and which lines and columns are inside the image.
+  __device__ Maximum(const T* const (&lines)[3], const bool (&line_inside)[3],
+                     const bool (&column_inside)[3], const Word<T>& scale, const Word<T>& shift) {
+    DENSE_EXT_UNROLL for (int i = 0; i < Word<T>::kSize; i++) index[i] = kNone;
+    DENSE_EXT_UNROLL for (int number = 0; number < 9; number++) {
+      const int line = number / 3, column = number % 3;
+      if (!line_inside[line] || !column_inside[column]) continue;
+      const Word<T> x = load_word(lines[line] + column * kChannels<T>);
+      DENSE_EXT_UNROLL for (int i = 0; i < Word<T>::kSize; i++) {
+        const float a = scale.value[i] * x.value[i] + shift.value[i];
+        const bool wins = a > value.value[i] || a != a;  // as in PyTorch: NaN is a maximum
+        value.value[i] = wins ? a : value.value[i];
+        index[i] = wins ? number : index[i];
+      }
+    }
+  }
+};
+
+// Goes down a strip line by line, together with kHalo more windows on its right and below. Its pixels
+// pass through a ring of stages in shared memory: the upper pixels of the strip's l-th line of
+// windows are the second line of stage l, the middle and lower ones are both lines of stage l + 1.
+// Behind them stage l + 1 has room for kHalo times as many pixels as there are windows in line l.
+template <class T, int kHalo>
+struct Ring {
+  static constexpr int kWindows = kColumns + kHalo, kPixels = 2 * kWindows + 1;
+  static constexpr int kStageSize = (2 * kPixels + kHalo * kWindows) * kChannels<T>;
+  static constexpr int kSize = kStages * kStageSize;
+
+  T* data;
+  const Pixels<const T>& x;
+  int bytes;  // that an access to x moves
+  const Channels<T>& channels;
+  Word<T> scale, shift;
+
+  __device__ T* stage(int i) const { return data + i % kStages * kStageSize; }
+  // The pixel in the strip's column c, counted from the first window's left.
+  __device__ T* pixel(int i, int line, int c) const {
+    return stage(i) + (line * kPixels + c) * kChannels<T>;
+  }
+  __device__ T* windows(int i) const { return pixel(i, 2, 0); }
+
+  // Calls body(l) for each line of windows once its pixels are there, and load_windows(l) ahead of it.
+  template <class Load, class Body>
+  __device__ void for_lines(const Strip& strip, const Load& load_windows, const Body& body) const {
+    const int lines = static_cast<int>(strip.lines.size()) + kHalo;
+    const auto load = [&](int i) {
+      if (i <= lines) {
+        load_pixels(strip, i);
+        if (i > 0) load_windows(i - 1);
+      }
+      copy_async_commit();
+    };
+    for (int i = 0; i <= kAhead; i++) load(i);
+    for (int l = 0; l < lines; l++) {
+      copy_async_wait<kAhead - 1>();
+      sync_threads();
+      load(l + 1 + kAhead);
+      body(l);
+    }
+    sync_threads();
+  }
+
+  // Calls body(j, maximum) for the windows of line l that are the warp's.
+  template <class Body>
+  __device__ void for_windows(const Strip& strip, int l, const Body& body) const {
+    const int64_t line = strip.lines.begin + l;
+    const bool line_inside[3] = {line > 0, true, 2 * line + 1 < x.height};
+    for (int j = warp_index(); j < strip.columns.size() + kHalo; j += kWarps) {
+      const int64_t column = strip.columns.begin + j;
+      const bool column_inside[3] = {column > 0, true, 2 * column + 1 < x.width};
+      const T* const pixels[3] = {pixel(l, 1, 2 * j), pixel(l + 1, 0, 2 * j), pixel(l + 1, 1, 2 * j)};
+      body(j, Maximum<T>(pixels, line_inside, column_inside, scale, shift));
+    }
+  }
+
+ private:
+  __device__ void load_pixels(const Strip& strip, int i) const {
+    const int64_t first_line = 2 * (strip.lines.begin + i - 1);
+    const int64_t first_column = 2 * strip.columns.begin - 1;
+    const int columns = 2 * (static_cast<int>(strip.columns.size()) + kHalo) + 1;
+    copy_tile<2 * kPixels, kChannels<T>, kThreads>(
+        stage(i), kChannels<T>, channels.chunk_size, bytes, [&](int r) -> const T* {
+          const int64_t h = first_line + r / kPixels, w = first_column + r % kPixels;
+          const bool needed = r % kPixels < columns && (i > 0 || r >= kPixels);
+          const bool inside = h >= 0 && h < x.height && w >= 0 && w < x.width;
+          return needed && inside ? x.at((strip.image * x.height + h) * x.width + w) + channels.chunk
+                                  : nullptr;
+        });
+  }
+};
+
+// [N, (H-1)/2 + 1, (W-1)/2 + 1, C] of x [N, H, W, C]
+template <class T>
+Pixels<T> pooled_shape(const Pixels<const T>& x) {
+  return {nullptr, x.images, (x.height - 1) / 2 + 1, (x.width - 1) / 2 + 1, x.channels, 0};
+}
+
+// --- forward ---------------------------------------------------------------------------------
+
+template <class T>
+struct ForwardArguments {
+  Pixels<const T> x;
+  const float *scale, *shift;  // [C]
+  Pixels<T> y;
+  Strips strips;
+  int x_bytes, y_bytes;
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    forward_kernel(const ForwardArguments<T> args) {
+  SharedMemory shared;
+  const Channels<T> channels(args.x.channels);
+  const Ring<T, 0> ring{shared.take<T>(Ring<T, 0>::kSize), args.x, args.x_bytes, channels,
+                        channels.load(args.scale), channels.load(args.shift)};
+  for (int64_t i = block_y(); i < args.strips.count(args.y.images); i += grid_y()) {
+    const Strip strip(args.y, args.strips, i);
+    ring.for_lines(strip, [](int) {}, [&](int l) {
+      const int64_t line = strip.image * args.y.height + strip.lines.begin + l;
+      ring.for_windows(strip, l, [&](int j, const Maximum<T>& maximum) {
+        T* y = args.y.at(line * args.y.width + strip.columns.begin + j);
+        channels.store(y, maximum.value, args.y_bytes);
+      });
+    });
+  }
+}
+
+void bn_relu_maxpool_forward(const Tensor& x, const Tensor& scale, const Tensor& shift,
+                             const Tensor& y) {
+  const OnDeviceOf device(x);
+  dispatch(x, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const auto xs = pixels<const T>(x, "x");
+    const auto ys = pixels<T>(y, "y", pooled_shape(xs), xs.channels);
+    const ForwardArguments<T> args{.x = xs,
+                                   .scale = channels<const float>(scale, "scale", xs.channels),
+                                   .shift = channels<const float>(shift, "shift", xs.channels),
+                                   .y = ys,
+                                   .strips = Strips(ys),
+                                   .x_bytes = AccessBytes().add(xs),
+                                   .y_bytes = AccessBytes().add(ys)};
+    if (xs.count() == 0) return;
+    constexpr int kShared = SharedMemory::bytes_of(Ring<T, 0>::kSize * int64_t{sizeof(T)});
+    const int64_t chunks = ceil_div(xs.channels, kChannels<T>);
+    const int64_t blocks = persistent_blocks(args.strips.count(ys.images), chunks, kBlocks, kShared);
+    launch<forward_kernel<T>>({chunks, blocks, kThreads, kShared}, args);
+  });
+}
+
+// --- backward --------------------------------------------------------------------------------
+
+template <class T>
+struct BackwardArguments {
+  Pixels<const T> grad, x;
+  const float *mean, *scale, *shift;  // [C]
+  Pixels<T> grad_x;
+  float* rows;  // [blocks, 2 C]
+  Strips strips;
+  int grad_bytes, x_bytes, grad_x_bytes;
+};
+
+// A cell, the pixels (2i, 2j) to (2i + 1, 2j + 1), lies in window (i, j) and in the next ones on its
+// right and below. A warp takes one at a time, once both lines' maxima are known.
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    backward_kernel(const BackwardArguments<T> args) {
+  using Ring = Ring<T, 1>;
+  constexpr int kSize = Word<T>::kSize;
+  SharedMemory shared;
+  const Channels<T> channels(args.x.channels);
+  const Ring ring{shared.take<T>(Ring::kSize), args.x, args.x_bytes, channels,
+                  channels.load(args.scale), channels.load(args.shift)};
+  // Which pixel takes the gradient of the windows of two lines: a byte a channel.
+  auto* const takers = shared.take<uint16_t>(2 * Ring::kWindows * kWarp);
+  const auto takers_of = [&](int l, int j) {
+    return takers + (l % 2 * Ring::kWindows + j) * kWarp + lane_index();
+  };
+  const Word<T> mean = channels.load(args.mean);
+  float sum_g[kSize] = {}, sum_gx[kSize] = {};
+
+  for (int64_t i = block_y(); i < args.strips.count(args.grad.images); i += grid_y()) {
+    const Strip strip(args.grad, args.strips, i);
+    const auto load_grad = [&](int l) {
+      const int64_t line = strip.lines.begin + l;
+      const int64_t first = (strip.image * args.grad.height + line) * args.grad.width;
+      copy_tile<Ring::kWindows, kChannels<T>, kThreads>(
+          ring.windows(l + 1), kChannels<T>, channels.chunk_size, args.grad_bytes,
+          [&](int j) -> const T* {
+            const int64_t column = strip.columns.begin + j;
+            const bool inside = j <= strip.columns.size() && line < args.grad.height &&
+                                column < args.grad.width;
+            return inside ? args.grad.at(first + column) + channels.chunk : nullptr;
+          });
+    };
+    const auto gather = [&](int l, int j) {
+      uint32_t taker[2][2];
+      Word<T> grad[2][2];
+      DENSE_EXT_UNROLL for (int window = 0; window < 4; window++) {
+        const int below = window / 2, right = window % 2;
+        taker[below][right] = load_shared(takers_of(l + below, j + right));
+        grad[below][right] =
+            load_word(ring.windows(l + 1 + below) + (j + right) * kChannels<T>);
+      }
+      DENSE_EXT_UNROLL for (int pixel = 0; pixel < 4; pixel++) {
+        const int a = pixel / 2, b = pixel % 2;
+        const int64_t h = 2 * (strip.lines.begin + l) + a, w = 2 * (strip.columns.begin + j) + b;
+        if (h >= args.x.height || w >= args.x.width) continue;
+        Word<T> g;
+        DENSE_EXT_UNROLL for (int below = 0; below <= a; below++) {
+          DENSE_EXT_UNROLL for (int right = 0; right <= b; right++) {
+            const uint32_t number = 3 * (a + 1 - 2 * below) + b + 1 - 2 * right;
+            DENSE_EXT_UNROLL for (int c = 0; c < kSize; c++) {
+              const bool takes = (taker[below][right] >> 8 * c & 0xff) == number;
+              g.value[c] += takes ? grad[below][right].value[c] : 0;
+            }
+          }
+        }
+        const Word<T> x = load_word(ring.pixel(l + 1, a, 2 * j + 1 + b));
+        Word<T> grad_x;
+        DENSE_EXT_UNROLL for (int c = 0; c < kSize; c++) {
+          sum_g[c] += g.value[c];
+          sum_gx[c] += g.value[c] * (x.value[c] - mean.value[c]);
+          grad_x.value[c] = ring.scale.value[c] * g.value[c];
+        }
+        channels.store(args.grad_x.at((strip.image * args.x.height + h) * args.x.width + w), grad_x,
+                       args.grad_x_bytes);
+      }
+    };
+    ring.for_lines(strip, load_grad, [&](int l) {
+      ring.for_windows(strip, l, [&](int j, const Maximum<T>& maximum) {
+        store_shared(takers_of(l, j), static_cast<uint16_t>(maximum.index[0] |
+                                                            maximum.index[kSize - 1] << 8));
+      });
+      sync_threads();
+      if (l == 0) return;
+      for (int j = warp_index(); j < strip.columns.size(); j += kWarps) gather(l - 1, j);
+    });
+  }
+
+  // The ring's memory holds the warps' sums now.
+  auto* const sums = reinterpret_cast<float*>(ring.data);
+  DENSE_EXT_UNROLL for (int c = 0; c < kSize; c++) {
+    float* const sum = sums + warp_index() * 2 * kChannels<T> + lane_index() * kSize + c;
+    sum[0] = sum_g[c];
+    sum[kChannels<T>] = sum_gx[c];
+  }
+  sync_threads();
+  const int c = thread_index() % kChannels<T>, which = thread_index() / kChannels<T>;
+  if (which >= 2 || c >= channels.chunk_size) return;
+  float total = 0;
+  for (int warp = 0; warp < kWarps; warp++) total += sums[warp * 2 * kChannels<T> + thread_index()];
+  store_global(args.rows + (2 * block_y() + which) * args.x.channels + channels.chunk + c, total);
+}
+
+void bn_relu_maxpool_backward(const Tensor& grad, const Tensor& x, const Tensor& mean,
+                              const Tensor& scale, const Tensor& shift, const Tensor& grad_x,
+                              const Tensor& sums) {
+  const OnDeviceOf device(x);
+  dispatch(x, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const auto xs = pixels<const T>(x, "x");
+    const int64_t n = xs.channels;
+    const auto grads = pixels<const T>(grad, "grad", pooled_shape(xs), n);
+    const auto grad_xs = pixels<T>(grad_x, "grad_x", xs, n);
+    BackwardArguments<T> args{.grad = grads,
+                              .x = xs,
+                              .mean = channels<const float>(mean, "mean", n),
+                              .scale = channels<const float>(scale, "scale", n),
+                              .shift = channels<const float>(shift, "shift", n),
+                              .grad_x = grad_xs,
+                              .rows = nullptr,
+                              .strips = Strips(grads),
+                              .grad_bytes = AccessBytes().add(grads),
+                              .x_bytes = AccessBytes().add(xs),
+                              .grad_x_bytes = AccessBytes().add(grad_xs)};
+    float* const sum = channels<float>(sums, "sums", 2 * n);
+    if (xs.count() == 0) return zero(sums);
+    constexpr int kShared =
+        SharedMemory::bytes_of(Ring<T, 1>::kSize * int64_t{sizeof(T)}) +
+        SharedMemory::bytes_of(2 * Ring<T, 1>::kWindows * kWarp * int64_t{sizeof(uint16_t)});
+    const int64_t chunks = ceil_div(n, kChannels<T>);
+    const int64_t blocks = persistent_blocks(args.strips.count(grads.images), chunks, kBlocks, kShared);
+    const Tensor rows = scratch(blocks * 2 * n, x);
+    args.rows = static_cast<float*>(rows.data_ptr());
+    launch<backward_kernel<T>>({chunks, blocks, kThreads, kShared}, args);
+    add_rows(rows, blocks, Sums<T>{.vector = sum, .vector_size = 2 * n});
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(DENSE_EXT_NAMESPACE, DENSE_EXT_DISPATCH_KEY, m) {
+  m.impl("bn_relu_maxpool_forward", TORCH_BOX(&bn_relu_maxpool_forward));
+  m.impl("bn_relu_maxpool_backward", TORCH_BOX(&bn_relu_maxpool_backward));
+}
+
+}  // namespace dense_ext
