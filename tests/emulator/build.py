@@ -62,7 +62,12 @@ def build(
         _make(target, [*compiler, *including, *own, "-x", "c++", "-c", str(source)])
         return target
 
-    sources = [*sorted(cuda.glob(kernels)), cuda / "reduce.cu", ROOT / "csrc" / "ops.cpp", *HERE.glob("*.cpp")]
+    sources = [
+        *sorted(cuda.glob(kernels)),
+        cuda / "reduce.cu",
+        ROOT / "csrc" / "ops.cpp",
+        *HERE.glob("*.cpp"),
+    ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [str(path) for path in pool.map(compiled, dict.fromkeys(sources))]
     folder = results / hashlib.sha256(" ".join(objects).encode()).hexdigest()[:16]

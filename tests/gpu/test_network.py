@@ -1,4 +1,7 @@
-"""A whole DenseNet through the Triton kernels, in the interpreter; on a GPU with ``--device cuda``."""
+"""A whole DenseNet through the GPU backends' kernels.
+
+Triton's in its interpreter, CUDA's in the emulator; both on a GPU, see ``--device``.
+"""
 
 from __future__ import annotations
 
@@ -14,31 +17,50 @@ from torch import Tensor, nn
 import dense_ext
 from dense_ext.backends.triton import launch
 
+from ..conftest import checked_backends, device_of
+from ..emulator import emulator
 from ..helpers import eager_block, eager_transition, small_densenet
 
 STEPS = 3
 
 
+# What a block of a chip may take of shared memory, by which CUDA kernels choose.
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The GPU backends that run on ``--device``."""
+    if "backend" in metafunc.fixturenames:
+        names = [name for name in checked_backends(metafunc.config) if name in ("cuda", "triton")]
+        metafunc.parametrize("backend", names)
+
+
 @pytest.fixture
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """``--device``, if Triton runs there."""
-    device = torch.device(request.config.getoption("--device"))
-    if reason := dense_ext.backends.unavailable_reasons(device)["triton"]:
-        pytest.skip(f"triton: {reason}")
+def device(request: pytest.FixtureRequest, backend: str) -> torch.device:
+    """Where the tensors live, if the backend runs there."""
+    device = device_of(request.config)
+    if reason := dense_ext.backends.unavailable_reasons(device)[backend]:
+        pytest.skip(f"{backend}: {reason}")
     return device
 
 
-@pytest.fixture(params=["sm_80", "sm_90"])
+@pytest.fixture(params=SHARED_BYTES)
 def architecture(
-    request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[str]:
-    """The schedules of both kinds of chip; on a GPU only its own."""
-    if launch.INTERPRETED:
-        monkeypatch.setattr(launch.Target, "architecture", request.param)
+    """The schedules of each kind of chip; on a GPU its own, once."""
+    architecture = str(request.param)
+    if device.type == "cuda":
+        if request.param_index > 0:
+            pytest.skip("a GPU has one architecture")
+    elif backend == "cuda":
+        emulator().reset(shared_bytes=SHARED_BYTES[architecture])
+    elif architecture == "sm_86":
+        pytest.skip("has sm_80's configurations")
+    else:
+        monkeypatch.setattr(launch.Target, "architecture", architecture)
         launch.forget_plans()
-    elif launch.target_of(torch.cuda.current_device()).architecture != request.param:
-        pytest.skip("another GPU's")
-    yield str(request.param)
+    yield architecture
     launch.forget_plans()
 
 
@@ -67,7 +89,7 @@ def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
 
 @pytest.mark.usefixtures("architecture")
 @pytest.mark.parametrize("recompute", ["none", "bottleneck"])
-def test_trains_as_exactly_as_eager(device: torch.device, recompute: str) -> None:
+def test_trains_as_exactly_as_eager(device: torch.device, backend: str, recompute: str) -> None:
     """float32 with float32 products: off float64 no more than eager itself, as a median over tensors.
 
     The ratio of two equally exact programs scatters with the rounding; twice is allowed.
@@ -75,7 +97,7 @@ def test_trains_as_exactly_as_eager(device: torch.device, recompute: str) -> Non
     torch.manual_seed(0)
     exact = small_densenet(growth_rate=6).to(device)
     eager = copy.deepcopy(exact).float()
-    ours = dense_ext.swap(copy.deepcopy(eager), recompute=recompute, backend="triton")
+    ours = dense_ext.swap(copy.deepcopy(eager), recompute=recompute, backend=backend)
     x = torch.randn(2, 3, 33, 32, device=device)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         truth = train(exact, x.double())
@@ -88,14 +110,14 @@ def test_trains_as_exactly_as_eager(device: torch.device, recompute: str) -> Non
 
 @pytest.mark.usefixtures("architecture")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_sixteen_bits_are_as_exact_as_eagers(device: torch.device, dtype: torch.dtype) -> None:
+def test_sixteen_bits_are_as_exact_as_eagers(device: torch.device, backend: str, dtype: torch.dtype) -> None:
     """A block's and a transition's outputs and gradients against float64.
 
     Over several draws and a few hundred pixels: in a whole small network a single ReLU mask that
     flips outweighs all rounding. Equally exact programs then differ by some percent.
     """
-    if launch.INTERPRETED and dtype == torch.bfloat16:
-        pytest.skip("the interpreter does not compute in bfloat16")
+    if reason := dense_ext.backends.unavailable_reasons(device, dtype)[backend]:
+        pytest.skip(reason)
     ratios = []
     for seed in range(6):
         torch.manual_seed(seed)
@@ -104,7 +126,7 @@ def test_sixteen_bits_are_as_exact_as_eagers(device: torch.device, dtype: torch.
         eager = copy.deepcopy(exact).to(dtype, memory_format=torch.channels_last)
         ours = copy.deepcopy(eager)
         for module in ours:
-            dense_ext.swap(module, backend="triton")
+            dense_ext.swap(module, backend=backend)
         x, weights = (
             torch.randn(2, 16, 14, 14, device=device).to(dtype),
             torch.randn(2, 16, 7, 7, device=device),
@@ -123,12 +145,12 @@ def test_sixteen_bits_are_as_exact_as_eagers(device: torch.device, dtype: torch.
 
 
 @pytest.mark.usefixtures("architecture")
-def test_every_policy_gives_the_same_bits(device: torch.device) -> None:
+def test_every_policy_gives_the_same_bits(device: torch.device, backend: str) -> None:
     model = small_densenet().float().to(device)
     x = torch.randn(2, 3, 33, 32, device=device)
     results = []
     for policy in ("none", "bottleneck", "block"):
-        ours = dense_ext.swap(copy.deepcopy(model), recompute=policy, backend="triton")
+        ours = dense_ext.swap(copy.deepcopy(model), recompute=policy, backend=backend)
         ours(x).square().sum().backward()
         results.append([p.grad for p in ours.parameters()])
     for other in results[1:]:
@@ -136,21 +158,21 @@ def test_every_policy_gives_the_same_bits(device: torch.device) -> None:
 
 
 @pytest.mark.usefixtures("architecture")
-def test_eval_and_dropout(device: torch.device) -> None:
+def test_eval_and_dropout(device: torch.device, backend: str) -> None:
     model = small_densenet(drop_rate=0.3).float().to(device)
-    ours = dense_ext.swap(copy.deepcopy(model), backend="triton")
+    ours = dense_ext.swap(copy.deepcopy(model), backend=backend)
     x = torch.randn(2, 3, 33, 32, device=device)
     ours(x).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in ours.parameters())
-    ours, model = dense_ext.swap(copy.deepcopy(model).eval(), backend="triton"), model.eval()
+    ours, model = dense_ext.swap(copy.deepcopy(model).eval(), backend=backend), model.eval()
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         torch.testing.assert_close(ours(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_element_offsets_beyond_32_bits() -> None:
+def test_element_offsets_beyond_32_bits(device: torch.device, backend: str) -> None:
     """Rows so far apart that the last ones begin beyond 2^31 elements: memory reserved, not touched."""
-    if not launch.INTERPRETED:
-        pytest.skip("one launch of the interpreter shows it; on a GPU it would need the memory")
+    if device.type == "cuda":
+        pytest.skip("on a GPU it would need the memory")
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         stride = 2**30 + 8
@@ -160,10 +182,9 @@ def test_element_offsets_beyond_32_bits() -> None:
     x = buffer.as_strided((1, 1, 3, 8), (3 * stride, 3 * stride, stride, 1))
     x.copy_(torch.randn(1, 1, 3, 8))
     mean, var = torch.empty(8), torch.empty(8)
-    with dense_ext.use_backend("triton"):
-        ops = dense_ext.backends.select("triton", "cpu", torch.float16)
-        ops.channel_stats(x, mean, var)
-        out = torch.empty(1, 1, 3, 8, dtype=torch.float16)
-        ops.affine_gradient(x, x, torch.ones(8), torch.zeros(8), out)
+    ops = dense_ext.backends.select(backend, "cpu", torch.float16)
+    ops.channel_stats(x, mean, var)
+    out = torch.empty(1, 1, 3, 8, dtype=torch.float16)
+    ops.affine_gradient(x, x, torch.ones(8), torch.zeros(8), out)
     torch.testing.assert_close(mean, x.float().mean(dim=(0, 1, 2)))
     torch.testing.assert_close(out, 2 * x)

@@ -1,0 +1,73 @@
+"""Put the order in which ``auto`` tries backends into the shipped table, by what a GPU was measured to do.
+
+    python benchmarks/preference.py benchmarks/results/GPU/primitives.json
+
+For each primitive and dtype that more than one backend ran on every shape, the backends by the
+geometric mean of their times over the shapes. GPUs are NVIDIA's: elsewhere there is one backend to take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from dense_ext.backends import BACKENDS
+from dense_ext.backends.preference import SHIPPED
+from dense_ext.benchmark.results import read_results
+
+
+def measured_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the table from a result of the suite ``primitives``."""
+    times: dict[tuple[str, str], dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in results["rows"]:
+        case, peer = row["case"], row["peer"]
+        if peer in BACKENDS and row["seconds"]:
+            key = case["primitive"], case["dtype"]
+            times[key][peer][f"{case['where']} {case['shape']}"] = statistics.median(row["seconds"])
+    machine = results["machine"]
+    gpu = machine["gpu"]
+    measured = {
+        "where": gpu["name"] if gpu else machine["cpu"],
+        "when": results["date"][:10],
+        "torch": results["versions"]["torch"],
+    }
+    rows = []
+    for (primitive, dtype), of_backend in times.items():
+        shapes = set().union(*of_backend.values())
+        means = {
+            name: statistics.geometric_mean(t.values()) for name, t in of_backend.items() if set(t) == shapes
+        }
+        if len(means) > 1:
+            order = sorted(means, key=means.__getitem__)
+            on = f"sm_{gpu['compute_capability'].replace('.', '')}" if gpu else "cpu"
+            rows.append(
+                {"primitive": primitive, "on": on, "dtype": dtype, "order": order, "measured": measured}
+            )
+    return rows
+
+
+def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, a new one in the place of an old one for the same."""
+    table = {(row["primitive"], row["on"], row["dtype"]): row for row in (*old, *new)}
+    return [table[key] for key in sorted(table)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("results", type=Path, help="of dense-ext bench --suite primitives")
+    parser.add_argument("--table", type=Path, default=SHIPPED, help="the table to change")
+    options = parser.parse_args()
+    new = measured_rows(read_results(options.results))
+    rows = merged(json.loads(options.table.read_text()), new)
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    options.table.write_text(f"[\n{lines}\n]\n" if rows else "[]\n")
+    for row in new:
+        print(f"{row['on']} {row['dtype']} {row['primitive']}: {', '.join(row['order'])}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""benchmarks/preference.py: from measured times to the order in which backends are tried."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.delitem(sys.modules, "preference", raising=False)
+    import preference
+
+    return preference
+
+
+def results(times: dict[str, list[float]]) -> dict[str, Any]:
+    """What the suite finds: a median time for each backend and shape."""
+    rows = [
+        {
+            "case": {"primitive": "channel_stats", "dtype": "bfloat16", "where": "layer 1", "shape": str(i)},
+            "peer": peer,
+            "seconds": [9.0, seconds, 0.0],
+        }
+        for peer, of_shapes in times.items()
+        for i, seconds in enumerate(of_shapes)
+    ]
+    return {
+        "rows": rows,
+        "date": "2025-01-31T12:00:00+00:00",
+        "machine": {"gpu": {"name": "a GPU", "compute_capability": "9.0"}, "cpu": "a CPU"},
+        "versions": {"torch": "2.11.0"},
+    }
+
+
+def test_the_fastest_over_all_shapes_comes_first(script: Any) -> None:
+    (row,) = script.measured_rows(results({"triton": [1.0, 4.0], "cuda": [3.0, 1.0], "aten": [0.1, 0.1]}))
+    assert row["order"] == ["cuda", "triton"]
+    assert (row["primitive"], row["on"], row["dtype"]) == ("channel_stats", "sm_90", "bfloat16")
+    assert row["measured"] == {"where": "a GPU", "when": "2025-01-31", "torch": "2.11.0"}
+
+
+def test_no_row_from_one_backend_or_from_other_shapes(script: Any) -> None:
+    assert script.measured_rows(results({"cuda": [1.0]})) == []
+    assert script.measured_rows(results({"cuda": [1.0, 2.0], "triton": [1.0]})) == []
+
+
+def test_a_new_row_takes_an_old_ones_place(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tmp_path / "preference.json"
+    table.write_text("[]")
+    for times in ({"cuda": [1.0], "triton": [2.0]}, {"cuda": [2.0], "triton": [1.0]}):
+        monkeypatch.setattr(script, "read_results", lambda path, times=times: results(times))
+        monkeypatch.setattr(sys, "argv", ["preference.py", "primitives.json", "--table", str(table)])
+        script.main()
+    (row,) = json.loads(table.read_text())
+    assert row["order"] == ["triton", "cuda"]
