@@ -2,8 +2,9 @@
 
 Needs the checkout, PyTorch with Triton, torchvision and pytest; nothing is installed or downloaded.
 Where there is nvcc and Ninja, the CUDA kernels are compiled for this GPU first; else a library that is
-there already serves. Every part runs in a process of its own with a time limit, logs to ``DIR/PART.log`` and keeps what it
-measured when the limit ends it. ``DIR/summary.txt`` says how each part went.
+there already serves. Every part runs in a process of its own with a time limit, logs to
+``DIR/PART.log`` and keeps what it measured when the limit ends it. ``DIR/summary.txt`` says how each
+part went.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def run_part(name: str, seconds: int, commands: list[list[str]], out: Path) -> s
 
 
 def _capability() -> str:
-    """This GPU's, as nvcc is to be told."""
+    """The GPU's, as nvcc is to be told."""
     import torch
 
     if not torch.cuda.is_available():
