@@ -7,11 +7,11 @@
 // z, grad_bn [N, H, W, B], y, grad [N, H, W, K], pixels their own strides apart; W, dW
 // [K, B, 3, 3], any strides.
 //
-// Elements moved a pixel: B + K forward, 2 B + 2 K backward. A block takes patches of images: forward
-// z comes to shared memory with its border, is activated there once, and the nine taps are nine
-// shifted views of it. Backward does the same with dy, for both gradients in one kernel: a block
-// takes a chunk of B, keeps dW of all taps in registers over its patches, and W in shared memory.
-// What patches share at their borders, and chunks of B of dy, comes from the L2 cache.
+// Elements moved a pixel: B + K forward, 2 B + 2 K backward. A block takes patches of images:
+// forward z comes to shared memory with its border, is activated there once, and the nine taps are
+// nine shifted views of it. Backward does the same with dy, for both gradients in one kernel: a
+// block takes a chunk of B, keeps dW of all taps in registers over its patches, and W in shared
+// memory. What patches share at their borders, and chunks of B of dy, comes from the L2 cache.
 
 #include <torch/csrc/stable/library.h>
 
@@ -55,17 +55,18 @@ struct ForwardArguments {
   int kept;  // chunks of the weight in shared memory: all, or one at a time
 };
 
-// A block makes kOut channels of patches of kPixels, a warp 32 pixels of them, stepping through B in
-// chunks of kDepth; while it computes one chunk, the next is on its way.
-template <class Math_>
+// A block makes kOut channels of patches of kPixels, a warp 32 pixels of them, stepping through B
+// in chunks of kDepth; while it computes one chunk, the next is on its way.
+template <class Math_, int kOut_>
 struct Forward {
   using Math = Math_;
   using T = typename Math::T;
-  static constexpr int kThreads = 256, kPixels = 256, kBordered = 360, kOut = 32;
+  static constexpr int kThreads = 256, kPixels = 256, kBordered = 360, kOut = kOut_;
+  static constexpr int kBlocks = Math::kExact ? 1 : 2;  // of a multiprocessor, by registers
   static constexpr int kDepth = 64 / static_cast<int>(sizeof(T));
   static constexpr int kLd = padded<T>(kDepth), kOutLd = padded<T>(kOut);
   static constexpr int kStageSize =
-      kBordered * kLd > kPixels * kOutLd ? kBordered * kLd : kPixels * kOutLd;
+      kBordered * kLd > kPixels* kOutLd ? kBordered * kLd : kPixels * kOutLd;
   static constexpr int kWeightSize = kTaps * kOut * kLd;  // of a chunk
   using Statistics = ColumnMoments<T, kOut, kThreads>;
 
@@ -79,7 +80,7 @@ struct Forward {
 };
 
 template <class Config>
-__global__ void __launch_bounds__(Config::kThreads, 2)
+__global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     forward_kernel(const ForwardArguments<typename Config::T> args) {
   using Math = typename Config::Math;
   using T = typename Config::T;
@@ -153,20 +154,21 @@ __global__ void __launch_bounds__(Config::kThreads, 2)
       }
       T* const z = stages + stage * Config::kStageSize;
       const float* scale = vectors + stage * 2 * kDepth;
-      activate_rows<kBordered, kDepth, kThreads>(z, kLd, scale, scale + kDepth,
-                                                 [&](int p) { return load_shared(source + p) >= 0; });
+      activate_rows<kBordered, kDepth, kThreads>(
+          z, kLd, scale, scale + kDepth, [&](int p) { return load_shared(source + p) >= 0; });
       sync_threads();
       const T* weight = weights + (args.kept < chunks ? 0 : chunk) * Config::kWeightSize;
       DENSE_EXT_NO_UNROLL for (int tap = 0; tap < kTaps; tap++) {
         const T* shifted = z + (tap / 3 * line + tap % 3) * kLd;
         const T* of_tap = weight + tap * kOut * kLd;
         DENSE_EXT_UNROLL for (int k = 0; k < kDepth; k += Math::kDepth) {
-          uint32_t a[2][4], b[kOut / 8][2];
+          uint32_t a[2][4];
           DENSE_EXT_UNROLL for (int i = 0; i < 2; i++) rows[i].load(a[i], shifted + k);
           DENSE_EXT_UNROLL for (int j = 0; j < kOut / 8; j += 2) {
-            columns.load(b[j], b[j + 1], of_tap + 8 * j * kLd + k, kLd);
+            uint32_t b[2][2];
+            columns.load(b[0], b[1], of_tap + 8 * j * kLd + k, kLd);
+            multiply<Math>(y, a, b, j);
           }
-          multiply<Math>(y, a, b);
         }
       }
     }
@@ -193,7 +195,8 @@ __global__ void __launch_bounds__(Config::kThreads, 2)
       return from >= 0 ? args.y.at(origin + from) + first_out : nullptr;
     });
     if (args.moments) {
-      statistics.template add<kPixels>(tile, Config::kOutLd, [&](int r) { return source_of(r) >= 0; });
+      statistics.template add<kPixels>(tile, Config::kOutLd,
+                                       [&](int r) { return source_of(r) >= 0; });
     }
     sync_threads();
   }
@@ -213,7 +216,7 @@ void run_forward(ForwardArguments<typename Config::T> args, const Tensor& like, 
   args.kept = static_cast<int>(keep ? chunks : 1);
   args.patches = patches_of(args.z, Config::kPixels, Config::kBordered);
   const int shared = Config::shared_bytes(args.kept);
-  const int64_t blocks = persistent_blocks(args.patches.count(), columns, 2, shared);
+  const int64_t blocks = persistent_blocks(args.patches.count(), columns, Config::kBlocks, shared);
   std::optional<Tensor> moments;
   if (mean) {
     moments = scratch(blocks * (1 + 2 * out), like);
@@ -248,7 +251,12 @@ void bn_relu_conv3x3_forward(const Tensor& z, const Tensor& scale, const Tensor&
       return;
     }
     with_arithmetic<T>(tf32, [&](auto math) {
-      run_forward<Forward<decltype(math)>>(args, z, means, vars);
+      using Math = decltype(math);
+      if (ceil_div(out, 48) < ceil_div(out, 32)) {
+        run_forward<Forward<Math, 48>>(args, z, means, vars);
+      } else {
+        run_forward<Forward<Math, 32>>(args, z, means, vars);
+      }
     });
   });
 }
@@ -273,15 +281,16 @@ struct BackwardArguments {
 
 // A block takes kIn channels of z and all of K, at most kOut, and goes through patches of kPixels:
 // a warp has da of 32 channels for its part of the pixels, and dW of 16 x 16 channels, all taps.
-template <class Math_>
+template <class Math_, int kOut_>
 struct Backward {
   using Math = Math_;
   using T = typename Math::T;
   static constexpr bool kNarrow = sizeof(T) == 2;
-  static constexpr int kThreads = kNarrow ? 256 : 128, kPixels = kNarrow ? 128 : 64;
-  static constexpr int kBordered = kNarrow ? 200 : 112, kOut = 32, kIn = kNarrow ? 64 : 32;
+  static constexpr int kWarps = kNarrow ? 8 : 4, kThreads = kWarps * kWarp;
+  static constexpr int kPixels = 16 * kWarps, kBordered = kNarrow ? 200 : 112;
+  static constexpr int kOut = kOut_, kIn = kWarps * 16 * 16 / kOut;
   static constexpr int kOutLd = padded<T>(kOut), kInLd = padded<T>(kIn);
-  static constexpr int kDataWarps = 4;  // that share the pixels of da
+  static constexpr int kDataWarps = kWarps / (kIn / 32);  // that share the pixels of da
   static constexpr int kDataRows = kPixels / kDataWarps / 16, kDataColumns = 4;  // fragments
   static constexpr int kStageSize = 2 * kBordered * kOutLd + kPixels * kInLd;
   static constexpr int kVectors = 2 * kOut + 3 * kIn;
@@ -329,7 +338,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int warp = warp_index(), lane = lane_index();
   const int data_row = warp % Config::kDataWarps * 16 * Config::kDataRows;
   const int data_column = warp / Config::kDataWarps * 32;
-  const int weight_row = warp % 2 * 16, weight_column = warp / 2 * 16;
+  const int weight_row = warp % (kOut / 16) * 16, weight_column = warp / (kOut / 16) * 16;
   const TransposedColumnFragments<T> columns(kInLd);
   const Position at;
 
@@ -424,8 +433,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
     float da[Config::kDataRows][Config::kDataColumns][4] = {};
     const auto corner_row = [&](int i) {
-      return RowFragment<T>(
-          [&](int r) { return patches.corner(data_row + 16 * i + r) * kOutLd; });
+      return RowFragment<T>([&](int r) { return patches.corner(data_row + 16 * i + r) * kOutLd; });
     };
     const RowFragment<T> rows[2] = {corner_row(0), corner_row(Config::kDataRows - 1)};
     DENSE_EXT_NO_UNROLL for (int tap = 0; tap < kTaps; tap++) {
@@ -473,8 +481,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         const T* before = row_of(i / kIn);
         if (!before || i % kIn >= ins) continue;
         T* to = z + i / kIn * kInLd + i % kIn;
-        store_shared(to, from_float<T>(to_float(load_shared(to)) +
-                                       to_float(load_global(before + i % kIn))));
+        store_shared(
+            to, from_float<T>(to_float(load_shared(to)) + to_float(load_global(before + i % kIn))));
       }
       sync_threads();
     }
@@ -550,9 +558,9 @@ void bn_relu_conv3x3_backward(const Tensor& grad, const Tensor& y, const Tensor&
       if (grad_weight) zero(*grad_weight);
       return;
     }
-    with_arithmetic<T>(tf32, [&](auto math) {
-      using Config = Backward<decltype(math)>;
-      // What doesn't fit is done in pieces of K, each adding its part to grad_bn and to the sums.
+    // What doesn't fit is done in pieces of K, each adding its part to grad_bn and to the sums.
+    const auto run_pieces = [&](auto config) {
+      using Config = decltype(config);
       for (int64_t k = 0; k < out; k += Config::kOut) {
         const int64_t count = std::min<int64_t>(Config::kOut, out - k);
         BackwardArguments<T> piece = args;
@@ -571,6 +579,15 @@ void bn_relu_conv3x3_backward(const Tensor& grad, const Tensor& y, const Tensor&
         if (grad_weight) to.set_weight(dw, k, count, kTaps);
         run_backward<Config>(piece, z, to);
       }
+    };
+    with_arithmetic<T>(tf32, [&](auto math) {
+      using Math = decltype(math);
+      if constexpr (sizeof(T) == 2) {  // float's tiles would not fit shared memory
+        using Wide = Backward<Math, 64>;
+        const bool fits = Wide::shared_bytes(1) <= current_device().shared_bytes;
+        if (fits && ceil_div(out, 64) < ceil_div(out, 32)) return run_pieces(Wide{});
+      }
+      run_pieces(Backward<Math, 32>{});
     });
   });
 }

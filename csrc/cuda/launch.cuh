@@ -45,8 +45,7 @@ inline Device current_device() {
   check_cuda(cudaGetDevice(&index));
   check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
   check_cuda(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
-  check_cuda(
-      cudaDeviceGetAttribute(&together, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index));
+  check_cuda(cudaDeviceGetAttribute(&together, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index));
   return {multiprocessors, shared, together};
 }
 
@@ -78,9 +77,8 @@ void launch(const Launch& on, const Arguments& args) {
   STD_TORCH_CHECK(on.shared_bytes <= device.shared_bytes, "a kernel needs ", on.shared_bytes,
                   " bytes of shared memory, this GPU has ", device.shared_bytes);
 #ifdef DENSE_EXT_EMULATOR
-  emulator::run(
-      {static_cast<int>(on.x), static_cast<int>(on.y), on.threads, on.shared_bytes},
-      [&] { kKernel(args); });
+  emulator::run({static_cast<int>(on.x), static_cast<int>(on.y), on.threads, on.shared_bytes},
+                [&] { kKernel(args); });
 #else
   int index;
   check_cuda(cudaGetDevice(&index));

@@ -15,7 +15,7 @@ template <class T_, bool kExact_>
 struct Arithmetic {
   using T = T_;
   static constexpr bool kExact = kExact_;
-  static constexpr int kDepth = sizeof(T) == 2 ? 16 : 8;  // of one fragment
+  static constexpr int kDepth = sizeof(T) == 2 ? 16 : 8;         // of one fragment
   static constexpr int kPad = 16 / static_cast<int>(sizeof(T));  // of a row in shared memory
 };
 
@@ -139,7 +139,8 @@ struct TransposedColumnFragments {
   }
 };
 
-// --- batch norm and ReLU in registers --------------------------------------------------------------
+// --- batch norm and ReLU in registers
+// --------------------------------------------------------------
 
 // scale and shift of the k a lane holds of a RowFragment.
 template <class T>
@@ -207,7 +208,8 @@ __device__ __forceinline__ void keep_rows(uint32_t (&b)[2], const BitsOf<T>* kee
   }
 }
 
-// --- the product -----------------------------------------------------------------------------------
+// --- the product
+// -----------------------------------------------------------------------------------
 
 // c[i][first + j] += a[i] @ b[j], 16 x 8 values of a warp each.
 template <class Math, int kRows, int kAllColumns, int kColumns>
@@ -269,9 +271,9 @@ struct Position {
 };
 
 // Adds up what every lane has summed of its columns of c, two a fragment, over the lanes and over
-// the kWarps warps that share the columns, of which this is `warp`; writes the first `count` columns
-// of the block's kColumns. `scratch` has 2 * kWarps * kColumns floats, `first` is the warp's first
-// column.
+// the kWarps warps that share the columns, of which this is `warp`; writes the first `count`
+// columns of the block's kColumns. `scratch` has 2 * kWarps * kColumns floats, `first` is the
+// warp's first column.
 template <int kThreads, int kWarps, int kColumns, int kFragments>
 __device__ __forceinline__ void write_column_sums(float* scratch, float (&g)[kFragments][2],
                                                   float (&gx)[kFragments][2], int warp, int first,

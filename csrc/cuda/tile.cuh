@@ -45,9 +45,7 @@ struct Rows {
   // Of pixels from `first` on, the channels from `channel` on.
   __device__ Rows(const Pixels<T>& p, int64_t first, int count, int64_t channel)
       : data(p.at(first) + channel), stride(static_cast<int>(p.stride)), count(count) {}
-  __device__ T* operator()(int r) const {
-    return r < count ? data + int64_t{r} * stride : nullptr;
-  }
+  __device__ T* operator()(int r) const { return r < count ? data + int64_t{r} * stride : nullptr; }
 };
 
 // Copies a tile into shared memory, asynchronously but for single 16-bit elements; columns from
@@ -138,7 +136,8 @@ __device__ __forceinline__ void copy_vector(float* shared, const float* vector, 
   }
 }
 
-// Mean and sum of squared deviations of `count` values, merged as in Chan, Golub and LeVeque (1979).
+// Mean and sum of squared deviations of `count` values, merged as in Chan, Golub and LeVeque
+// (1979).
 struct Moments {
   float count = 0, mean = 0, m2 = 0;
 
@@ -157,7 +156,7 @@ template <class T, int kColumns, int kThreads>
 class ColumnMoments {
   static constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
   static constexpr int kWords = kColumns / kPerWord, kGroups = kThreads / kWords;
-  static_assert(kThreads % kWords == 0 && kColumns <= kThreads);
+  static_assert(kColumns <= kThreads);
 
  public:
   static constexpr int kScratch = kGroups * (2 * kColumns + 1);  // floats
@@ -170,28 +169,31 @@ class ColumnMoments {
   __device__ void add(const T* tile, int ld, const Valid& valid) {
     const int word = thread_index() % kWords, group = thread_index() / kWords;
     const T* column = tile + word * kPerWord;
+    const int rows = group < kGroups ? kRows : 0;  // the threads that are left over do nothing
     int count = 0;
     float mean[kPerWord] = {}, m2[kPerWord] = {};
-    for (int r = group; r < kRows; r += kGroups) {
+    for (int r = group; r < rows; r += kGroups) {
       if (!valid(r)) continue;
       count++;
       const Word x(column + r * ld);
       DENSE_EXT_UNROLL for (int i = 0; i < kPerWord; i++) mean[i] += x.value[i];
     }
     DENSE_EXT_UNROLL for (int i = 0; i < kPerWord; i++) mean[i] /= static_cast<float>(count);
-    for (int r = group; r < kRows; r += kGroups) {
+    for (int r = group; r < rows; r += kGroups) {
       if (!valid(r)) continue;
       const Word x(column + r * ld);
       DENSE_EXT_UNROLL for (int i = 0; i < kPerWord; i++) {
         m2[i] += (x.value[i] - mean[i]) * (x.value[i] - mean[i]);
       }
     }
-    float* means = scratch_ + group * kColumns + word * kPerWord;
-    DENSE_EXT_UNROLL for (int i = 0; i < kPerWord; i++) {
-      means[i] = mean[i];
-      means[kGroups * kColumns + i] = m2[i];
+    if (group < kGroups) {
+      float* means = scratch_ + group * kColumns + word * kPerWord;
+      DENSE_EXT_UNROLL for (int i = 0; i < kPerWord; i++) {
+        means[i] = mean[i];
+        means[kGroups * kColumns + i] = m2[i];
+      }
+      if (word == 0) scratch_[2 * kGroups * kColumns + group] = static_cast<float>(count);
     }
-    if (word == 0) scratch_[2 * kGroups * kColumns + group] = static_cast<float>(count);
     sync_threads();
     if (thread_index() >= kColumns) return;
     for (int g = 0; g < kGroups; g++) {
