@@ -163,15 +163,6 @@ void run_forward(ForwardArguments<typename Config::T> args, const Tensor& like, 
   if (mean) merge_moments(*moments, blocks, out, mean, var);
 }
 
-// Calls body(Arithmetic<T, exact>{}).
-template <class T, class Body>
-void with_arithmetic(bool tf32, const Body& body) {
-  if constexpr (sizeof(T) == 4) {
-    if (!tf32) return body(Arithmetic<T, true>{});
-  }
-  body(Arithmetic<T, false>{});
-}
-
 void bn_relu_conv1x1_forward(const Tensor& x, const Tensor& scale, const Tensor& shift,
                              const Tensor& weight, const Tensor& z,
                              const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
