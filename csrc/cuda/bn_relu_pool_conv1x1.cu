@@ -37,33 +37,34 @@ __device__ __forceinline__ int64_t corner_of(const Pixels<T>& x, int64_t window)
   return (line / out_height * x.height + line % out_height * 2) * x.width + window % out_width * 2;
 }
 
-// Channels of a pixel that a thread takes: 16 bytes.
+// A thread takes 16 bytes of a pixel at a time, a unit of its channels, and computes four of them
+// at a time.
 template <class T>
 constexpr int kUnit = 16 / static_cast<int>(sizeof(T));
 
 template <class T>
-__device__ __forceinline__ void widen(float (&values)[kUnit<T>], const Bytes<16>& unit) {
-  DENSE_EXT_UNROLL for (int i = 0; i < 4; i++) {
-    if constexpr (sizeof(T) == 2) {
-      const Float2 pair = unpack<T>(unit.data[i]);
-      values[2 * i] = pair.x, values[2 * i + 1] = pair.y;
-    } else {
-      values[i] = float_of_bits(unit.data[i]);
-    }
+__device__ __forceinline__ void widen(float (&four)[4], const Bytes<16>& unit, int first) {
+  if constexpr (sizeof(T) == 2) {
+    const Float2 low = unpack<T>(unit.data[first / 2]), high = unpack<T>(unit.data[first / 2 + 1]);
+    four[0] = low.x, four[1] = low.y, four[2] = high.x, four[3] = high.y;
+  } else {
+    DENSE_EXT_UNROLL for (int i = 0; i < 4; i++) four[i] = float_of_bits(unit.data[i]);
   }
 }
 
 template <class T>
-__device__ __forceinline__ Bytes<16> narrow(const float (&values)[kUnit<T>]) {
-  Bytes<16> unit;
-  DENSE_EXT_UNROLL for (int i = 0; i < 4; i++) {
-    if constexpr (sizeof(T) == 2) {
-      unit.data[i] = pack<T>(values[2 * i], values[2 * i + 1]);
-    } else {
-      unit.data[i] = bits_of(values[i]);
-    }
+__device__ __forceinline__ void narrow(Bytes<16>& unit, int first, const float (&four)[4]) {
+  if constexpr (sizeof(T) == 2) {
+    unit.data[first / 2] = pack<T>(four[0], four[1]);
+    unit.data[first / 2 + 1] = pack<T>(four[2], four[3]);
+  } else {
+    DENSE_EXT_UNROLL for (int i = 0; i < 4; i++) unit.data[i] = bits_of(four[i]);
   }
-  return unit;
+}
+
+__device__ __forceinline__ void load_four(float (&four)[4], const float* at) {
+  const auto bits = load_shared(reinterpret_cast<const Bytes<16>*>(at));
+  DENSE_EXT_UNROLL for (int i = 0; i < 4; i++) four[i] = float_of_bits(bits.data[i]);
 }
 
 // A thread's unit of each pixel of a window.
@@ -92,19 +93,23 @@ struct Window {
     });
   }
 
-  // The unit of p, rounded to T.
-  __device__ __forceinline__ Bytes<16> pooled(const float (&scale)[kUnit<T>],
-                                              const float (&shift)[kUnit<T>]) const {
-    float sum[kUnit<T>] = {};
-    DENSE_EXT_UNROLL for (const auto& pixel : pixels) {
-      float value[kUnit<T>];
-      widen<T>(value, pixel);
-      DENSE_EXT_UNROLL for (int i = 0; i < kUnit<T>; i++) {
-        sum[i] += relu(value[i] * scale[i] + shift[i]);
+  // The unit of p. Each four channels' scale and shift, in shared memory, are kStride after the last.
+  template <int kStride>
+  __device__ __forceinline__ Bytes<16> pooled(const float* scales, const float* shifts) const {
+    Bytes<16> unit;
+    DENSE_EXT_UNROLL for (int c = 0; c < kUnit<T>; c += 4) {
+      float scale[4], shift[4], sum[4] = {};
+      load_four(scale, scales + c / 4 * kStride);
+      load_four(shift, shifts + c / 4 * kStride);
+      DENSE_EXT_UNROLL for (const auto& pixel : pixels) {
+        float value[4];
+        widen<T>(value, pixel, c);
+        DENSE_EXT_UNROLL for (int i = 0; i < 4; i++) sum[i] += relu(value[i] * scale[i] + shift[i]);
       }
+      DENSE_EXT_UNROLL for (auto& value : sum) value *= 0.25f;
+      narrow<T>(unit, c, sum);
     }
-    DENSE_EXT_UNROLL for (auto& value : sum) value *= 0.25f;
-    return narrow<T>(sum);
+    return unit;
   }
 
  private:
@@ -124,15 +129,6 @@ struct Window {
     });
   }
 };
-
-// Floats of a unit's channels from shared memory: every four of them kPlane further on.
-template <class T, int kPlane>
-__device__ __forceinline__ void load_floats(float (&values)[kUnit<T>], const float* at) {
-  DENSE_EXT_UNROLL for (int i = 0; i < kUnit<T>; i += 4) {
-    const auto four = load_shared(reinterpret_cast<const Bytes<16>*>(at + i / 4 * kPlane));
-    DENSE_EXT_UNROLL for (int j = 0; j < 4; j++) values[i + j] = float_of_bits(four.data[j]);
-  }
-}
 
 // --- forward -----------------------------------------------------------------------------------
 
@@ -206,11 +202,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   };
   const auto pool = [&](int step) {
     const float* vector = vectors + step % kStages * 2 * kDepth + unit;
-    float scale[kUnit<T>], shift[kUnit<T>];
-    load_floats<T, 4>(scale, vector);
-    load_floats<T, 4>(shift, vector + kDepth);
-    store_shared(reinterpret_cast<Bytes<16>*>(pooled + step % 2 * Config::kPooledSize + row * kLd + unit),
-                 window.pooled(scale, shift));
+    T* const to = pooled + step % 2 * Config::kPooledSize + row * kLd + unit;
+    store_shared(reinterpret_cast<Bytes<16>*>(to),
+                 window.template pooled<4>(vector, vector + kDepth));
   };
 
   constexpr int kWarpRows = 2, kWarpColumns = kOut / 32;  // fragments of a warp
@@ -280,11 +274,11 @@ void bn_relu_pool_conv1x1_forward(const Tensor& x, const Tensor& scale, const Te
         .y_bytes = AccessBytes().add(ys)};
     with_arithmetic<T>(tf32, [&](auto math) {
       using Math = decltype(math);
-      if (out <= 128) {
-        run_forward<Forward<Math, 128>>(args);
-      } else {
-        run_forward<Forward<Math, 256>>(args);
+      // In FMAs the product takes far longer than to pool x again for every 128 of K.
+      if constexpr (!Math::kExact) {
+        if (out > 128) return run_forward<Forward<Math, 256>>(args);
       }
+      run_forward<Forward<Math, 128>>(args);
     });
   });
 }
@@ -397,42 +391,46 @@ __global__ void __launch_bounds__(kThreads, 2)
         });
 
     Window<T> x[2];  // one on its way while the other is worked on
-    const auto load = [&](int r) {
+    const auto load = [&](int i) {
+      const int r = i * kGroups + group;
       if (r >= rows) return;
-      x[r / kGroups % 2].load(args.x, args.x.at(load_shared(corners + r)) + first_in + unit,
-                              columns, args.x_bytes);
+      x[i % 2].load(args.x, args.x.at(load_shared(corners + r)) + first_in + unit, columns,
+                    args.x_bytes);
     };
-    load(group);
+    load(0);
     for_pairs(da, [&](int r, int c, float left, float right) {
       store_pair(floats + (warp_row + r) * kFloatLd + Config::place(warp_column + c), 0.25f * left,
                  0.25f * right);
     });
     sync_threads();
-    float m[kUnit<T>], s[kUnit<T>], t[kUnit<T>];
-    load_floats<T, kPlane>(m, mean + Config::place(unit));
-    load_floats<T, kPlane>(s, scale + Config::place(unit));
-    load_floats<T, kPlane>(t, shift + Config::place(unit));
+    const int place = Config::place(unit);
     DENSE_EXT_UNROLL for (int i = 0; i < kWindows / kGroups; i++) {
       const int r = i * kGroups + group;
-      load(r + kGroups);
+      load(i + 1);
       if (r >= rows || columns <= 0) continue;
       Window<T>& window = x[i % 2];
       if (args.pooled.data) {
         store_global(reinterpret_cast<Bytes<16>*>(args.pooled.at(first + r) + first_in + unit),
-                     window.pooled(s, t));
+                     window.template pooled<kPlane>(scale + place, shift + place));
       }
-      float d[kUnit<T>];
-      load_floats<T, kPlane>(d, floats + r * kFloatLd + Config::place(unit));
-      DENSE_EXT_UNROLL for (auto& pixel : window.pixels) {
-        float value[kUnit<T>];
-        widen<T>(value, pixel);
-        DENSE_EXT_UNROLL for (int j = 0; j < kUnit<T>; j++) {
-          const float g = value[j] * s[j] + t[j] <= 0 ? 0.0f : d[j];
-          sum_g[j] += g;
-          sum_gx[j] += g * (value[j] - m[j]);
-          value[j] = s[j] * g;
+      DENSE_EXT_UNROLL for (int c = 0; c < kUnit<T>; c += 4) {
+        const int four = place + c / 4 * kPlane;
+        float m[4], s[4], t[4], d[4];
+        load_four(m, mean + four);
+        load_four(s, scale + four);
+        load_four(t, shift + four);
+        load_four(d, floats + r * kFloatLd + four);
+        DENSE_EXT_UNROLL for (auto& pixel : window.pixels) {
+          float value[4];
+          widen<T>(value, pixel, c);
+          DENSE_EXT_UNROLL for (int j = 0; j < 4; j++) {
+            const float g = value[j] * s[j] + t[j] <= 0 ? 0.0f : d[j];
+            sum_g[c + j] += g;
+            sum_gx[c + j] += g * (value[j] - m[j]);
+            value[j] = s[j] * g;
+          }
+          narrow<T>(pixel, c, value);
         }
-        pixel = narrow<T>(value);
       }
       window.store(args.grad_x, args.grad_x.at(load_shared(corners + r)) + first_in + unit, columns,
                    args.grad_x_bytes);
@@ -596,7 +594,8 @@ void bn_relu_pool_conv1x1_backward(const Tensor& grad, const Tensor& x, const Te
     std::optional<Tensor> p;
     if (grad_weight) {
       pooled.stride = round_up(in, kUnit<T>);
-      p = torch::stable::new_empty(x, {windows, pooled.stride});
+      const int64_t size[] = {windows, pooled.stride};
+      p = torch::stable::new_empty(x, size);
       pooled.data = static_cast<T*>(p->data_ptr());
     }
     const DataArguments<T> args{
