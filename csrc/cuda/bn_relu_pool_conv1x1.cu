@@ -42,29 +42,36 @@ __device__ __forceinline__ int64_t corner_of(const Pixels<T>& x, int64_t window)
 template <class T>
 constexpr int kUnit = 16 / static_cast<int>(sizeof(T));
 
+// The unit's q-th four channels.
 template <class T>
-__device__ __forceinline__ void widen(float (&four)[4], const Bytes<16>& unit, int first) {
-  if constexpr (sizeof(T) == 2) {
-    const Float2 low = unpack<T>(unit.data[first / 2]), high = unpack<T>(unit.data[first / 2 + 1]);
-    four[0] = low.x, four[1] = low.y, four[2] = high.x, four[3] = high.y;
-  } else {
-    DENSE_EXT_UNROLL for (int i = 0; i < 4; i++) four[i] = float_of_bits(unit.data[i]);
+__device__ __forceinline__ void widen(float (&four)[4], const Bytes<16>& unit, int q) {
+  DENSE_EXT_UNROLL for (int i = 0; i < 4; i++) {
+    if constexpr (sizeof(T) == 2) {
+      const Float2 pair = unpack<T>(unit.data[2 * q + i / 2]);
+      four[i] = i % 2 ? pair.y : pair.x;
+    } else {
+      four[i] = float_of_bits(unit.data[i]);
+    }
   }
 }
-
 template <class T>
-__device__ __forceinline__ void narrow(Bytes<16>& unit, int first, const float (&four)[4]) {
+__device__ __forceinline__ void narrow(Bytes<16>& unit, int q, const float (&four)[4]) {
   if constexpr (sizeof(T) == 2) {
-    unit.data[first / 2] = pack<T>(four[0], four[1]);
-    unit.data[first / 2 + 1] = pack<T>(four[2], four[3]);
+    unit.data[2 * q] = pack<T>(four[0], four[1]);
+    unit.data[2 * q + 1] = pack<T>(four[2], four[3]);
   } else {
     DENSE_EXT_UNROLL for (int i = 0; i < 4; i++) unit.data[i] = bits_of(four[i]);
   }
 }
 
+// The same of floats in shared memory.
 __device__ __forceinline__ void load_four(float (&four)[4], const float* at) {
-  const auto bits = load_shared(reinterpret_cast<const Bytes<16>*>(at));
-  DENSE_EXT_UNROLL for (int i = 0; i < 4; i++) four[i] = float_of_bits(bits.data[i]);
+  widen<float>(four, load_shared(reinterpret_cast<const Bytes<16>*>(at)), 0);
+}
+__device__ __forceinline__ void store_four(float* at, const float (&four)[4]) {
+  Bytes<16> unit;
+  narrow<float>(unit, 0, four);
+  store_shared(reinterpret_cast<Bytes<16>*>(at), unit);
 }
 
 // A thread's unit of each pixel of a window.
@@ -97,17 +104,17 @@ struct Window {
   template <int kStride>
   __device__ __forceinline__ Bytes<16> pooled(const float* scales, const float* shifts) const {
     Bytes<16> unit;
-    DENSE_EXT_UNROLL for (int c = 0; c < kUnit<T>; c += 4) {
+    DENSE_EXT_UNROLL for (int q = 0; q < kUnit<T> / 4; q++) {
       float scale[4], shift[4], sum[4] = {};
-      load_four(scale, scales + c / 4 * kStride);
-      load_four(shift, shifts + c / 4 * kStride);
+      load_four(scale, scales + q * kStride);
+      load_four(shift, shifts + q * kStride);
       DENSE_EXT_UNROLL for (const auto& pixel : pixels) {
         float value[4];
-        widen<T>(value, pixel, c);
+        widen<T>(value, pixel, q);
         DENSE_EXT_UNROLL for (int i = 0; i < 4; i++) sum[i] += relu(value[i] * scale[i] + shift[i]);
       }
       DENSE_EXT_UNROLL for (auto& value : sum) value *= 0.25f;
-      narrow<T>(unit, c, sum);
+      narrow<T>(unit, q, sum);
     }
     return unit;
   }
@@ -117,16 +124,17 @@ struct Window {
   template <class Like, class Body>
   __device__ __forceinline__ void for_accesses(const Pixels<Like>& x, int columns, int bytes,
                                                const Body& body) {
-    for_width<T>(bytes, [&](auto width) {
-      constexpr int kElements = decltype(width)::value / static_cast<int>(sizeof(T));
-      DENSE_EXT_UNROLL for (int pixel = 0; pixel < 4; pixel++) {
-        const int64_t offset = (pixel / 2 * x.width + pixel % 2) * x.stride;
+    DENSE_EXT_UNROLL for (int pixel = 0; pixel < 4; pixel++) {
+      const int64_t offset = (pixel / 2 * x.width + pixel % 2) * x.stride;
+      // Within the loop, so that one pixel's single elements are together before the next one's come.
+      for_width<T>(bytes, [&](auto width) {
+        constexpr int kElements = decltype(width)::value / static_cast<int>(sizeof(T));
         DENSE_EXT_UNROLL for (int i = 0; i < kUnit<T>; i += kElements) {
           if (i >= columns) continue;
           body(width, reinterpret_cast<T*>(&pixels[pixel]) + i, offset + i);
         }
-      }
-    });
+      });
+    }
   }
 };
 
@@ -138,7 +146,7 @@ struct ForwardArguments {
   const float *scale, *shift;  // [C]
   Weight<const T> weight;      // [K, C]
   Pixels<T> y;
-  int64_t out_blocks;
+  int out_blocks;  // blocks side by side, of kOut channels of y each
   int x_bytes, weight_bytes, y_bytes;
 };
 
@@ -174,20 +182,20 @@ __global__ void __launch_bounds__(kThreads, 2)
   T* const pooled = weights + kStages * Config::kWeightSize;
   float* const vectors = shared.take<float>(kStages * 2 * kDepth);
 
-  const int64_t first = block_x() / args.out_blocks * kWindows;
-  const int64_t first_out = block_x() % args.out_blocks * kOut;
+  const int64_t first = int64_t{block_x() / args.out_blocks} * kWindows;
+  const int first_out = block_x() % args.out_blocks * kOut;
   const int rows = static_cast<int>(std::min(int64_t{kWindows}, args.y.count() - first));
-  const int outs = static_cast<int>(std::min(int64_t{kOut}, args.y.channels - first_out));
+  const int outs = std::min(kOut, static_cast<int>(args.y.channels) - first_out);
   const int in = static_cast<int>(args.x.channels), steps = (in + kDepth - 1) / kDepth;
 
-  // The thread's window and unit of each step.
+  // The thread's row of p, whose window beyond the last is the last, and its unit of each step.
   const int row = thread_index() / Config::kUnits;
   const int unit = thread_index() % Config::kUnits * kUnit<T>;
-  const T* const corner = args.x.at(corner_of(args.x, first + row)) + unit;
+  const T* const corner = args.x.at(corner_of(args.x, first + std::min(row, rows - 1))) + unit;
   Window<T> window;
   const auto load_x = [&](int step) {
     const int c = step * kDepth;
-    window.load(args.x, corner + c, row < rows ? in - c - unit : 0, args.x_bytes);
+    window.load(args.x, corner + c, in - c - unit, args.x_bytes);
   };
   const auto copy_weight = [&](int step) {
     const int c = step * kDepth;
@@ -222,8 +230,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int step = 0; step < steps; step++) {
     copy_async_wait<0>();
     sync_threads();
-    if (step + 1 < steps) load_x(step + 1);
     if (step + 2 < steps) copy_weight(step + 2);
+    if (step + 1 < steps) load_x(step + 1);
     multiply_tiles<Math, kDepth, kLd, kLd>(
         y, p_rows, pooled + step % 2 * Config::kPooledSize, weight_columns,
         weights + step % kStages * Config::kWeightSize + warp_column * kLd);
@@ -243,7 +251,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <class Config>
 void run_forward(ForwardArguments<typename Config::T> args) {
-  args.out_blocks = ceil_div(args.y.channels, Config::kOut);
+  args.out_blocks = static_cast<int>(ceil_div(args.y.channels, Config::kOut));
   const int64_t tiles = ceil_div(args.y.count(), Config::kWindows);
   launch<forward_kernel<Config>>({tiles * args.out_blocks, 1, kThreads, Config::kSharedBytes}, args);
 }
@@ -358,8 +366,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   // The thread's unit, and the first of its rows, every kGroups-th of a tile.
   const int unit = thread_index() % Config::kUnits * kUnit<T>;
-  const int group = thread_index() / Config::kUnits, columns = ins - unit;
-  float sum_g[kUnit<T>] = {}, sum_gx[kUnit<T>] = {};
+  const int place = Config::place(unit), columns = ins - unit;
+  const int group = thread_index() / Config::kUnits;
+  float sum_g[kUnit<T> / 4][4] = {}, sum_gx[kUnit<T> / 4][4] = {};
 
   const int64_t tile_count = (windows + kWindows - 1) / kWindows;
   for (int64_t tile = block_y(); tile < tile_count; tile += grid_y()) {
@@ -403,7 +412,6 @@ __global__ void __launch_bounds__(kThreads, 2)
                  0.25f * right);
     });
     sync_threads();
-    const int place = Config::place(unit);
     DENSE_EXT_UNROLL for (int i = 0; i < kWindows / kGroups; i++) {
       const int r = i * kGroups + group;
       load(i + 1);
@@ -413,23 +421,22 @@ __global__ void __launch_bounds__(kThreads, 2)
         store_global(reinterpret_cast<Bytes<16>*>(args.pooled.at(first + r) + first_in + unit),
                      window.template pooled<kPlane>(scale + place, shift + place));
       }
-      DENSE_EXT_UNROLL for (int c = 0; c < kUnit<T>; c += 4) {
-        const int four = place + c / 4 * kPlane;
+      DENSE_EXT_UNROLL for (int q = 0; q < kUnit<T> / 4; q++) {
         float m[4], s[4], t[4], d[4];
-        load_four(m, mean + four);
-        load_four(s, scale + four);
-        load_four(t, shift + four);
-        load_four(d, floats + r * kFloatLd + four);
+        load_four(m, mean + place + q * kPlane);
+        load_four(s, scale + place + q * kPlane);
+        load_four(t, shift + place + q * kPlane);
+        load_four(d, floats + r * kFloatLd + place + q * kPlane);
         DENSE_EXT_UNROLL for (auto& pixel : window.pixels) {
           float value[4];
-          widen<T>(value, pixel, c);
-          DENSE_EXT_UNROLL for (int j = 0; j < 4; j++) {
-            const float g = value[j] * s[j] + t[j] <= 0 ? 0.0f : d[j];
-            sum_g[c + j] += g;
-            sum_gx[c + j] += g * (value[j] - m[j]);
-            value[j] = s[j] * g;
+          widen<T>(value, pixel, q);
+          DENSE_EXT_UNROLL for (int i = 0; i < 4; i++) {
+            const float g = value[i] * s[i] + t[i] <= 0 ? 0.0f : d[i];
+            sum_g[q][i] += g;
+            sum_gx[q][i] += g * (value[i] - m[i]);
+            value[i] = s[i] * g;
           }
-          narrow<T>(pixel, c, value);
+          narrow<T>(pixel, q, value);
         }
       }
       window.store(args.grad_x, args.grad_x.at(load_shared(corners + r)) + first_in + unit, columns,
@@ -439,10 +446,10 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   // Sums over the threads with the same unit.
   sync_threads();
-  DENSE_EXT_UNROLL for (int j = 0; j < kUnit<T>; j++) {
-    float* to = floats + group * kFloatLd + Config::place(unit + j);
-    store_shared(to, sum_g[j]);
-    store_shared(to + kGroups * kFloatLd, sum_gx[j]);
+  DENSE_EXT_UNROLL for (int q = 0; q < kUnit<T> / 4; q++) {
+    float* const to = floats + group * kFloatLd + place + q * kPlane;
+    store_four(to, sum_g[q]);
+    store_four(to + kGroups * kFloatLd, sum_gx[q]);
   }
   sync_threads();
   const int sum = thread_index() / kIn, c = thread_index() % kIn;
@@ -472,7 +479,7 @@ template <class T>
 struct WeightArguments {
   Pixels<const T> grad, pooled;
   float* rows;  // [blocks, K C]
-  int64_t in_blocks;
+  int in_blocks;  // of kIn channels each
   int grad_bytes, pooled_bytes;
 };
 
@@ -501,8 +508,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   T* const tiles = shared.take<T>(kStages * Config::kStageSize);
 
   const int64_t windows = args.grad.count(), out = args.grad.channels, in = args.pooled.channels;
-  const int64_t first_out = block_x() / args.in_blocks * kOut;
-  const int64_t first_in = block_x() % args.in_blocks * kIn;
+  const int64_t first_out = int64_t{block_x() / args.in_blocks} * kOut;
+  const int64_t first_in = int64_t{block_x() % args.in_blocks} * kIn;
   const int outs = static_cast<int>(std::min(int64_t{kOut}, out - first_out));
   const int ins = static_cast<int>(std::min(int64_t{kIn}, in - first_in));
   const int warp_row = warp_index() / 2 * 32, warp_column = warp_index() % 2 * 64;
@@ -543,7 +550,7 @@ template <class Config>
 void run_weight(WeightArguments<typename Config::T> args, const Tensor& like,
                 const Weight<typename Config::T>& dw) {
   using T = typename Config::T;
-  args.in_blocks = ceil_div(dw.in, Config::kIn);
+  args.in_blocks = static_cast<int>(ceil_div(dw.in, Config::kIn));
   const int64_t columns = ceil_div(dw.out, Config::kOut) * args.in_blocks;
   const int64_t blocks = persistent_blocks(ceil_div(args.grad.count(), Config::kDepth), columns, 2,
                                            Config::kSharedBytes);
