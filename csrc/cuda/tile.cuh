@@ -83,6 +83,25 @@ __device__ __forceinline__ void store_tile(const T* tile, int ld, int columns, i
   });
 }
 
+// Calls compute(step) for each step, with what load(step) copies in shared memory and the next
+// kStages - 1 steps' copies under way: step % kStages says where. At the end the memory is free.
+template <int kStages, class Load, class Compute>
+__device__ __forceinline__ void pipeline(int64_t steps, const Load& load, const Compute& compute) {
+  for (int step = 0; step < kStages - 1; step++) {
+    if (step < steps) load(step);
+    copy_async_commit();
+  }
+  for (int64_t step = 0; step < steps; step++) {
+    copy_async_wait<kStages - 2>();
+    sync_threads();
+    if (step + kStages - 1 < steps) load(step + kStages - 1);
+    copy_async_commit();
+    compute(step);
+  }
+  copy_async_wait<0>();
+  sync_threads();
+}
+
 // Two neighbouring values of a tile, rounded to T.
 template <class T>
 __device__ __forceinline__ void store_pair(T* at, float x, float y) {
