@@ -153,6 +153,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <class Config>
 void run_forward(ForwardArguments<typename Config::T> args, const Tensor& like, float* mean,
                  float* var) {
+  static_assert(Config::kSharedBytes <= kSmallestSharedBytes);
   const int64_t out = args.z.channels, columns = ceil_div(out, Config::kOut);
   const int64_t blocks = persistent_blocks(ceil_div(args.x.count(), Config::kPixels), columns, 2,
                                            Config::kSharedBytes);
@@ -413,6 +414,7 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks)
 template <class Config>
 void run_backward(BackwardArguments<typename Config::T> args, const Tensor& like,
                   const Sums<typename Config::T>& sums) {
+  static_assert(Config::shared_bytes(1) <= kSmallestSharedBytes);
   const int64_t chunks = ceil_div(args.x.channels, Config::kIn);
   args.stages = Config::shared_bytes(2) <= current_device().shared_bytes ? 2 : 1;
   const int shared = Config::shared_bytes(args.stages);

@@ -55,13 +55,15 @@ struct ForwardArguments {
   int kept;  // chunks of the weight in shared memory: all, or one at a time
 };
 
-// A block makes kOut channels of patches of kPixels, a warp 32 pixels of them, stepping through B
-// in chunks of kDepth; while it computes one chunk, the next is on its way.
+// A block makes kOut channels of patches of kPixels, its warps a part of the pixels each, stepping
+// through B in chunks of kDepth; while it computes one chunk, the next is on its way.
 template <class Math_, int kOut_>
 struct Forward {
   using Math = Math_;
   using T = typename Math::T;
-  static constexpr int kThreads = 256, kPixels = 256, kBordered = 360, kOut = kOut_;
+  static constexpr int kThreads = 256, kWarpRows = sizeof(T) == 2 ? 2 : 1;  // fragments of a warp
+  static constexpr int kPixels = kThreads / kWarp * 16 * kWarpRows, kOut = kOut_;
+  static constexpr int kBordered = sizeof(T) == 2 ? 360 : 200;
   static constexpr int kBlocks = Math::kExact ? 1 : 2;  // of a multiprocessor, by registers
   static constexpr int kDepth = 64 / static_cast<int>(sizeof(T));
   static constexpr int kLd = padded<T>(kDepth), kOutLd = padded<T>(kOut);
@@ -98,10 +100,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   const int64_t first_out = int64_t{block_x()} * kOut;
   const int outs = static_cast<int>(std::min(int64_t{kOut}, args.y.channels - first_out));
   const int chunks = (in + kDepth - 1) / kDepth, line = patches.line();
-  const int warp_row = warp_index() * 32;
-  const RowFragment<T> rows[2] = {
-      RowFragment<T>([&](int r) { return patches.corner(warp_row + r) * kLd; }),
-      RowFragment<T>([&](int r) { return patches.corner(warp_row + 16 + r) * kLd; })};
+  constexpr int kWarpRows = Config::kWarpRows;
+  const int warp_row = warp_index() * 16 * kWarpRows;
+  const auto corner_row = [&](int i) {
+    return RowFragment<T>([&](int r) { return patches.corner(warp_row + 16 * i + r) * kLd; });
+  };
+  const RowFragment<T> rows[2] = {corner_row(0), corner_row(kWarpRows - 1)};
   const ColumnFragments<T> columns(kLd);
 
   // Where the pixels of a patch lie: known one patch ahead.
@@ -139,7 +143,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     const int64_t next = patch + grid_y();
     if (next < patch_count) locate(next, 1 - parity);
     const int* source = sources + parity * kBordered;
-    float y[2][kOut / 8][4] = {};
+    float y[kWarpRows][kOut / 8][4] = {};
     for (int chunk = 0; chunk < chunks; chunk++, stage = 1 - stage) {
       copy_async_wait<0>();
       sync_threads();
@@ -162,8 +166,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
         const T* shifted = z + (tap / 3 * line + tap % 3) * kLd;
         const T* of_tap = weight + tap * kOut * kLd;
         DENSE_EXT_UNROLL for (int k = 0; k < kDepth; k += Math::kDepth) {
-          uint32_t a[2][4];
-          DENSE_EXT_UNROLL for (int i = 0; i < 2; i++) rows[i].load(a[i], shifted + k);
+          uint32_t a[kWarpRows][4];
+          DENSE_EXT_UNROLL for (int i = 0; i < kWarpRows; i++) rows[i].load(a[i], shifted + k);
           DENSE_EXT_UNROLL for (int j = 0; j < kOut / 8; j += 2) {
             uint32_t b[2][2];
             columns.load(b[0], b[1], of_tap + 8 * j * kLd + k, kLd);
@@ -177,7 +181,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     // The last chunk's memory holds the patch of y now.
     T* const tile = stages + (1 - stage) * Config::kStageSize;
     const Position at;
-    DENSE_EXT_UNROLL for (int i = 0; i < 2; i++) {
+    DENSE_EXT_UNROLL for (int i = 0; i < kWarpRows; i++) {
       DENSE_EXT_UNROLL for (int j = 0; j < kOut / 8; j++) {
         T* to = tile + (warp_row + 16 * i + at.row) * Config::kOutLd + 8 * j + at.column;
         store_pair(to, y[i][j][0], y[i][j][1]);
@@ -212,6 +216,7 @@ void run_forward(ForwardArguments<typename Config::T> args, const Tensor& like, 
                  float* var) {
   const int64_t out = args.y.channels, columns = ceil_div(out, Config::kOut);
   const int64_t chunks = ceil_div(args.z.channels, Config::kDepth);
+  static_assert(Config::shared_bytes(1) <= kSmallestSharedBytes);
   const bool keep = Config::shared_bytes(chunks) <= current_device().shared_bytes;
   args.kept = static_cast<int>(keep ? chunks : 1);
   args.patches = patches_of(args.z, Config::kPixels, Config::kBordered);
@@ -287,7 +292,7 @@ struct Backward {
   using T = typename Math::T;
   static constexpr bool kNarrow = sizeof(T) == 2;
   static constexpr int kWarps = kNarrow ? 8 : 4, kThreads = kWarps * kWarp;
-  static constexpr int kPixels = 16 * kWarps, kBordered = kNarrow ? 200 : 112;
+  static constexpr int kPixels = 16 * kWarps, kBordered = kNarrow ? 200 : 104;
   static constexpr int kOut = kOut_, kIn = kWarps * 16 * 16 / kOut;
   static constexpr int kOutLd = padded<T>(kOut), kInLd = padded<T>(kIn);
   static constexpr int kDataWarps = kWarps / (kIn / 32);  // that share the pixels of da
@@ -587,7 +592,9 @@ void bn_relu_conv3x3_backward(const Tensor& grad, const Tensor& y, const Tensor&
         const bool fits = Wide::shared_bytes(1) <= current_device().shared_bytes;
         if (fits && ceil_div(out, 64) < ceil_div(out, 32)) return run_pieces(Wide{});
       }
-      run_pieces(Backward<Math, 32>{});
+      using Narrow = Backward<Math, 32>;
+      static_assert(Narrow::shared_bytes(1) <= kSmallestSharedBytes);
+      run_pieces(Narrow{});
     });
   });
 }

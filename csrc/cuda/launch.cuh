@@ -64,6 +64,9 @@ class OnDeviceOf {
 #endif
 };
 
+// What a block may have on every GPU from compute capability 8.0 on; 8.6's and 12.0's have no more.
+constexpr int kSmallestSharedBytes = 99 << 10;
+
 struct Launch {
   int64_t x, y;
   int threads;
