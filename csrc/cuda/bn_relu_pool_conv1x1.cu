@@ -149,7 +149,6 @@ struct ForwardArguments {
   const float *scale, *shift;  // [C]
   Weight<const T> weight;      // [K, C]
   Pixels<T> y;
-  int out_blocks;  // blocks side by side, of kOut channels of y each
   int x_bytes, weight_bytes, y_bytes;
 };
 
@@ -185,21 +184,15 @@ __global__ void __launch_bounds__(kThreads, 2)
   T* const pooled = weights + kStages * Config::kWeightSize;
   float* const vectors = shared.take<float>(kStages * 2 * kDepth);
 
-  const int64_t first = int64_t{block_x() / args.out_blocks} * kWindows;
-  const int first_out = block_x() % args.out_blocks * kOut;
-  const int rows = static_cast<int>(std::min(int64_t{kWindows}, args.y.count() - first));
+  const int first_out = block_x() * kOut;
   const int outs = std::min(kOut, static_cast<int>(args.y.channels) - first_out);
   const int in = static_cast<int>(args.x.channels), steps = (in + kDepth - 1) / kDepth;
 
-  // The thread's row of p, whose window beyond the last is the last, and its unit of each step.
-  const int row = thread_index() / Config::kUnits;
-  const int unit = thread_index() % Config::kUnits * kUnit<T>;
-  const T* const corner = args.x.at(corner_of(args.x, first + std::min(row, rows - 1))) + unit;
-  Window<T> window;
-  const auto load_x = [&](int step) {
-    const int c = step * kDepth;
-    window.load(args.x, corner + c, in - c - unit, args.x_bytes);
-  };
+  constexpr int kWarpRows = 2, kWarpColumns = kOut / 32;  // fragments of a warp
+  const int warp_row = warp_index() / 4 * 32, warp_column = warp_index() % 4 * (kOut / 4);
+  const RowFragment<T> p_rows([&](int r) { return (warp_row + r) * kLd; });
+  const ColumnFragments<T> weight_columns(kLd);
+
   const auto copy_weight = [&](int step) {
     const int c = step * kDepth;
     copy_tile<kOut, kDepth, kThreads>(
@@ -212,53 +205,66 @@ __global__ void __launch_bounds__(kThreads, 2)
     copy_vector<kDepth, kThreads>(vector + kDepth, args.shift, c, in);
     copy_async_commit();
   };
-  const auto pool = [&](int step) {
-    const float* vector = vectors + step % kStages * 2 * kDepth + unit;
-    T* const to = pooled + step % 2 * Config::kPooledSize + row * kLd + unit;
-    store_shared(reinterpret_cast<Bytes<16>*>(to),
-                 window.template pooled<4>(vector, vector + kDepth));
-  };
 
-  constexpr int kWarpRows = 2, kWarpColumns = kOut / 32;  // fragments of a warp
-  const int warp_row = warp_index() / 4 * 32, warp_column = warp_index() % 4 * (kOut / 4);
-  const RowFragment<T> p_rows([&](int r) { return (warp_row + r) * kLd; });
-  const ColumnFragments<T> weight_columns(kLd);
+  // The thread's row of p and its unit of each step.
+  const int row = first_access<Config::kUnits>() / Config::kUnits;
+  const int unit = thread_index() % Config::kUnits * kUnit<T>;
 
-  float y[kWarpRows][kWarpColumns][4] = {};
-  load_x(0);
-  copy_weight(0);
-  if (steps > 1) copy_weight(1);
-  copy_async_wait<0>();
-  sync_threads();
-  pool(0);
-  for (int step = 0; step < steps; step++) {
+  const int64_t windows = args.y.count(), tile_count = (windows + kWindows - 1) / kWindows;
+  for (int64_t tile = block_y(); tile < tile_count; tile += grid_y()) {
+    const int64_t first = tile * kWindows;
+    const int rows = static_cast<int>(std::min(int64_t{kWindows}, windows - first));
+    // Rows beyond the last are of the last window.
+    const T* const corner = args.x.at(corner_of(args.x, first + std::min(row, rows - 1))) + unit;
+    Window<T> window;
+    const auto load_x = [&](int step) {
+      const int c = step * kDepth;
+      window.load(args.x, corner + c, in - c - unit, args.x_bytes);
+    };
+    const auto pool = [&](int step) {
+      const float* vector = vectors + step % kStages * 2 * kDepth + unit;
+      T* const to = pooled + step % 2 * Config::kPooledSize + row * kLd + unit;
+      store_shared(reinterpret_cast<Bytes<16>*>(to),
+                   window.template pooled<4>(vector, vector + kDepth));
+    };
+
+    float y[kWarpRows][kWarpColumns][4] = {};
+    load_x(0);
+    copy_weight(0);
+    if (steps > 1) copy_weight(1);
     copy_async_wait<0>();
     sync_threads();
-    if (step + 2 < steps) copy_weight(step + 2);
-    if (step + 1 < steps) load_x(step + 1);
-    multiply_tiles<Math, kDepth, kLd, kLd>(
-        y, p_rows, pooled + step % 2 * Config::kPooledSize, weight_columns,
-        weights + step % kStages * Config::kWeightSize + warp_column * kLd);
-    if (step + 1 < steps) pool(step + 1);
-  }
-  sync_threads();
+    pool(0);
+    for (int step = 0; step < steps; step++) {
+      copy_async_wait<0>();
+      sync_threads();
+      if (step + 2 < steps) copy_weight(step + 2);
+      if (step + 1 < steps) load_x(step + 1);
+      multiply_tiles<Math, kDepth, kLd, kLd>(
+          y, p_rows, pooled + step % 2 * Config::kPooledSize, weight_columns,
+          weights + step % kStages * Config::kWeightSize + warp_column * kLd);
+      if (step + 1 < steps) pool(step + 1);
+    }
+    sync_threads();
 
-  // The memory of W and p holds the tile of y now.
-  for_pairs(y, [&](int r, int c, float left, float right) {
-    store_pair(weights + (warp_row + r) * Config::kOutLd + warp_column + c, left, right);
-  });
-  sync_threads();
-  store_tile<kWindows, kOut, kThreads>(weights, Config::kOutLd, outs, args.y_bytes, [&](int r) {
-    return r < rows ? args.y.at(first + r) + first_out : nullptr;
-  });
+    // The memory of W and p holds the tile of y now.
+    for_pairs(y, [&](int r, int c, float left, float right) {
+      store_pair(weights + (warp_row + r) * Config::kOutLd + warp_column + c, left, right);
+    });
+    sync_threads();
+    store_tile<kWindows, kOut, kThreads>(weights, Config::kOutLd, outs, args.y_bytes, [&](int r) {
+      return r < rows ? args.y.at(first + r) + first_out : nullptr;
+    });
+    sync_threads();
+  }
 }
 
 template <class Config>
-void run_forward(ForwardArguments<typename Config::T> args) {
-  args.out_blocks = static_cast<int>(ceil_div(args.y.channels, Config::kOut));
-  const int64_t tiles = ceil_div(args.y.count(), Config::kWindows);
-  launch<forward_kernel<Config>>({tiles * args.out_blocks, 1, kThreads, Config::kSharedBytes},
-                                 args);
+void run_forward(const ForwardArguments<typename Config::T>& args) {
+  const int64_t columns = ceil_div(args.y.channels, Config::kOut);
+  const int64_t blocks = persistent_blocks(ceil_div(args.y.count(), Config::kWindows), columns, 2,
+                                           Config::kSharedBytes);
+  launch<forward_kernel<Config>>({columns, blocks, kThreads, Config::kSharedBytes}, args);
 }
 
 void bn_relu_pool_conv1x1_forward(const Tensor& x, const Tensor& scale, const Tensor& shift,
@@ -281,7 +287,6 @@ void bn_relu_pool_conv1x1_forward(const Tensor& x, const Tensor& scale, const Te
         .shift = shifts,
         .weight = weights,
         .y = ys,
-        .out_blocks = 0,
         .x_bytes = AccessBytes().add(xs),
         .weight_bytes = AccessBytes().add(weights.data, in, weights.out_stride),
         .y_bytes = AccessBytes().add(ys)};

@@ -7,12 +7,22 @@
 
 namespace dense_ext {
 
+// A thread's first access to a tile of kUnits accesses a row. Four threads to a row of 64 bytes
+// leave banks for another four: not of the next row, which padding moves by 80 bytes, but of the
+// row four further on.
+template <int kUnits>
+__device__ __forceinline__ int first_access() {
+  const int i = thread_index(), row = i / kUnits;
+  return kUnits == 4 ? (row / 8 * 8 + row % 2 * 4 + row % 8 / 2) * kUnits + i % kUnits : i;
+}
+
 // Calls body(row, column, valid) for each access of kBytes to a tile of kRows x kColumns.
 template <class T, int kBytes, int kRows, int kColumns, int kThreads, class Body>
 __device__ __forceinline__ void for_accesses(int columns, const Body& body) {
   constexpr int kElements = kBytes / static_cast<int>(sizeof(T)), kUnits = kColumns / kElements;
+  static_assert(kUnits != 4 || kRows % 8 == 0);
   // Addresses of several accesses at once would cost the products' registers.
-  DENSE_EXT_NO_UNROLL for (int i = thread_index(); i < kRows * kUnits; i += kThreads) {
+  DENSE_EXT_NO_UNROLL for (int i = first_access<kUnits>(); i < kRows * kUnits; i += kThreads) {
     const int column = i % kUnits * kElements;
     body(i / kUnits, column, column < columns);
   }
