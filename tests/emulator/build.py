@@ -17,7 +17,15 @@ ROOT = HERE.parent.parent
 CUDA = ROOT / "csrc" / "cuda"
 
 NAMESPACE = "dense_ext_emulator"
-FLAGS = ("-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall")
+FLAGS = (
+    "-std=c++20",
+    "-O2",
+    "-g1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-ftrivial-auto-var-init=pattern",  # registers begin with a value that shows
+)
 # As setup.py's for nvcc, but on CPU tensors. The module's own file is not of the stable ABI.
 KERNEL_FLAGS = (
     "-DDENSE_EXT_EMULATOR",

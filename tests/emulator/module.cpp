@@ -1,6 +1,7 @@
 // What tests set and read of the emulator, as a Python module.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "emulator.h"
 
