@@ -1,19 +1,22 @@
-"""Every primitive's cases, by name, and a program that runs them through some build of the kernels.
+"""Every primitive's cases and sizes; as a program, they run through a sanitized build of the kernels.
 
-As a program, for what a sanitizer ends: python -m tests.cuda.cases LIBRARY NAMESPACE [PRIMITIVE...]
+A sanitizer ends the process at the first thing it finds, hence a process for it.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from dense_ext.backends.base import Backend
 from dense_ext.backends.cuda import STORAGE_DTYPES
 
 from ..emulator import Emulator
+from ..emulator.build import ROOT, SANITIZE, build
 from ..primitives import (
     test_affine_gradient,
     test_batch_norm,
@@ -22,16 +25,60 @@ from ..primitives import (
     test_bn_relu_maxpool,
     test_channel_stats,
 )
-from ..primitives.common import MakeCase, Size
-from ..primitives.harness import Maker, check_values
+from ..primitives.common import MakeCase, PrimitiveTests
+from ..primitives.harness import ALIGNED, GUARD, Maker, check_values
 
 CPU = torch.device("cpu")
-CONV1X1 = test_bn_relu_conv1x1.TestBnReluConv1x1
-CONV3X3 = test_bn_relu_conv3x3.TestBnReluConv3x3
-GROUPS = [
+GROUPS: list[type[PrimitiveTests]] = [
     test_affine_gradient.TestAffineGradient,
-    CONV1X1,
-    CONV3X3,
+    test_bn_relu_conv1x1.TestBnReluConv1x1,
+    test_bn_relu_conv3x3.TestBnReluConv3x3,
     test_bn_relu_maxpool.TestBnReluMaxpool,
     test_channel_stats.TestChannelStats,
 ]
+CASES: list[tuple[MakeCase, list[Any]]] = [
+    *((case, [*group.sizes, group.large]) for group in GROUPS for case in group.cases),
+    *((case, test_batch_norm.CHANNELS) for case in test_batch_norm.CASES),
+]
+# A sanitized build at -O2 takes twice as long and finds the same.
+SANITIZED = (*SANITIZE, "-O1")
+
+
+def run_sanitized(primitives: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the cases of the primitives whose names begin so through a build with these options."""
+    namespace = options.setdefault("namespace", "dense_ext_sanitized")
+    library = build(flags=SANITIZED, **options)
+    # What a library of Python's must find in the process before all others.
+    preloaded = (_compilers_file("libasan.so"), _compilers_file("libstdc++.so"))
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(preloaded),
+        # Python leaves memory to its end; fibers have no fake stacks.
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    command = [sys.executable, "-m", __name__, str(library), namespace, primitives]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def _compilers_file(name: str) -> str:
+    compiler = os.environ.get("CXX", "g++")
+    return subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
+
+
+def main(library: str, namespace: str, primitives: str) -> None:
+    torch.backends.cudnn.allow_tf32 = False
+    gpu = Emulator(Path(library), namespace)
+    gpu.reset(multiprocessors=1)  # several tiles a block
+    for make, sizes in CASES:
+        for dtype in STORAGE_DTYPES:
+            for size in sizes:
+                for guard in (GUARD, ALIGNED):
+                    case = make(Maker(dtype, CPU, guard=guard), size)
+                    if case.primitive.startswith(primitives):
+                        print(case.primitive, dtype, size, guard, flush=True)
+                        check_values(gpu.backend, case)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
