@@ -38,6 +38,11 @@ class PrimitiveTests:
         channels = (-(-c // ALIGNED) * ALIGNED for c in self.small[3:])
         check_values(backend, case(maker(dtype, guard=ALIGNED), (*self.small[:3], *channels)))
 
+    def test_tf32(self, backend: Backend, maker: MakeMaker, case: MakeCase) -> None:
+        """Where PyTorch's own convolutions may round float32 to tf32, products may."""
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+            check_values(backend, case(maker(torch.float32), self.small))
+
     def test_threads(self, backend: Backend, maker: MakeMaker, threads: int, case: MakeCase) -> None:
         for size in (self.small, self.large):
             check_values(backend, case(maker(torch.float32), size))
