@@ -17,7 +17,15 @@ ROOT = HERE.parent.parent
 CUDA = ROOT / "csrc" / "cuda"
 
 NAMESPACE = "dense_ext_emulator"
-FLAGS = ("-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall")
+FLAGS = (
+    "-std=c++20",
+    "-O2",
+    "-g1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-ftrivial-auto-var-init=pattern",  # registers begin with a value that shows
+)
 # As setup.py's for nvcc, but on CPU tensors. The module's own file is not of the stable ABI.
 KERNEL_FLAGS = (
     "-DDENSE_EXT_EMULATOR",
@@ -47,19 +55,22 @@ def build(
     folders = [torch_folder / "include", sysconfig.get_paths()["include"], HERE, cuda.parent]
     compiler = [os.environ.get("CXX", "g++"), *FLAGS, *flags]
     including = [f"-I{folder}" for folder in folders]
-    headers = [*(ROOT / "csrc").glob("*.h"), *cuda.glob("*.cuh"), *HERE.glob("*.h")]
-    common = hashlib.sha256(" ".join((*compiler, *KERNEL_FLAGS, namespace, torch.__version__)).encode())
-    for header in sorted(headers, key=lambda path: path.name):
-        common.update(header.read_bytes())
+    headers = sorted(HERE.glob("*.h"))
+    kernel_headers = [*headers, *sorted((ROOT / "csrc").glob("*.h")), *sorted(cuda.glob("*.cuh"))]
     results = ROOT / "build" / "emulator"
     results.mkdir(parents=True, exist_ok=True)
 
     def compiled(source: Path) -> Path:
-        key = common.copy()
-        key.update(source.read_bytes())
+        """The object file, whose name is of all that went into it, so that builds share what they can."""
+        is_kernel = source.parent != HERE
+        options = [*compiler, *(KERNEL_FLAGS if is_kernel else ())]
+        if b"DENSE_EXT_NAMESPACE" in source.read_bytes():
+            options.append(f"-DDENSE_EXT_NAMESPACE={namespace}")
+        key = hashlib.sha256(" ".join((*options, torch.__version__)).encode())
+        for path in (*(kernel_headers if is_kernel else headers), source):
+            key.update(path.read_bytes())
         target = results / f"{source.stem}-{key.hexdigest()[:16]}.o"
-        own = () if source.parent == HERE else (*KERNEL_FLAGS, f"-DDENSE_EXT_NAMESPACE={namespace}")
-        _make(target, [*compiler, *including, *own, "-x", "c++", "-c", str(source)])
+        _make(target, [*options, *including, "-x", "c++", "-c", str(source)])
         return target
 
     sources = [

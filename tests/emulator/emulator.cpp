@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <string>
 #include <tuple>
 #include <unordered_set>
@@ -38,7 +39,10 @@ class Random {
   uint64_t state_;
 };
 
+constexpr Place kEnd = {"the end of the kernel", 0};
+
 std::string text(Place place) {
+  if (place == kEnd) return place.file;
   const char* name = std::strrchr(place.file, '/');
   return std::string(name ? name + 1 : place.file) + ":" + std::to_string(place.line);
 }
@@ -56,21 +60,22 @@ struct Thread {
   int index = 0;
   Place place = {};                      // where it waits
   void* mine = nullptr;                  // for the other lanes of its warp
-  int arrays = 0;
   std::deque<std::vector<Copy>> groups;  // of copies under way; the last is not committed
-  std::map<std::pair<const char*, unsigned>, int> accesses;  // times it came by a place
-};
-
-// A bit for each lane.
-struct Warp {
-  uint32_t all = 0, ready = 0, together = 0;
 };
 
 struct Access {
+  int lane;
   const void* p;
   int bytes;
 };
-using Request = std::tuple<int, const char*, unsigned, int, bool>;  // warp, place, time, is shared
+
+struct Warp {
+  uint32_t all = 0, ready = 0, together = 0;  // a bit for each lane
+  // Since its lanes were last together: by place, whether the memory is shared, and the lane's
+  // how-many-th access of that kind there. Lanes are taken to access together at the same count.
+  std::map<std::tuple<const char*, unsigned, bool, size_t>, std::vector<Access>> requests;
+  std::map<std::tuple<const char*, unsigned, bool, int>, size_t> times;  // by lane
+};
 
 // One block at a time runs, on this thread.
 struct Block {
@@ -85,7 +90,6 @@ struct Block {
   int64_t reserved = 0;
   std::exception_ptr error;
   Random random{0};
-  std::map<Request, std::vector<Access>> requests;
 };
 Block block;
 Fiber scheduler;
@@ -114,27 +118,29 @@ void thread_main() {
     block.error = std::current_exception();
   }
   block.done++;
-  wait({"the end", 0});
+  wait(kEnd);
 }
 
 // --- accesses ------------------------------------------------------------------------------------
 
 void record(const void* p, int bytes, bool shared, Place place) {
-  Thread& self = *block.running;
-  const int time = self.accesses[{place.file, place.line}]++;
-  block.requests[{self.index / kWarp, place.file, place.line, time, shared}].push_back({p, bytes});
+  Warp& warp = warp_of(*block.running);
+  const int lane = block.running->index % kWarp;
+  const size_t time = warp.times[{place.file, place.line, shared, lane}]++;
+  warp.requests[{place.file, place.line, shared, time}].push_back({lane, p, bytes});
 }
 
 // Passes a warp's access to shared memory takes beyond those its bytes need: of the words in one
 // bank, one is served at a time. Eight lanes at a time for 16-byte accesses, sixteen for 8.
 int conflicts(const std::vector<Access>& accesses) {
-  const size_t at_once = 128 / std::max(4, accesses.front().bytes);
+  const int at_once = 128 / std::max(4, accesses.front().bytes);
   int extra = 0;
-  for (size_t first = 0; first < accesses.size(); first += at_once) {
+  for (int first = 0; first < kWarp; first += at_once) {
     std::array<std::unordered_set<uintptr_t>, 32> banks;
-    for (size_t i = first; i < std::min(first + at_once, accesses.size()); i++) {
-      const auto address = reinterpret_cast<uintptr_t>(accesses[i].p);
-      for (uintptr_t word = address / 4; word <= (address + accesses[i].bytes - 1) / 4; word++) {
+    for (const Access& access : accesses) {
+      if (access.lane / at_once != first / at_once) continue;
+      const auto address = reinterpret_cast<uintptr_t>(access.p);
+      for (uintptr_t word = address / 4; word <= (address + access.bytes - 1) / 4; word++) {
         banks[word % 32].insert(word);
       }
     }
@@ -145,72 +151,99 @@ int conflicts(const std::vector<Access>& accesses) {
   return extra;
 }
 
-void count_requests() {
-  for (const auto& [request, accesses] : block.requests) {
-    if (std::get<4>(request)) {
+void count_requests(Warp& warp) {
+  for (const auto& [request, accesses] : warp.requests) {
+    const auto& [file, line, shared, time] = request;
+    if (shared) {
       counters().shared_requests++;
-      counters().bank_conflicts += conflicts(accesses);
+      if (const int extra = conflicts(accesses))
+        counters().bank_conflicts[text({file, line})] += extra;
       continue;
     }
     std::unordered_set<uintptr_t> sectors;
     for (const Access& access : accesses) {
       const auto address = reinterpret_cast<uintptr_t>(access.p);
-      for (uintptr_t s = address / 32; s <= (address + access.bytes - 1) / 32; s++) sectors.insert(s);
+      for (uintptr_t s = address / 32; s <= (address + access.bytes - 1) / 32; s++)
+        sectors.insert(s);
     }
     counters().global_requests++;
     counters().global_sectors += static_cast<int64_t>(sectors.size());
   }
-  block.requests.clear();
+  warp.requests.clear();
+  warp.times.clear();
 }
 
 // --- the scheduler -------------------------------------------------------------------------------
 
-std::vector<int> draw_order(int warps) {
-  std::vector<int> order(warps);
-  for (int i = 0; i < warps; i++) order[i] = i;
-  if (settings().order == Order::kLast) std::reverse(order.begin(), order.end());
-  if (settings().order == Order::kRandom) {
-    for (int i = warps - 1; i > 0; i--) std::swap(order[i], order[block.random.next() % (i + 1)]);
+// Who runs first of those who can.
+struct Ahead {
+  std::vector<int> warps;
+  bool last_lane;
+
+  Ahead() : warps(block.warps.size()), last_lane(settings().order == Order::kLast) {
+    std::iota(warps.begin(), warps.end(), 0);
+    if (last_lane) std::reverse(warps.begin(), warps.end());
+    if (settings().order == Order::kRandom) {
+      for (size_t i = warps.size() - 1; i > 0; i--)
+        std::swap(warps[i], warps[block.random.next() % (i + 1)]);
+      last_lane = block.random.chance(0.5);
+    }
   }
-  return order;
-}
+
+  // The thread to run next; null if all wait.
+  Thread* next() const {
+    for (const int warp : warps) {
+      const uint32_t ready = block.warps[warp].ready;
+      if (ready == 0) continue;
+      const int lane = last_lane ? kWarp - 1 - std::countl_zero(ready) : std::countr_zero(ready);
+      return block.threads[warp * kWarp + lane].get();
+    }
+    return nullptr;
+  }
+};
 
 [[noreturn]] void deadlock() {
   std::map<std::string, int> waiting;
   for (const auto& thread : block.threads) waiting[text(thread->place)]++;
   std::string where;
-  for (const auto& [place, threads] : waiting) where += " " + std::to_string(threads) + " at " + place + ";";
+  for (const auto& [place, threads] : waiting)
+    where += " " + std::to_string(threads) + " at " + place + ";";
   fail("threads wait for each other:" + where);
   std::abort();
 }
 
+// What a barrier does once all have come.
+void open_barrier() {
+  block.at_barrier = 0;
+  counters().barriers++;
+  for (Warp& warp : block.warps) {
+    warp.ready = warp.all;
+    count_requests(warp);
+  }
+}
+
 void run_block() {
-  const int warps = static_cast<int>(block.warps.size());
-  std::vector<int> order = draw_order(warps);
+  Ahead ahead;
   while (block.done < block.grid->threads) {
-    const auto next = std::find_if(order.begin(), order.end(), [](int w) { return block.warps[w].ready != 0; });
-    if (next == order.end()) {
+    block.running = ahead.next();
+    if (!block.running) {
       if (block.at_barrier < block.grid->threads) deadlock();
-      block.at_barrier = 0;
-      for (Warp& warp : block.warps) warp.ready = warp.all;
-      counters().barriers++;
-      order = draw_order(warps);
+      open_barrier();
+      ahead = Ahead();
       continue;
     }
-    const int lane = std::countr_zero(block.warps[*next].ready);
-    block.running = block.threads[*next * kWarp + lane].get();
     running.thread = block.running->index;
     switch_fiber(scheduler, block.running->fiber);
     if (block.error) std::rethrow_exception(block.error);
-    if (block.random.chance(kRedraw)) order = draw_order(warps);
+    if (block.random.chance(kRedraw)) ahead = Ahead();
   }
+  for (Warp& warp : block.warps) count_requests(warp);
 }
 
 void start_block() {
   block.arrays.clear();
   block.reserved = 0;
   block.error = nullptr;
-  block.requests.clear();
   block.at_barrier = block.done = 0;
   block.warps.assign((block.grid->threads + kWarp - 1) / kWarp, {});
   while (block.threads.size() < static_cast<size_t>(block.grid->threads)) {
@@ -221,9 +254,7 @@ void start_block() {
     Thread& thread = *block.threads[i];
     thread.index = i;
     warp_of(thread).all = warp_of(thread).ready |= bit_of(thread);
-    thread.arrays = 0;
     thread.groups.assign(1, {});
-    thread.accesses.clear();
     thread.fiber.start(kStackBytes, thread_main);
   }
 }
@@ -242,7 +273,8 @@ Counters& counters() {
 Coordinates running;
 
 void run(const Grid& grid, const std::function<void()>& kernel) {
-  if (grid.x <= 0 || grid.y <= 0 || grid.y > 65535) fail("grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y));
+  if (grid.x <= 0 || grid.y <= 0 || grid.y > 65535)
+    fail("grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y));
   if (grid.threads <= 0 || grid.threads > 1024) fail("block of " + std::to_string(grid.threads));
   if (grid.shared_bytes > settings().shared_bytes) {
     fail(std::to_string(grid.shared_bytes) + " bytes of shared memory asked for");
@@ -259,7 +291,6 @@ void run(const Grid& grid, const std::function<void()>& kernel) {
     for (running.block_x = 0; running.block_x < grid.x; running.block_x++) {
       start_block();
       run_block();
-      if (settings().count) count_requests();
       counters().blocks++;
     }
   }
@@ -280,7 +311,8 @@ void together(void* mine, void (*body)(void* const*), Place place) {
   const int first = self.index / kWarp * kWarp;
   if (warp.together != 0) {
     const Place other = block.threads[first + std::countr_zero(warp.together)]->place;
-    if (!(other == place)) fail("lanes of a warp act together at " + text(other) + " and " + text(place));
+    if (!(other == place))
+      fail("lanes of a warp act together at " + text(other) + " and " + text(place));
   }
   self.mine = mine;
   warp.together |= bit_of(self);
@@ -290,6 +322,7 @@ void together(void* mine, void (*body)(void* const*), Place place) {
   body(of_lanes);
   warp.together = 0;
   warp.ready = warp.all;
+  count_requests(warp);
 }
 
 void load_matrices(uint32_t (&r)[4], const void* row, bool transposed, Place place) {
@@ -311,7 +344,8 @@ void load_matrices(uint32_t (&r)[4], const void* row, bool transposed, Place pla
             uint16_t pair[2];
             for (int e = 0; e < 2; e++) {
               const int down = i / 4, across = 2 * (i % 4) + e;
-              pair[e] = m.transposed ? rows[8 * matrix + across][down] : rows[8 * matrix + down][across];
+              pair[e] =
+                  m.transposed ? rows[8 * matrix + across][down] : rows[8 * matrix + down][across];
             }
             std::memcpy(&m.r[matrix], pair, 4);
           }
@@ -350,7 +384,8 @@ void multiply_accumulate(int kind, float* c, const uint32_t* a, const uint32_t* 
             if (kind == 2) {
               a[row][t + 4 * (r / 2)] = element(kind, at(i).a[r], 0);
             } else {
-              for (int e = 0; e < 2; e++) a[row][2 * t + e + 8 * (r / 2)] = element(kind, at(i).a[r], e);
+              for (int e = 0; e < 2; e++)
+                a[row][2 * t + e + 8 * (r / 2)] = element(kind, at(i).a[r], e);
             }
           }
           for (int r = 0; r < 2; r++) {
@@ -375,13 +410,14 @@ void multiply_accumulate(int kind, float* c, const uint32_t* a, const uint32_t* 
 
 void* shared_array(int index, int64_t bytes, int64_t reserved) {
   if (index < static_cast<int>(block.arrays.size())) {
-    if (block.arrays[index].second != bytes) fail("threads ask for shared memory in different orders");
+    if (block.arrays[index].second != bytes)
+      fail("threads ask for shared memory in different orders");
     return block.arrays[index].first.get();
   }
   block.reserved += reserved;
   if (block.reserved > block.grid->shared_bytes) {
-    fail("the block takes " + std::to_string(block.reserved) + " bytes of shared memory, launched with " +
-         std::to_string(block.grid->shared_bytes));
+    fail("the block takes " + std::to_string(block.reserved) +
+         " bytes of shared memory, launched with " + std::to_string(block.grid->shared_bytes));
   }
   // The bytes and no more, from where bank 0 is.
   void* memory = nullptr;
@@ -392,7 +428,8 @@ void* shared_array(int index, int64_t bytes, int64_t reserved) {
 }
 
 void copy_async(void* shared, const void* global, int bytes, bool valid, Place place) {
-  if (reinterpret_cast<uintptr_t>(shared) % bytes || (valid && reinterpret_cast<uintptr_t>(global) % bytes)) {
+  if (reinterpret_cast<uintptr_t>(shared) % bytes ||
+      (valid && reinterpret_cast<uintptr_t>(global) % bytes)) {
     fail("copy not aligned at " + text(place));
   }
   if (valid) global_access(global, bytes, false, place);

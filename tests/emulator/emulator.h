@@ -7,8 +7,10 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <source_location>
 #include <stdexcept>
+#include <string>
 #include <type_traits>
 
 namespace dense_ext::emulator {
@@ -64,7 +66,8 @@ V shuffle(V value, int lane, Place place) {
       [](void* const* lanes) {
         for (int i = 0; i < 32; i++) {
           Mine& m = *static_cast<Mine*>(lanes[i]);
-          if (m.lane < 0 || m.lane >= 32) throw std::runtime_error("shuffle from a lane outside the warp");
+          if (m.lane < 0 || m.lane >= 32)
+            throw std::runtime_error("shuffle from a lane outside the warp");
           m.result = static_cast<Mine*>(lanes[m.lane])->value;
         }
       },
@@ -77,7 +80,8 @@ void load_matrices(uint32_t (&r)[4], const void* row, bool transposed, Place pla
 // `kind`: 0 for bfloat16, 1 for half, 2 for tf32.
 void multiply_accumulate(int kind, float* c, const uint32_t* a, const uint32_t* b, Place place);
 template <class T>
-void multiply_accumulate(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Place place) {
+void multiply_accumulate(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                         Place place) {
   if constexpr (sizeof(T) == 4) {
     multiply_accumulate(2, c, a, b, place);
   } else {
@@ -122,7 +126,8 @@ struct Counters {
   int64_t launches = 0, blocks = 0, barriers = 0, products = 0;
   int64_t global_loads = 0, global_stores = 0;      // bytes
   int64_t global_requests = 0, global_sectors = 0;  // of a warp; 32 bytes each
-  int64_t shared_requests = 0, bank_conflicts = 0;  // extra passes of a warp's access
+  int64_t shared_requests = 0;                      // of a warp
+  std::map<std::string, int64_t> bank_conflicts;    // extra passes of such requests, by their place
   int64_t shared_bytes = 0;                         // the most a launch asked for
 };
 Counters& counters();

@@ -1,23 +1,25 @@
 // What tests set and read of the emulator, as a Python module.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "emulator.h"
 
 namespace py = pybind11;
 
+// Local, so that a process can have several builds.
 PYBIND11_MODULE(_emulator, m) {
-  py::enum_<emulator::Order>(m, "Order")
+  py::enum_<emulator::Order>(m, "Order", py::module_local())
       .value("RANDOM", emulator::Order::kRandom)
       .value("FIRST", emulator::Order::kFirst)
       .value("LAST", emulator::Order::kLast);
-  py::class_<emulator::Settings>(m, "Settings")
+  py::class_<emulator::Settings>(m, "Settings", py::module_local())
       .def_readwrite("seed", &emulator::Settings::seed)
       .def_readwrite("order", &emulator::Settings::order)
       .def_readwrite("multiprocessors", &emulator::Settings::multiprocessors)
       .def_readwrite("shared_bytes", &emulator::Settings::shared_bytes)
       .def_readwrite("count", &emulator::Settings::count);
-  py::class_<emulator::Counters>(m, "Counters")
+  py::class_<emulator::Counters>(m, "Counters", py::module_local())
       .def_readonly("launches", &emulator::Counters::launches)
       .def_readonly("blocks", &emulator::Counters::blocks)
       .def_readonly("barriers", &emulator::Counters::barriers)

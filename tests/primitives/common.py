@@ -9,7 +9,7 @@ import torch
 
 from dense_ext.backends.base import Backend
 
-from .harness import Case, Maker, check_op, check_repeats, check_values
+from .harness import ALIGNED, Case, Maker, check_op, check_repeats, check_values
 
 Size = tuple[int, ...]
 MakeCase = Callable[..., Case]
@@ -32,6 +32,16 @@ class PrimitiveTests:
         self, backend: Backend, maker: MakeMaker, dtype: torch.dtype, case: MakeCase, size: Size
     ) -> None:
         check_values(backend, case(maker(dtype), size))
+
+    def test_aligned(self, backend: Backend, maker: MakeMaker, dtype: torch.dtype, case: MakeCase) -> None:
+        """Pixels that begin at 16 bytes, as a model's do: accesses may be as wide."""
+        channels = (-(-c // ALIGNED) * ALIGNED for c in self.small[3:])
+        check_values(backend, case(maker(dtype, guard=ALIGNED), (*self.small[:3], *channels)))
+
+    def test_tf32(self, backend: Backend, maker: MakeMaker, case: MakeCase) -> None:
+        """Where PyTorch's own convolutions may round float32 to tf32, products may."""
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+            check_values(backend, case(maker(torch.float32), self.small))
 
     def test_threads(self, backend: Backend, maker: MakeMaker, threads: int, case: MakeCase) -> None:
         for size in (self.small, self.large):

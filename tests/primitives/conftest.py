@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -54,11 +55,11 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 def maker(backend: Backend, device: torch.device) -> Callable[..., Maker]:
     """Makes a Maker for a dtype, or skips with the reason why the backend doesn't run it."""
 
-    def make(dtype: torch.dtype, special: bool = False) -> Maker:
+    def make(dtype: torch.dtype, **options: Any) -> Maker:
         for primitive in PRIMITIVES:
             if reason := backend.can_run(primitive, device, dtype):
                 pytest.skip(f"{backend.name}: {reason}")
-        return Maker(dtype, device, special)
+        return Maker(dtype, device, **options)
 
     return make
 

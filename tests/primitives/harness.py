@@ -16,12 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dense_ext.backends.base import Backend, accumulate_dtype
+from dense_ext.backends.base import Backend, accumulate_dtype, tf32_allowed
 from dense_ext.backends.compiled import CompiledBackend
 from dense_ext.backends.reference import ReferenceBackend
 
-# Channels of the wider tensor on either side of a slice.
-GUARD = 3
+# Channels of the wider tensor on either side of a slice; of one that begins and ends at 16 bytes.
+GUARD, ALIGNED = 3, 8
 
 BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
@@ -75,11 +75,13 @@ class Maker:
 
     Attributes:
         special: put NaN and infinities into the activations.
+        guard: channels on either side of a slice.
     """
 
     dtype: torch.dtype
     device: torch.device
     special: bool = False
+    guard: int = GUARD
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     @property
@@ -94,9 +96,10 @@ class Maker:
 
     def _slice(self, values: Tensor) -> Tensor:
         """The values in the middle of a wider tensor of random numbers."""
-        wide = self._normal(*values.shape[:-1], values.shape[-1] + 2 * GUARD)
-        wide[..., GUARD:-GUARD] = values
-        return wide.to(self.device, self.dtype)[..., GUARD:-GUARD]
+        wide = self._normal(*values.shape[:-1], values.shape[-1] + 2 * self.guard)
+        inside = slice(self.guard, -self.guard)
+        wide[..., inside] = values
+        return wide.to(self.device, self.dtype)[..., inside]
 
     def activations(self, *shape: int) -> Tensor:
         """[N, H, W, C] multiples of 1/16 up to 4: exact in every dtype."""
@@ -217,7 +220,7 @@ def check_values(backend: Backend, case: Case) -> None:
     expected = case.copy(torch.float64).run(ReferenceBackend())
     before = case.copy()
     outputs = case.run(backend)
-    operands = case.dtype if backend.rounds_operands else None
+    operands = _operands(case) if backend.rounds_operands else None
 
     for name, length in case.lengths.items():
         if name in outputs:
@@ -234,6 +237,11 @@ def check_values(backend: Backend, case: Case) -> None:
                 same_view(value, now).zero_()
                 same_view(value, then).zero_()
             assert equal_bits(now, then), f"{case.primitive} wrote outside its outputs: {name}"
+
+
+def _operands(case: Case) -> torch.dtype:
+    """What the factors of products are rounded to; tf32 has as many bits as float16."""
+    return torch.float16 if tf32_allowed(case.dtype) else case.dtype
 
 
 def check_repeats(backend: Backend, case: Case) -> None:

@@ -1,0 +1,182 @@
+"""What the emulator is for: faults planted in the kernels, one at a time, are caught.
+
+Each is a text of a source replaced by another. The same cases pass with the source as it is.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from ..emulator import Emulator
+from ..emulator.build import CUDA, build
+from ..primitives import test_bn_relu_conv1x1 as conv1x1
+from ..primitives import test_bn_relu_maxpool as maxpool
+from ..primitives import test_channel_stats as channel_stats
+from ..primitives.common import MakeCase, Size
+from ..primitives.harness import ALIGNED, Maker, check_values
+from .cases import CPU, run_sanitized
+from .test_schedules import SCHEDULES
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault, where it shows, and what catches it.
+
+    Attributes:
+        kernel: the .cu file that shows it, with ``case`` of ``size``.
+        path: the file it is in.
+        text: what is replaced there by ``replacement``; it occurs once.
+        caught: what the error says.
+    """
+
+    kernel: str
+    case: MakeCase
+    size: Size
+    path: str
+    text: str
+    replacement: str
+    caught: str
+
+    def plant(self, folder: Path) -> Path:
+        """A copy of csrc/cuda with it."""
+        shutil.copytree(CUDA.parent, folder, ignore=shutil.ignore_patterns("cpu"))
+        path = folder / "cuda" / self.path
+        source = path.read_text()
+        assert source.count(self.text) == 1, f"{self.path} has changed: plant the fault anew"
+        path.write_text(source.replace(self.text, self.replacement))
+        return folder / "cuda"
+
+    def run(self, gpu: Emulator) -> None:
+        """Some faults show only where a certain warp runs ahead: try several orders."""
+        for order, seed in SCHEDULES:
+            gpu.reset(order=order, seed=seed, multiprocessors=1)  # several tiles a block
+            check_values(gpu.backend, self.case(Maker(torch.bfloat16, CPU, guard=ALIGNED), self.size))
+
+
+forward_1x1 = partial(Fault, "bn_relu_conv1x1.cu", conv1x1.forward_case, (2, 12, 17, 104, 48))
+backward_1x1 = partial(Fault, "bn_relu_conv1x1.cu", conv1x1.backward_case, (2, 12, 17, 72, 48))
+pool = partial(Fault, "bn_relu_maxpool.cu", maxpool.backward_case)
+stats = partial(Fault, "channel_stats.cu", channel_stats.stats_case, (2, 9, 9, 40))
+
+WRONG_VALUES = "off by|NaN in other places"
+
+FAULTS = {
+    # What one warp writes, another reads too early or too late.
+    "no barrier before reading": backward_1x1(
+        "bn_relu_conv1x1.cu",
+        "    sync_threads();\n\n    if (args.wants_weight) {\n",
+        "    if (args.wants_weight) {\n",
+        WRONG_VALUES,
+    ),
+    "no barrier before writing": Fault(
+        "bn_relu_conv1x1.cu",
+        partial(conv1x1.forward_case, statistics=False),
+        (2, 12, 17, 104, 48),
+        "bn_relu_conv1x1.cu",
+        "    sync_threads();\n  }\n  if (args.moments) {\n",
+        "  }\n  if (args.moments) {\n",
+        WRONG_VALUES,
+    ),
+    "no wait for copies": forward_1x1(
+        "bn_relu_conv1x1.cu", "copy_async_wait<kStages - 2>();", "", WRONG_VALUES
+    ),
+    "a wait for one group too few": forward_1x1(
+        "bn_relu_conv1x1.cu", "copy_async_wait<kStages - 2>();", "copy_async_wait<kStages - 1>();", WRONG_VALUES
+    ),
+    "copies that nothing waits for": pool(
+        (1, 16, 16, 40),
+        "bn_relu_maxpool.cu",
+        "if (i <= lines) {",
+        "{",
+        "a thread ends with copies under way that nothing waited for",
+    ),
+    # Threads part at what they must do together.
+    "a barrier for some": stats(
+        "reduce.cu",
+        "    sync_threads();\n    if (warp_index() < half) parts[thread_index()].merge",
+        "    if (warp_index() >= half) continue;\n    sync_threads();\n    parts[thread_index()].merge",
+        "threads wait for each other: .* at reduce.cu:.* at the end of the kernel",
+    ),
+    "two barriers for one": stats(
+        "channel_stats.cu",
+        "    sync_threads();\n",
+        "    if (group > 0)\n      sync_threads();\n    else\n      sync_threads();\n",
+        "threads wait at different barriers: channel_stats.cu:.* and channel_stats.cu:",
+    ),
+    "a shuffle for some": backward_1x1(
+        "product.cuh",
+        "      if (at.row > 0) continue;\n",
+        "      if (at.row > 0) break;\n",
+        "threads wait for each other: 32 at product.cuh:.* 224 at product.cuh:",
+    ),
+    # Wrong places.
+    "one channel too many": pool(
+        (1, 16, 16, 33),
+        "bn_relu_maxpool.cu",
+        "if (i < size) store_global(pixel",
+        "if (i <= size) store_global(pixel",
+        "wrote outside its outputs",
+    ),
+    "a fragment's quarters exchanged": backward_1x1(
+        "product.cuh",
+        "at[0] = offset(lane % 8 + lane / 16 * 8) + lane / 8 % 2 * 8;",
+        "at[0] = offset(lane % 8 + lane / 8 % 2 * 8) + lane / 16 * 8;",
+        WRONG_VALUES,
+    ),
+    "more shared memory than asked for": stats(
+        "channel_stats.cu",
+        "bytes_of(kThreads * elements",
+        "bytes_of(kThreads / 2 * elements",
+        "the block takes .* bytes of shared memory, launched with",
+    ),
+    # Registers nothing has written.
+    "a sum that begins with nothing": backward_1x1(
+        "bn_relu_conv1x1.cu", "float da[1][kDataColumns][4] = {};", "float da[1][kDataColumns][4];", WRONG_VALUES
+    ),
+}
+
+# The least of a build; its parts that have no fault are compiled once.
+FAST = ("-O0",)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault(gpu: Emulator, name: str, tmp_path: Path) -> None:
+    fault = FAULTS[name]
+    fault.run(gpu)
+    namespace = "dense_ext_fault_" + name.replace(" ", "_").replace("'", "")
+    library = build(fault.plant(tmp_path / "csrc"), fault.kernel, namespace, FAST)
+    with pytest.raises((AssertionError, RuntimeError), match=fault.caught):
+        fault.run(Emulator(library, namespace))
+
+
+# What the emulator lets pass: memory beyond an array in shared memory, or beyond a tensor.
+INVALID_ACCESSES = {
+    "beyond an array": stats(
+        "channel_stats.cu",
+        "shared.take<Moments>(kThreads * V::kSize)",
+        "shared.take<Moments>(kThreads * V::kSize - 1)",
+        "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "beyond the last pixel": stats(
+        "channel_stats.cu",
+        "      if (next + k * distance >= pixels) continue;\n      x[k]",
+        "      if (next + k * distance > pixels) continue;\n      x[k]",
+        "AddressSanitizer: heap-buffer-overflow",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INVALID_ACCESSES)
+def test_invalid_access(name: str, tmp_path: Path) -> None:
+    """test_sanitizers.py shows that the source as it is passes."""
+    fault = INVALID_ACCESSES[name]
+    ran = run_sanitized("channel_stats", cuda=fault.plant(tmp_path / "csrc"), kernels=fault.kernel)
+    assert ran.returncode != 0
+    assert fault.caught in ran.stderr
+    assert fault.path in ran.stderr, "it names the place"

@@ -1,0 +1,56 @@
+"""The convolutions' results don't depend on which warp runs ahead, nor on how much shared memory there is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dense_ext.backends.cuda import STORAGE_DTYPES
+
+from ..emulator import Emulator
+from ..primitives import test_bn_relu_conv1x1 as conv1x1
+from ..primitives import test_bn_relu_conv3x3 as conv3x3
+from ..primitives.common import MakeCase, Size
+from ..primitives.harness import ALIGNED, Case, Maker, base_of, check_values, equal_bits
+from .cases import CPU
+
+# Several tiles, and with one multiprocessor several a block, the last of them partly filled.
+CONVOLUTIONS = {
+    "1x1 forward": (conv1x1.forward_case, (4, 15, 17, 72, 48)),
+    "1x1 backward": (conv1x1.backward_case, (4, 15, 17, 72, 48)),
+    "3x3 forward": (conv3x3.forward_case, (3, 33, 17, 40, 32)),
+    "3x3 backward": (conv3x3.backward_case, (3, 33, 17, 40, 32)),
+}
+SCHEDULES = [("FIRST", 0), ("LAST", 0), *(("RANDOM", seed) for seed in range(4))]
+KIB = 1 << 10
+# What a block may have, by compute capability.
+SHARED_BYTES = {"sm_86": 99 * KIB, "sm_80": 163 * KIB, "sm_90": 227 * KIB}
+
+
+def same_bits(a: Case, b: Case) -> bool:
+    """Whether two calls left the same behind in all their tensors."""
+    return all(
+        equal_bits(base_of(value), base_of(b.arguments[name]))
+        for name, value in a.arguments.items()
+        if isinstance(value, Tensor)
+    )
+
+
+@pytest.mark.parametrize(("make", "size"), CONVOLUTIONS.values(), ids=list(CONVOLUTIONS))
+def test_order_of_warps(gpu: Emulator, make: MakeCase, size: Size) -> None:
+    done: list[Case] = []
+    for order, seed in SCHEDULES:
+        gpu.reset(order=order, seed=seed, multiprocessors=1)
+        done.append(make(Maker(torch.bfloat16, CPU, guard=ALIGNED), size))
+        check_values(gpu.backend, done[-1])
+        assert same_bits(done[-1], done[0]), f"{order} {seed}: other bits"
+
+
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES, ids=str)
+@pytest.mark.parametrize(("make", "size"), CONVOLUTIONS.values(), ids=list(CONVOLUTIONS))
+def test_shared_memory(gpu: Emulator, make: MakeCase, size: Size, dtype: torch.dtype) -> None:
+    """Each kernel takes what there is, if it has a use for it; ``run`` refuses one that takes more."""
+    for shared_bytes in SHARED_BYTES.values():
+        gpu.reset(shared_bytes=shared_bytes)
+        check_values(gpu.backend, make(Maker(dtype, CPU, guard=ALIGNED), size))
