@@ -75,13 +75,14 @@ struct Launch {
 
 // Runs kKernel(args) over the grid.
 template <auto kKernel, class Arguments>
-void launch(const Launch& on, const Arguments& args) {
+void launch(const Launch& on, const Arguments& args DENSE_EXT_AT_PLACE) {
   const Device device = current_device();
   STD_TORCH_CHECK(on.shared_bytes <= device.shared_bytes, "a kernel needs ", on.shared_bytes,
                   " bytes of shared memory, this GPU has ", device.shared_bytes);
 #ifdef DENSE_EXT_EMULATOR
-  emulator::run({static_cast<int>(on.x), static_cast<int>(on.y), on.threads, on.shared_bytes},
-                [&] { kKernel(args); });
+  emulator::run(
+      {static_cast<int>(on.x), static_cast<int>(on.y), on.threads, on.shared_bytes},
+      [&] { kKernel(args); }, __PRETTY_FUNCTION__, place);
 #else
   int index;
   check_cuda(cudaGetDevice(&index));

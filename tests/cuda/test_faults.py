@@ -87,7 +87,10 @@ FAULTS = {
         "bn_relu_conv1x1.cu", "copy_async_wait<kStages - 2>();", "", WRONG_VALUES
     ),
     "a wait for one group too few": forward_1x1(
-        "bn_relu_conv1x1.cu", "copy_async_wait<kStages - 2>();", "copy_async_wait<kStages - 1>();", WRONG_VALUES
+        "bn_relu_conv1x1.cu",
+        "copy_async_wait<kStages - 2>();",
+        "copy_async_wait<kStages - 1>();",
+        WRONG_VALUES,
     ),
     "copies that nothing waits for": pool(
         (1, 16, 16, 40),
@@ -137,7 +140,10 @@ FAULTS = {
     ),
     # Registers nothing has written.
     "a sum that begins with nothing": backward_1x1(
-        "bn_relu_conv1x1.cu", "float da[1][kDataColumns][4] = {};", "float da[1][kDataColumns][4];", WRONG_VALUES
+        "bn_relu_conv1x1.cu",
+        "float da[1][kDataColumns][4] = {};",
+        "float da[1][kDataColumns][4];",
+        WRONG_VALUES,
     ),
 }
 
