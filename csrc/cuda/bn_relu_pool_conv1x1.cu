@@ -354,9 +354,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   float *const scale = mean + kFloatLd, *const shift = scale + kFloatLd;
   int64_t* const corners = shared.take<int64_t>(kWindows);
 
-  const int64_t windows = args.grad.count(), first_in = int64_t{block_x()} * kIn;
+  const int first_in = block_x() * kIn;
+  const int ins = std::min(kIn, static_cast<int>(args.x.channels) - first_in);
   const int out = static_cast<int>(args.grad.channels), steps = (out + kDepth - 1) / kDepth;
-  const int ins = static_cast<int>(std::min(int64_t{kIn}, args.x.channels - first_in));
   for (int c = thread_index(); c < kIn; c += kThreads) {
     const auto value = [&](const float* vector) {
       return c < ins ? load_global(vector + first_in + c) : 0.0f;
@@ -376,7 +376,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int group = thread_index() / Config::kUnits;
   float sum_g[kUnit<T> / 4][4] = {}, sum_gx[kUnit<T> / 4][4] = {};
 
-  const int64_t tile_count = (windows + kWindows - 1) / kWindows;
+  const int64_t windows = args.grad.count(), tile_count = (windows + kWindows - 1) / kWindows;
   for (int64_t tile = block_y(); tile < tile_count; tile += grid_y()) {
     const int64_t first = tile * kWindows;
     const int rows = static_cast<int>(std::min(int64_t{kWindows}, windows - first));
