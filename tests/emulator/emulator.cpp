@@ -64,6 +64,7 @@ struct Thread {
 };
 
 struct Access {
+  int lane;
   const void* p;
   int bytes;
 };
@@ -114,19 +115,21 @@ void thread_main() {
 void record(const void* p, int bytes, bool shared, Place place) {
   Thread& self = *block.running;
   const int time = self.accesses[{place.file, place.line}]++;
-  block.requests[{self.index / kWarp, place.file, place.line, time, shared}].push_back({p, bytes});
+  block.requests[{self.index / kWarp, place.file, place.line, time, shared}].push_back(
+      {self.index % kWarp, p, bytes});
 }
 
 // Passes a warp's access to shared memory takes beyond those its bytes need: of the words in one
 // bank, one is served at a time. Eight lanes at a time for 16-byte accesses, sixteen for 8.
 int conflicts(const std::vector<Access>& accesses) {
-  const size_t at_once = 128 / std::max(4, accesses.front().bytes);
+  const int at_once = 128 / std::max(4, accesses.front().bytes);
   int extra = 0;
-  for (size_t first = 0; first < accesses.size(); first += at_once) {
+  for (int first = 0; first < kWarp; first += at_once) {
     std::array<std::unordered_set<uintptr_t>, 32> banks;
-    for (size_t i = first; i < std::min(first + at_once, accesses.size()); i++) {
-      const auto address = reinterpret_cast<uintptr_t>(accesses[i].p);
-      for (uintptr_t word = address / 4; word <= (address + accesses[i].bytes - 1) / 4; word++) {
+    for (const Access& access : accesses) {
+      if (access.lane / at_once != first / at_once) continue;
+      const auto address = reinterpret_cast<uintptr_t>(access.p);
+      for (uintptr_t word = address / 4; word <= (address + access.bytes - 1) / 4; word++) {
         banks[word % 32].insert(word);
       }
     }
