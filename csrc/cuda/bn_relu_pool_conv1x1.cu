@@ -1,21 +1,21 @@
 // Forward:  p = avg_pool2x2(relu(scale*x + shift));  y = p @ W^T
-// Backward: da = (grad @ W) / 4 for each pixel of a window;  g = da where scale*x + shift > 0, else
-// 0
-//           grad_x = scale*g;  sums = [sum g, sum g*(x - mean)];  dW = grad^T @ p
+// Backward: da = (grad @ W) / 4 for each pixel of a window
+//           g = da where scale*x + shift > 0, else 0;  grad_x = scale*g
+//           sums = [sum g, sum g*(x - mean)];  dW = grad^T @ p
 //
 // x, grad_x [N, H, W, C], y, grad [N, H/2, W/2, K], pixels their own strides apart; W, dW [K, C],
 // any strides.
 //
 // Elements moved an output pixel: 4 C + K forward, 10 C + 2 K backward, each once from device
 // memory: blocks that run side by side share x (forward, K beyond a block's), grad (a chunk of C
-// each) or both factors of dW through the L2 cache. Backward is two kernels, because dW has more
-// elements than the registers that da leaves: the first writes grad_x and the sums, and leaves p in
-// scratch, 2 C elements written and read where the second would read 4 C and pool them anew for
-// every 128 of K. Beside them each block leaves a row of sums or its part of dW.
+// each) or both factors of dW through the L2 cache. Backward is two kernels, since a block that
+// covers all of K has no registers for dW. The first writes grad_x and the sums, and leaves p in
+// scratch: C elements written and C read, where the second would read 4 C and pool them anew for
+// every 128 of K. Beside them each block leaves a row of sums, or its part of dW.
 //
-// x goes through registers, 16 bytes a thread of each of a window's pixels, loaded while a product
-// is computed: staged in shared memory, tiles of 64 windows would take 16 KiB a stage and cross it
-// twice, where only p, a quarter of that, needs to be there.
+// x goes through registers, 16 bytes a thread of each of a window's pixels: 16 registers, loaded a
+// step or a row ahead. Staged in shared memory, a step of 64 windows would take 16 KiB and cross it
+// twice, where only p, a quarter of that, has to be there.
 
 #include <torch/csrc/stable/library.h>
 
@@ -101,8 +101,7 @@ struct Window {
     });
   }
 
-  // The unit of p. Each four channels' scale and shift, in shared memory, are kStride after the
-  // last.
+  // The unit of p. Its scale and shift, in shared memory, are every four of them kStride apart.
   template <int kStride>
   __device__ __forceinline__ Bytes<16> pooled(const float* scales, const float* shifts) const {
     Bytes<16> unit;
@@ -128,8 +127,7 @@ struct Window {
                                                const Body& body) {
     DENSE_EXT_UNROLL for (int pixel = 0; pixel < 4; pixel++) {
       const int64_t offset = (pixel / 2 * x.width + pixel % 2) * x.stride;
-      // Within the loop, so that one pixel's single elements are together before the next one's
-      // come.
+      // Within the loop: single elements of all pixels at once would take twice the registers.
       for_width<T>(bytes, [&](auto width) {
         constexpr int kElements = decltype(width)::value / static_cast<int>(sizeof(T));
         DENSE_EXT_UNROLL for (int i = 0; i < kUnit<T>; i += kElements) {
@@ -152,7 +150,7 @@ struct ForwardArguments {
   int x_bytes, weight_bytes, y_bytes;
 };
 
-// A block makes a tile kWindows x kOut of y, eight warps 2 x 4, stepping through C. While it
+// A block makes tiles of kWindows x kOut of y, eight warps 2 x 4, stepping through C. While it
 // multiplies one step's p by W, it loads the next step's x into registers, then pools it into the
 // other of two tiles of p; W, which comes from the L2 cache, is copied two steps ahead.
 template <class Math_, int kOut_>
@@ -301,7 +299,7 @@ void bn_relu_pool_conv1x1_forward(const Tensor& x, const Tensor& scale, const Te
   });
 }
 
-// --- backward: grad_x, the sums and p ------------------------------------------------------------
+// --- backward: grad_x, the sums and p ----------------------------------------------------------
 
 template <class T>
 struct DataArguments {
@@ -360,9 +358,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   float *const scale = mean + kFloatLd, *const shift = scale + kFloatLd;
   int64_t* const corners = shared.take<int64_t>(kWindows);
 
-  const int64_t windows = args.grad.count(), first_in = int64_t{block_x()} * kIn;
+  const int first_in = block_x() * kIn;
+  const int ins = std::min(kIn, static_cast<int>(args.x.channels) - first_in);
   const int out = static_cast<int>(args.grad.channels), steps = (out + kDepth - 1) / kDepth;
-  const int ins = static_cast<int>(std::min(int64_t{kIn}, args.x.channels - first_in));
   for (int c = thread_index(); c < kIn; c += kThreads) {
     const auto value = [&](const float* vector) {
       return c < ins ? load_global(vector + first_in + c) : 0.0f;
@@ -382,7 +380,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int group = thread_index() / Config::kUnits;
   float sum_g[kUnit<T> / 4][4] = {}, sum_gx[kUnit<T> / 4][4] = {};
 
-  const int64_t tile_count = (windows + kWindows - 1) / kWindows;
+  const int64_t windows = args.grad.count(), tile_count = (windows + kWindows - 1) / kWindows;
   for (int64_t tile = block_y(); tile < tile_count; tile += grid_y()) {
     const int64_t first = tile * kWindows;
     const int rows = static_cast<int>(std::min(int64_t{kWindows}, windows - first));
@@ -485,7 +483,7 @@ void run_data(DataArguments<typename Config::T> args, const Tensor& like, float*
   add_rows(rows, blocks, Sums<T>{.vector = sums, .vector_size = 2 * in});
 }
 
-// --- backward: dW --------------------------------------------------------------------------------
+// --- backward: dW ------------------------------------------------------------------------------
 
 template <class T>
 struct WeightArguments {
@@ -632,16 +630,14 @@ void bn_relu_pool_conv1x1_backward(const Tensor& grad, const Tensor& x, const Te
       using Math = decltype(math);
       run_data<Data<Math>>(args, x, sum);
       if (!grad_weight) return;
-      // Whole units: the last one's channels beyond C are zeros.
-      const Pixels<const T> ps{pooled.data, pooled.images, pooled.height, pooled.width,
-                               in,          pooled.stride};
-      run_weight<WeightProduct<Math>>({.grad = gradient,
-                                       .pooled = ps,
-                                       .rows = nullptr,
-                                       .in_blocks = 0,
-                                       .grad_bytes = args.grad_bytes,
-                                       .pooled_bytes = 16},
-                                      x, dw);
+      const WeightArguments<T> weight_args{
+          .grad = gradient,
+          .pooled = {pooled.data, pooled.images, pooled.height, pooled.width, in, pooled.stride},
+          .rows = nullptr,
+          .in_blocks = 0,
+          .grad_bytes = args.grad_bytes,
+          .pooled_bytes = 16};  // whole units: beyond C they hold zeros
+      run_weight<WeightProduct<Math>>(weight_args, x, dw);
     });
   });
 }

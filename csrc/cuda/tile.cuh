@@ -7,8 +7,8 @@
 
 namespace dense_ext {
 
-// A thread's first access to a tile of kUnits accesses a row. Four threads to a row of 64 bytes
-// leave banks for another four: not of the next row, which padding moves by 80 bytes, but of the
+// A thread's first access to a tile of kUnits accesses a row. Four threads, at a row of 64 bytes,
+// leave banks for another four: not at the next row, which padding moves by 80 bytes, but at the
 // row four further on.
 template <int kUnits>
 __device__ __forceinline__ int first_access() {
