@@ -172,6 +172,12 @@ def read(usage: str) -> list[Kernel]:
     )
 
 
+def kernels_of(library: Path) -> list[Kernel]:
+    """The kernels of a library, on each of its chips."""
+    command = [cuobjdump(), "-res-usage", str(library)]
+    return read(subprocess.run(command, text=True, capture_output=True, check=True).stdout)
+
+
 def as_launched(kernels: list[Kernel]) -> list[Kernel]:
     """With the threads and the shared memory of their launches."""
     by_chip = {name: launches(shared_bytes) for name, (_, _, shared_bytes) in CHIPS.items()}
@@ -198,9 +204,7 @@ def main() -> int:
     """Write the page; 1 if a kernel spills."""
     if CUDA.library.path is None:
         sys.exit(str(CUDA.library))
-    command = [cuobjdump(), "-res-usage", str(CUDA.library.path)]
-    kernels = read(subprocess.run(command, text=True, capture_output=True, check=True).stdout)
-    kernels = as_launched(kernels)
+    kernels = as_launched(kernels_of(CUDA.library.path))
     RESULT.write_text(table(kernels))
     print(f"wrote {RESULT}")
     spilling = [kernel for kernel in kernels if kernel.stack]

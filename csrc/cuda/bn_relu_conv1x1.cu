@@ -97,15 +97,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     };
 
     float z[Config::kWarpRows][Config::kWarpColumns][4] = {};
-    for (int step = 0; step < kStages - 1; step++) {
-      if (step < steps) load(step);
-      copy_async_commit();
-    }
-    for (int step = 0; step < steps; step++) {
-      copy_async_wait<kStages - 2>();
-      sync_threads();
-      if (step + kStages - 1 < steps) load(step + kStages - 1);
-      copy_async_commit();
+    const auto compute = [&](int step) {
       const T* x = tiles + step % kStages * Config::kStageSize;
       const T* weight = x + kPixels * kLd + warp_column * kLd;
       const float* vector = vectors + step % kStages * 2 * kDepth;
@@ -122,20 +114,13 @@ __global__ void __launch_bounds__(kThreads, 2)
           multiply<Math>(z, a, b, j);
         }
       }
-    }
-    copy_async_wait<0>();
-    sync_threads();
+    };
+    pipeline<kStages>(steps, load, compute);
 
     // The pipeline's memory holds the tile of z now.
-    const Position at;
-    DENSE_EXT_UNROLL for (int i = 0; i < Config::kWarpRows; i++) {
-      DENSE_EXT_UNROLL for (int j = 0; j < Config::kWarpColumns; j++) {
-        T* to =
-            tiles + (warp_row + 16 * i + at.row) * Config::kOutLd + warp_column + 8 * j + at.column;
-        store_pair(to, z[i][j][0], z[i][j][1]);
-        store_pair(to + 8 * Config::kOutLd, z[i][j][2], z[i][j][3]);
-      }
-    }
+    for_pairs(z, [&](int row, int column, float left, float right) {
+      store_pair(tiles + (warp_row + row) * Config::kOutLd + warp_column + column, left, right);
+    });
     sync_threads();
     store_tile<kPixels, kOut, kThreads>(tiles, Config::kOutLd, outs, args.z_bytes,
                                         Rows(args.z, first, tile_rows, first_out));

@@ -180,14 +180,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
 
     // The last chunk's memory holds the patch of y now.
     T* const tile = stages + (1 - stage) * Config::kStageSize;
-    const Position at;
-    DENSE_EXT_UNROLL for (int i = 0; i < kWarpRows; i++) {
-      DENSE_EXT_UNROLL for (int j = 0; j < kOut / 8; j++) {
-        T* to = tile + (warp_row + 16 * i + at.row) * Config::kOutLd + 8 * j + at.column;
-        store_pair(to, y[i][j][0], y[i][j][1]);
-        store_pair(to + 8 * Config::kOutLd, y[i][j][2], y[i][j][3]);
-      }
-    }
+    for_pairs(y, [&](int row, int column, float left, float right) {
+      store_pair(tile + (warp_row + row) * Config::kOutLd + column, left, right);
+    });
     sync_threads();
     const int pixels = patches.images * patches.rows * patches.columns;
     const auto source_of = [&](int r) {
