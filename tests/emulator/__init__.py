@@ -20,7 +20,8 @@ class Emulator:
     """
 
     def __init__(self, library: Path, namespace: str = NAMESPACE) -> None:
-        spec = importlib.util.spec_from_file_location("_emulator", library)
+        # A process has one module of a name; its function is looked for by what follows the last dot.
+        spec = importlib.util.spec_from_file_location(f"{namespace}._emulator", library)
         assert spec is not None
         assert spec.loader is not None
         self._module: Any = importlib.util.module_from_spec(spec)

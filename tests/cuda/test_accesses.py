@@ -1,0 +1,234 @@
+"""What the kernels move to and from global memory, and how their accesses to shared memory meet.
+
+In bfloat16 with channels and slices that are multiples of 32 bytes: what the kernels are made for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from ..emulator import Emulator
+from ..primitives import test_affine_gradient as affine
+from ..primitives import test_bn_relu_conv1x1 as conv1x1
+from ..primitives import test_bn_relu_conv3x3 as conv3x3
+from ..primitives import test_bn_relu_maxpool as maxpool
+from ..primitives import test_channel_stats as channel_stats
+from ..primitives.common import MakeCase, Size
+from ..primitives.harness import Maker
+from .cases import CPU
+
+NARROW, WIDE = 2, 4  # bytes of an activation or a weight, and of the float32 of vectors and sums
+SECTOR = 32
+
+
+@dataclass
+class Traffic:
+    """Bytes, by the numbers at the head of each kernel's file and what it says is read again.
+
+    Attributes:
+        columns: blocks side by side, each with a part of the channels.
+        row: floats that each row of blocks leaves for a second kernel, which reads and reduces
+            ``row_read`` floats of it for ``reduced`` results.
+        block_loads: of each row of blocks, beside that.
+        scattered: elements of a weight's gradient, stored one by one in the order of the rows, not
+            of the weight.
+    """
+
+    loads: int
+    stores: int
+    columns: int = 1
+    row: int = 0
+    row_read: int = 0
+    reduced: int = 0
+    block_loads: int = 0
+    scattered: int = 0
+
+    def total(self, blocks: int) -> tuple[int, int]:
+        """Loaded and stored by so many blocks, of both kernels."""
+        rows = (blocks - math.ceil(self.reduced / 32)) // self.columns
+        loads = self.loads + rows * (self.block_loads + self.row_read * WIDE)
+        return loads, self.stores + rows * self.row * WIDE
+
+
+def moments(channels: int) -> dict[str, int]:
+    """A row of moments: one count, read for every channel."""
+    return {"row": 1 + 2 * channels, "row_read": 3 * channels, "reduced": channels}
+
+
+def sums(count: int) -> dict[str, int]:
+    return {"row": count, "row_read": count, "reduced": count}
+
+
+def conv1x1_forward(n: int, h: int, w: int, c: int, b: int) -> Traffic:
+    """x for each 128 channels of z (64 if there are no more); the weight and two vectors for each tile."""
+    m, columns, tiles = n * h * w, math.ceil(b / 128), math.ceil(n * h * w / 128)
+    return Traffic(
+        loads=columns * m * c * NARROW + tiles * (b * c * NARROW + columns * 2 * c * WIDE),
+        stores=m * b * NARROW + 2 * b * WIDE,
+        columns=columns,
+        **moments(b),
+    )
+
+
+def conv1x1_backward(n: int, h: int, w: int, c: int, b: int) -> Traffic:
+    """grad_bn and z for each 64 channels of x; the weight and the vectors once a block."""
+    m, columns = n * h * w, math.ceil(c / 64)
+    return Traffic(
+        loads=m * (2 * c + columns * 2 * b) * NARROW,
+        stores=m * c * NARROW + 2 * c * WIDE + b * c * NARROW,
+        columns=columns,
+        block_loads=b * c * NARROW + (columns * 3 * b + 3 * c) * WIDE,
+        scattered=b * c,
+        **sums(2 * c + b * c),
+    )
+
+
+def with_borders(h: int, w: int, rows: int, columns: int) -> int:
+    """The pixels of an image, and again those that patches see of their neighbours."""
+    return (h + 2 * (h // rows - 1)) * (w + 2 * (w // columns - 1))
+
+
+def conv3x3_forward(n: int, h: int, w: int, b: int, k: int) -> Traffic:
+    """z with borders of patches of 16 x 16, and two vectors a patch, for each 32 channels of y; the
+    weight, which fits into shared memory, once a block."""
+    m, columns, patches = n * h * w, math.ceil(k / 32), n * (h // 16) * (w // 16)
+    return Traffic(
+        loads=columns * (n * with_borders(h, w, 16, 16) * b * NARROW + patches * 2 * b * WIDE),
+        stores=m * k * NARROW + 2 * k * WIDE,
+        columns=columns,
+        block_loads=9 * k * b * NARROW,
+        **moments(k),
+    )
+
+
+def conv3x3_backward(n: int, h: int, w: int, b: int, k: int) -> Traffic:
+    """grad and y with borders of patches of 16 x 8 for each 64 channels of z; the weight once a block."""
+    m, columns = n * h * w, math.ceil(b / 64)
+    return Traffic(
+        loads=columns * 2 * n * with_borders(h, w, 16, 8) * k * NARROW + m * b * NARROW,
+        stores=m * b * NARROW + 2 * b * WIDE + 9 * k * b * NARROW,
+        columns=columns,
+        block_loads=9 * k * b * NARROW + (columns * 2 * k + 3 * b) * WIDE,
+        scattered=9 * k * b,
+        **sums(2 * b + 9 * k * b),
+    )
+
+
+def maxpool_forward(n: int, h: int, w: int, c: int) -> Traffic:
+    """Of images of one strip, whose edges nobody shares; the vectors for each of a block's 8 warps."""
+    m = n * h * w
+    loads, stores = m * c * NARROW, m // 4 * c * NARROW
+    return Traffic(loads, stores, columns=math.ceil(c / 64), block_loads=8 * 2 * c * WIDE)
+
+
+def maxpool_backward(n: int, h: int, w: int, c: int) -> Traffic:
+    m = n * h * w
+    return Traffic(
+        loads=(m + m // 4) * c * NARROW,
+        stores=m * c * NARROW + 2 * c * WIDE,
+        columns=math.ceil(c / 64),
+        block_loads=8 * 3 * c * WIDE,
+        **sums(2 * c),
+    )
+
+
+def stats(n: int, h: int, w: int, c: int) -> Traffic:
+    return Traffic(loads=n * h * w * c * NARROW, stores=2 * c * WIDE, **moments(c))
+
+
+def affine_gradient(n: int, h: int, w: int, c: int) -> Traffic:
+    """Two vectors of 8 channels for each of a block's 256 threads."""
+    size = n * h * w * c * NARROW
+    return Traffic(loads=2 * size, stores=size, block_loads=256 * 2 * 8 * WIDE)
+
+
+def accumulate(n: int, h: int, w: int, c: int) -> Traffic:
+    size = n * h * w * c * NARROW
+    return Traffic(loads=2 * size, stores=size, block_loads=256 * 8 * WIDE)
+
+
+TESTED = {
+    "1x1 forward": (conv1x1.forward_case, (2, 24, 16, 96, 160), conv1x1_forward),
+    "1x1 backward": (conv1x1.backward_case, (2, 24, 16, 96, 128), conv1x1_backward),
+    "3x3 forward": (conv3x3.forward_case, (2, 32, 32, 64, 48), conv3x3_forward),
+    "3x3 backward": (conv3x3.backward_case, (2, 32, 32, 96, 32), conv3x3_backward),
+    "maxpool forward": (maxpool.forward_case, (4, 28, 28, 96), maxpool_forward),
+    "maxpool backward": (maxpool.backward_case, (4, 28, 28, 96), maxpool_backward),
+    "channel_stats": (channel_stats.stats_case, (4, 48, 48, 64), stats),
+    "affine_gradient": (affine.affine_case, (8, 48, 48, 64), affine_gradient),
+    "scaled_accumulate": (affine.accumulate_case, (8, 48, 48, 64), accumulate),
+}
+
+
+def count(gpu: Emulator, make: MakeCase, size: Size) -> None:
+    """Run a case on four multiprocessors, counting."""
+    gpu.reset(count=True, multiprocessors=4)
+    make(Maker(torch.bfloat16, CPU, guard=SECTOR // NARROW), size).run(gpu.backend)
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_bytes(gpu: Emulator, name: str) -> None:
+    """As many as the formula says, in accesses that leave hardly a part of a sector unused."""
+    make, size, formula = TESTED[name]
+    count(gpu, make, size)
+    counters, traffic = gpu.counters, formula(*size)
+    moved = counters.global_loads, counters.global_stores
+    assert moved == traffic.total(counters.blocks)
+    assert counters.global_sectors * SECTOR <= 1.05 * sum(moved) + traffic.scattered * SECTOR
+
+
+# --- bank conflicts --------------------------------------------------------------------------------
+
+
+def conflicts(gpu: Emulator) -> Counter[str]:
+    """Passes that accesses to shared memory take beyond the least, by file."""
+    files: Counter[str] = Counter()
+    for place, extra in gpu.counters.bank_conflicts.items():
+        files[place.split(":")[0]] += extra
+    return files
+
+
+def passes(rows: int) -> int:
+    """Of accesses to so many rows of 64 bytes, 80 bytes apart: the first 16 bytes of a row and the last
+    of the next are in the same banks, so that the 128 bytes of two rows take two passes."""
+    return rows // 2
+
+
+def test_conv1x1_backward(gpu: Emulator) -> None:
+    """Its rows are of 128 bytes and more."""
+    count(gpu, conv1x1.backward_case, (2, 24, 16, 96, 128))
+    assert conflicts(gpu) == {}
+
+
+def test_conv1x1_forward(gpu: Emulator) -> None:
+    """Copies into rows of 64 bytes; fragments from them, and the tile of z, without."""
+    count(gpu, conv1x1.forward_case, (2, 24, 16, 96, 128))
+    tiles, steps = 6, 3
+    assert set(conflicts(gpu)) <= {"tile.cuh"}
+    assert conflicts(gpu)["tile.cuh"] <= tiles * steps * passes(128 + 128)
+
+
+@pytest.mark.parametrize("width", [16, 14])
+def test_conv3x3_forward(gpu: Emulator, width: int) -> None:
+    count(gpu, conv3x3.forward_case, (2, width, width, 64, 32))
+    patches, chunks, taps = 2, 2, 9
+    found = conflicts(gpu)
+    # A matrix's eight rows are eight pixels; where they go on in the next line of the patch, its border
+    # of two pixels comes between them. A warp reads four such matrices for each tap and chunk.
+    wrapped = sum(r // width != (r + 7) // width for r in range(0, width * width, 8))
+    assert found["product.cuh"] <= patches * chunks * taps * 4 * wrapped
+    # A patch comes in and is activated, by chunks; y goes out, and twice to its statistics.
+    assert found["tile.cuh"] <= patches * (chunks * 3 * passes(360) + 3 * passes(256))
+    # The weight's taps, which lie side by side, go to the same bank: once a block.
+    assert found["bn_relu_conv3x3.cu"] <= patches * chunks * taps * 32 * (taps - 1)
+
+
+def test_conv3x3_backward(gpu: Emulator) -> None:
+    """Fragments have none where lines of a patch are of whole matrices."""
+    count(gpu, conv3x3.backward_case, (2, 16, 16, 64, 32))
+    assert "product.cuh" not in conflicts(gpu)
