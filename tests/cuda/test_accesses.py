@@ -94,9 +94,9 @@ def with_borders(h: int, w: int, rows: int, columns: int) -> int:
 
 
 def conv3x3_forward(n: int, h: int, w: int, b: int, k: int) -> Traffic:
-    """z with borders of patches of 16 x 16, and two vectors a patch, for each 32 channels of y; the
-    weight, which fits into shared memory, once a block."""
-    m, columns, patches = n * h * w, math.ceil(k / 32), n * (h // 16) * (w // 16)
+    """z with borders of patches of 16 x 16, and two vectors a patch, for each 32 or 48 channels of y;
+    the weight, which fits into shared memory, once a block."""
+    m, columns, patches = n * h * w, min(math.ceil(k / 32), math.ceil(k / 48)), n * (h // 16) * (w // 16)
     return Traffic(
         loads=columns * (n * with_borders(h, w, 16, 16) * b * NARROW + patches * 2 * b * WIDE),
         stores=m * k * NARROW + 2 * k * WIDE,
