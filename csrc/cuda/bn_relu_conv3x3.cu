@@ -25,6 +25,13 @@ namespace {
 
 constexpr int kTaps = 9;
 
+// Elements from a tap of the weight to the next in shared memory: in other banks, for neighbouring
+// threads write neighbouring taps.
+template <class T>
+constexpr int tap_size(int elements) {
+  return padded<T>(elements);
+}
+
 // W[first_out.., first_in.., tap] as [tap][kOut][kIn] in shared memory, zeros beyond its ends.
 // Threads that follow one another read what follows in a contiguous weight.
 template <int kOut, int kIn, int kThreads, class T>
@@ -37,7 +44,7 @@ __device__ __forceinline__ void load_taps(T* to, int ld, const Weight<const T>& 
     const T value = valid ? load_global(weight.data + o * weight.out_stride + c * weight.in_stride +
                                         weight.tap_offset(tap))
                           : T{0};
-    store_shared(to + (tap * kOut + out) * ld + in, value);
+    store_shared(to + tap * tap_size<T>(kOut * ld) + out * ld + in, value);
   }
 }
 
@@ -69,7 +76,7 @@ struct Forward {
   static constexpr int kLd = padded<T>(kDepth), kOutLd = padded<T>(kOut);
   static constexpr int kStageSize =
       kBordered * kLd > kPixels* kOutLd ? kBordered * kLd : kPixels * kOutLd;
-  static constexpr int kWeightSize = kTaps * kOut * kLd;  // of a chunk
+  static constexpr int kTapSize = tap_size<T>(kOut * kLd), kWeightSize = kTaps * kTapSize;
   using Statistics = ColumnMoments<T, kOut, kThreads>;
 
   static constexpr int shared_bytes(int64_t kept) {
@@ -164,7 +171,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
       const T* weight = weights + (args.kept < chunks ? 0 : chunk) * Config::kWeightSize;
       DENSE_EXT_NO_UNROLL for (int tap = 0; tap < kTaps; tap++) {
         const T* shifted = z + (tap / 3 * line + tap % 3) * kLd;
-        const T* of_tap = weight + tap * kOut * kLd;
+        const T* of_tap = weight + tap * Config::kTapSize;
         DENSE_EXT_UNROLL for (int k = 0; k < kDepth; k += Math::kDepth) {
           uint32_t a[kWarpRows][4];
           DENSE_EXT_UNROLL for (int i = 0; i < kWarpRows; i++) rows[i].load(a[i], shifted + k);
@@ -293,11 +300,11 @@ struct Backward {
   static constexpr int kDataWarps = kWarps / (kIn / 32);  // that share the pixels of da
   static constexpr int kDataRows = kPixels / kDataWarps / 16, kDataColumns = 4;  // fragments
   static constexpr int kStageSize = 2 * kBordered * kOutLd + kPixels * kInLd;
-  static constexpr int kVectors = 2 * kOut + 3 * kIn;
+  static constexpr int kTapSize = tap_size<T>(kOut * kInLd), kVectors = 2 * kOut + 3 * kIn;
 
   static constexpr int shared_bytes(int stages) {
     return SharedMemory::bytes_of(stages * kStageSize * int64_t{sizeof(T)}) +
-           SharedMemory::bytes_of(kTaps * kOut * kInLd * int64_t{sizeof(T)}) +
+           SharedMemory::bytes_of(kTaps * kTapSize * int64_t{sizeof(T)}) +
            SharedMemory::bytes_of(kVectors * int64_t{sizeof(float)}) +
            SharedMemory::bytes_of(2 * kBordered * int64_t{sizeof(int)}) +
            SharedMemory::bytes_of(kPixels * int64_t{sizeof(T)}) +
@@ -315,7 +322,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   constexpr int kBordered = Config::kBordered;
   SharedMemory shared;
   T* const stages = shared.take<T>(args.stages * Config::kStageSize);
-  T* const weights = shared.take<T>(kTaps * kOut * kInLd);
+  T* const weights = shared.take<T>(kTaps * Config::kTapSize);
   float* const u = shared.take<float>(Config::kVectors);
   float *const v = u + kOut, *const mean = v + kOut, *const scale = mean + kIn;
   float* const shift = scale + kIn;
@@ -396,7 +403,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
     // dy in place of grad; zero outside the images, where v would remain.
     for (int i = thread_index(); i < kBordered * kOut / 2; i += kThreads) {
-      const int p = i / (kOut / 2), k = i % (kOut / 2) * 2;
+      const int p = spread(i / (kOut / 2)), k = i % (kOut / 2) * 2;
       if (load_shared(source + p) < 0) continue;
       T* to = dy + p * kOutLd + k;
       const Float2 g = load_pair(to), value = load_pair(y + p * kOutLd + k);
@@ -437,7 +444,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     };
     const RowFragment<T> rows[2] = {corner_row(0), corner_row(Config::kDataRows - 1)};
     DENSE_EXT_NO_UNROLL for (int tap = 0; tap < kTaps; tap++) {
-      const T* of_tap = weights + tap * kOut * kInLd + data_column;
+      const T* of_tap = weights + tap * Config::kTapSize + data_column;
       DENSE_EXT_UNROLL for (int k = 0; k < kOut; k += Math::kDepth) {
         uint32_t a[Config::kDataRows][4], b[Config::kDataColumns][2];
         DENSE_EXT_UNROLL for (int i = 0; i < Config::kDataRows; i++) {

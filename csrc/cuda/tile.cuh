@@ -7,13 +7,15 @@
 
 namespace dense_ext {
 
-// A thread's first access to a tile of kUnits accesses a row. Four threads, at a row of 64 bytes,
-// leave banks for another four: not at the next row, which padding moves by 80 bytes, but at the
-// row four further on.
+// Neighbouring rows of 64 bytes, which padding keeps 80 apart, meet in a bank; a row and the fourth
+// after it don't. So threads take the rows in this order, of eight at a time.
+__device__ __forceinline__ int spread(int row) { return row / 8 * 8 + row % 2 * 4 + row % 8 / 2; }
+
+// A thread's first access to a tile of kUnits 16-byte accesses a row.
 template <int kUnits>
 __device__ __forceinline__ int first_access() {
-  const int i = thread_index(), row = i / kUnits;
-  return kUnits == 4 ? (row / 8 * 8 + row % 2 * 4 + row % 8 / 2) * kUnits + i % kUnits : i;
+  const int i = thread_index();
+  return kUnits == 4 ? spread(i / kUnits) * kUnits + i % kUnits : i;
 }
 
 // Calls body(row, column, valid) for each access of kBytes to a tile of kRows x kColumns.
@@ -136,7 +138,7 @@ template <int kRows, int kColumns, int kThreads, class T, class Valid>
 __device__ __forceinline__ void activate_rows(T* tile, int ld, const float* scale,
                                               const float* shift, const Valid& valid) {
   constexpr int kElements = 16 / static_cast<int>(sizeof(T)), kUnits = kColumns / kElements;
-  DENSE_EXT_NO_UNROLL for (int i = thread_index(); i < kRows * kUnits; i += kThreads) {
+  DENSE_EXT_NO_UNROLL for (int i = first_access<kUnits>(); i < kRows * kUnits; i += kThreads) {
     if (!valid(i / kUnits)) continue;
     const int column = i % kUnits * kElements;
     auto* const at = reinterpret_cast<Bytes<16>*>(tile + i / kUnits * ld + column);
@@ -199,16 +201,17 @@ class ColumnMoments {
     const int word = thread_index() % kWords, group = thread_index() / kWords;
     const T* column = tile + word * kPerWord;
     const int rows = group < kGroups ? kRows : 0;  // the threads that are left over do nothing
+    const int first = kWords == 16 ? spread(group) : group;
     int count = 0;
     float mean[kPerWord] = {}, m2[kPerWord] = {};
-    for (int r = group; r < rows; r += kGroups) {
+    for (int r = first; r < rows; r += kGroups) {
       if (!valid(r)) continue;
       count++;
       const Word x(column + r * ld);
       DENSE_EXT_UNROLL for (int i = 0; i < kPerWord; i++) mean[i] += x.value[i];
     }
     DENSE_EXT_UNROLL for (int i = 0; i < kPerWord; i++) mean[i] /= static_cast<float>(count);
-    for (int r = group; r < rows; r += kGroups) {
+    for (int r = first; r < rows; r += kGroups) {
       if (!valid(r)) continue;
       const Word x(column + r * ld);
       DENSE_EXT_UNROLL for (int i = 0; i < kPerWord; i++) {
