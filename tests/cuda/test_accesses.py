@@ -65,7 +65,7 @@ def sums(count: int) -> dict[str, int]:
 
 
 def conv1x1_forward(n: int, h: int, w: int, c: int, b: int) -> Traffic:
-    """x for each 128 channels of z (64 if there are no more); the weight and two vectors for each tile."""
+    """Each 128 channels of z read x; each tile reads the weight and two vectors."""
     m, columns, tiles = n * h * w, math.ceil(b / 128), math.ceil(n * h * w / 128)
     return Traffic(
         loads=columns * m * c * NARROW + tiles * (b * c * NARROW + columns * 2 * c * WIDE),
@@ -76,7 +76,7 @@ def conv1x1_forward(n: int, h: int, w: int, c: int, b: int) -> Traffic:
 
 
 def conv1x1_backward(n: int, h: int, w: int, c: int, b: int) -> Traffic:
-    """grad_bn and z for each 64 channels of x; the weight and the vectors once a block."""
+    """Each 64 channels of x read grad_bn and z; a block reads the weight and the vectors once."""
     m, columns = n * h * w, math.ceil(c / 64)
     return Traffic(
         loads=m * (2 * c + columns * 2 * b) * NARROW,
@@ -94,8 +94,10 @@ def with_borders(h: int, w: int, rows: int, columns: int) -> int:
 
 
 def conv3x3_forward(n: int, h: int, w: int, b: int, k: int) -> Traffic:
-    """z with borders of patches of 16 x 16, and two vectors a patch, for each 32 channels of y; the
-    weight, which fits into shared memory, once a block."""
+    """Each 32 channels of y read z, with the borders of patches of 16 x 16, and two vectors a patch.
+
+    The weight fits into shared memory: a block reads it once.
+    """
     m, columns, patches = n * h * w, math.ceil(k / 32), n * (h // 16) * (w // 16)
     return Traffic(
         loads=columns * (n * with_borders(h, w, 16, 16) * b * NARROW + patches * 2 * b * WIDE),
@@ -107,7 +109,7 @@ def conv3x3_forward(n: int, h: int, w: int, b: int, k: int) -> Traffic:
 
 
 def conv3x3_backward(n: int, h: int, w: int, b: int, k: int) -> Traffic:
-    """grad and y with borders of patches of 16 x 8 for each 64 channels of z; the weight once a block."""
+    """Each 64 channels of z read grad and y, with the borders of patches of 16 x 8."""
     m, columns = n * h * w, math.ceil(b / 64)
     return Traffic(
         loads=columns * 2 * n * with_borders(h, w, 16, 8) * k * NARROW + m * b * NARROW,
@@ -194,8 +196,11 @@ def conflicts(gpu: Emulator) -> Counter[str]:
 
 
 def passes(rows: int) -> int:
-    """Of accesses to so many rows of 64 bytes, 80 bytes apart: the first 16 bytes of a row and the last
-    of the next are in the same banks, so that the 128 bytes of two rows take two passes."""
+    """Of accesses to so many rows of 64 bytes, 80 bytes apart, those beyond the least.
+
+    The first 16 bytes of a row and the last of the next are in the same banks, so that the 128 bytes
+    of two rows take two passes.
+    """
     return rows // 2
 
 

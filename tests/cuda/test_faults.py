@@ -5,6 +5,7 @@ Each is a text of a source replaced by another. The same cases pass with the sou
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -87,7 +88,10 @@ FAULTS = {
         "bn_relu_conv1x1.cu", "copy_async_wait<kStages - 2>();", "", WRONG_VALUES
     ),
     "a wait for one group too few": forward_1x1(
-        "bn_relu_conv1x1.cu", "copy_async_wait<kStages - 2>();", "copy_async_wait<kStages - 1>();", WRONG_VALUES
+        "bn_relu_conv1x1.cu",
+        "copy_async_wait<kStages - 2>();",
+        "copy_async_wait<kStages - 1>();",
+        WRONG_VALUES,
     ),
     "copies that nothing waits for": pool(
         (1, 16, 16, 40),
@@ -137,7 +141,10 @@ FAULTS = {
     ),
     # Registers nothing has written.
     "a sum that begins with nothing": backward_1x1(
-        "bn_relu_conv1x1.cu", "float da[1][kDataColumns][4] = {};", "float da[1][kDataColumns][4];", WRONG_VALUES
+        "bn_relu_conv1x1.cu",
+        "float da[1][kDataColumns][4] = {};",
+        "float da[1][kDataColumns][4];",
+        WRONG_VALUES,
     ),
 }
 
@@ -145,14 +152,26 @@ FAULTS = {
 FAST = ("-O0",)
 
 
+def planted(name: str, folder: Path) -> Emulator:
+    """An emulator of a fault's kernel."""
+    fault, namespace = FAULTS[name], "dense_ext_fault_" + re.sub(r"\W", "_", name)
+    return Emulator(build(fault.plant(folder / "csrc"), fault.kernel, namespace, FAST), namespace)
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault(gpu: Emulator, name: str, tmp_path: Path) -> None:
-    fault = FAULTS[name]
-    fault.run(gpu)
-    namespace = "dense_ext_fault_" + name.replace(" ", "_").replace("'", "")
-    library = build(fault.plant(tmp_path / "csrc"), fault.kernel, namespace, FAST)
-    with pytest.raises((AssertionError, RuntimeError), match=fault.caught):
-        fault.run(Emulator(library, namespace))
+    FAULTS[name].run(gpu)
+    with pytest.raises((AssertionError, RuntimeError), match=FAULTS[name].caught):
+        FAULTS[name].run(planted(name, tmp_path))
+
+
+def test_after_a_failure(tmp_path: Path) -> None:
+    """The next launch finds nothing of one that failed."""
+    name = "a shuffle for some"
+    gpu = planted(name, tmp_path)
+    with pytest.raises(RuntimeError, match="threads wait for each other"):
+        FAULTS[name].run(gpu)
+    FAULTS["no wait for copies"].run(gpu)  # a forward pass, which has no fault here
 
 
 # What the emulator lets pass: memory beyond an array in shared memory, or beyond a tensor.
