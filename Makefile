@@ -11,7 +11,7 @@ FORMATTED := $(SOURCES) $(wildcard tests/emulator/*.cpp tests/emulator/*.h)
 
 help:
 	@echo "make bench    memory and speed of a training step beside torchvision's (OUT=$(OUT))"
-	@echo "make test     the whole test suite; the Triton kernels in Triton's interpreter"
+	@echo "make test     the whole test suite; Triton kernels in Triton's interpreter, CUDA kernels in an emulator"
 	@echo "make gpu      tests and measurements on this machine's GPU, with its own python3 (OUT=$(OUT))"
 	@echo "make wheel-check  one wheel in several Pythons and PyTorches: slow, downloads gigabytes"
 	@echo "make lint     ruff, mypy and clang-format"
@@ -36,6 +36,7 @@ bench: setup
 test: setup
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/primitives tests/triton
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --device emulator tests/primitives tests/gpu tests/cuda
 
 # Installs nothing: for a machine that has PyTorch, Triton, torchvision and pytest.
 gpu:

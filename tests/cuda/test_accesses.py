@@ -66,7 +66,7 @@ def sums(count: int) -> dict[str, int]:
 
 
 def conv1x1_forward(n: int, h: int, w: int, c: int, b: int) -> Traffic:
-    """Reads x for each 128 channels of z (64 if there are no more); the weight and two vectors for each tile."""
+    """Each 128 channels of z read x; each tile reads the weight and two vectors."""
     m, columns, tiles = n * h * w, math.ceil(b / 128), math.ceil(n * h * w / 128)
     return Traffic(
         loads=columns * m * c * NARROW + tiles * (b * c * NARROW + columns * 2 * c * WIDE),
@@ -77,7 +77,7 @@ def conv1x1_forward(n: int, h: int, w: int, c: int, b: int) -> Traffic:
 
 
 def conv1x1_backward(n: int, h: int, w: int, c: int, b: int) -> Traffic:
-    """Reads grad_bn and z for each 64 channels of x; the weight and the vectors once a block."""
+    """Each 64 channels of x read grad_bn and z; a block reads the weight and the vectors once."""
     m, columns = n * h * w, math.ceil(c / 64)
     return Traffic(
         loads=m * (2 * c + columns * 2 * b) * NARROW,
@@ -95,8 +95,9 @@ def with_borders(h: int, w: int, rows: int, columns: int) -> int:
 
 
 def conv3x3_forward(n: int, h: int, w: int, b: int, k: int) -> Traffic:
-    """Reads z with borders of patches of 16 x 16, and two vectors a patch, for each 32 or 48 channels of y;
-    the weight, which fits into shared memory, once a block.
+    """Each 32 or 48 channels of y read z, with the borders of patches of 16 x 16, and two vectors a patch.
+
+    The weight fits into shared memory: a block reads it once.
     """
     m, columns, patches = n * h * w, min(math.ceil(k / 32), math.ceil(k / 48)), n * (h // 16) * (w // 16)
     return Traffic(
@@ -109,7 +110,7 @@ def conv3x3_forward(n: int, h: int, w: int, b: int, k: int) -> Traffic:
 
 
 def conv3x3_backward(n: int, h: int, w: int, b: int, k: int) -> Traffic:
-    """Reads grad and y with borders of patches of 16 x 8 for each 64 channels of z; the weight once a block."""
+    """Each 64 channels of z read grad and y, with the borders of patches of 16 x 8."""
     m, columns = n * h * w, math.ceil(b / 64)
     return Traffic(
         loads=columns * 2 * n * with_borders(h, w, 16, 8) * k * NARROW + m * b * NARROW,

@@ -5,6 +5,7 @@ Each is a text of a source replaced by another. The same cases pass with the sou
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -151,14 +152,26 @@ FAULTS = {
 FAST = ("-O0",)
 
 
+def planted(name: str, folder: Path) -> Emulator:
+    """An emulator of a fault's kernel."""
+    fault, namespace = FAULTS[name], "dense_ext_fault_" + re.sub(r"\W", "_", name)
+    return Emulator(build(fault.plant(folder / "csrc"), fault.kernel, namespace, FAST), namespace)
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault(gpu: Emulator, name: str, tmp_path: Path) -> None:
-    fault = FAULTS[name]
-    fault.run(gpu)
-    namespace = "dense_ext_fault_" + name.replace(" ", "_").replace("'", "")
-    library = build(fault.plant(tmp_path / "csrc"), fault.kernel, namespace, FAST)
-    with pytest.raises((AssertionError, RuntimeError), match=fault.caught):
-        fault.run(Emulator(library, namespace))
+    FAULTS[name].run(gpu)
+    with pytest.raises((AssertionError, RuntimeError), match=FAULTS[name].caught):
+        FAULTS[name].run(planted(name, tmp_path))
+
+
+def test_after_a_failure(tmp_path: Path) -> None:
+    """The next launch finds nothing of one that failed."""
+    name = "a shuffle for some"
+    gpu = planted(name, tmp_path)
+    with pytest.raises(RuntimeError, match="threads wait for each other"):
+        FAULTS[name].run(gpu)
+    FAULTS["no wait for copies"].run(gpu)  # a forward pass, which has no fault here
 
 
 # What the emulator lets pass: memory beyond an array in shared memory, or beyond a tensor.
