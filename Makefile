@@ -35,7 +35,7 @@ bench: setup
 
 test: setup
 	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/primitives tests/triton
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/primitives tests/gpu tests/triton
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --device emulator tests/primitives tests/gpu tests/cuda
 
 # Installs nothing: for a machine that has PyTorch, Triton, torchvision and pytest.
