@@ -94,7 +94,9 @@ struct Block {
 Block block;
 Fiber scheduler;
 
-[[noreturn]] void fail(const std::string& what) { throw std::runtime_error("emulated GPU: " + what); }
+[[noreturn]] void fail(const std::string& what) {
+  throw std::runtime_error("emulated GPU: " + what);
+}
 
 Warp& warp_of(const Thread& thread) { return block.warps[thread.index / kWarp]; }
 uint32_t bit_of(const Thread& thread) { return 1u << thread.index % kWarp; }
