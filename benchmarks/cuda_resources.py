@@ -1,8 +1,9 @@
 """What every kernel of the CUDA library takes on every architecture it holds code for; needs no GPU.
 
 ``python benchmarks/cuda_resources.py`` reads ``dense_ext/_cuda.so`` and writes
-``results/cuda_resources.md``: registers, bytes of a thread's stack, where spilled registers go, and
-static shared memory. A kernel with a stack is one that spills: the exit code is 1.
+``results/cuda_resources.md``: registers, bytes of a thread's stack, where spilled registers go, and, as
+the emulator of the tests sees it launched on a DenseNet's layers, shared memory and what follows for
+occupancy. A kernel with a stack is one that spills: the exit code is 1.
 """
 
 from __future__ import annotations
@@ -11,13 +12,28 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from dense_ext.backends import CUDA
 
-RESULT = Path(__file__).with_name("results") / "cuda_resources.md"
-HEADER = ("source", "kernel", "chip", "registers", "stack", "static shared")
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "cuda_resources.md"
+HEADER = ("source", "kernel", "chip", "registers", "stack", "threads", "shared", "occupancy")
+
+KIB = 1 << 10
+# Of a multiprocessor: shared memory, most threads; and of it what one block may have. 64 Ki registers.
+CHIPS = {
+    "sm_80": (164 * KIB, 2048, 163 * KIB),
+    "sm_86": (100 * KIB, 1536, 99 * KIB),
+    "sm_89": (100 * KIB, 1536, 99 * KIB),
+    "sm_90a": (228 * KIB, 2048, 227 * KIB),
+    "sm_100": (228 * KIB, 2048, 227 * KIB),
+    "sm_120": (100 * KIB, 1536, 99 * KIB),
+}
 
 
 class Kernel(NamedTuple):
@@ -28,7 +44,23 @@ class Kernel(NamedTuple):
     architecture: str
     registers: int
     stack: int
+    threads: int
     shared: int
+
+    @property
+    def occupancy(self) -> str:
+        """Share of a multiprocessor's threads that blocks of it can be, where it was seen launched."""
+        if not self.threads or self.architecture not in CHIPS:
+            return ""
+        memory, most_threads, _ = CHIPS[self.architecture]
+        # Registers are given out by the warp, eight a thread at a time; 1 KiB a block is CUDA's.
+        registers = -(-self.registers // 8) * 8
+        blocks = min(
+            (64 * KIB) // (registers * self.threads),
+            memory // (self.shared + KIB),
+            most_threads // self.threads,
+        )
+        return f"{blocks * self.threads / most_threads:.0%}"
 
 
 def cuobjdump() -> str:
@@ -41,15 +73,84 @@ def cuobjdump() -> str:
     return found
 
 
+def short(name: str) -> str:
+    """A kernel's name as in the source, without namespaces and the type of its arguments."""
+    for noise in ("(anonymous namespace)::", "{anonymous}::", "dense_ext::", "void "):
+        name = name.replace(noise, "")
+    return re.sub(r" (?=>)|\(.*", "", name)
+
+
 def demangled(symbols: list[str]) -> list[str]:
-    """The kernels' names as in the source, without namespaces and the type of their arguments."""
+    """The kernels' short names."""
     names = subprocess.run(["c++filt"], input="\n".join(symbols), text=True, capture_output=True, check=True)
-    short = []
-    for name in names.stdout.splitlines():
-        for noise in ("(anonymous namespace)::", "dense_ext::", "void "):
-            name = name.replace(noise, "")
-        short.append(re.sub(r" (?=>)|\(.*", "", name))
-    return short
+    return [short(name) for name in names.stdout.splitlines()]
+
+
+def cases() -> Iterator[tuple[str, dict[str, object]]]:
+    """Calls of every primitive on a few pixels, with the channels of DenseNet-121 and 161, by primitive."""
+    from tests.primitives import (
+        test_affine_gradient as affine,
+    )
+    from tests.primitives import (
+        test_batch_norm as batch_norm,
+    )
+    from tests.primitives import (
+        test_bn_relu_conv1x1 as conv1x1,
+    )
+    from tests.primitives import (
+        test_bn_relu_conv3x3 as conv3x3,
+    )
+    from tests.primitives import (
+        test_bn_relu_maxpool as maxpool,
+    )
+    from tests.primitives import (
+        test_bn_relu_pool_conv1x1 as transition,
+    )
+    from tests.primitives import (
+        test_channel_stats as stats,
+    )
+    from tests.primitives.harness import Maker
+
+    pixels = (1, 8, 8)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        maker = Maker(dtype, torch.device("cpu"))
+        made = [
+            *(case(maker, 64) for case in batch_norm.CASES),
+            *(
+                case(maker, (*pixels, 64))
+                for case in (stats.stats_case, maxpool.forward_case, maxpool.backward_case)
+            ),
+            *(case(maker, (*pixels, 64)) for case in (affine.affine_case, affine.accumulate_case)),
+        ]
+        for module, sizes in (
+            (conv1x1, ((256, 48), (256, 128), (256, 192))),
+            (conv3x3, ((128, 32), (192, 48))),
+            (transition, ((256, 128), (512, 256))),
+        ):
+            made += [
+                c(maker, (*pixels, *s)) for c in (module.forward_case, module.backward_case) for s in sizes
+            ]
+        for case in made:
+            yield case.primitive, case.arguments
+
+
+def launches(shared_bytes: int) -> dict[tuple[str, str], tuple[int, int]]:
+    """Threads and shared memory of a block, by source and kernel, on a chip that gives a block so much."""
+    sys.path.insert(0, str(ROOT))
+    from tests.emulator import emulator
+
+    gpu = emulator()
+    gpu.reset(shared_bytes=shared_bytes)
+    for primitive, arguments in cases():
+        for tf32 in (False, True):
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
+                getattr(gpu.backend, primitive)(**arguments)
+    found = {}
+    for (place, function), numbers in gpu.counters.kernels.items():
+        name = re.search(r"kKernel = (.*?); Arguments = ", function)
+        assert name is not None, function
+        found[place.partition(".")[0], short(name[1])] = numbers
+    return found
 
 
 def read(usage: str) -> list[Kernel]:
@@ -61,7 +162,7 @@ def read(usage: str) -> list[Kernel]:
             architecture = match[1]
         else:
             registers, stack, shared, local = map(int, match.groups()[2:])
-            found.append((match[2], architecture, registers, stack + local, shared))
+            found.append((match[2], architecture, registers, stack + local, 0, shared))
     # The compiler names a file's anonymous namespace after the file.
     sources = [re.search(r"_GLOBAL__N__\w{8}_\d+_(\w+)_cu_", symbol) for symbol, *_ in found]
     names = demangled([symbol for symbol, *_ in found])
@@ -71,23 +172,39 @@ def read(usage: str) -> list[Kernel]:
     )
 
 
+def kernels_of(library: Path) -> list[Kernel]:
+    """The kernels of a library, on each of its chips."""
+    command = [cuobjdump(), "-res-usage", str(library)]
+    return read(subprocess.run(command, text=True, capture_output=True, check=True).stdout)
+
+
+def as_launched(kernels: list[Kernel]) -> list[Kernel]:
+    """With the threads and the shared memory of their launches."""
+    by_chip = {name: launches(shared_bytes) for name, (_, _, shared_bytes) in CHIPS.items()}
+    found = []
+    for kernel in kernels:
+        seen = by_chip.get(kernel.architecture, {}).get((kernel.source, kernel.name))
+        found.append(kernel if seen is None else kernel._replace(threads=seen[0], shared=seen[1]))
+    return found
+
+
 def table(kernels: list[Kernel]) -> str:
     """The page."""
     head = ["| " + " | ".join(HEADER) + " |", "|" + " --- |" * 3 + " ---: |" * (len(HEADER) - 3)]
     title = (
         "# What the CUDA kernels take\n\n"
-        "A thread's registers and bytes of stack, a block's bytes of static shared memory (1024 of them are\n"
-        "the system's from sm_90 on).\n"
+        "A thread's registers and bytes of stack; a block's threads and bytes of shared memory, the most on\n"
+        "the layers of DenseNet-121 and 161; and the share of a multiprocessor's threads they can be.\n"
     )
-    return "\n".join([title, *head, *("| " + " | ".join(map(str, k)) + " |" for k in kernels)]) + "\n"
+    rows = ["| " + " | ".join(map(str, (*k, k.occupancy))) + " |" for k in kernels]
+    return "\n".join([title, *head, *rows]) + "\n"
 
 
 def main() -> int:
     """Write the page; 1 if a kernel spills."""
     if CUDA.library.path is None:
         sys.exit(str(CUDA.library))
-    command = [cuobjdump(), "-res-usage", str(CUDA.library.path)]
-    kernels = read(subprocess.run(command, text=True, capture_output=True, check=True).stdout)
+    kernels = as_launched(kernels_of(CUDA.library.path))
     RESULT.write_text(table(kernels))
     print(f"wrote {RESULT}")
     spilling = [kernel for kernel in kernels if kernel.stack]

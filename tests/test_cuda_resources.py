@@ -5,8 +5,11 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from dense_ext.backends import CUDA
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,16 +30,35 @@ BackwardINS_10ArithmeticINS_4HalfELb0EEEEELi1EEEvNS0_17BackwardArgumentsINT_1TEE
 """
 
 
-@pytest.mark.skipif(shutil.which("c++filt") is None, reason="there is no c++filt")
-def test_kernels_are_named_as_in_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+pytestmark = pytest.mark.skipif(shutil.which("c++filt") is None, reason="there is no c++filt")
+
+
+@pytest.fixture
+def cuda_resources(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script as a module."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.delitem(sys.modules, "cuda_resources", raising=False)
     import cuda_resources
 
+    return cuda_resources
+
+
+def test_no_kernel_spills(cuda_resources: Any) -> None:
+    if CUDA.library.path is None:
+        pytest.skip(str(CUDA.library))
+    kernels = cuda_resources.kernels_of(CUDA.library.path)
+    assert {"bn_relu_conv1x1", "bn_relu_conv3x3", "reduce"} <= {kernel.source for kernel in kernels}
+    assert not [kernel for kernel in kernels if kernel.stack]
+
+
+def test_kernels_are_named_as_in_the_source(cuda_resources: Any) -> None:
     backward = "backward_kernel<Backward<Arithmetic<Half, false>>, 1>"
     kernels = cuda_resources.read(USAGE)
     assert sorted(map(tuple, kernels)) == [
-        ("", "plain", "sm_90a", 12, 0, 0),
-        ("bn_relu_conv1x1", backward, "sm_90a", 128, 8, 1024),
+        ("", "plain", "sm_90a", 12, 0, 0, 0),
+        ("bn_relu_conv1x1", backward, "sm_90a", 128, 8, 0, 1024),
     ]
-    assert f"| bn_relu_conv1x1 | {backward} | sm_90a | 128 | 8 | 1024 |\n" in cuda_resources.table(kernels)
+    # By registers two blocks of 256 threads, of the 2048 there can be.
+    launched = [kernel._replace(threads=256, shared=70 << 10) for kernel in kernels]
+    line = f"| bn_relu_conv1x1 | {backward} | sm_90a | 128 | 8 | 256 | 71680 | 25% |\n"
+    assert line in cuda_resources.table(launched)

@@ -22,8 +22,9 @@ def registered(path: Path) -> list[str]:
     return re.findall(r'm\.impl\("(\w+)"', path.read_text())
 
 
-def test_every_primitive_is_compiled_once_and_its_file_has_a_test() -> None:
-    files = {path.stem: registered(path) for path in (ROOT / "csrc" / "cpu").glob("*.cpp")}
+@pytest.mark.parametrize("sources", ["cpu/*.cpp", "cuda/*.cu"])
+def test_every_primitive_is_compiled_once_and_its_file_has_a_test(sources: str) -> None:
+    files = {path.stem: registered(path) for path in (ROOT / "csrc").glob(sources)}
     kernels = {stem: names for stem, names in files.items() if names}
     assert sorted(name for names in kernels.values() for name in names) == sorted(PRIMITIVES)
     triton = {path.stem for path in (PACKAGE / "backends" / "triton").glob("*.py")}

@@ -27,14 +27,14 @@ struct Arguments {
   int64_t distance;  // between the pixels of a thread
 };
 
-// Thread t of the grid takes unit t % units of pixel t / units and of every distance-th from there:
-// its channels, and their factors, stay the same.
+// Thread t of the grid takes unit t % units of pixel t / units and of every distance-th from there
+// on: always the same channels, whose factors it keeps in registers.
 template <class T, int kBytes>
 __device__ __forceinline__ void run(const Arguments<T>& args) {
   using V = Vector<T, kBytes>;
-  const int64_t thread = int64_t{block_x()} * kThreads + thread_index();
-  const int64_t c = thread % args.units * V::kSize, first = thread / args.units;
+  const int thread = block_x() * kThreads + thread_index(), first = thread / args.units;
   if (first >= args.distance) return;
+  const int64_t c = int64_t{thread % args.units} * V::kSize;
   float factor[V::kSize], offset[V::kSize];
   DENSE_EXT_UNROLL for (int i = 0; i < V::kSize; i++) {
     factor[i] = load_global(args.factor + c + i);

@@ -1,13 +1,15 @@
 // Forward:  z = relu(scale*x + shift) @ W^T, and z's mean and variance.
 // Backward: dz = z_scale*grad_bn + z_u*z + z_v;  g = (dz @ W) where scale*x + shift > 0, else 0
-//           grad_x += scale*g;  sums = [sum g, sum g*(x - mean)];  dW = dz^T @ relu(scale*x + shift)
+//           grad_x += scale*g;  sums = [sum g, sum g*(x - mean)];  dW = dz^T @ relu(scale*x +
+//           shift)
 //
 // x, grad_x [M, C] and z, grad_bn [M, B], pixels their own strides apart; W, dW [B, C].
 //
 // Elements moved a pixel: C + B forward, 3 C + 2 B backward, each once from device memory: blocks
 // that run side by side share x (forward, B beyond 128) or grad_bn and z (backward, a chunk of C
-// each) through the L2 cache. Backward is one kernel: dW of the chunk stays in registers over all of
-// a block's pixels, and so does W. Beside them each block leaves a row of moments, or of sums and dW.
+// each) through the L2 cache. Backward is one kernel: dW of the chunk stays in registers over all
+// of a block's pixels, and so does W. Beside them each block leaves a row of moments, or of sums
+// and dW.
 
 #include <torch/csrc/stable/library.h>
 
@@ -32,8 +34,9 @@ struct ForwardArguments {
   int x_bytes, weight_bytes, z_bytes;
 };
 
-// A block makes tiles of kPixels x kOut of z, eight warps 4 x 2, stepping through C in a pipeline of
-// kStages. Two blocks share a multiprocessor, so that one loads or stores while the other computes.
+// A block makes tiles of kPixels x kOut of z, eight warps 4 x 2, stepping through C in a pipeline
+// of kStages. Two blocks share a multiprocessor, so that one loads or stores while the other
+// computes.
 template <class Math_, int kOut_>
 struct Forward {
   using Math = Math_;
@@ -46,7 +49,7 @@ struct Forward {
   using Statistics = ColumnMoments<T, kOut, kThreads>;
 
   static constexpr int kTileSize =
-      kStages * kStageSize > kPixels * kOutLd ? kStages * kStageSize : kPixels * kOutLd;
+      kStages * kStageSize > kPixels* kOutLd ? kStages * kStageSize : kPixels * kOutLd;
   static constexpr int kSharedBytes =
       SharedMemory::bytes_of(kTileSize * int64_t{sizeof(T)}) +
       SharedMemory::bytes_of(kStages * 2 * kDepth * int64_t{sizeof(float)}) +
@@ -85,7 +88,8 @@ __global__ void __launch_bounds__(kThreads, 2)
                                            Rows(args.x, first, tile_rows, c));
       copy_tile<kOut, kDepth, kThreads>(
           x + kPixels * kLd, kLd, in - c, args.weight_bytes, [&](int r) {
-            return r < outs ? args.weight.data + (first_out + r) * args.weight.out_stride + c : nullptr;
+            return r < outs ? args.weight.data + (first_out + r) * args.weight.out_stride + c
+                            : nullptr;
           });
       float* vector = vectors + step % kStages * 2 * kDepth;
       copy_vector<kDepth, kThreads>(vector, args.scale, c, in);
@@ -93,15 +97,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     };
 
     float z[Config::kWarpRows][Config::kWarpColumns][4] = {};
-    for (int step = 0; step < kStages - 1; step++) {
-      if (step < steps) load(step);
-      copy_async_commit();
-    }
-    for (int step = 0; step < steps; step++) {
-      copy_async_wait<kStages - 2>();
-      sync_threads();
-      if (step + kStages - 1 < steps) load(step + kStages - 1);
-      copy_async_commit();
+    const auto compute = [&](int step) {
       const T* x = tiles + step % kStages * Config::kStageSize;
       const T* weight = x + kPixels * kLd + warp_column * kLd;
       const float* vector = vectors + step % kStages * 2 * kDepth;
@@ -118,19 +114,13 @@ __global__ void __launch_bounds__(kThreads, 2)
           multiply<Math>(z, a, b, j);
         }
       }
-    }
-    copy_async_wait<0>();
-    sync_threads();
+    };
+    pipeline<kStages>(steps, load, compute);
 
     // The pipeline's memory holds the tile of z now.
-    const Position at;
-    DENSE_EXT_UNROLL for (int i = 0; i < Config::kWarpRows; i++) {
-      DENSE_EXT_UNROLL for (int j = 0; j < Config::kWarpColumns; j++) {
-        T* to = tiles + (warp_row + 16 * i + at.row) * Config::kOutLd + warp_column + 8 * j + at.column;
-        store_pair(to, z[i][j][0], z[i][j][1]);
-        store_pair(to + 8 * Config::kOutLd, z[i][j][2], z[i][j][3]);
-      }
-    }
+    for_pairs(z, [&](int row, int column, float left, float right) {
+      store_pair(tiles + (warp_row + row) * Config::kOutLd + warp_column + column, left, right);
+    });
     sync_threads();
     store_tile<kPixels, kOut, kThreads>(tiles, Config::kOutLd, outs, args.z_bytes,
                                         Rows(args.z, first, tile_rows, first_out));
@@ -148,6 +138,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <class Config>
 void run_forward(ForwardArguments<typename Config::T> args, const Tensor& like, float* mean,
                  float* var) {
+  static_assert(Config::kSharedBytes <= kSmallestSharedBytes);
   const int64_t out = args.z.channels, columns = ceil_div(out, Config::kOut);
   const int64_t blocks = persistent_blocks(ceil_div(args.x.count(), Config::kPixels), columns, 2,
                                            Config::kSharedBytes);
@@ -182,15 +173,16 @@ void bn_relu_conv1x1_forward(const Tensor& x, const Tensor& scale, const Tensor&
       return;
     }
     const Tensor dense = with_dense_rows(weight, weights);
-    const ForwardArguments<T> args{.x = xs,
-                                   .scale = scales,
-                                   .shift = shifts,
-                                   .weight = weights,
-                                   .z = zs,
-                                   .moments = nullptr,
-                                   .x_bytes = AccessBytes().add(xs),
-                                   .weight_bytes = AccessBytes().add(weights.data, in, weights.out_stride),
-                                   .z_bytes = AccessBytes().add(zs)};
+    const ForwardArguments<T> args{
+        .x = xs,
+        .scale = scales,
+        .shift = shifts,
+        .weight = weights,
+        .z = zs,
+        .moments = nullptr,
+        .x_bytes = AccessBytes().add(xs),
+        .weight_bytes = AccessBytes().add(weights.data, in, weights.out_stride),
+        .z_bytes = AccessBytes().add(zs)};
     with_arithmetic<T>(tf32, [&](auto math) {
       using Math = decltype(math);
       if (out <= 64) {
@@ -207,7 +199,7 @@ void bn_relu_conv1x1_forward(const Tensor& x, const Tensor& scale, const Tensor&
 template <class T>
 struct BackwardArguments {
   Pixels<const T> grad_bn, z;
-  const float *z_scale, *z_u, *z_v;   // [B]
+  const float *z_scale, *z_u, *z_v;  // [B]
   Pixels<const T> x;
   const float *mean, *scale, *shift;  // [C]
   Weight<const T> weight;             // [B, C]
@@ -221,14 +213,15 @@ struct BackwardArguments {
 
 // A block takes kIn channels of x and all of B, at most kOut, and goes through tiles of kPixels:
 // dz is formed in shared memory; the warps share da [kPixels, kIn] 2 x 4 and dW [kOut, kIn] 4 x 2.
-template <class Math_>
+template <class Math_, int kOut_>
 struct Backward {
   using Math = Math_;
   using T = typename Math::T;
-  static constexpr int kOut = 128, kIn = 64, kPixels = 32;
+  static constexpr int kOut = kOut_, kIn = 64, kPixels = 32;
   static constexpr int kOutLd = padded<T>(kOut), kInLd = padded<T>(kIn);
   static constexpr int kStageSize = 2 * kPixels * (kOutLd + kInLd);
-  static constexpr int kBlocks = sizeof(T) == 2 ? 2 : 1;  // of a multiprocessor, by registers
+  // Of a multiprocessor, by registers.
+  static constexpr int kBlocks = sizeof(T) == 2 && kOut <= 128 ? 2 : 1;
   static constexpr int kVectors = 3 * kOut + 3 * kIn;
 
   static constexpr int shared_bytes(int stages) {
@@ -263,10 +256,10 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks)
   copy_vector<kIn, kThreads>(shift, args.shift, first_in, args.x.channels);
 
   // The warp's places in da and dW.
-  constexpr int kDataColumns = 2, kWeightRows = 2, kWeightColumns = 4;  // fragments
+  constexpr int kDataColumns = 2, kWeightRows = kOut / 64, kWeightColumns = 4;  // fragments
   const int warp = warp_index(), lane = lane_index();
   const int data_row = warp / 4 * 16, data_column = warp % 4 * 16;
-  const int weight_row = warp / 2 * 32, weight_column = warp % 2 * 32;
+  const int weight_row = warp / 2 * (kOut / 4), weight_column = warp % 2 * 32;
   const RowFragment<T> dz_rows([&](int r) { return (data_row + r) * kOutLd; });
   const TransposedRowFragment<T> dz_columns([&](int k) { return k * kOutLd + weight_row; });
   const TransposedColumnFragments<T> columns(kInLd);
@@ -406,11 +399,12 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks)
 template <class Config>
 void run_backward(BackwardArguments<typename Config::T> args, const Tensor& like,
                   const Sums<typename Config::T>& sums) {
+  static_assert(Config::shared_bytes(1) <= kSmallestSharedBytes);
   const int64_t chunks = ceil_div(args.x.channels, Config::kIn);
   args.stages = Config::shared_bytes(2) <= current_device().shared_bytes ? 2 : 1;
   const int shared = Config::shared_bytes(args.stages);
-  const int64_t blocks = persistent_blocks(ceil_div(args.x.count(), Config::kPixels), chunks,
-                                           Config::kBlocks, shared);
+  const int64_t blocks =
+      persistent_blocks(ceil_div(args.x.count(), Config::kPixels), chunks, Config::kBlocks, shared);
   const Tensor rows = scratch(blocks * args.row_size, like);
   args.rows = static_cast<float*>(rows.data_ptr());
   launch<backward_kernel<Config>>({chunks, blocks, kThreads, shared}, args);
@@ -428,20 +422,19 @@ void bn_relu_conv1x1_backward(const Tensor& grad_bn, const Tensor& z, const Tens
     const auto xs = pixels<const T>(x, "x");
     const int64_t in = xs.channels, out = weight.size(0);
     Weight<const T> weights = weight_of<const T>(weight, "weight", out, in, 1);
-    const BackwardArguments<T> args{
-        .grad_bn = pixels<const T>(grad_bn, "grad_bn", xs, out),
-        .z = pixels<const T>(z, "z", xs, out),
-        .z_scale = channels<const float>(z_scale, "z_scale", out),
-        .z_u = channels<const float>(z_u, "z_u", out),
-        .z_v = channels<const float>(z_v, "z_v", out),
-        .x = xs,
-        .mean = channels<const float>(mean, "mean", in),
-        .scale = channels<const float>(scale, "scale", in),
-        .shift = channels<const float>(shift, "shift", in),
-        .grad_x = pixels<T>(grad_x, "grad_x", xs, in),
-        .rows = nullptr,
-        .row_size = 0,
-        .wants_weight = grad_weight.has_value()};
+    const BackwardArguments<T> args{.grad_bn = pixels<const T>(grad_bn, "grad_bn", xs, out),
+                                    .z = pixels<const T>(z, "z", xs, out),
+                                    .z_scale = channels<const float>(z_scale, "z_scale", out),
+                                    .z_u = channels<const float>(z_u, "z_u", out),
+                                    .z_v = channels<const float>(z_v, "z_v", out),
+                                    .x = xs,
+                                    .mean = channels<const float>(mean, "mean", in),
+                                    .scale = channels<const float>(scale, "scale", in),
+                                    .shift = channels<const float>(shift, "shift", in),
+                                    .grad_x = pixels<T>(grad_x, "grad_x", xs, in),
+                                    .rows = nullptr,
+                                    .row_size = 0,
+                                    .wants_weight = grad_weight.has_value()};
     float* sum = channels<float>(sums, "sums", 2 * in);
     const Weight<T> dw = weight_of<T>(grad_weight, "grad_weight", out, in, 1);
     if (xs.count() == 0) {
@@ -450,9 +443,9 @@ void bn_relu_conv1x1_backward(const Tensor& grad_bn, const Tensor& z, const Tens
       return;
     }
     const Tensor dense = with_dense_rows(weight, weights);
-    with_arithmetic<T>(tf32, [&](auto math) {
-      using Config = Backward<decltype(math)>;
-      // What doesn't fit is done in pieces of B, each adding its part to grad_x and to the sums.
+    // What doesn't fit is done in pieces of B, each adding its part to grad_x and to the sums.
+    const auto run_pieces = [&](auto config) {
+      using Config = decltype(config);
       for (int64_t b = 0; b < out; b += Config::kOut) {
         const int64_t count = std::min<int64_t>(Config::kOut, out - b);
         BackwardArguments<T> piece = args;
@@ -471,6 +464,13 @@ void bn_relu_conv1x1_backward(const Tensor& grad_bn, const Tensor& z, const Tens
         if (grad_weight) to.set_weight(dw, b, count, 1);
         run_backward<Config>(piece, x, to);
       }
+    };
+    with_arithmetic<T>(tf32, [&](auto math) {
+      using Math = decltype(math);
+      if constexpr (sizeof(T) == 2) {  // float's dW and W would not fit the registers
+        if (ceil_div(out, 192) < ceil_div(out, 128)) return run_pieces(Backward<Math, 192>{});
+      }
+      run_pieces(Backward<Math, 128>{});
     });
   });
 }

@@ -7,11 +7,11 @@
 // z, grad_bn [N, H, W, B], y, grad [N, H, W, K], pixels their own strides apart; W, dW
 // [K, B, 3, 3], any strides.
 //
-// Elements moved a pixel: B + K forward, 2 B + 2 K backward. A block takes patches of images: forward
-// z comes to shared memory with its border, is activated there once, and the nine taps are nine
-// shifted views of it. Backward does the same with dy, for both gradients in one kernel: a block
-// takes a chunk of B, keeps dW of all taps in registers over its patches, and W in shared memory.
-// What patches share at their borders, and chunks of B of dy, comes from the L2 cache.
+// Elements moved a pixel: B + K forward, 2 B + 2 K backward. A block takes patches of images:
+// forward z comes to shared memory with its border, is activated there once, and the nine taps are
+// nine shifted views of it. Backward does the same with dy, for both gradients in one kernel: a
+// block takes a chunk of B, keeps dW of all taps in registers over its patches, and W in shared
+// memory. What patches share at their borders, and chunks of B of dy, comes from the L2 cache.
 
 #include <torch/csrc/stable/library.h>
 
@@ -25,6 +25,13 @@ namespace {
 
 constexpr int kTaps = 9;
 
+// Elements from a tap of the weight to the next in shared memory: in other banks, for neighbouring
+// threads write neighbouring taps.
+template <class T>
+constexpr int tap_size(int elements) {
+  return padded<T>(elements);
+}
+
 // W[first_out.., first_in.., tap] as [tap][kOut][kIn] in shared memory, zeros beyond its ends.
 // Threads that follow one another read what follows in a contiguous weight.
 template <int kOut, int kIn, int kThreads, class T>
@@ -37,7 +44,7 @@ __device__ __forceinline__ void load_taps(T* to, int ld, const Weight<const T>& 
     const T value = valid ? load_global(weight.data + o * weight.out_stride + c * weight.in_stride +
                                         weight.tap_offset(tap))
                           : T{0};
-    store_shared(to + (tap * kOut + out) * ld + in, value);
+    store_shared(to + tap * tap_size<T>(kOut * ld) + out * ld + in, value);
   }
 }
 
@@ -55,18 +62,21 @@ struct ForwardArguments {
   int kept;  // chunks of the weight in shared memory: all, or one at a time
 };
 
-// A block makes kOut channels of patches of kPixels, a warp 32 pixels of them, stepping through B in
-// chunks of kDepth; while it computes one chunk, the next is on its way.
-template <class Math_>
+// A block makes kOut channels of patches of kPixels, its warps a part of the pixels each, stepping
+// through B in chunks of kDepth; while it computes one chunk, the next is on its way.
+template <class Math_, int kOut_>
 struct Forward {
   using Math = Math_;
   using T = typename Math::T;
-  static constexpr int kThreads = 256, kPixels = 256, kBordered = 360, kOut = 32;
+  static constexpr int kThreads = 256, kWarpRows = sizeof(T) == 2 ? 2 : 1;  // fragments of a warp
+  static constexpr int kPixels = kThreads / kWarp * 16 * kWarpRows, kOut = kOut_;
+  static constexpr int kBordered = sizeof(T) == 2 ? 360 : 200;
+  static constexpr int kBlocks = Math::kExact ? 1 : 2;  // of a multiprocessor, by registers
   static constexpr int kDepth = 64 / static_cast<int>(sizeof(T));
   static constexpr int kLd = padded<T>(kDepth), kOutLd = padded<T>(kOut);
   static constexpr int kStageSize =
-      kBordered * kLd > kPixels * kOutLd ? kBordered * kLd : kPixels * kOutLd;
-  static constexpr int kWeightSize = kTaps * kOut * kLd;  // of a chunk
+      kBordered * kLd > kPixels* kOutLd ? kBordered * kLd : kPixels * kOutLd;
+  static constexpr int kTapSize = tap_size<T>(kOut * kLd), kWeightSize = kTaps * kTapSize;
   using Statistics = ColumnMoments<T, kOut, kThreads>;
 
   static constexpr int shared_bytes(int64_t kept) {
@@ -79,7 +89,7 @@ struct Forward {
 };
 
 template <class Config>
-__global__ void __launch_bounds__(Config::kThreads, 2)
+__global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     forward_kernel(const ForwardArguments<typename Config::T> args) {
   using Math = typename Config::Math;
   using T = typename Config::T;
@@ -97,10 +107,12 @@ __global__ void __launch_bounds__(Config::kThreads, 2)
   const int64_t first_out = int64_t{block_x()} * kOut;
   const int outs = static_cast<int>(std::min(int64_t{kOut}, args.y.channels - first_out));
   const int chunks = (in + kDepth - 1) / kDepth, line = patches.line();
-  const int warp_row = warp_index() * 32;
-  const RowFragment<T> rows[2] = {
-      RowFragment<T>([&](int r) { return patches.corner(warp_row + r) * kLd; }),
-      RowFragment<T>([&](int r) { return patches.corner(warp_row + 16 + r) * kLd; })};
+  constexpr int kWarpRows = Config::kWarpRows;
+  const int warp_row = warp_index() * 16 * kWarpRows;
+  const auto corner_row = [&](int i) {
+    return RowFragment<T>([&](int r) { return patches.corner(warp_row + 16 * i + r) * kLd; });
+  };
+  const RowFragment<T> rows[2] = {corner_row(0), corner_row(kWarpRows - 1)};
   const ColumnFragments<T> columns(kLd);
 
   // Where the pixels of a patch lie: known one patch ahead.
@@ -138,7 +150,7 @@ __global__ void __launch_bounds__(Config::kThreads, 2)
     const int64_t next = patch + grid_y();
     if (next < patch_count) locate(next, 1 - parity);
     const int* source = sources + parity * kBordered;
-    float y[2][kOut / 8][4] = {};
+    float y[kWarpRows][kOut / 8][4] = {};
     for (int chunk = 0; chunk < chunks; chunk++, stage = 1 - stage) {
       copy_async_wait<0>();
       sync_threads();
@@ -153,20 +165,21 @@ __global__ void __launch_bounds__(Config::kThreads, 2)
       }
       T* const z = stages + stage * Config::kStageSize;
       const float* scale = vectors + stage * 2 * kDepth;
-      activate_rows<kBordered, kDepth, kThreads>(z, kLd, scale, scale + kDepth,
-                                                 [&](int p) { return load_shared(source + p) >= 0; });
+      activate_rows<kBordered, kDepth, kThreads>(
+          z, kLd, scale, scale + kDepth, [&](int p) { return load_shared(source + p) >= 0; });
       sync_threads();
       const T* weight = weights + (args.kept < chunks ? 0 : chunk) * Config::kWeightSize;
       DENSE_EXT_NO_UNROLL for (int tap = 0; tap < kTaps; tap++) {
         const T* shifted = z + (tap / 3 * line + tap % 3) * kLd;
-        const T* of_tap = weight + tap * kOut * kLd;
+        const T* of_tap = weight + tap * Config::kTapSize;
         DENSE_EXT_UNROLL for (int k = 0; k < kDepth; k += Math::kDepth) {
-          uint32_t a[2][4], b[kOut / 8][2];
-          DENSE_EXT_UNROLL for (int i = 0; i < 2; i++) rows[i].load(a[i], shifted + k);
+          uint32_t a[kWarpRows][4];
+          DENSE_EXT_UNROLL for (int i = 0; i < kWarpRows; i++) rows[i].load(a[i], shifted + k);
           DENSE_EXT_UNROLL for (int j = 0; j < kOut / 8; j += 2) {
-            columns.load(b[j], b[j + 1], of_tap + 8 * j * kLd + k, kLd);
+            uint32_t b[2][2];
+            columns.load(b[0], b[1], of_tap + 8 * j * kLd + k, kLd);
+            multiply<Math>(y, a, b, j);
           }
-          multiply<Math>(y, a, b);
         }
       }
     }
@@ -174,14 +187,9 @@ __global__ void __launch_bounds__(Config::kThreads, 2)
 
     // The last chunk's memory holds the patch of y now.
     T* const tile = stages + (1 - stage) * Config::kStageSize;
-    const Position at;
-    DENSE_EXT_UNROLL for (int i = 0; i < 2; i++) {
-      DENSE_EXT_UNROLL for (int j = 0; j < kOut / 8; j++) {
-        T* to = tile + (warp_row + 16 * i + at.row) * Config::kOutLd + 8 * j + at.column;
-        store_pair(to, y[i][j][0], y[i][j][1]);
-        store_pair(to + 8 * Config::kOutLd, y[i][j][2], y[i][j][3]);
-      }
-    }
+    for_pairs(y, [&](int row, int column, float left, float right) {
+      store_pair(tile + (warp_row + row) * Config::kOutLd + column, left, right);
+    });
     sync_threads();
     const int pixels = patches.images * patches.rows * patches.columns;
     const auto source_of = [&](int r) {
@@ -193,7 +201,8 @@ __global__ void __launch_bounds__(Config::kThreads, 2)
       return from >= 0 ? args.y.at(origin + from) + first_out : nullptr;
     });
     if (args.moments) {
-      statistics.template add<kPixels>(tile, Config::kOutLd, [&](int r) { return source_of(r) >= 0; });
+      statistics.template add<kPixels>(tile, Config::kOutLd,
+                                       [&](int r) { return source_of(r) >= 0; });
     }
     sync_threads();
   }
@@ -209,11 +218,12 @@ void run_forward(ForwardArguments<typename Config::T> args, const Tensor& like, 
                  float* var) {
   const int64_t out = args.y.channels, columns = ceil_div(out, Config::kOut);
   const int64_t chunks = ceil_div(args.z.channels, Config::kDepth);
+  static_assert(Config::shared_bytes(1) <= kSmallestSharedBytes);
   const bool keep = Config::shared_bytes(chunks) <= current_device().shared_bytes;
   args.kept = static_cast<int>(keep ? chunks : 1);
   args.patches = patches_of(args.z, Config::kPixels, Config::kBordered);
   const int shared = Config::shared_bytes(args.kept);
-  const int64_t blocks = persistent_blocks(args.patches.count(), columns, 2, shared);
+  const int64_t blocks = persistent_blocks(args.patches.count(), columns, Config::kBlocks, shared);
   std::optional<Tensor> moments;
   if (mean) {
     moments = scratch(blocks * (1 + 2 * out), like);
@@ -248,7 +258,12 @@ void bn_relu_conv3x3_forward(const Tensor& z, const Tensor& scale, const Tensor&
       return;
     }
     with_arithmetic<T>(tf32, [&](auto math) {
-      run_forward<Forward<decltype(math)>>(args, z, means, vars);
+      using Math = decltype(math);
+      if (ceil_div(out, 48) < ceil_div(out, 32)) {
+        run_forward<Forward<Math, 48>>(args, z, means, vars);
+      } else {
+        run_forward<Forward<Math, 32>>(args, z, means, vars);
+      }
     });
   });
 }
@@ -273,22 +288,23 @@ struct BackwardArguments {
 
 // A block takes kIn channels of z and all of K, at most kOut, and goes through patches of kPixels:
 // a warp has da of 32 channels for its part of the pixels, and dW of 16 x 16 channels, all taps.
-template <class Math_>
+template <class Math_, int kOut_>
 struct Backward {
   using Math = Math_;
   using T = typename Math::T;
   static constexpr bool kNarrow = sizeof(T) == 2;
-  static constexpr int kThreads = kNarrow ? 256 : 128, kPixels = kNarrow ? 128 : 64;
-  static constexpr int kBordered = kNarrow ? 200 : 112, kOut = 32, kIn = kNarrow ? 64 : 32;
+  static constexpr int kWarps = kNarrow ? 8 : 4, kThreads = kWarps * kWarp;
+  static constexpr int kPixels = 16 * kWarps, kBordered = kNarrow ? 200 : 104;
+  static constexpr int kOut = kOut_, kIn = kWarps * 16 * 16 / kOut;
   static constexpr int kOutLd = padded<T>(kOut), kInLd = padded<T>(kIn);
-  static constexpr int kDataWarps = 4;  // that share the pixels of da
+  static constexpr int kDataWarps = kWarps / (kIn / 32);  // that share the pixels of da
   static constexpr int kDataRows = kPixels / kDataWarps / 16, kDataColumns = 4;  // fragments
   static constexpr int kStageSize = 2 * kBordered * kOutLd + kPixels * kInLd;
-  static constexpr int kVectors = 2 * kOut + 3 * kIn;
+  static constexpr int kTapSize = tap_size<T>(kOut * kInLd), kVectors = 2 * kOut + 3 * kIn;
 
   static constexpr int shared_bytes(int stages) {
     return SharedMemory::bytes_of(stages * kStageSize * int64_t{sizeof(T)}) +
-           SharedMemory::bytes_of(kTaps * kOut * kInLd * int64_t{sizeof(T)}) +
+           SharedMemory::bytes_of(kTaps * kTapSize * int64_t{sizeof(T)}) +
            SharedMemory::bytes_of(kVectors * int64_t{sizeof(float)}) +
            SharedMemory::bytes_of(2 * kBordered * int64_t{sizeof(int)}) +
            SharedMemory::bytes_of(kPixels * int64_t{sizeof(T)}) +
@@ -306,7 +322,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   constexpr int kBordered = Config::kBordered;
   SharedMemory shared;
   T* const stages = shared.take<T>(args.stages * Config::kStageSize);
-  T* const weights = shared.take<T>(kTaps * kOut * kInLd);
+  T* const weights = shared.take<T>(kTaps * Config::kTapSize);
   float* const u = shared.take<float>(Config::kVectors);
   float *const v = u + kOut, *const mean = v + kOut, *const scale = mean + kIn;
   float* const shift = scale + kIn;
@@ -329,7 +345,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int warp = warp_index(), lane = lane_index();
   const int data_row = warp % Config::kDataWarps * 16 * Config::kDataRows;
   const int data_column = warp / Config::kDataWarps * 32;
-  const int weight_row = warp % 2 * 16, weight_column = warp / 2 * 16;
+  const int weight_row = warp % (kOut / 16) * 16, weight_column = warp / (kOut / 16) * 16;
   const TransposedColumnFragments<T> columns(kInLd);
   const Position at;
 
@@ -387,7 +403,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
     // dy in place of grad; zero outside the images, where v would remain.
     for (int i = thread_index(); i < kBordered * kOut / 2; i += kThreads) {
-      const int p = i / (kOut / 2), k = i % (kOut / 2) * 2;
+      const int p = spread(i / (kOut / 2)), k = i % (kOut / 2) * 2;
       if (load_shared(source + p) < 0) continue;
       T* to = dy + p * kOutLd + k;
       const Float2 g = load_pair(to), value = load_pair(y + p * kOutLd + k);
@@ -424,12 +440,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
     float da[Config::kDataRows][Config::kDataColumns][4] = {};
     const auto corner_row = [&](int i) {
-      return RowFragment<T>(
-          [&](int r) { return patches.corner(data_row + 16 * i + r) * kOutLd; });
+      return RowFragment<T>([&](int r) { return patches.corner(data_row + 16 * i + r) * kOutLd; });
     };
     const RowFragment<T> rows[2] = {corner_row(0), corner_row(Config::kDataRows - 1)};
     DENSE_EXT_NO_UNROLL for (int tap = 0; tap < kTaps; tap++) {
-      const T* of_tap = weights + tap * kOut * kInLd + data_column;
+      const T* of_tap = weights + tap * Config::kTapSize + data_column;
       DENSE_EXT_UNROLL for (int k = 0; k < kOut; k += Math::kDepth) {
         uint32_t a[Config::kDataRows][4], b[Config::kDataColumns][2];
         DENSE_EXT_UNROLL for (int i = 0; i < Config::kDataRows; i++) {
@@ -473,8 +488,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         const T* before = row_of(i / kIn);
         if (!before || i % kIn >= ins) continue;
         T* to = z + i / kIn * kInLd + i % kIn;
-        store_shared(to, from_float<T>(to_float(load_shared(to)) +
-                                       to_float(load_global(before + i % kIn))));
+        store_shared(
+            to, from_float<T>(to_float(load_shared(to)) + to_float(load_global(before + i % kIn))));
       }
       sync_threads();
     }
@@ -550,9 +565,9 @@ void bn_relu_conv3x3_backward(const Tensor& grad, const Tensor& y, const Tensor&
       if (grad_weight) zero(*grad_weight);
       return;
     }
-    with_arithmetic<T>(tf32, [&](auto math) {
-      using Config = Backward<decltype(math)>;
-      // What doesn't fit is done in pieces of K, each adding its part to grad_bn and to the sums.
+    // What doesn't fit is done in pieces of K, each adding its part to grad_bn and to the sums.
+    const auto run_pieces = [&](auto config) {
+      using Config = decltype(config);
       for (int64_t k = 0; k < out; k += Config::kOut) {
         const int64_t count = std::min<int64_t>(Config::kOut, out - k);
         BackwardArguments<T> piece = args;
@@ -571,6 +586,17 @@ void bn_relu_conv3x3_backward(const Tensor& grad, const Tensor& y, const Tensor&
         if (grad_weight) to.set_weight(dw, k, count, kTaps);
         run_backward<Config>(piece, z, to);
       }
+    };
+    with_arithmetic<T>(tf32, [&](auto math) {
+      using Math = decltype(math);
+      if constexpr (sizeof(T) == 2) {  // float's tiles would not fit shared memory
+        using Wide = Backward<Math, 64>;
+        const bool fits = Wide::shared_bytes(1) <= current_device().shared_bytes;
+        if (fits && ceil_div(out, 64) < ceil_div(out, 32)) return run_pieces(Wide{});
+      }
+      using Narrow = Backward<Math, 32>;
+      static_assert(Narrow::shared_bytes(1) <= kSmallestSharedBytes);
+      run_pieces(Narrow{});
     });
   });
 }

@@ -5,11 +5,11 @@
 //
 // x, grad_x [N, H, W, C], y, grad [N, (H-1)/2 + 1, (W-1)/2 + 1, C], pixels their own strides apart.
 //
-// Elements moved an input pixel: 5/4 C forward, 9/4 C backward, each once from device memory: blocks
-// that run side by side share the pixels at the edges of their strips through the L2 cache. A block
-// goes down a strip of an image, whose lines pass through shared memory; each window's maximum is
-// found once. In the backward pass a pixel gathers from the windows it lies in, in a fixed order.
-// Beside the activations each of its blocks leaves a row of sums.
+// Elements moved an input pixel: 5/4 C forward, 9/4 C backward, each once from device memory:
+// blocks that run side by side share the pixels at the edges of their strips through the L2 cache.
+// A block goes down a strip of an image, whose lines pass through shared memory; each window's
+// maximum is found once. In the backward pass a pixel gathers from the windows it lies in, in a
+// fixed order. Beside the activations each of its blocks leaves a row of sums.
 
 #include <torch/csrc/stable/library.h>
 
@@ -114,30 +114,32 @@ struct Maximum {
   }
 };
 
-// Goes down a strip line by line, together with kHalo more windows on its right and below. Its pixels
-// pass through a ring of stages in shared memory: the upper pixels of the strip's l-th line of
-// windows are the second line of stage l, the middle and lower ones are both lines of stage l + 1.
-// Behind them stage l + 1 has room for kHalo times as many pixels as there are windows in line l.
+// A strip, with kHalo more windows on its right and below, line by line through shared memory.
+// There a ring of stages holds two lines of x each: of the windows of line l, counted from the
+// strip's first, stage l has the upper pixels in its second line, and stage l + 1 the middle and
+// the lower ones. Where kHalo is 1, each stage has a third line behind them: the windows' own
+// elements, in stage l + 1 those of line l.
 template <class T, int kHalo>
 struct Ring {
   static constexpr int kWindows = kColumns + kHalo, kPixels = 2 * kWindows + 1;
   static constexpr int kStageSize = (2 * kPixels + kHalo * kWindows) * kChannels<T>;
   static constexpr int kSize = kStages * kStageSize;
 
-  T* data;
+  T* stages;
   const Pixels<const T>& x;
   int bytes;  // that an access to x moves
   const Channels<T>& channels;
   Word<T> scale, shift;
 
-  __device__ T* stage(int i) const { return data + i % kStages * kStageSize; }
-  // The pixel in the strip's column c, counted from the first window's left.
+  __device__ T* stage(int i) const { return stages + i % kStages * kStageSize; }
+  // Column c is counted from the left of the strip's first window.
   __device__ T* pixel(int i, int line, int c) const {
     return stage(i) + (line * kPixels + c) * kChannels<T>;
   }
   __device__ T* windows(int i) const { return pixel(i, 2, 0); }
 
-  // Calls body(l) for each line of windows once its pixels are there, and load_windows(l) ahead of it.
+  // Calls body(l) for each line of windows when its pixels are there; load_windows(l), ahead of
+  // that, to bring the windows' own elements.
   template <class Load, class Body>
   __device__ void for_lines(const Strip& strip, const Load& load_windows, const Body& body) const {
     const int lines = static_cast<int>(strip.lines.size()) + kHalo;
@@ -166,7 +168,8 @@ struct Ring {
     for (int j = warp_index(); j < strip.columns.size() + kHalo; j += kWarps) {
       const int64_t column = strip.columns.begin + j;
       const bool column_inside[3] = {column > 0, true, 2 * column + 1 < x.width};
-      const T* const pixels[3] = {pixel(l, 1, 2 * j), pixel(l + 1, 0, 2 * j), pixel(l + 1, 1, 2 * j)};
+      const T* const pixels[3] = {pixel(l, 1, 2 * j), pixel(l + 1, 0, 2 * j),
+                                  pixel(l + 1, 1, 2 * j)};
       body(j, Maximum<T>(pixels, line_inside, column_inside, scale, shift));
     }
   }
@@ -181,8 +184,9 @@ struct Ring {
           const int64_t h = first_line + r / kPixels, w = first_column + r % kPixels;
           const bool needed = r % kPixels < columns && (i > 0 || r >= kPixels);
           const bool inside = h >= 0 && h < x.height && w >= 0 && w < x.width;
-          return needed && inside ? x.at((strip.image * x.height + h) * x.width + w) + channels.chunk
-                                  : nullptr;
+          return needed && inside
+                     ? x.at((strip.image * x.height + h) * x.width + w) + channels.chunk
+                     : nullptr;
         });
   }
 };
@@ -209,17 +213,20 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     forward_kernel(const ForwardArguments<T> args) {
   SharedMemory shared;
   const Channels<T> channels(args.x.channels);
-  const Ring<T, 0> ring{shared.take<T>(Ring<T, 0>::kSize), args.x, args.x_bytes, channels,
-                        channels.load(args.scale), channels.load(args.shift)};
+  const Ring<T, 0> ring{
+      shared.take<T>(Ring<T, 0>::kSize), args.x, args.x_bytes, channels, channels.load(args.scale),
+      channels.load(args.shift)};
   for (int64_t i = block_y(); i < args.strips.count(args.y.images); i += grid_y()) {
     const Strip strip(args.y, args.strips, i);
-    ring.for_lines(strip, [](int) {}, [&](int l) {
-      const int64_t line = strip.image * args.y.height + strip.lines.begin + l;
-      ring.for_windows(strip, l, [&](int j, const Maximum<T>& maximum) {
-        T* y = args.y.at(line * args.y.width + strip.columns.begin + j);
-        channels.store(y, maximum.value, args.y_bytes);
-      });
-    });
+    ring.for_lines(
+        strip, [](int) {},
+        [&](int l) {
+          const int64_t line = strip.image * args.y.height + strip.lines.begin + l;
+          ring.for_windows(strip, l, [&](int j, const Maximum<T>& maximum) {
+            T* y = args.y.at(line * args.y.width + strip.columns.begin + j);
+            channels.store(y, maximum.value, args.y_bytes);
+          });
+        });
   }
 }
 
@@ -240,7 +247,8 @@ void bn_relu_maxpool_forward(const Tensor& x, const Tensor& scale, const Tensor&
     if (xs.count() == 0) return;
     constexpr int kShared = SharedMemory::bytes_of(Ring<T, 0>::kSize * int64_t{sizeof(T)});
     const int64_t chunks = ceil_div(xs.channels, kChannels<T>);
-    const int64_t blocks = persistent_blocks(args.strips.count(ys.images), chunks, kBlocks, kShared);
+    const int64_t blocks =
+        persistent_blocks(args.strips.count(ys.images), chunks, kBlocks, kShared);
     launch<forward_kernel<T>>({chunks, blocks, kThreads, kShared}, args);
   });
 }
@@ -257,36 +265,37 @@ struct BackwardArguments {
   int grad_bytes, x_bytes, grad_x_bytes;
 };
 
-// A cell, the pixels (2i, 2j) to (2i + 1, 2j + 1), lies in window (i, j) and in the next ones on its
-// right and below. A warp takes one at a time, once both lines' maxima are known.
+// A cell, the pixels (2i, 2j) to (2i + 1, 2j + 1), lies in window (i, j) and in the next ones on
+// its right and below. A warp takes one at a time, once both lines' maxima are known.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     backward_kernel(const BackwardArguments<T> args) {
-  using Ring = Ring<T, 1>;
-  constexpr int kSize = Word<T>::kSize;
+  constexpr int kWindows = Ring<T, 1>::kWindows, kSize = Word<T>::kSize;
   SharedMemory shared;
   const Channels<T> channels(args.x.channels);
-  const Ring ring{shared.take<T>(Ring::kSize), args.x, args.x_bytes, channels,
-                  channels.load(args.scale), channels.load(args.shift)};
+  const Ring<T, 1> ring{
+      shared.take<T>(Ring<T, 1>::kSize), args.x, args.x_bytes, channels, channels.load(args.scale),
+      channels.load(args.shift)};
   // Which pixel takes the gradient of the windows of two lines: a byte a channel.
-  auto* const takers = shared.take<uint16_t>(2 * Ring::kWindows * kWarp);
+  auto* const takers = shared.take<uint16_t>(2 * kWindows * kWarp);
   const auto takers_of = [&](int l, int j) {
-    return takers + (l % 2 * Ring::kWindows + j) * kWarp + lane_index();
+    return takers + (l % 2 * kWindows + j) * kWarp + lane_index();
   };
   const Word<T> mean = channels.load(args.mean);
   float sum_g[kSize] = {}, sum_gx[kSize] = {};
 
   for (int64_t i = block_y(); i < args.strips.count(args.grad.images); i += grid_y()) {
     const Strip strip(args.grad, args.strips, i);
+    // Zero for windows outside the image: whichever pixel takes it, it adds nothing.
     const auto load_grad = [&](int l) {
       const int64_t line = strip.lines.begin + l;
       const int64_t first = (strip.image * args.grad.height + line) * args.grad.width;
-      copy_tile<Ring::kWindows, kChannels<T>, kThreads>(
+      copy_tile<kWindows, kChannels<T>, kThreads>(
           ring.windows(l + 1), kChannels<T>, channels.chunk_size, args.grad_bytes,
           [&](int j) -> const T* {
             const int64_t column = strip.columns.begin + j;
-            const bool inside = j <= strip.columns.size() && line < args.grad.height &&
-                                column < args.grad.width;
+            const bool inside =
+                j <= strip.columns.size() && line < args.grad.height && column < args.grad.width;
             return inside ? args.grad.at(first + column) + channels.chunk : nullptr;
           });
     };
@@ -296,8 +305,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       DENSE_EXT_UNROLL for (int window = 0; window < 4; window++) {
         const int below = window / 2, right = window % 2;
         taker[below][right] = load_shared(takers_of(l + below, j + right));
-        grad[below][right] =
-            load_word(ring.windows(l + 1 + below) + (j + right) * kChannels<T>);
+        grad[below][right] = load_word(ring.windows(l + 1 + below) + (j + right) * kChannels<T>);
       }
       DENSE_EXT_UNROLL for (int pixel = 0; pixel < 4; pixel++) {
         const int a = pixel / 2, b = pixel % 2;
@@ -326,8 +334,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     };
     ring.for_lines(strip, load_grad, [&](int l) {
       ring.for_windows(strip, l, [&](int j, const Maximum<T>& maximum) {
-        store_shared(takers_of(l, j), static_cast<uint16_t>(maximum.index[0] |
-                                                            maximum.index[kSize - 1] << 8));
+        store_shared(takers_of(l, j),
+                     static_cast<uint16_t>(maximum.index[0] | maximum.index[kSize - 1] << 8));
       });
       sync_threads();
       if (l == 0) return;
@@ -336,7 +344,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 
   // The ring's memory holds the warps' sums now.
-  auto* const sums = reinterpret_cast<float*>(ring.data);
+  auto* const sums = reinterpret_cast<float*>(ring.stages);
   DENSE_EXT_UNROLL for (int c = 0; c < kSize; c++) {
     float* const sum = sums + warp_index() * 2 * kChannels<T> + lane_index() * kSize + c;
     sum[0] = sum_g[c];
@@ -377,7 +385,8 @@ void bn_relu_maxpool_backward(const Tensor& grad, const Tensor& x, const Tensor&
         SharedMemory::bytes_of(Ring<T, 1>::kSize * int64_t{sizeof(T)}) +
         SharedMemory::bytes_of(2 * Ring<T, 1>::kWindows * kWarp * int64_t{sizeof(uint16_t)});
     const int64_t chunks = ceil_div(n, kChannels<T>);
-    const int64_t blocks = persistent_blocks(args.strips.count(grads.images), chunks, kBlocks, kShared);
+    const int64_t blocks =
+        persistent_blocks(args.strips.count(grads.images), chunks, kBlocks, kShared);
     const Tensor rows = scratch(blocks * 2 * n, x);
     args.rows = static_cast<float*>(rows.data_ptr());
     launch<backward_kernel<T>>({chunks, blocks, kThreads, kShared}, args);

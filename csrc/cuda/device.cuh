@@ -371,11 +371,11 @@ __device__ __forceinline__ void multiply_accumulate(float (&c)[4], const uint32_
 #ifdef DENSE_EXT_EMULATOR
   emulator::multiply_accumulate<T>(c, a, b, place);
 #else
-#define DENSE_EXT_MMA(shape, types)                                                             \
-  asm("mma.sync.aligned." shape ".row.col." types                                               \
-               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"               \
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                 \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+#define DENSE_EXT_MMA(shape, types)                                      \
+  asm("mma.sync.aligned." shape ".row.col." types                        \
+      " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                   \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
   if constexpr (sizeof(T) == 4) {
     DENSE_EXT_MMA("m16n8k8", "f32.tf32.tf32.f32");
   } else if constexpr (T::kIsHalf) {

@@ -45,8 +45,7 @@ inline Device current_device() {
   check_cuda(cudaGetDevice(&index));
   check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
   check_cuda(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
-  check_cuda(
-      cudaDeviceGetAttribute(&together, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index));
+  check_cuda(cudaDeviceGetAttribute(&together, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index));
   return {multiprocessors, shared, together};
 }
 
@@ -65,6 +64,9 @@ class OnDeviceOf {
 #endif
 };
 
+// What a block may have on every GPU from compute capability 8.0 on; 8.6's and 12.0's have no more.
+constexpr int kSmallestSharedBytes = 99 << 10;
+
 struct Launch {
   int64_t x, y;
   int threads;
@@ -73,14 +75,14 @@ struct Launch {
 
 // Runs kKernel(args) over the grid.
 template <auto kKernel, class Arguments>
-void launch(const Launch& on, const Arguments& args) {
+void launch(const Launch& on, const Arguments& args DENSE_EXT_AT_PLACE) {
   const Device device = current_device();
   STD_TORCH_CHECK(on.shared_bytes <= device.shared_bytes, "a kernel needs ", on.shared_bytes,
                   " bytes of shared memory, this GPU has ", device.shared_bytes);
 #ifdef DENSE_EXT_EMULATOR
   emulator::run(
       {static_cast<int>(on.x), static_cast<int>(on.y), on.threads, on.shared_bytes},
-      [&] { kKernel(args); });
+      [&] { kKernel(args); }, __PRETTY_FUNCTION__, place);
 #else
   int index;
   check_cuda(cudaGetDevice(&index));

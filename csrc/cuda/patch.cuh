@@ -22,7 +22,8 @@ struct Patches {
   DENSE_EXT_HOST_DEVICE int line() const { return columns + 2; }
   DENSE_EXT_HOST_DEVICE int bordered() const { return images * (rows + 2) * line(); }
 
-  // The upper left neighbour of the patch's pixel r, in the bordered patch; 0 beyond the last pixel.
+  // The upper left neighbour of the patch's pixel r, in the bordered patch; 0 beyond the last
+  // pixel.
   DENSE_EXT_HOST_DEVICE int corner(int r) const {
     if (r >= images * rows * columns) return 0;
     const int image = r / (rows * columns), in_image = r % (rows * columns);
@@ -58,8 +59,8 @@ Patches patches_of(const Pixels<T>& x, int pixels, int bordered) {
     const int64_t rows = ceil_div(x.height, down);
     int64_t images = 1;
     if (down == 1 && across == 1) {
-      images = std::min({int64_t{pixels} / (rows * columns),
-                         bordered / ((rows + 2) * (columns + 2)), x.images});
+      images = std::min(
+          {int64_t{pixels} / (rows * columns), bordered / ((rows + 2) * (columns + 2)), x.images});
     }
     const Patches patches{x.images,
                           static_cast<int>(x.height),

@@ -16,8 +16,16 @@ struct Arithmetic {
   using T = T_;
   static constexpr bool kExact = kExact_;
   static constexpr int kDepth = sizeof(T) == 2 ? 16 : 8;  // of one fragment
-  static constexpr int kPad = 16 / static_cast<int>(sizeof(T));  // of a row in shared memory
 };
+
+// Calls body(Arithmetic<T, exact>{}).
+template <class T, class Body>
+void with_arithmetic(bool tf32, const Body& body) {
+  if constexpr (sizeof(T) == 4) {
+    if (!tf32) return body(Arithmetic<T, true>{});
+  }
+  body(Arithmetic<T, false>{});
+}
 
 // Elements between the rows of a tile in shared memory: an odd number of 16-byte units, so that
 // eight rows at the same column lie in different banks.
@@ -30,6 +38,7 @@ constexpr int padded(int columns) {
 // begins.
 template <class T>
 struct RowFragment {
+  static constexpr bool kTransposed = false;
   static constexpr int kCount = sizeof(T) == 2 ? 1 : 2;
   int at[kCount];
 
@@ -61,6 +70,7 @@ struct RowFragment {
 // fragment's k-th step in depth begins.
 template <class T>
 struct TransposedRowFragment {
+  static constexpr bool kTransposed = true;
   static constexpr int kCount = sizeof(T) == 2 ? 1 : 2;
   int at[kCount];
 
@@ -91,6 +101,7 @@ struct TransposedRowFragment {
 // Two fragments of b, 8 columns each, from a tile [column][k].
 template <class T>
 struct ColumnFragments {
+  static constexpr bool kTransposed = false;
   int at;
 
   __device__ explicit ColumnFragments(int ld) {
@@ -117,6 +128,7 @@ struct ColumnFragments {
 // Two fragments of b, 8 columns each, from a tile [k][column].
 template <class T>
 struct TransposedColumnFragments {
+  static constexpr bool kTransposed = true;
   int at;
 
   __device__ explicit TransposedColumnFragments(int ld) {
@@ -139,7 +151,8 @@ struct TransposedColumnFragments {
   }
 };
 
-// --- batch norm and ReLU in registers --------------------------------------------------------------
+// --- batch norm and ReLU in registers
+// --------------------------------------------------------------
 
 // scale and shift of the k a lane holds of a RowFragment.
 template <class T>
@@ -207,7 +220,8 @@ __device__ __forceinline__ void keep_rows(uint32_t (&b)[2], const BitsOf<T>* kee
   }
 }
 
-// --- the product -----------------------------------------------------------------------------------
+// --- the product
+// -----------------------------------------------------------------------------------
 
 // c[i][first + j] += a[i] @ b[j], 16 x 8 values of a warp each.
 template <class Math, int kRows, int kAllColumns, int kColumns>
@@ -252,13 +266,31 @@ __device__ __forceinline__ void multiply(float (&c)[kRows][kAllColumns][4], uint
   }
 }
 
-// Calls body(Arithmetic<T, exact>{}).
-template <class T, class Body>
-void with_arithmetic(bool tf32, const Body& body) {
-  if constexpr (sizeof(T) == 4) {
-    if (!tf32) return body(Arithmetic<T, true>{});
+// c += a @ b over kDepth of two tiles with kRowLd and kColumnLd elements between their rows; each
+// begins with the warp's first row of a or column of b.
+template <class Math, int kDepth, int kRowLd, int kColumnLd, class Rows, class Columns, int kRows,
+          int kColumns>
+__device__ __forceinline__ void multiply_tiles(float (&c)[kRows][kColumns][4], const Rows& rows,
+                                               const typename Math::T* a, const Columns& columns,
+                                               const typename Math::T* b) {
+  // Elements between rows of a, columns of b, and steps in depth.
+  constexpr int kRow = Rows::kTransposed ? 1 : kRowLd, kRowStep = Rows::kTransposed ? kRowLd : 1;
+  constexpr int kColumn = Columns::kTransposed ? 1 : kColumnLd;
+  constexpr int kColumnStep = Columns::kTransposed ? kColumnLd : 1;
+  DENSE_EXT_UNROLL for (int k = 0; k < kDepth; k += Math::kDepth) {
+    uint32_t row[kRows][4];
+    DENSE_EXT_UNROLL for (int i = 0; i < kRows; i++) {
+      rows.load(row[i], a + 16 * i * kRow + k * kRowStep);
+    }
+    DENSE_EXT_UNROLL for (int j = 0; j < kColumns; j += 4) {
+      uint32_t column[4][2];
+      DENSE_EXT_UNROLL for (int n = 0; n < 4; n += 2) {
+        columns.load(column[n], column[n + 1], b + 8 * (j + n) * kColumn + k * kColumnStep,
+                     kColumnLd);
+      }
+      multiply<Math>(c, row, column, j);
+    }
   }
-  body(Arithmetic<T, false>{});
 }
 
 // Where in a 16 x 8 fragment of c a lane's values are: rows `row` and row + 8, columns `column` and
@@ -269,9 +301,9 @@ struct Position {
 };
 
 // Adds up what every lane has summed of its columns of c, two a fragment, over the lanes and over
-// the kWarps warps that share the columns, of which this is `warp`; writes the first `count` columns
-// of the block's kColumns. `scratch` has 2 * kWarps * kColumns floats, `first` is the warp's first
-// column.
+// the kWarps warps that share the columns, of which this is `warp`; writes the first `count`
+// columns of the block's kColumns. `scratch` has 2 * kWarps * kColumns floats, `first` is the
+// warp's first column.
 template <int kThreads, int kWarps, int kColumns, int kFragments>
 __device__ __forceinline__ void write_column_sums(float* scratch, float (&g)[kFragments][2],
                                                   float (&gx)[kFragments][2], int warp, int first,
@@ -295,6 +327,18 @@ __device__ __forceinline__ void write_column_sums(float* scratch, float (&g)[kFr
     float total = 0;
     for (int w = 0; w < kWarps; w++) total += load_shared(scratch + w * 2 * kColumns + i);
     store_global((i < kColumns ? to_g : to_gx) + i % kColumns, total);
+  }
+}
+
+// Calls body(row, column, x, y) for the neighbouring values x and y of c a lane holds.
+template <int kRows, int kColumns, class Body>
+__device__ __forceinline__ void for_pairs(const float (&c)[kRows][kColumns][4], const Body& body) {
+  const Position at;
+  DENSE_EXT_UNROLL for (int i = 0; i < kRows; i++) {
+    DENSE_EXT_UNROLL for (int j = 0; j < kColumns; j++) {
+      body(16 * i + at.row, 8 * j + at.column, c[i][j][0], c[i][j][1]);
+      body(16 * i + at.row + 8, 8 * j + at.column, c[i][j][2], c[i][j][3]);
+    }
   }
 }
 

@@ -1,8 +1,7 @@
-// merge_moments and add_rows. A block takes 32 columns: each of its warps every kGroups-th row, then
-// their results in a tree. Bytes moved: those of the rows.
+// merge_moments and add_rows. A block takes 32 columns: each of its warps every kGroups-th row,
+// then their results in a tree. Bytes moved: those of the rows.
 
 #include "reduce.cuh"
-
 #include "tile.cuh"
 
 namespace dense_ext {
@@ -19,7 +18,8 @@ struct MergeArguments {
 __global__ void __launch_bounds__(kThreads) merge_moments_kernel(const MergeArguments args) {
   SharedMemory shared;
   auto* parts = shared.take<Moments>(kThreads);
-  const int64_t channel = int64_t{block_x()} * kColumns + lane_index(), size = 1 + 2 * args.channels;
+  const int64_t channel = int64_t{block_x()} * kColumns + lane_index(),
+                size = 1 + 2 * args.channels;
   Moments total;
   if (channel < args.channels) {
     for (int64_t r = warp_index(); r < args.row_count; r += kGroups) {

@@ -10,7 +10,8 @@
 namespace dense_ext {
 
 // Rows [count, mean of each channel, m2 of each channel] -> mean and biased variance.
-void merge_moments(const Tensor& rows, int64_t row_count, int64_t channels, float* mean, float* var);
+void merge_moments(const Tensor& rows, int64_t row_count, int64_t channels, float* mean,
+                   float* var);
 
 // Where sums of rows go: the first `vector_size` to a vector, the rest, the elements of a weight
 // gradient [taps][out][in], to a tensor of T of any strides.

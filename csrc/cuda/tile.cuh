@@ -7,12 +7,24 @@
 
 namespace dense_ext {
 
+// Neighbouring rows of 64 bytes, which padding keeps 80 apart, meet in a bank; a row and the fourth
+// after it don't. So threads take the rows in this order, of eight at a time.
+__device__ __forceinline__ int spread(int row) { return row / 8 * 8 + row % 2 * 4 + row % 8 / 2; }
+
+// A thread's first access to a tile of kUnits 16-byte accesses a row.
+template <int kUnits>
+__device__ __forceinline__ int first_access() {
+  const int i = thread_index();
+  return kUnits == 4 ? spread(i / kUnits) * kUnits + i % kUnits : i;
+}
+
 // Calls body(row, column, valid) for each access of kBytes to a tile of kRows x kColumns.
 template <class T, int kBytes, int kRows, int kColumns, int kThreads, class Body>
 __device__ __forceinline__ void for_accesses(int columns, const Body& body) {
   constexpr int kElements = kBytes / static_cast<int>(sizeof(T)), kUnits = kColumns / kElements;
+  static_assert(kUnits != 4 || kRows % 8 == 0);
   // Addresses of several accesses at once would cost the products' registers.
-  DENSE_EXT_NO_UNROLL for (int i = thread_index(); i < kRows * kUnits; i += kThreads) {
+  DENSE_EXT_NO_UNROLL for (int i = first_access<kUnits>(); i < kRows * kUnits; i += kThreads) {
     const int column = i % kUnits * kElements;
     body(i / kUnits, column, column < columns);
   }
@@ -45,9 +57,7 @@ struct Rows {
   // Of pixels from `first` on, the channels from `channel` on.
   __device__ Rows(const Pixels<T>& p, int64_t first, int count, int64_t channel)
       : data(p.at(first) + channel), stride(static_cast<int>(p.stride)), count(count) {}
-  __device__ T* operator()(int r) const {
-    return r < count ? data + int64_t{r} * stride : nullptr;
-  }
+  __device__ T* operator()(int r) const { return r < count ? data + int64_t{r} * stride : nullptr; }
 };
 
 // Copies a tile into shared memory, asynchronously but for single 16-bit elements; columns from
@@ -85,6 +95,25 @@ __device__ __forceinline__ void store_tile(const T* tile, int ld, int columns, i
   });
 }
 
+// Calls compute(step) for each step, with what load(step) copies in shared memory and the next
+// kStages - 1 steps' copies under way: step % kStages says where. At the end the memory is free.
+template <int kStages, class Load, class Compute>
+__device__ __forceinline__ void pipeline(int64_t steps, const Load& load, const Compute& compute) {
+  for (int step = 0; step < kStages - 1; step++) {
+    if (step < steps) load(step);
+    copy_async_commit();
+  }
+  for (int64_t step = 0; step < steps; step++) {
+    copy_async_wait<kStages - 2>();
+    sync_threads();
+    if (step + kStages - 1 < steps) load(step + kStages - 1);
+    copy_async_commit();
+    compute(step);
+  }
+  copy_async_wait<0>();
+  sync_threads();
+}
+
 // Two neighbouring values of a tile, rounded to T.
 template <class T>
 __device__ __forceinline__ void store_pair(T* at, float x, float y) {
@@ -109,7 +138,7 @@ template <int kRows, int kColumns, int kThreads, class T, class Valid>
 __device__ __forceinline__ void activate_rows(T* tile, int ld, const float* scale,
                                               const float* shift, const Valid& valid) {
   constexpr int kElements = 16 / static_cast<int>(sizeof(T)), kUnits = kColumns / kElements;
-  DENSE_EXT_NO_UNROLL for (int i = thread_index(); i < kRows * kUnits; i += kThreads) {
+  DENSE_EXT_NO_UNROLL for (int i = first_access<kUnits>(); i < kRows * kUnits; i += kThreads) {
     if (!valid(i / kUnits)) continue;
     const int column = i % kUnits * kElements;
     auto* const at = reinterpret_cast<Bytes<16>*>(tile + i / kUnits * ld + column);
@@ -138,7 +167,8 @@ __device__ __forceinline__ void copy_vector(float* shared, const float* vector, 
   }
 }
 
-// Mean and sum of squared deviations of `count` values, merged as in Chan, Golub and LeVeque (1979).
+// Mean and sum of squared deviations of `count` values, merged as in Chan, Golub and LeVeque
+// (1979).
 struct Moments {
   float count = 0, mean = 0, m2 = 0;
 
@@ -157,7 +187,7 @@ template <class T, int kColumns, int kThreads>
 class ColumnMoments {
   static constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
   static constexpr int kWords = kColumns / kPerWord, kGroups = kThreads / kWords;
-  static_assert(kThreads % kWords == 0 && kColumns <= kThreads);
+  static_assert(kColumns <= kThreads);
 
  public:
   static constexpr int kScratch = kGroups * (2 * kColumns + 1);  // floats
@@ -170,28 +200,32 @@ class ColumnMoments {
   __device__ void add(const T* tile, int ld, const Valid& valid) {
     const int word = thread_index() % kWords, group = thread_index() / kWords;
     const T* column = tile + word * kPerWord;
+    const int rows = group < kGroups ? kRows : 0;  // the threads that are left over do nothing
+    const int first = kWords == 16 ? spread(group) : group;
     int count = 0;
     float mean[kPerWord] = {}, m2[kPerWord] = {};
-    for (int r = group; r < kRows; r += kGroups) {
+    for (int r = first; r < rows; r += kGroups) {
       if (!valid(r)) continue;
       count++;
       const Word x(column + r * ld);
       DENSE_EXT_UNROLL for (int i = 0; i < kPerWord; i++) mean[i] += x.value[i];
     }
     DENSE_EXT_UNROLL for (int i = 0; i < kPerWord; i++) mean[i] /= static_cast<float>(count);
-    for (int r = group; r < kRows; r += kGroups) {
+    for (int r = first; r < rows; r += kGroups) {
       if (!valid(r)) continue;
       const Word x(column + r * ld);
       DENSE_EXT_UNROLL for (int i = 0; i < kPerWord; i++) {
         m2[i] += (x.value[i] - mean[i]) * (x.value[i] - mean[i]);
       }
     }
-    float* means = scratch_ + group * kColumns + word * kPerWord;
-    DENSE_EXT_UNROLL for (int i = 0; i < kPerWord; i++) {
-      means[i] = mean[i];
-      means[kGroups * kColumns + i] = m2[i];
+    if (group < kGroups) {
+      float* means = scratch_ + group * kColumns + word * kPerWord;
+      DENSE_EXT_UNROLL for (int i = 0; i < kPerWord; i++) {
+        means[i] = mean[i];
+        means[kGroups * kColumns + i] = m2[i];
+      }
+      if (word == 0) scratch_[2 * kGroups * kColumns + group] = static_cast<float>(count);
     }
-    if (word == 0) scratch_[2 * kGroups * kColumns + group] = static_cast<float>(count);
     sync_threads();
     if (thread_index() >= kColumns) return;
     for (int g = 0; g < kGroups; g++) {

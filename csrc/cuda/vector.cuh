@@ -6,7 +6,7 @@
 
 namespace dense_ext {
 
-// kBytes of T's, widened.
+// As many elements as fill kBytes, widened.
 template <class T, int kBytes>
 struct Vector {
   static constexpr int kSize = kBytes / static_cast<int>(sizeof(T));

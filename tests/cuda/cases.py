@@ -23,6 +23,7 @@ from ..primitives import (
     test_bn_relu_conv1x1,
     test_bn_relu_conv3x3,
     test_bn_relu_maxpool,
+    test_bn_relu_pool_conv1x1,
     test_channel_stats,
 )
 from ..primitives.common import MakeCase, PrimitiveTests
@@ -34,6 +35,7 @@ GROUPS: list[type[PrimitiveTests]] = [
     test_bn_relu_conv1x1.TestBnReluConv1x1,
     test_bn_relu_conv3x3.TestBnReluConv3x3,
     test_bn_relu_maxpool.TestBnReluMaxpool,
+    test_bn_relu_pool_conv1x1.TestBnReluPoolConv1x1,
     test_channel_stats.TestChannelStats,
 ]
 # Small ones of ragged slices, and one of several tiles.

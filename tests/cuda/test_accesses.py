@@ -17,6 +17,7 @@ from ..primitives import test_affine_gradient as affine
 from ..primitives import test_bn_relu_conv1x1 as conv1x1
 from ..primitives import test_bn_relu_conv3x3 as conv3x3
 from ..primitives import test_bn_relu_maxpool as maxpool
+from ..primitives import test_bn_relu_pool_conv1x1 as transition
 from ..primitives import test_channel_stats as channel_stats
 from ..primitives.common import MakeCase, Size
 from ..primitives.harness import Maker
@@ -94,11 +95,11 @@ def with_borders(h: int, w: int, rows: int, columns: int) -> int:
 
 
 def conv3x3_forward(n: int, h: int, w: int, b: int, k: int) -> Traffic:
-    """Each 32 channels of y read z, with the borders of patches of 16 x 16, and two vectors a patch.
+    """Each 32 or 48 channels of y read z, with the borders of patches of 16 x 16, and two vectors a patch.
 
     The weight fits into shared memory: a block reads it once.
     """
-    m, columns, patches = n * h * w, math.ceil(k / 32), n * (h // 16) * (w // 16)
+    m, columns, patches = n * h * w, min(math.ceil(k / 32), math.ceil(k / 48)), n * (h // 16) * (w // 16)
     return Traffic(
         loads=columns * (n * with_borders(h, w, 16, 16) * b * NARROW + patches * 2 * b * WIDE),
         stores=m * k * NARROW + 2 * k * WIDE,
@@ -195,27 +196,17 @@ def conflicts(gpu: Emulator) -> Counter[str]:
     return files
 
 
-def passes(rows: int) -> int:
-    """Of accesses to so many rows of 64 bytes, 80 bytes apart, those beyond the least.
-
-    The first 16 bytes of a row and the last of the next are in the same banks, so that the 128 bytes
-    of two rows take two passes.
-    """
-    return rows // 2
-
-
-def test_conv1x1_backward(gpu: Emulator) -> None:
-    """Its rows are of 128 bytes and more."""
-    count(gpu, conv1x1.backward_case, (2, 24, 16, 96, 128))
+@pytest.mark.parametrize("case", [conv1x1.forward_case, conv1x1.backward_case], ids=lambda c: c.__name__)
+def test_conv1x1(gpu: Emulator, case: MakeCase) -> None:
+    count(gpu, case, (2, 24, 16, 96, 128))
     assert conflicts(gpu) == {}
 
 
-def test_conv1x1_forward(gpu: Emulator) -> None:
-    """Copies into rows of 64 bytes; fragments from them, and the tile of z, without."""
-    count(gpu, conv1x1.forward_case, (2, 24, 16, 96, 128))
-    tiles, steps = 6, 3
-    assert set(conflicts(gpu)) <= {"tile.cuh"}
-    assert conflicts(gpu)["tile.cuh"] <= tiles * steps * passes(128 + 128)
+def weight_passes(blocks: int, channels: int) -> int:
+    """Where a block puts all taps of 32 outputs: a warp's 32 elements are of nine taps, and there are
+    eight places for them to begin.
+    """
+    return blocks * 9 * 32 * channels // 32
 
 
 @pytest.mark.parametrize("width", [16, 14])
@@ -223,17 +214,28 @@ def test_conv3x3_forward(gpu: Emulator, width: int) -> None:
     count(gpu, conv3x3.forward_case, (2, width, width, 64, 32))
     patches, chunks, taps = 2, 2, 9
     found = conflicts(gpu)
+    assert set(found) <= {"product.cuh", "bn_relu_conv3x3.cu"}
     # A matrix's eight rows are eight pixels; where they go on in the next line of the patch, its border
     # of two pixels comes between them. A warp reads four such matrices for each tap and chunk.
     wrapped = sum(r // width != (r + 7) // width for r in range(0, width * width, 8))
     assert found["product.cuh"] <= patches * chunks * taps * 4 * wrapped
-    # A patch comes in and is activated, by chunks; y goes out, and twice to its statistics.
-    assert found["tile.cuh"] <= patches * (chunks * 3 * passes(360) + 3 * passes(256))
-    # The weight's taps, which lie side by side, go to the same bank: once a block.
-    assert found["bn_relu_conv3x3.cu"] <= patches * chunks * taps * 32 * (taps - 1)
+    assert found["bn_relu_conv3x3.cu"] <= weight_passes(patches, 64)
 
 
 def test_conv3x3_backward(gpu: Emulator) -> None:
     """Fragments have none where lines of a patch are of whole matrices."""
     count(gpu, conv3x3.backward_case, (2, 16, 16, 64, 32))
-    assert "product.cuh" not in conflicts(gpu)
+    patches = 4
+    found = conflicts(gpu)
+    assert set(found) <= {"bn_relu_conv3x3.cu"}
+    # Beside the weight, where 128 pixels of a patch lie, which is asked line by line.
+    assert found["bn_relu_conv3x3.cu"] <= weight_passes(patches, 64) + patches * 128 // 32
+
+
+@pytest.mark.parametrize(
+    "case", [transition.forward_case, transition.backward_case], ids=lambda c: c.__name__
+)
+def test_pool_conv1x1(gpu: Emulator, case: MakeCase) -> None:
+    """Of two thousand requests some once in a block: vectors that come in, sums that go out."""
+    count(gpu, case, (2, 16, 16, 128, 64))
+    assert sum(conflicts(gpu).values()) <= gpu.counters.blocks * 40

@@ -273,7 +273,7 @@ Counters& counters() {
 
 Coordinates running;
 
-void run(const Grid& grid, const std::function<void()>& kernel) {
+void run(const Grid& grid, const std::function<void()>& kernel, const char* name, Place place) {
   if (grid.x <= 0 || grid.y <= 0 || grid.y > 65535)
     fail("grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y));
   if (grid.threads <= 0 || grid.threads > 1024) fail("block of " + std::to_string(grid.threads));
@@ -281,7 +281,9 @@ void run(const Grid& grid, const std::function<void()>& kernel) {
     fail(std::to_string(grid.shared_bytes) + " bytes of shared memory asked for");
   }
   counters().launches++;
-  counters().shared_bytes = std::max<int64_t>(counters().shared_bytes, grid.shared_bytes);
+  auto& [threads, shared_bytes] = counters().kernels[{text(place), name}];
+  threads = grid.threads;
+  shared_bytes = std::max(shared_bytes, grid.shared_bytes);
   static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
   block.grid = &grid;

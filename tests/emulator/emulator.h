@@ -43,8 +43,8 @@ struct Grid {
 };
 
 // Runs `kernel` once for every thread of every block, for one caller at a time. Throws what goes
-// wrong in one of them.
-void run(const Grid& grid, const std::function<void()>& kernel);
+// wrong in one of them. `name` and `place` say which kernel it is, and where it is launched.
+void run(const Grid& grid, const std::function<void()>& kernel, const char* name, Place place);
 
 // --- what threads do together --------------------------------------------------------------------
 
@@ -128,7 +128,8 @@ struct Counters {
   int64_t global_requests = 0, global_sectors = 0;  // of a warp; 32 bytes each
   int64_t shared_requests = 0;                      // of a warp
   std::map<std::string, int64_t> bank_conflicts;    // extra passes of such requests, by their place
-  int64_t shared_bytes = 0;                         // the most a launch asked for
+  // Of each kernel launched, by its file and name: threads of a block, and the most shared memory.
+  std::map<std::pair<std::string, std::string>, std::pair<int, int>> kernels;
 };
 Counters& counters();
 

@@ -30,7 +30,7 @@ PYBIND11_MODULE(_emulator, m) {
       .def_readonly("global_sectors", &emulator::Counters::global_sectors)
       .def_readonly("shared_requests", &emulator::Counters::shared_requests)
       .def_readonly("bank_conflicts", &emulator::Counters::bank_conflicts)
-      .def_readonly("shared_bytes", &emulator::Counters::shared_bytes);
+      .def_readonly("kernels", &emulator::Counters::kernels);
   // The ones in use.
   m.def("settings", &emulator::settings, py::return_value_policy::reference);
   m.def("counters", &emulator::counters, py::return_value_policy::reference);

@@ -1,0 +1,652 @@
+// Forward:  p = avg_pool2x2(relu(scale*x + shift));  y = p @ W^T
+// Backward: da = (grad @ W) / 4 for each pixel of a window
+//           g = da where scale*x + shift > 0, else 0;  grad_x = scale*g
+//           sums = [sum g, sum g*(x - mean)];  dW = grad^T @ p
+//
+// x, grad_x [N, H, W, C], y, grad [N, H/2, W/2, K], pixels their own strides apart; W, dW [K, C],
+// any strides.
+//
+// Elements moved an output pixel: 4 C + K forward, 10 C + 2 K backward, each once from device
+// memory: blocks that run side by side share x (forward, K beyond a block's), grad (a chunk of C
+// each) or both factors of dW through the L2 cache. Backward is two kernels, since a block that
+// covers all of K has no registers for dW. The first writes grad_x and the sums, and leaves p in
+// scratch: C elements written and C read, where the second would read 4 C and pool them anew for
+// every 128 of K. Beside them each block leaves a row of sums, or its part of dW.
+//
+// x goes through registers, 16 bytes a thread of each of a window's pixels: 16 registers, loaded a
+// step or a row ahead. Staged in shared memory, a step of 64 windows would take 16 KiB and cross it
+// twice, where only p, a quarter of that, has to be there.
+
+#include <torch/csrc/stable/library.h>
+
+#include "product.cuh"
+#include "reduce.cuh"
+#include "tile.cuh"
+
+namespace dense_ext {
+namespace {
+
+constexpr int kThreads = 256;
+
+// --- windows -----------------------------------------------------------------------------------
+
+// The first of the pixels of an output pixel's window.
+template <class T>
+__device__ __forceinline__ int64_t corner_of(const Pixels<T>& x, int64_t window) {
+  const int64_t out_height = x.height / 2, out_width = x.width / 2;
+  const int64_t line = window / out_width;  // of all images' output lines
+  return (line / out_height * x.height + line % out_height * 2) * x.width + window % out_width * 2;
+}
+
+// A thread takes 16 bytes of a pixel at a time, a unit of its channels, and computes four of them
+// at a time.
+template <class T>
+constexpr int kUnit = 16 / static_cast<int>(sizeof(T));
+
+// The unit's q-th four channels.
+template <class T>
+__device__ __forceinline__ void widen(float (&four)[4], const Bytes<16>& unit, int q) {
+  DENSE_EXT_UNROLL for (int i = 0; i < 4; i++) {
+    if constexpr (sizeof(T) == 2) {
+      const Float2 pair = unpack<T>(unit.data[2 * q + i / 2]);
+      four[i] = i % 2 ? pair.y : pair.x;
+    } else {
+      four[i] = float_of_bits(unit.data[i]);
+    }
+  }
+}
+template <class T>
+__device__ __forceinline__ void narrow(Bytes<16>& unit, int q, const float (&four)[4]) {
+  if constexpr (sizeof(T) == 2) {
+    unit.data[2 * q] = pack<T>(four[0], four[1]);
+    unit.data[2 * q + 1] = pack<T>(four[2], four[3]);
+  } else {
+    DENSE_EXT_UNROLL for (int i = 0; i < 4; i++) unit.data[i] = bits_of(four[i]);
+  }
+}
+
+// The same of floats in shared memory.
+__device__ __forceinline__ void load_four(float (&four)[4], const float* at) {
+  widen<float>(four, load_shared(reinterpret_cast<const Bytes<16>*>(at)), 0);
+}
+__device__ __forceinline__ void store_four(float* at, const float (&four)[4]) {
+  Bytes<16> unit;
+  narrow<float>(unit, 0, four);
+  store_shared(reinterpret_cast<Bytes<16>*>(at), unit);
+}
+
+// A thread's unit of each pixel of a window.
+template <class T>
+struct Window {
+  Bytes<16> pixels[4];
+
+  // From x, where the unit of the window's first pixel is at `corner`; zeros from `columns` on.
+  __device__ __forceinline__ void load(const Pixels<const T>& x, const T* corner, int columns,
+                                       int bytes) {
+    DENSE_EXT_UNROLL for (auto& pixel : pixels) pixel = {};
+    for_accesses(x, columns, bytes, [&](auto width, void* part, int64_t offset) {
+      using V = Bytes<decltype(width)::value>;
+      const V value = load_global(reinterpret_cast<const V*>(corner + offset));
+      memcpy(part, &value, sizeof value);
+    });
+  }
+
+  // To x, what lies below `columns`.
+  __device__ __forceinline__ void store(const Pixels<T>& x, T* corner, int columns, int bytes) {
+    for_accesses(x, columns, bytes, [&](auto width, void* part, int64_t offset) {
+      using V = Bytes<decltype(width)::value>;
+      V value;
+      memcpy(&value, part, sizeof value);
+      store_global(reinterpret_cast<V*>(corner + offset), value);
+    });
+  }
+
+  // The unit of p. Its scale and shift, in shared memory, are every four of them kStride apart.
+  template <int kStride>
+  __device__ __forceinline__ Bytes<16> pooled(const float* scales, const float* shifts) const {
+    Bytes<16> unit;
+    DENSE_EXT_UNROLL for (int q = 0; q < kUnit<T> / 4; q++) {
+      float scale[4], shift[4], sum[4] = {};
+      load_four(scale, scales + q * kStride);
+      load_four(shift, shifts + q * kStride);
+      DENSE_EXT_UNROLL for (const auto& pixel : pixels) {
+        float value[4];
+        widen<T>(value, pixel, q);
+        DENSE_EXT_UNROLL for (int i = 0; i < 4; i++) sum[i] += relu(value[i] * scale[i] + shift[i]);
+      }
+      DENSE_EXT_UNROLL for (auto& value : sum) value *= 0.25f;
+      narrow<T>(unit, q, sum);
+    }
+    return unit;
+  }
+
+ private:
+  // Calls body(Width<n>{}, part of a unit, its offset from the corner) for each access to x.
+  template <class Like, class Body>
+  __device__ __forceinline__ void for_accesses(const Pixels<Like>& x, int columns, int bytes,
+                                               const Body& body) {
+    DENSE_EXT_UNROLL for (int pixel = 0; pixel < 4; pixel++) {
+      const int64_t offset = (pixel / 2 * x.width + pixel % 2) * x.stride;
+      // Within the loop: single elements of all pixels at once would take twice the registers.
+      for_width<T>(bytes, [&](auto width) {
+        constexpr int kElements = decltype(width)::value / static_cast<int>(sizeof(T));
+        DENSE_EXT_UNROLL for (int i = 0; i < kUnit<T>; i += kElements) {
+          if (i >= columns) continue;
+          body(width, reinterpret_cast<T*>(&pixels[pixel]) + i, offset + i);
+        }
+      });
+    }
+  }
+};
+
+// --- forward -----------------------------------------------------------------------------------
+
+template <class T>
+struct ForwardArguments {
+  Pixels<const T> x;
+  const float *scale, *shift;  // [C]
+  Weight<const T> weight;      // [K, C]
+  Pixels<T> y;
+  int x_bytes, weight_bytes, y_bytes;
+};
+
+// A block makes tiles of kWindows x kOut of y, eight warps 2 x 4, stepping through C. While it
+// multiplies one step's p by W, it loads the next step's x into registers, then pools it into the
+// other of two tiles of p; W, which comes from the L2 cache, is copied two steps ahead.
+template <class Math_, int kOut_>
+struct Forward {
+  using Math = Math_;
+  using T = typename Math::T;
+  static constexpr int kOut = kOut_, kWindows = 64, kStages = 3;
+  static constexpr int kDepth = 64 / static_cast<int>(sizeof(T));
+  static constexpr int kUnits = kDepth / kUnit<T>;
+  static constexpr int kLd = padded<T>(kDepth), kOutLd = padded<T>(kOut);
+  static constexpr int kPooledSize = kWindows * kLd, kWeightSize = kOut * kLd;
+  static constexpr int kTileSize = kStages * kWeightSize + 2 * kPooledSize;
+  static_assert(kWindows * kUnits == kThreads && kTileSize >= kWindows * kOutLd);
+
+  static constexpr int kSharedBytes =
+      SharedMemory::bytes_of(kTileSize * int64_t{sizeof(T)}) +
+      SharedMemory::bytes_of(kStages * 2 * kDepth * int64_t{sizeof(float)});
+};
+
+template <class Config>
+__global__ void __launch_bounds__(kThreads, 2)
+    forward_kernel(const ForwardArguments<typename Config::T> args) {
+  using Math = typename Config::Math;
+  using T = typename Config::T;
+  constexpr int kWindows = Config::kWindows, kOut = Config::kOut, kDepth = Config::kDepth;
+  constexpr int kLd = Config::kLd, kStages = Config::kStages;
+  SharedMemory shared;
+  T* const weights = shared.take<T>(Config::kTileSize);
+  T* const pooled = weights + kStages * Config::kWeightSize;
+  float* const vectors = shared.take<float>(kStages * 2 * kDepth);
+
+  const int first_out = block_x() * kOut;
+  const int outs = std::min(kOut, static_cast<int>(args.y.channels) - first_out);
+  const int in = static_cast<int>(args.x.channels), steps = (in + kDepth - 1) / kDepth;
+
+  constexpr int kWarpRows = 2, kWarpColumns = kOut / 32;  // fragments of a warp
+  const int warp_row = warp_index() / 4 * 32, warp_column = warp_index() % 4 * (kOut / 4);
+  const RowFragment<T> p_rows([&](int r) { return (warp_row + r) * kLd; });
+  const ColumnFragments<T> weight_columns(kLd);
+
+  const auto copy_weight = [&](int step) {
+    const int c = step * kDepth;
+    copy_tile<kOut, kDepth, kThreads>(
+        weights + step % kStages * Config::kWeightSize, kLd, in - c, args.weight_bytes, [&](int r) {
+          return r < outs ? args.weight.data + (first_out + r) * args.weight.out_stride + c
+                          : nullptr;
+        });
+    float* vector = vectors + step % kStages * 2 * kDepth;
+    copy_vector<kDepth, kThreads>(vector, args.scale, c, in);
+    copy_vector<kDepth, kThreads>(vector + kDepth, args.shift, c, in);
+    copy_async_commit();
+  };
+
+  // The thread's row of p and its unit of each step.
+  const int row = first_access<Config::kUnits>() / Config::kUnits;
+  const int unit = thread_index() % Config::kUnits * kUnit<T>;
+
+  const int64_t windows = args.y.count(), tile_count = (windows + kWindows - 1) / kWindows;
+  for (int64_t tile = block_y(); tile < tile_count; tile += grid_y()) {
+    const int64_t first = tile * kWindows;
+    const int rows = static_cast<int>(std::min(int64_t{kWindows}, windows - first));
+    // Rows beyond the last are of the last window.
+    const T* const corner = args.x.at(corner_of(args.x, first + std::min(row, rows - 1))) + unit;
+    Window<T> window;
+    const auto load_x = [&](int step) {
+      const int c = step * kDepth;
+      window.load(args.x, corner + c, in - c - unit, args.x_bytes);
+    };
+    const auto pool = [&](int step) {
+      const float* vector = vectors + step % kStages * 2 * kDepth + unit;
+      T* const to = pooled + step % 2 * Config::kPooledSize + row * kLd + unit;
+      store_shared(reinterpret_cast<Bytes<16>*>(to),
+                   window.template pooled<4>(vector, vector + kDepth));
+    };
+
+    float y[kWarpRows][kWarpColumns][4] = {};
+    load_x(0);
+    copy_weight(0);
+    if (steps > 1) copy_weight(1);
+    copy_async_wait<0>();
+    sync_threads();
+    pool(0);
+    for (int step = 0; step < steps; step++) {
+      copy_async_wait<0>();
+      sync_threads();
+      if (step + 2 < steps) copy_weight(step + 2);
+      if (step + 1 < steps) load_x(step + 1);
+      multiply_tiles<Math, kDepth, kLd, kLd>(
+          y, p_rows, pooled + step % 2 * Config::kPooledSize, weight_columns,
+          weights + step % kStages * Config::kWeightSize + warp_column * kLd);
+      if (step + 1 < steps) pool(step + 1);
+    }
+    sync_threads();
+
+    // The memory of W and p holds the tile of y now.
+    for_pairs(y, [&](int r, int c, float left, float right) {
+      store_pair(weights + (warp_row + r) * Config::kOutLd + warp_column + c, left, right);
+    });
+    sync_threads();
+    store_tile<kWindows, kOut, kThreads>(weights, Config::kOutLd, outs, args.y_bytes, [&](int r) {
+      return r < rows ? args.y.at(first + r) + first_out : nullptr;
+    });
+    sync_threads();
+  }
+}
+
+template <class Config>
+void run_forward(const ForwardArguments<typename Config::T>& args) {
+  const int64_t columns = ceil_div(args.y.channels, Config::kOut);
+  const int64_t blocks = persistent_blocks(ceil_div(args.y.count(), Config::kWindows), columns, 2,
+                                           Config::kSharedBytes);
+  launch<forward_kernel<Config>>({columns, blocks, kThreads, Config::kSharedBytes}, args);
+}
+
+void bn_relu_pool_conv1x1_forward(const Tensor& x, const Tensor& scale, const Tensor& shift,
+                                  const Tensor& weight, const Tensor& y, bool tf32) {
+  const OnDeviceOf device(x);
+  dispatch(x, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const auto xs = pixels<const T>(x, "x");
+    const Pixels<T> windows{nullptr, xs.images, xs.height / 2, xs.width / 2, 0, 0};
+    const int64_t in = xs.channels, out = weight.size(0);
+    const auto ys = pixels<T>(y, "y", windows, out);
+    const auto* scales = channels<const float>(scale, "scale", in);
+    const auto* shifts = channels<const float>(shift, "shift", in);
+    auto weights = weight_of<const T>(weight, "weight", out, in, 1);
+    if (ys.count() == 0) return;
+    const Tensor dense = with_dense_rows(weight, weights);
+    const ForwardArguments<T> args{
+        .x = xs,
+        .scale = scales,
+        .shift = shifts,
+        .weight = weights,
+        .y = ys,
+        .x_bytes = AccessBytes().add(xs),
+        .weight_bytes = AccessBytes().add(weights.data, in, weights.out_stride),
+        .y_bytes = AccessBytes().add(ys)};
+    with_arithmetic<T>(tf32, [&](auto math) {
+      using Math = decltype(math);
+      // In FMAs the product takes far longer than to pool x again for every 128 of K.
+      if constexpr (!Math::kExact) {
+        if (out > 128) return run_forward<Forward<Math, 256>>(args);
+      }
+      run_forward<Forward<Math, 128>>(args);
+    });
+  });
+}
+
+// --- backward: grad_x, the sums and p ----------------------------------------------------------
+
+template <class T>
+struct DataArguments {
+  Pixels<const T> grad, x;
+  const float *mean, *scale, *shift;  // [C]
+  Weight<const T> weight;             // [K, C]
+  Pixels<T> grad_x;
+  Pixels<T> pooled;  // p; data null: not wanted
+  float* rows;       // [blocks, 2 C]: sums
+  int grad_bytes, x_bytes, weight_bytes, grad_x_bytes;
+};
+
+// A block takes kIn channels of x and goes through tiles of kWindows. Their da is a product over K
+// in a pipeline of kStages, eight warps 2 x 4; it then lies in shared memory, as floats, and each
+// thread spreads it over units of x, of the same channels in every tile, so that it keeps their
+// sums.
+template <class Math_>
+struct Data {
+  using Math = Math_;
+  using T = typename Math::T;
+  static constexpr int kWindows = 64, kIn = 128, kStages = 3;
+  static constexpr int kDepth = 64 / static_cast<int>(sizeof(T));
+  static constexpr int kLd = padded<T>(kDepth), kInLd = padded<T>(kIn);
+  static constexpr int kGradSize = kWindows * kLd, kStageSize = kGradSize + kDepth * kInLd;
+  static constexpr int kUnits = kIn / kUnit<T>, kGroups = kThreads / kUnits;
+
+  // Rows of floats of kIn channels. The halves of a 16-bit type's units lie in two planes: what
+  // neighbouring threads read at a time are neighbours, and fragments don't meet in a bank.
+  static constexpr int kFloatLd = kIn + 8, kPlane = kIn / 2 + 4;
+  __device__ static int place(int channel) {
+    return channel / kUnit<T> * 4 + channel % kUnit<T> / 4 * kPlane + channel % 4;
+  }
+
+  static constexpr int kTileBytes = kStages * kStageSize * static_cast<int>(sizeof(T));
+  static_assert(kTileBytes >= kWindows * kFloatLd * static_cast<int>(sizeof(float)));
+  static_assert(kWindows >= 2 * kGroups && kThreads == 2 * kIn);
+
+  static constexpr int kSharedBytes =
+      SharedMemory::bytes_of(kTileBytes) +
+      SharedMemory::bytes_of(3 * kFloatLd * int64_t{sizeof(float)}) +
+      SharedMemory::bytes_of(kWindows * int64_t{sizeof(int64_t)});
+};
+
+template <class Config>
+__global__ void __launch_bounds__(kThreads, 2)
+    data_kernel(const DataArguments<typename Config::T> args) {
+  using Math = typename Config::Math;
+  using T = typename Config::T;
+  constexpr int kWindows = Config::kWindows, kIn = Config::kIn, kDepth = Config::kDepth;
+  constexpr int kLd = Config::kLd, kInLd = Config::kInLd, kStages = Config::kStages;
+  constexpr int kFloatLd = Config::kFloatLd, kPlane = Config::kPlane, kGroups = Config::kGroups;
+  SharedMemory shared;
+  T* const tiles = shared.take<T>(kStages * Config::kStageSize);
+  float* const floats = reinterpret_cast<float*>(tiles);  // da, then the sums
+  float* const mean = shared.take<float>(3 * kFloatLd);
+  float *const scale = mean + kFloatLd, *const shift = scale + kFloatLd;
+  int64_t* const corners = shared.take<int64_t>(kWindows);
+
+  const int first_in = block_x() * kIn;
+  const int ins = std::min(kIn, static_cast<int>(args.x.channels) - first_in);
+  const int out = static_cast<int>(args.grad.channels), steps = (out + kDepth - 1) / kDepth;
+  for (int c = thread_index(); c < kIn; c += kThreads) {
+    const auto value = [&](const float* vector) {
+      return c < ins ? load_global(vector + first_in + c) : 0.0f;
+    };
+    store_shared(mean + Config::place(c), value(args.mean));
+    store_shared(scale + Config::place(c), value(args.scale));
+    store_shared(shift + Config::place(c), value(args.shift));
+  }
+
+  const int warp_row = warp_index() / 4 * 32, warp_column = warp_index() % 4 * 32;
+  const RowFragment<T> grad_rows([&](int r) { return (warp_row + r) * kLd; });
+  const TransposedColumnFragments<T> weight_columns(kInLd);
+
+  // The thread's unit, and the first of its rows, every kGroups-th of a tile.
+  const int unit = thread_index() % Config::kUnits * kUnit<T>;
+  const int place = Config::place(unit), columns = ins - unit;
+  const int group = thread_index() / Config::kUnits;
+  float sum_g[kUnit<T> / 4][4] = {}, sum_gx[kUnit<T> / 4][4] = {};
+
+  const int64_t windows = args.grad.count(), tile_count = (windows + kWindows - 1) / kWindows;
+  for (int64_t tile = block_y(); tile < tile_count; tile += grid_y()) {
+    const int64_t first = tile * kWindows;
+    const int rows = static_cast<int>(std::min(int64_t{kWindows}, windows - first));
+    sync_threads();  // the last tile is done
+    for (int r = thread_index(); r < rows; r += kThreads) {
+      store_shared(corners + r, corner_of(args.x, first + r));
+    }
+    float da[2][4][4] = {};
+    pipeline<kStages>(
+        steps,
+        [&](int64_t step) {
+          T* const grad = tiles + step % kStages * Config::kStageSize;
+          const int k = static_cast<int>(step) * kDepth;
+          copy_tile<kWindows, kDepth, kThreads>(grad, kLd, out - k, args.grad_bytes, [&](int r) {
+            return r < rows ? args.grad.at(first + r) + k : nullptr;
+          });
+          copy_tile<kDepth, kIn, kThreads>(
+              grad + Config::kGradSize, kInLd, ins, args.weight_bytes, [&](int r) {
+                return k + r < out ? args.weight.data + (k + r) * args.weight.out_stride + first_in
+                                   : nullptr;
+              });
+        },
+        [&](int64_t step) {
+          const T* const grad = tiles + step % kStages * Config::kStageSize;
+          multiply_tiles<Math, kDepth, kLd, kInLd>(da, grad_rows, grad, weight_columns,
+                                                   grad + Config::kGradSize + warp_column);
+        });
+
+    Window<T> x[2];  // one on its way while the other is worked on
+    const auto load = [&](int i) {
+      const int r = i * kGroups + group;
+      if (r >= rows) return;
+      x[i % 2].load(args.x, args.x.at(load_shared(corners + r)) + first_in + unit, columns,
+                    args.x_bytes);
+    };
+    load(0);
+    for_pairs(da, [&](int r, int c, float left, float right) {
+      store_pair(floats + (warp_row + r) * kFloatLd + Config::place(warp_column + c), 0.25f * left,
+                 0.25f * right);
+    });
+    sync_threads();
+    DENSE_EXT_UNROLL for (int i = 0; i < kWindows / kGroups; i++) {
+      const int r = i * kGroups + group;
+      load(i + 1);
+      if (r >= rows || columns <= 0) continue;
+      Window<T>& window = x[i % 2];
+      if (args.pooled.data) {
+        store_global(reinterpret_cast<Bytes<16>*>(args.pooled.at(first + r) + first_in + unit),
+                     window.template pooled<kPlane>(scale + place, shift + place));
+      }
+      DENSE_EXT_UNROLL for (int q = 0; q < kUnit<T> / 4; q++) {
+        float m[4], s[4], t[4], d[4];
+        load_four(m, mean + place + q * kPlane);
+        load_four(s, scale + place + q * kPlane);
+        load_four(t, shift + place + q * kPlane);
+        load_four(d, floats + r * kFloatLd + place + q * kPlane);
+        DENSE_EXT_UNROLL for (auto& pixel : window.pixels) {
+          float value[4];
+          widen<T>(value, pixel, q);
+          DENSE_EXT_UNROLL for (int i = 0; i < 4; i++) {
+            const float g = value[i] * s[i] + t[i] <= 0 ? 0.0f : d[i];
+            sum_g[q][i] += g;
+            sum_gx[q][i] += g * (value[i] - m[i]);
+            value[i] = s[i] * g;
+          }
+          narrow<T>(pixel, q, value);
+        }
+      }
+      window.store(args.grad_x, args.grad_x.at(load_shared(corners + r)) + first_in + unit, columns,
+                   args.grad_x_bytes);
+    }
+  }
+
+  // Sums over the threads with the same unit.
+  sync_threads();
+  DENSE_EXT_UNROLL for (int q = 0; q < kUnit<T> / 4; q++) {
+    float* const to = floats + group * kFloatLd + place + q * kPlane;
+    store_four(to, sum_g[q]);
+    store_four(to + kGroups * kFloatLd, sum_gx[q]);
+  }
+  sync_threads();
+  const int sum = thread_index() / kIn, c = thread_index() % kIn;
+  if (c >= ins) return;
+  float total = 0;
+  for (int g = 0; g < kGroups; g++) {
+    total += load_shared(floats + (sum * kGroups + g) * kFloatLd + Config::place(c));
+  }
+  store_global(args.rows + (2 * int64_t{block_y()} + sum) * args.x.channels + first_in + c, total);
+}
+
+template <class Config>
+void run_data(DataArguments<typename Config::T> args, const Tensor& like, float* sums) {
+  using T = typename Config::T;
+  const int64_t in = args.x.channels, chunks = ceil_div(in, Config::kIn);
+  const int64_t blocks = persistent_blocks(ceil_div(args.grad.count(), Config::kWindows), chunks, 2,
+                                           Config::kSharedBytes);
+  const Tensor rows = scratch(blocks * 2 * in, like);
+  args.rows = static_cast<float*>(rows.data_ptr());
+  launch<data_kernel<Config>>({chunks, blocks, kThreads, Config::kSharedBytes}, args);
+  add_rows(rows, blocks, Sums<T>{.vector = sums, .vector_size = 2 * in});
+}
+
+// --- backward: dW ------------------------------------------------------------------------------
+
+template <class T>
+struct WeightArguments {
+  Pixels<const T> grad, pooled;
+  float* rows;    // [blocks, K C]
+  int in_blocks;  // of kIn channels each
+  int grad_bytes, pooled_bytes;
+};
+
+// A block makes kOut x kIn of dW, eight warps 4 x 2, from its share of the windows, kDepth at a
+// time in a pipeline of kStages.
+template <class Math_>
+struct WeightProduct {
+  using Math = Math_;
+  using T = typename Math::T;
+  static constexpr int kOut = 128, kIn = 128, kStages = 3;
+  static constexpr int kDepth = 64 / static_cast<int>(sizeof(T));
+  static constexpr int kOutLd = padded<T>(kOut), kInLd = padded<T>(kIn);
+  static constexpr int kGradSize = kDepth * kOutLd, kStageSize = kGradSize + kDepth * kInLd;
+  static constexpr int kSharedBytes =
+      SharedMemory::bytes_of(kStages * kStageSize * int64_t{sizeof(T)});
+};
+
+template <class Config>
+__global__ void __launch_bounds__(kThreads, 2)
+    weight_kernel(const WeightArguments<typename Config::T> args) {
+  using Math = typename Config::Math;
+  using T = typename Config::T;
+  constexpr int kOut = Config::kOut, kIn = Config::kIn, kDepth = Config::kDepth;
+  constexpr int kOutLd = Config::kOutLd, kInLd = Config::kInLd, kStages = Config::kStages;
+  SharedMemory shared;
+  T* const tiles = shared.take<T>(kStages * Config::kStageSize);
+
+  const int64_t windows = args.grad.count(), out = args.grad.channels, in = args.pooled.channels;
+  const int64_t first_out = int64_t{block_x() / args.in_blocks} * kOut;
+  const int64_t first_in = int64_t{block_x() % args.in_blocks} * kIn;
+  const int outs = static_cast<int>(std::min(int64_t{kOut}, out - first_out));
+  const int ins = static_cast<int>(std::min(int64_t{kIn}, in - first_in));
+  const int warp_row = warp_index() / 2 * 32, warp_column = warp_index() % 2 * 64;
+  const TransposedRowFragment<T> grad_columns([&](int k) { return k * kOutLd + warp_row; });
+  const TransposedColumnFragments<T> p_columns(kInLd);
+
+  float dw[2][8][4] = {};
+  const int64_t tile_count = (windows + kDepth - 1) / kDepth;
+  pipeline<kStages>(
+      (tile_count - block_y() + grid_y() - 1) / grid_y(),
+      [&](int64_t step) {
+        T* const grad = tiles + step % kStages * Config::kStageSize;
+        const int64_t first = (block_y() + step * grid_y()) * kDepth;
+        const auto row_of = [&](const auto& p, int64_t channel) {
+          return [=](int r) { return first + r < windows ? p.at(first + r) + channel : nullptr; };
+        };
+        copy_tile<kDepth, kOut, kThreads>(grad, kOutLd, outs, args.grad_bytes,
+                                          row_of(args.grad, first_out));
+        copy_tile<kDepth, kIn, kThreads>(grad + Config::kGradSize, kInLd, ins, args.pooled_bytes,
+                                         row_of(args.pooled, first_in));
+      },
+      [&](int64_t step) {
+        const T* const grad = tiles + step % kStages * Config::kStageSize;
+        multiply_tiles<Math, kDepth, kOutLd, kInLd>(dw, grad_columns, grad, p_columns,
+                                                    grad + Config::kGradSize + warp_column);
+      });
+
+  float* const rows = args.rows + (block_y() * out + first_out) * in + first_in;
+  for_pairs(dw, [&](int r, int c, float left, float right) {
+    const int k = warp_row + r, column = warp_column + c;
+    if (k >= outs) return;
+    if (column < ins) store_global(rows + k * in + column, left);
+    if (column + 1 < ins) store_global(rows + k * in + column + 1, right);
+  });
+}
+
+template <class Config>
+void run_weight(WeightArguments<typename Config::T> args, const Tensor& like,
+                const Weight<typename Config::T>& dw) {
+  using T = typename Config::T;
+  args.in_blocks = static_cast<int>(ceil_div(dw.in, Config::kIn));
+  const int64_t columns = ceil_div(dw.out, Config::kOut) * args.in_blocks;
+  const int64_t blocks = persistent_blocks(ceil_div(args.grad.count(), Config::kDepth), columns, 2,
+                                           Config::kSharedBytes);
+  const Tensor rows = scratch(blocks * dw.out * dw.in, like);
+  args.rows = static_cast<float*>(rows.data_ptr());
+  launch<weight_kernel<Config>>({columns, blocks, kThreads, Config::kSharedBytes}, args);
+  Sums<T> to{};
+  to.set_weight(dw, 0, dw.out, 1);
+  add_rows(rows, blocks, to);
+}
+
+// Zeros in the pixels that no window covers.
+template <class T>
+void zero_edges(Tensor grad_x, const Pixels<T>& pixels) {
+  if (pixels.height % 2) zero(torch::stable::narrow(grad_x, 1, pixels.height - 1, 1));
+  if (pixels.width % 2) zero(torch::stable::narrow(grad_x, 2, pixels.width - 1, 1));
+}
+
+void bn_relu_pool_conv1x1_backward(const Tensor& grad, const Tensor& x, const Tensor& mean,
+                                   const Tensor& scale, const Tensor& shift, const Tensor& weight,
+                                   const Tensor& grad_x, const Tensor& sums,
+                                   const std::optional<Tensor>& grad_weight, bool tf32) {
+  const OnDeviceOf device(x);
+  dispatch(x, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const auto xs = pixels<const T>(x, "x");
+    Pixels<T> pooled{nullptr, xs.images, xs.height / 2, xs.width / 2, xs.channels, 0};
+    const int64_t in = xs.channels, out = weight.size(0), windows = pooled.count();
+    const auto gradient = pixels<const T>(grad, "grad", pooled, out);
+    const auto* means = channels<const float>(mean, "mean", in);
+    const auto* scales = channels<const float>(scale, "scale", in);
+    const auto* shifts = channels<const float>(shift, "shift", in);
+    auto weights = weight_of<const T>(weight, "weight", out, in, 1);
+    const auto grad_xs = pixels<T>(grad_x, "grad_x", xs, in);
+    float* sum = channels<float>(sums, "sums", 2 * in);
+    const Weight<T> dw = weight_of<T>(grad_weight, "grad_weight", out, in, 1);
+    if (windows == 0) {  // no image, or no room for a window
+      zero(grad_x);
+      zero(sums);
+      if (grad_weight) zero(*grad_weight);
+      return;
+    }
+    const Tensor dense = with_dense_rows(weight, weights);
+    std::optional<Tensor> p;
+    if (grad_weight) {
+      pooled.stride = round_up(in, kUnit<T>);
+      const int64_t size[] = {windows, pooled.stride};
+      p = torch::stable::new_empty(x, size);
+      pooled.data = static_cast<T*>(p->data_ptr());
+    }
+    const DataArguments<T> args{
+        .grad = gradient,
+        .x = xs,
+        .mean = means,
+        .scale = scales,
+        .shift = shifts,
+        .weight = weights,
+        .grad_x = grad_xs,
+        .pooled = pooled,
+        .rows = nullptr,
+        .grad_bytes = AccessBytes().add(gradient),
+        .x_bytes = AccessBytes().add(xs),
+        .weight_bytes = AccessBytes().add(weights.data, in, weights.out_stride),
+        .grad_x_bytes = AccessBytes().add(grad_xs)};
+    zero_edges(grad_x, grad_xs);
+    with_arithmetic<T>(tf32, [&](auto math) {
+      using Math = decltype(math);
+      run_data<Data<Math>>(args, x, sum);
+      if (!grad_weight) return;
+      const WeightArguments<T> weight_args{
+          .grad = gradient,
+          .pooled = {pooled.data, pooled.images, pooled.height, pooled.width, in, pooled.stride},
+          .rows = nullptr,
+          .in_blocks = 0,
+          .grad_bytes = args.grad_bytes,
+          .pooled_bytes = 16};  // whole units: beyond C they hold zeros
+      run_weight<WeightProduct<Math>>(weight_args, x, dw);
+    });
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(DENSE_EXT_NAMESPACE, DENSE_EXT_DISPATCH_KEY, m) {
+  m.impl("bn_relu_pool_conv1x1_forward", TORCH_BOX(&bn_relu_pool_conv1x1_forward));
+  m.impl("bn_relu_pool_conv1x1_backward", TORCH_BOX(&bn_relu_pool_conv1x1_backward));
+}
+
+}  // namespace dense_ext
