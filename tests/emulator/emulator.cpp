@@ -94,7 +94,9 @@ struct Block {
 Block block;
 Fiber scheduler;
 
-void fail(const std::string& what) { throw std::runtime_error("emulated GPU: " + what); }
+[[noreturn]] void fail(const std::string& what) {
+  throw std::runtime_error("emulated GPU: " + what);
+}
 
 Warp& warp_of(const Thread& thread) { return block.warps[thread.index / kWarp]; }
 uint32_t bit_of(const Thread& thread) { return 1u << thread.index % kWarp; }
@@ -209,7 +211,6 @@ struct Ahead {
   for (const auto& [place, threads] : waiting)
     where += " " + std::to_string(threads) + " at " + place + ";";
   fail("threads wait for each other:" + where);
-  std::abort();
 }
 
 // What a barrier does once all have come.

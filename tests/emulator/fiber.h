@@ -17,7 +17,6 @@ namespace dense_ext::emulator {
 
 struct Fiber {
   std::unique_ptr<unsigned char[]> stack;
-  void (*main)() = nullptr;
 #ifdef __x86_64__
   void* pointer = nullptr;
 #else
@@ -56,23 +55,22 @@ dense_ext_switch_stack:
 )");
 #endif
 
-inline void Fiber::start(size_t bytes, void (*entry)()) {
-  main = entry;
+inline void Fiber::start(size_t bytes, void (*main)()) {
   if (!stack) stack.reset(new unsigned char[bytes]);
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(stack.get(), bytes);  // of frames an error left behind
 #endif
 #ifdef __x86_64__
   auto top = (reinterpret_cast<uintptr_t>(stack.get()) + bytes) & ~uintptr_t{15};
-  auto** slots = reinterpret_cast<void**>(top) - 8;  // six registers, the entry, its caller: none
+  auto** slots = reinterpret_cast<void**>(top) - 8;  // six registers, main, its caller: none
   for (int i = 0; i < 8; i++) slots[i] = nullptr;
-  slots[6] = reinterpret_cast<void*>(entry);
+  slots[6] = reinterpret_cast<void*>(main);
   pointer = slots;
 #else
   getcontext(&context);
   context.uc_stack.ss_sp = stack.get();
   context.uc_stack.ss_size = bytes;
-  makecontext(&context, entry, 0);
+  makecontext(&context, main, 0);
 #endif
 }
 
