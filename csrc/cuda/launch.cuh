@@ -11,7 +11,9 @@
 #include "tensor.cuh"
 
 #ifndef DENSE_EXT_EMULATOR
-#include <atomic>
+#include <mutex>
+#include <vector>
+
 // Absent from a PyTorch without CUDA, into which the library must load all the same.
 extern "C" __attribute__((weak)) AOTITorchError
 aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
@@ -34,19 +36,39 @@ inline Device current_device() {
 
 #else
 
-constexpr int kMaxDevices = 64;
-
 inline void check_cuda(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error));
 }
 
-inline Device current_device() {
-  int index, multiprocessors, shared, together;
+inline int attribute(cudaDeviceAttr which, int device) {
+  int value;
+  check_cuda(cudaDeviceGetAttribute(&value, which, device));
+  return value;
+}
+
+inline int device_count() {
+  int count;
+  check_cuda(cudaGetDeviceCount(&count));
+  return count;
+}
+
+inline int current_device_index() {
+  int index;
   check_cuda(cudaGetDevice(&index));
-  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
-  check_cuda(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
-  check_cuda(cudaDeviceGetAttribute(&together, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index));
-  return {multiprocessors, shared, together};
+  return index;
+}
+
+inline Device current_device() {
+  static const std::vector<Device> devices = [] {
+    std::vector<Device> found;
+    for (int i = 0; i < device_count(); i++) {
+      found.push_back({attribute(cudaDevAttrMultiProcessorCount, i),
+                       attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, i),
+                       attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, i)});
+    }
+    return found;
+  }();
+  return devices[current_device_index()];
 }
 
 #endif
@@ -84,15 +106,14 @@ void launch(const Launch& on, const Arguments& args DENSE_EXT_AT_PLACE) {
       {static_cast<int>(on.x), static_cast<int>(on.y), on.threads, on.shared_bytes},
       [&] { kKernel(args); }, __PRETTY_FUNCTION__, place);
 #else
-  int index;
-  check_cuda(cudaGetDevice(&index));
-  // More than 48 KiB has to be asked for, once for each device.
-  static std::atomic<int> granted[kMaxDevices];
-  if (index >= kMaxDevices || granted[index].load(std::memory_order_relaxed) < on.shared_bytes) {
+  const int index = current_device_index();
+  // More than 48 KiB has to be asked for: all there is, once for each device.
+  static std::vector<std::once_flag> asked(device_count());
+  std::call_once(asked[index], [&] {
     check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
-                                    cudaFuncAttributeMaxDynamicSharedMemorySize, on.shared_bytes));
-    if (index < kMaxDevices) granted[index] = on.shared_bytes;
-  }
+                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    device.shared_bytes));
+  });
   void* stream = nullptr;
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this PyTorch has no CUDA");
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
