@@ -84,6 +84,7 @@ struct Forward {
            SharedMemory::bytes_of(kept * kWeightSize * int64_t{sizeof(T)}) +
            SharedMemory::bytes_of(2 * 2 * kDepth * int64_t{sizeof(float)}) +
            SharedMemory::bytes_of(2 * kBordered * int64_t{sizeof(int)}) +
+           SharedMemory::bytes_of(kPixels * int64_t{sizeof(int)}) +
            SharedMemory::bytes_of(Statistics::kScratch * int64_t{sizeof(float)});
   }
 };
@@ -100,6 +101,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   T* const weights = shared.take<T>(args.kept * Config::kWeightSize);
   float* const vectors = shared.take<float>(2 * 2 * kDepth);
   int* const sources = shared.take<int>(2 * kBordered);
+  int* const corners = shared.take<int>(kPixels);
   typename Config::Statistics statistics(shared.take<float>(Config::Statistics::kScratch));
 
   const Patches& patches = args.patches;
@@ -107,6 +109,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   const int64_t first_out = int64_t{block_x()} * kOut;
   const int outs = static_cast<int>(std::min(int64_t{kOut}, args.y.channels - first_out));
   const int chunks = (in + kDepth - 1) / kDepth, line = patches.line();
+  const int pixels = patches.images * patches.rows * patches.columns;
   constexpr int kWarpRows = Config::kWarpRows;
   const int warp_row = warp_index() * 16 * kWarpRows;
   const auto corner_row = [&](int i) {
@@ -142,6 +145,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   }
   const int64_t patch_count = patches.count();
   int stage = 0, parity = 0;
+  // Divisions once, not in every patch.
+  for (int r = thread_index(); r < kPixels; r += kThreads) {
+    store_shared(corners + r, patches.corner(r));
+  }
   locate(block_y(), parity);
   sync_threads();
   load(block_y(), parity, 0, stage);
@@ -191,9 +198,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
       store_pair(tile + (warp_row + row) * Config::kOutLd + column, left, right);
     });
     sync_threads();
-    const int pixels = patches.images * patches.rows * patches.columns;
     const auto source_of = [&](int r) {
-      return r < pixels ? load_shared(source + patches.corner(r) + line + 1) : -1;
+      return r < pixels ? load_shared(source + load_shared(corners + r) + line + 1) : -1;
     };
     const int64_t origin = patches.origin(patch);
     store_tile<kPixels, kOut, kThreads>(tile, Config::kOutLd, outs, args.y_bytes, [&](int r) {
@@ -307,6 +313,7 @@ struct Backward {
            SharedMemory::bytes_of(kTaps * kTapSize * int64_t{sizeof(T)}) +
            SharedMemory::bytes_of(kVectors * int64_t{sizeof(float)}) +
            SharedMemory::bytes_of(2 * kBordered * int64_t{sizeof(int)}) +
+           SharedMemory::bytes_of(kPixels * int64_t{sizeof(int)}) +
            SharedMemory::bytes_of(kPixels * int64_t{sizeof(T)}) +
            SharedMemory::bytes_of(kDataWarps * 2 * kIn * int64_t{sizeof(float)});
   }
@@ -327,6 +334,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   float *const v = u + kOut, *const mean = v + kOut, *const scale = mean + kIn;
   float* const shift = scale + kIn;
   int* const sources = shared.take<int>(2 * kBordered);
+  int* const corners = shared.take<int>(kPixels);
   BitsOf<T>* const keep = shared.take<BitsOf<T>>(kPixels);
   float* const sums = shared.take<float>(Config::kDataWarps * 2 * kIn);
 
@@ -358,7 +366,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
   };
   const auto center = [&](const int* source, int r) {
-    return r < pixels ? load_shared(source + patches.corner(r) + line + 1) : -1;
+    return r < pixels ? load_shared(source + load_shared(corners + r) + line + 1) : -1;
   };
   const auto load = [&](int64_t patch, int parity, int stage) {
     const int64_t origin = patches.origin(patch);
@@ -382,6 +390,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int64_t patch_count = patches.count();
   const bool ahead = args.stages > 1;
   int stage = 0, parity = 0;
+  // Divisions once, not in every patch.
+  for (int r = thread_index(); r < kPixels; r += kThreads) {
+    store_shared(corners + r, patches.corner(r));
+  }
   locate(block_y(), parity);
   sync_threads();
   load(block_y(), parity, 0);
@@ -423,7 +435,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       }
       DENSE_EXT_NO_UNROLL for (int k = 0; k < kPixels; k += Math::kDepth) {
         const TransposedRowFragment<T> rows(
-            [&](int r) { return patches.corner(k + r) * kOutLd + weight_row; });
+            [&](int r) { return load_shared(corners + k + r) * kOutLd + weight_row; });
         uint32_t b[2][2];
         columns.load(b[0], b[1], z + k * kInLd + weight_column, kInLd);
         DENSE_EXT_UNROLL for (int j = 0; j < 2; j++) {
@@ -440,7 +452,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
     float da[Config::kDataRows][Config::kDataColumns][4] = {};
     const auto corner_row = [&](int i) {
-      return RowFragment<T>([&](int r) { return patches.corner(data_row + 16 * i + r) * kOutLd; });
+      return RowFragment<T>(
+          [&](int r) { return load_shared(corners + data_row + 16 * i + r) * kOutLd; });
     };
     const RowFragment<T> rows[2] = {corner_row(0), corner_row(Config::kDataRows - 1)};
     DENSE_EXT_NO_UNROLL for (int tap = 0; tap < kTaps; tap++) {
