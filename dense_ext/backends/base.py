@@ -53,6 +53,15 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def gpu_lacks(device: int | None) -> str | None:
+    """Why kernels for tensor cores don't run on the GPU, the current one for None; None if they do."""
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    if torch.version.hip is None and (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        return "needs compute capability 8.0, this GPU has {}.{}".format(*capability)
+    return None
+
+
 def tf32_allowed(dtype: torch.dtype) -> bool:
     """Whether products of such activations may be rounded to tf32: PyTorch's setting for convolutions."""
     convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import PRIMITIVES, tf32_allowed
+from .base import PRIMITIVES, gpu_lacks, tf32_allowed
 from .compiled import PACKAGE, CompiledBackend, Library
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -66,11 +66,6 @@ def _multiply(op: Any, *args: Any, **kwargs: Any) -> None:
 @functools.cache
 def _gpu_lacks(device: int | None) -> str | None:
     """None if the kernels run on the GPU, the current one for None, else the reason why not."""
-    if not torch.cuda.is_available():
-        return "there is no GPU"
-    if torch.version.hip is not None:
-        return "runs on NVIDIA GPUs, this PyTorch is for AMD's"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return "needs compute capability 8.0, this GPU has {}.{}".format(*capability)
-    return None
+    if reason := gpu_lacks(device):
+        return reason
+    return None if torch.version.hip is None else "runs on NVIDIA GPUs, this PyTorch is for AMD's"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dense_ext.backends.cuda import STORAGE_DTYPES
 
-from ..emulator import Emulator
+from ..emulator import SHARED_BYTES, Emulator
 from ..primitives import test_bn_relu_conv1x1 as conv1x1
 from ..primitives import test_bn_relu_conv3x3 as conv3x3
 from ..primitives.common import MakeCase, Size
@@ -23,9 +23,6 @@ CONVOLUTIONS = {
     "3x3 backward": (conv3x3.backward_case, (3, 33, 17, 40, 32)),
 }
 SCHEDULES = [("FIRST", 0), ("LAST", 0), *(("RANDOM", seed) for seed in range(4))]
-KIB = 1 << 10
-# What a block may have, by compute capability.
-SHARED_BYTES = {"sm_86": 99 * KIB, "sm_80": 163 * KIB, "sm_90": 227 * KIB}
 
 
 def same_bits(a: Case, b: Case) -> bool:

@@ -10,6 +10,9 @@ from dense_ext.backends.cuda import CUDABackend
 
 from .build import NAMESPACE, build
 
+# What a block of a chip may take of shared memory, by which the kernels choose.
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}
+
 
 class Emulator:
     """The kernels compiled for the host, and the emulator's controls.

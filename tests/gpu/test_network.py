@@ -18,14 +18,10 @@ import dense_ext
 from dense_ext.backends.triton import launch
 
 from ..conftest import checked_backends, device_of
-from ..emulator import emulator
+from ..emulator import SHARED_BYTES, emulator
 from ..helpers import eager_block, eager_transition, small_densenet
 
 STEPS = 3
-
-
-# What a block of a chip may take of shared memory, by which CUDA kernels choose.
-SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -54,7 +50,7 @@ def architecture(
         if request.param_index > 0:
             pytest.skip("a GPU has one architecture")
     elif backend == "cuda":
-        emulator().reset(shared_bytes=SHARED_BYTES[architecture])
+        emulator().settings.shared_bytes = SHARED_BYTES[architecture]
     elif architecture == "sm_86":
         pytest.skip("has sm_80's configurations")
     else:

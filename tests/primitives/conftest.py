@@ -68,7 +68,7 @@ def maker(backend: Backend, device: torch.device) -> Callable[..., Maker]:
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     """One thread, and more than there are cores or, often, tiles; in the emulator multiprocessors."""
     if request.config.getoption("--device") == "emulator":
-        emulator().reset(multiprocessors=request.param)
+        emulator().settings.multiprocessors = request.param
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param

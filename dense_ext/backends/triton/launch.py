@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.interpreter import InterpretedFunction
 
-from ..base import tf32_allowed
+from ..base import gpu_lacks, tf32_allowed
 from .configs import Config, find_config, has_architecture, shape_class
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -268,11 +268,7 @@ def can_run(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def _can_compile(device: int | None) -> str | None:
-    if not torch.cuda.is_available():
-        return "there is no GPU"
-    device = torch.cuda.current_device() if device is None else device
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"needs compute capability 8.0, this GPU has {major}.{minor}"
-    architecture = target_of(device).architecture
+    if reason := gpu_lacks(device):
+        return reason
+    architecture = target_of(torch.cuda.current_device() if device is None else device).architecture
     return None if has_architecture(architecture) else f"has no configurations for {architecture}"
