@@ -1,7 +1,7 @@
 // Forward:  z = relu(scale*x + shift) @ W^T, and z's mean and variance.
 // Backward: dz = z_scale*grad_bn + z_u*z + z_v;  g = (dz @ W) where scale*x + shift > 0, else 0
-//           grad_x += scale*g;  sums = [sum g, sum g*(x - mean)];  dW = dz^T @ relu(scale*x +
-//           shift)
+//           grad_x += scale*g;  sums = [sum g, sum g*(x - mean)]
+//           dW = dz^T @ relu(scale*x + shift)
 //
 // x, grad_x [M, C] and z, grad_bn [M, B], pixels their own strides apart; W, dW [B, C].
 //
@@ -142,13 +142,10 @@ void run_forward(ForwardArguments<typename Config::T> args, const Tensor& like, 
   const int64_t out = args.z.channels, columns = ceil_div(out, Config::kOut);
   const int64_t blocks = persistent_blocks(ceil_div(args.x.count(), Config::kPixels), columns, 2,
                                            Config::kSharedBytes);
-  std::optional<Tensor> moments;
-  if (mean) {
-    moments = scratch(blocks * (1 + 2 * out), like);
-    args.moments = static_cast<float*>(moments->data_ptr());
-  }
-  launch<forward_kernel<Config>>({columns, blocks, kThreads, Config::kSharedBytes}, args);
-  if (mean) merge_moments(*moments, blocks, out, mean, var);
+  with_moments(blocks, out, like, mean, var, [&](float* moments) {
+    args.moments = moments;
+    launch<forward_kernel<Config>>({columns, blocks, kThreads, Config::kSharedBytes}, args);
+  });
 }
 
 void bn_relu_conv1x1_forward(const Tensor& x, const Tensor& scale, const Tensor& shift,

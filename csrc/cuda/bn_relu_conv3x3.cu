@@ -230,13 +230,10 @@ void run_forward(ForwardArguments<typename Config::T> args, const Tensor& like, 
   args.patches = patches_of(args.z, Config::kPixels, Config::kBordered);
   const int shared = Config::shared_bytes(args.kept);
   const int64_t blocks = persistent_blocks(args.patches.count(), columns, Config::kBlocks, shared);
-  std::optional<Tensor> moments;
-  if (mean) {
-    moments = scratch(blocks * (1 + 2 * out), like);
-    args.moments = static_cast<float*>(moments->data_ptr());
-  }
-  launch<forward_kernel<Config>>({columns, blocks, Config::kThreads, shared}, args);
-  if (mean) merge_moments(*moments, blocks, out, mean, var);
+  with_moments(blocks, out, like, mean, var, [&](float* moments) {
+    args.moments = moments;
+    launch<forward_kernel<Config>>({columns, blocks, Config::kThreads, shared}, args);
+  });
 }
 
 void bn_relu_conv3x3_forward(const Tensor& z, const Tensor& scale, const Tensor& shift,

@@ -250,9 +250,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       store_pair(weights + (warp_row + r) * Config::kOutLd + warp_column + c, left, right);
     });
     sync_threads();
-    store_tile<kWindows, kOut, kThreads>(weights, Config::kOutLd, outs, args.y_bytes, [&](int r) {
-      return r < rows ? args.y.at(first + r) + first_out : nullptr;
-    });
+    store_tile<kWindows, kOut, kThreads>(weights, Config::kOutLd, outs, args.y_bytes,
+                                         Rows(args.y, first, rows, first_out));
     sync_threads();
   }
 }
@@ -394,9 +393,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         [&](int64_t step) {
           T* const grad = tiles + step % kStages * Config::kStageSize;
           const int k = static_cast<int>(step) * kDepth;
-          copy_tile<kWindows, kDepth, kThreads>(grad, kLd, out - k, args.grad_bytes, [&](int r) {
-            return r < rows ? args.grad.at(first + r) + k : nullptr;
-          });
+          copy_tile<kWindows, kDepth, kThreads>(grad, kLd, out - k, args.grad_bytes,
+                                                Rows(args.grad, first, rows, k));
           copy_tile<kDepth, kIn, kThreads>(
               grad + Config::kGradSize, kInLd, ins, args.weight_bytes, [&](int r) {
                 return k + r < out ? args.weight.data + (k + r) * args.weight.out_stride + first_in
@@ -533,13 +531,11 @@ __global__ void __launch_bounds__(kThreads, 2)
       [&](int64_t step) {
         T* const grad = tiles + step % kStages * Config::kStageSize;
         const int64_t first = (block_y() + step * grid_y()) * kDepth;
-        const auto row_of = [&](const auto& p, int64_t channel) {
-          return [=](int r) { return first + r < windows ? p.at(first + r) + channel : nullptr; };
-        };
+        const int rows = static_cast<int>(std::min(int64_t{kDepth}, windows - first));
         copy_tile<kDepth, kOut, kThreads>(grad, kOutLd, outs, args.grad_bytes,
-                                          row_of(args.grad, first_out));
+                                          Rows(args.grad, first, rows, first_out));
         copy_tile<kDepth, kIn, kThreads>(grad + Config::kGradSize, kInLd, ins, args.pooled_bytes,
-                                         row_of(args.pooled, first_in));
+                                         Rows(args.pooled, first, rows, first_in));
       },
       [&](int64_t step) {
         const T* const grad = tiles + step % kStages * Config::kStageSize;

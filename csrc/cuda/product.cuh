@@ -151,8 +151,7 @@ struct TransposedColumnFragments {
   }
 };
 
-// --- batch norm and ReLU in registers
-// --------------------------------------------------------------
+// --- batch norm and ReLU in registers --------------------------------------------------------
 
 // scale and shift of the k a lane holds of a RowFragment.
 template <class T>
@@ -220,8 +219,7 @@ __device__ __forceinline__ void keep_rows(uint32_t (&b)[2], const BitsOf<T>* kee
   }
 }
 
-// --- the product
-// -----------------------------------------------------------------------------------
+// --- the product -----------------------------------------------------------------------------
 
 // c[i][first + j] += a[i] @ b[j], 16 x 8 values of a warp each.
 template <class Math, int kRows, int kAllColumns, int kColumns>

@@ -13,6 +13,16 @@ namespace dense_ext {
 void merge_moments(const Tensor& rows, int64_t row_count, int64_t channels, float* mean,
                    float* var);
 
+// Calls launch(rows) to leave such rows, and merges them; with null where no moments are wanted.
+template <class Launch>
+void with_moments(int64_t row_count, int64_t channels, const Tensor& like, float* mean, float* var,
+                  const Launch& launch) {
+  if (!mean) return launch(nullptr);
+  const Tensor rows = scratch(row_count * (1 + 2 * channels), like);
+  launch(static_cast<float*>(rows.data_ptr()));
+  merge_moments(rows, row_count, channels, mean, var);
+}
+
 // Where sums of rows go: the first `vector_size` to a vector, the rest, the elements of a weight
 // gradient [taps][out][in], to a tensor of T of any strides.
 template <class T>
