@@ -111,25 +111,28 @@ def cases() -> Iterator[tuple[str, dict[str, object]]]:
     )
     from tests.primitives.harness import Maker
 
-    pixels = (1, 8, 8)
+    pixels = (1, 9, 9)  # odd: a transition has pixels at its edges that belong to no window
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         maker = Maker(dtype, torch.device("cpu"))
-        made = [
-            *(case(maker, 64) for case in batch_norm.CASES),
-            *(
-                case(maker, (*pixels, 64))
-                for case in (stats.stats_case, maxpool.forward_case, maxpool.backward_case)
+        one_size = (
+            stats.stats_case,
+            affine.affine_case,
+            affine.accumulate_case,
+            maxpool.forward_case,
+            maxpool.backward_case,
+            maxpool.norm_backward_case,
+        )
+        made = [case(maker, 64) for case in batch_norm.CASES]
+        made += [case(maker, (*pixels, 64)) for case in one_size]
+        for made_by, sizes in (
+            ((conv1x1.forward_case, conv1x1.backward_case), ((256, 48), (256, 128), (256, 192))),
+            ((conv3x3.forward_case, conv3x3.backward_case), ((128, 32), (192, 48))),
+            (
+                (transition.forward_case, transition.backward_case, transition.norm_backward_case),
+                ((256, 128), (512, 256)),
             ),
-            *(case(maker, (*pixels, 64)) for case in (affine.affine_case, affine.accumulate_case)),
-        ]
-        for module, sizes in (
-            (conv1x1, ((256, 48), (256, 128), (256, 192))),
-            (conv3x3, ((128, 32), (192, 48))),
-            (transition, ((256, 128), (512, 256))),
         ):
-            made += [
-                c(maker, (*pixels, *s)) for c in (module.forward_case, module.backward_case) for s in sizes
-            ]
+            made += [case(maker, (*pixels, *size)) for case in made_by for size in sizes]
         for case in made:
             yield case.primitive, case.arguments
 

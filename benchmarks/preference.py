@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dense_ext.backends import BACKENDS
+from dense_ext.backends.base import THROUGH_NORM
 from dense_ext.backends.preference import SHIPPED
 from dense_ext.benchmark.results import read_results
 
@@ -26,7 +27,7 @@ def measured_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
     for row in results["rows"]:
         case, peer = row["case"], row["peer"]
         if peer in BACKENDS and row["seconds"]:
-            key = case["primitive"], case["dtype"]
+            key = THROUGH_NORM.get(case["primitive"], case["primitive"]), case["dtype"]
             times[key][peer][f"{case['where']} {case['shape']}"] = statistics.median(row["seconds"])
     machine = results["machine"]
     gpu = machine["gpu"]

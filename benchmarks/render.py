@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from dense_ext.benchmark.bench import speeds
 from dense_ext.benchmark.figures import draw_all
 from dense_ext.benchmark.results import read_json
+from dense_ext.benchmark.tables import fastest_eager
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
@@ -90,6 +92,30 @@ def depth_table(results: Results) -> str:
     return _table(("", f"MB at {layers} layers", "line: kB a layer", "line: R²"), rows)
 
 
+def family_table(results: Results) -> str:
+    """How many times as fast as the fastest eager network dense_ext is, by network and batch."""
+    medians: dict[tuple[str, int, int], dict[str, float]] = {}
+    for row in results["rows"]:
+        if row["seconds"]:
+            case = row["case"]
+            by_peer = medians.setdefault((case["model"], case["batch"], case["size"]), {})
+            by_peer[row["peer"]] = fastest_eager(results, case) / statistics.median(row["seconds"])
+    ours = [name for name, peer in results["peers"].items() if peer["ours"]]
+    rows = (
+        (f"{model}, {batch} x {size}x{size}", *(f"{speed[name]:.2f}" for name in ours))
+        for (model, batch, size), speed in medians.items()
+    )
+    return _table(("fastest eager = 1", *(results["peers"][name]["label"] for name in ours)), rows)
+
+
+def deepest_table(results: Results) -> str:
+    """The deepest network of the paper's that fits a budget, by peer."""
+    fits = [row for row in results["rows"] if "deepest" in row["measures"]]
+    rows = ((_label(results, row["peer"]), str(row["measures"]["deepest"])) for row in fits)
+    budget = fits[0]["case"]["budget_bytes"]
+    return _table(("", f"layers that train in {budget / 1e6:g} MB"), rows)
+
+
 def accuracy_table(results: Results) -> str:
     """Final test accuracy and time of each network trained."""
     rows = (
@@ -108,6 +134,8 @@ KINDS = {
     "memory": memory_table,
     "speed": speed_table,
     "depth": depth_table,
+    "family": family_table,
+    "deepest": deepest_table,
     "accuracy": accuracy_table,
 }
 

@@ -1,11 +1,12 @@
 // Every primitive's schema. What they compute is said once, in dense_ext/backends/base.py;
 // kernels register themselves beside their code. Each library has the ops in a namespace of its
-// own, DENSE_EXT_NAMESPACE, so that any of them can be loaded with or without the others.
+// own, DENSE_EXT_NAMESPACE, so that any of them can be loaded with or without the others. A GPU's
+// have DENSE_EXT_GPU defined.
 
 #include <torch/csrc/stable/library.h>
 
 // Where a float32 product can be rounded to tf32, the caller says whether it may.
-#ifdef DENSE_EXT_TF32
+#ifdef DENSE_EXT_GPU
 #define TF32_ARGUMENT ", bool tf32"
 #else
 #define TF32_ARGUMENT ""
@@ -26,5 +27,10 @@ STABLE_TORCH_LIBRARY(DENSE_EXT_NAMESPACE, m) {
   m.def("bn_relu_pool_conv1x1_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) grad_x, Tensor(b!) sums, Tensor(c!)? grad_weight" TF32_ARGUMENT ") -> ()");
   m.def("bn_relu_maxpool_forward(Tensor x, Tensor scale, Tensor shift, Tensor(a!) y) -> ()");
   m.def("bn_relu_maxpool_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor(a!) grad_x, Tensor(b!) sums) -> ()");
+#ifdef DENSE_EXT_GPU
+  m.def("has_code(int device) -> bool");
+  m.def("bn_relu_pool_conv1x1_norm_backward(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor norm_weight, float eps, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) grad_x, Tensor(b!) grad_norm_weight, Tensor(c!) grad_norm_bias, Tensor(d!)? grad_weight" TF32_ARGUMENT ") -> ()");
+  m.def("bn_relu_maxpool_norm_backward(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor norm_weight, float eps, Tensor scale, Tensor shift, Tensor(a!) grad_x, Tensor(b!) grad_norm_weight, Tensor(c!) grad_norm_bias) -> ()");
+#endif
 }
 // clang-format on

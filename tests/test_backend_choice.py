@@ -12,7 +12,7 @@ import torch
 
 from dense_ext.backends import BACKENDS, PREFERENCE, preference, select
 from dense_ext.backends.base import PRIMITIVES, STORAGE_DTYPES
-from dense_ext.backends.cuda import PRODUCTS, CUDABackend, _gpu_lacks, _multiply
+from dense_ext.backends.cuda import HAS_CODE, OPS, PRODUCTS, CUDABackend, _gpu_lacks, _multiply
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 MEASURED = {"where": "a machine", "when": "2025-01-31", "torch": "2.11.0"}
@@ -95,6 +95,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[CUDABackend]:
     """A backend that has its library."""
     backend = CUDABackend()
     monkeypatch.setattr(backend.library, "reason", None)
+    monkeypatch.setitem(backend.ops, HAS_CODE, lambda device: True)
     _gpu_lacks.cache_clear()
     yield backend
     _gpu_lacks.cache_clear()
@@ -132,7 +133,11 @@ def test_cuda_runs_on_what_it_is_for(cuda: CUDABackend, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert reason(GPU) == "needs compute capability 8.0, this GPU has 7.5"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     assert reason(GPU) is None
+    monkeypatch.setitem(cuda.ops, HAS_CODE, lambda device: device != 1)
+    assert reason(torch.device("cuda:0")) is None
+    assert "TORCH_CUDA_ARCH_LIST containing 9.0" in str(reason(torch.device("cuda:1")))
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert "NVIDIA" in str(reason(GPU))
 
@@ -156,5 +161,5 @@ def test_products_round_to_tf32_where_pytorch_would(allowed: bool, dtype: torch.
 def test_only_products_are_told(cuda: CUDABackend) -> None:
     if cuda.library.path is None:
         pytest.skip(str(cuda.library))
-    schemas = {name: [a.name for a in cuda.library.op(name)._schema.arguments] for name in PRIMITIVES}
-    assert [name for name in PRIMITIVES if "tf32" in schemas[name]] == list(PRODUCTS)
+    schemas = {name: [a.name for a in cuda.library.op(name)._schema.arguments] for name in OPS}
+    assert [name for name in OPS if "tf32" in schemas[name]] == list(PRODUCTS)

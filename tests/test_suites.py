@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import dense_ext
-from dense_ext.cli import main
+from dense_ext.cli import main, output
 
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
@@ -24,6 +24,7 @@ pytest.importorskip("jsonschema")
 
 import jsonschema
 
+from dense_ext.backends.base import THROUGH_NORM
 from dense_ext.benchmark import bench, peers, suites
 from dense_ext.benchmark.graphs import GraphedStep
 from dense_ext.benchmark.memory import largest
@@ -136,11 +137,27 @@ def test_inference(tmp_path: Path) -> None:
     assert eager["measures"].keys() == {"peak_bytes", "flops"}
 
 
+def test_inference_runs_what_is_the_same_once() -> None:
+    chosen = peers.choose(
+        ["eager-cl", "memory-efficient-cl", "compile", "budget", "timm-cl"], ["block", "none"]
+    )
+    chosen.append(peers.PEERS["dense_ext-none-cpu"])
+    assert [(peer.name, peer.label) for peer in peers.for_inference(chosen)] == [
+        ("eager-cl", "eager, channels_last"),
+        ("compile", "torch.compile"),
+        ("timm-cl", "timm, channels_last"),
+        ("dense_ext-block", "dense_ext"),
+        ("dense_ext-none-cpu", "dense_ext, cpu"),
+    ]
+
+
 def cannot_run(row: dict[str, Any], device: torch.device) -> str | None:
     """Why a row of the primitives suite, float32, must have failed."""
     if row["peer"] == "aten":
         return None
-    return dense_ext.backends.BACKENDS[row["peer"]].can_run(row["case"]["primitive"], device, torch.float32)
+    name = row["case"]["primitive"]
+    primitive = THROUGH_NORM.get(name, name)
+    return dense_ext.backends.BACKENDS[row["peer"]].can_run(primitive, device, torch.float32)
 
 
 def test_primitives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,6 +205,23 @@ def test_an_interrupted_suite_keeps_its_rows(tmp_path: Path, monkeypatch: pytest
     results = run("step", tmp_path, *arguments, code=130)
     assert results["interrupted"]
     assert [len(row["seconds"]) for row in results["rows"]] == [3, 3, 0, 0]
+
+
+def test_a_killed_suite_has_left_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    def killed(*arguments: Any) -> None:
+        raise Killed
+
+    monkeypatch.setattr(output, "SAVED_EVERY", 0.0)
+    monkeypatch.setattr(suites.speed, "interleave", killed)
+    with pytest.raises(Killed):
+        run("step", tmp_path, "--model", "tiny", "--peers", "eager")
+    left = json.loads((tmp_path / "step.json").read_text())
+    jsonschema.validate(left, SCHEMA)
+    assert left["interrupted"]
+    assert [row["peer"] for row in left["rows"]] == ["eager"]
 
 
 def test_a_failing_peer_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@
 
 #include <cmath>
 
-#include "launch.cuh"
+#include "batch_norm.cuh"
 
 namespace dense_ext {
 namespace {
@@ -46,15 +46,7 @@ void bn_scale_shift(const Tensor& mean, const Tensor& var, const Tensor& weight,
   if (n > 0) launch<scale_shift_kernel>({ceil_div(n, kThreads), 1, kThreads}, args);
 }
 
-struct GradientArguments {
-  const float *sums, *mean, *var, *weight;
-  float eps, count;
-  float *grad_weight, *grad_bias;
-  float *u, *v;  // null: the batch's statistics have no gradient
-  int64_t channels;
-};
-
-__global__ void __launch_bounds__(kThreads) gradient_kernel(const GradientArguments args) {
+__global__ void __launch_bounds__(kThreads) gradient_kernel(const NormGradient args) {
   const int64_t c = int64_t{block_x()} * kThreads + thread_index();
   if (c >= args.channels) return;
   const float invstd = 1 / std::sqrt(load_global(args.var + c) + args.eps);
@@ -74,23 +66,33 @@ void bn_gradient(const Tensor& sums, const Tensor& mean, const Tensor& var, cons
                  double eps, int64_t count, const Tensor& grad_weight, const Tensor& grad_bias,
                  const std::optional<Tensor>& u, const std::optional<Tensor>& v) {
   const OnDeviceOf device(mean);
-  const int64_t n = mean.numel();
-  STD_TORCH_CHECK(u.has_value() == v.has_value(), "u and v go together");
-  const GradientArguments args{.sums = channels<const float>(sums, "sums", 2 * n),
-                               .mean = channels<const float>(mean, "mean", n),
-                               .var = channels<const float>(var, "var", n),
-                               .weight = channels<const float>(weight, "weight", n),
-                               .eps = static_cast<float>(eps),
-                               .count = static_cast<float>(count),
-                               .grad_weight = channels<float>(grad_weight, "grad_weight", n),
-                               .grad_bias = channels<float>(grad_bias, "grad_bias", n),
-                               .u = channels<float>(u, "u", n),
-                               .v = channels<float>(v, "v", n),
-                               .channels = n};
-  if (n > 0) launch<gradient_kernel>({ceil_div(n, kThreads), 1, kThreads}, args);
+  norm_gradient(sums, mean, var, weight, eps, count, grad_weight, grad_bias, u, v).run();
 }
 
 }  // namespace
+
+NormGradient norm_gradient(const Tensor& sums, const Tensor& mean, const Tensor& var,
+                           const Tensor& weight, double eps, int64_t count,
+                           const Tensor& grad_weight, const Tensor& grad_bias,
+                           const std::optional<Tensor>& u, const std::optional<Tensor>& v) {
+  const int64_t n = mean.numel();
+  STD_TORCH_CHECK(u.has_value() == v.has_value(), "u and v go together");
+  return {.sums = channels<const float>(sums, "sums", 2 * n),
+          .mean = channels<const float>(mean, "mean", n),
+          .var = channels<const float>(var, "var", n),
+          .weight = channels<const float>(weight, "weight", n),
+          .eps = static_cast<float>(eps),
+          .count = static_cast<float>(count),
+          .grad_weight = channels<float>(grad_weight, "grad_weight", n),
+          .grad_bias = channels<float>(grad_bias, "grad_bias", n),
+          .u = channels<float>(u, "u", n),
+          .v = channels<float>(v, "v", n),
+          .channels = n};
+}
+
+void NormGradient::run() const {
+  if (channels > 0) launch<gradient_kernel>({ceil_div(channels, kThreads), 1, kThreads}, *this);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(DENSE_EXT_NAMESPACE, DENSE_EXT_DISPATCH_KEY, m) {
   m.impl("bn_scale_shift", TORCH_BOX(&bn_scale_shift));

@@ -2,17 +2,21 @@
 // Backward: the first maximum of each window in row-major order takes its gradient;
 //           g = the sum of what a pixel took where scale*x + shift > 0, else 0
 //           grad_x = scale*g;  sums = [sum g, sum g*(x - mean)]
+// Backward through the norm: the sums, then grad_x = scale*g + u*x + v.
 //
 // x, grad_x [N, H, W, C], y, grad [N, (H-1)/2 + 1, (W-1)/2 + 1, C], pixels their own strides apart.
 //
 // Elements moved an input pixel: 5/4 C forward, 9/4 C backward, each once from device memory:
 // blocks that run side by side share the pixels at the edges of their strips through the L2 cache.
+// Through the norm 7/2 C, in two passes: u and v come of the sums, and x and grad read again are
+// less than grad_x written, read and written again.
 // A block goes down a strip of an image, whose lines pass through shared memory; each window's
 // maximum is found once. In the backward pass a pixel gathers from the windows it lies in, in a
 // fixed order. Beside the activations each of its blocks leaves a row of sums.
 
 #include <torch/csrc/stable/library.h>
 
+#include "batch_norm.cuh"
 #include "reduce.cuh"
 #include "tile.cuh"
 #include "vector.cuh"
@@ -259,15 +263,17 @@ template <class T>
 struct BackwardArguments {
   Pixels<const T> grad, x;
   const float *mean, *scale, *shift;  // [C]
-  Pixels<T> grad_x;
-  float* rows;  // [blocks, 2 C]
+  const float *u, *v;                 // [C]
+  Pixels<T> grad_x;                   // data null: not wanted
+  float* rows;                        // [blocks, 2 C]
   Strips strips;
   int grad_bytes, x_bytes, grad_x_bytes;
 };
 
 // A cell, the pixels (2i, 2j) to (2i + 1, 2j + 1), lies in window (i, j) and in the next ones on
-// its right and below. A warp takes one at a time, once both lines' maxima are known.
-template <class T>
+// its right and below. A warp takes one at a time, once both lines' maxima are known. With kAffine
+// it adds u*x + v to grad_x and takes no sums: registers are few.
+template <class T, bool kAffine>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     backward_kernel(const BackwardArguments<T> args) {
   constexpr int kWindows = Ring<T, 1>::kWindows, kSize = Word<T>::kSize;
@@ -281,7 +287,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const auto takers_of = [&](int l, int j) {
     return takers + (l % 2 * kWindows + j) * kWarp + lane_index();
   };
-  const Word<T> mean = channels.load(args.mean);
+  Word<T> mean, u, v;
+  if constexpr (kAffine) {
+    u = channels.load(args.u), v = channels.load(args.v);
+  } else {
+    mean = channels.load(args.mean);
+  }
   float sum_g[kSize] = {}, sum_gx[kSize] = {};
 
   for (int64_t i = block_y(); i < args.strips.count(args.grad.images); i += grid_y()) {
@@ -324,10 +335,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         const Word<T> x = load_word(ring.pixel(l + 1, a, 2 * j + 1 + b));
         Word<T> grad_x;
         DENSE_EXT_UNROLL for (int c = 0; c < kSize; c++) {
-          sum_g[c] += g.value[c];
-          sum_gx[c] += g.value[c] * (x.value[c] - mean.value[c]);
           grad_x.value[c] = ring.scale.value[c] * g.value[c];
+          if constexpr (kAffine) {
+            grad_x.value[c] += u.value[c] * x.value[c] + v.value[c];
+          } else {
+            sum_g[c] += g.value[c];
+            sum_gx[c] += g.value[c] * (x.value[c] - mean.value[c]);
+          }
         }
+        if (!args.grad_x.data) continue;
         channels.store(args.grad_x.at((strip.image * args.x.height + h) * args.x.width + w), grad_x,
                        args.grad_x_bytes);
       }
@@ -342,6 +358,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       for (int j = warp_index(); j < strip.columns.size(); j += kWarps) gather(l - 1, j);
     });
   }
+
+  if constexpr (kAffine) return;
 
   // The ring's memory holds the warps' sums now.
   auto* const sums = reinterpret_cast<float*>(ring.stages);
@@ -358,10 +376,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   store_global(args.rows + (2 * block_y() + which) * args.x.channels + channels.chunk + c, total);
 }
 
-void bn_relu_maxpool_backward(const Tensor& grad, const Tensor& x, const Tensor& mean,
-                              const Tensor& scale, const Tensor& shift, const Tensor& grad_x,
-                              const Tensor& sums) {
-  const OnDeviceOf device(x);
+// What of the arguments is not for this pass is absent, grad_x excepted.
+void run_backward(Pass pass, const Tensor& grad, const Tensor& x, const std::optional<Tensor>& mean,
+                  const Tensor& scale, const Tensor& shift, const std::optional<Tensor>& u,
+                  const std::optional<Tensor>& v, const Tensor& grad_x,
+                  const std::optional<Tensor>& sums) {
   dispatch(x, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto xs = pixels<const T>(x, "x");
@@ -373,25 +392,54 @@ void bn_relu_maxpool_backward(const Tensor& grad, const Tensor& x, const Tensor&
                               .mean = channels<const float>(mean, "mean", n),
                               .scale = channels<const float>(scale, "scale", n),
                               .shift = channels<const float>(shift, "shift", n),
+                              .u = channels<const float>(u, "u", n),
+                              .v = channels<const float>(v, "v", n),
                               .grad_x = grad_xs,
                               .rows = nullptr,
                               .strips = Strips(grads),
                               .grad_bytes = AccessBytes().add(grads),
                               .x_bytes = AccessBytes().add(xs),
                               .grad_x_bytes = AccessBytes().add(grad_xs)};
+    if (pass == Pass::kSums) args.grad_x.data = nullptr;
     float* const sum = channels<float>(sums, "sums", 2 * n);
-    if (xs.count() == 0) return zero(sums);
+    if (xs.count() == 0) {
+      if (sums) zero(*sums);
+      return;
+    }
     constexpr int kShared =
         SharedMemory::bytes_of(Ring<T, 1>::kSize * int64_t{sizeof(T)}) +
         SharedMemory::bytes_of(2 * Ring<T, 1>::kWindows * kWarp * int64_t{sizeof(uint16_t)});
     const int64_t chunks = ceil_div(n, kChannels<T>);
     const int64_t blocks =
         persistent_blocks(args.strips.count(grads.images), chunks, kBlocks, kShared);
+    const Launch on{chunks, blocks, kThreads, kShared};
+    if (pass == Pass::kAffine) return launch<backward_kernel<T, true>>(on, args);
     const Tensor rows = scratch(blocks * 2 * n, x);
     args.rows = static_cast<float*>(rows.data_ptr());
-    launch<backward_kernel<T>>({chunks, blocks, kThreads, kShared}, args);
+    launch<backward_kernel<T, false>>(on, args);
     add_rows(rows, blocks, Sums<T>{.vector = sum, .vector_size = 2 * n});
   });
+}
+
+void bn_relu_maxpool_backward(const Tensor& grad, const Tensor& x, const Tensor& mean,
+                              const Tensor& scale, const Tensor& shift, const Tensor& grad_x,
+                              const Tensor& sums) {
+  const OnDeviceOf device(x);
+  run_backward(Pass::kWhole, grad, x, mean, scale, shift, {}, {}, grad_x, sums);
+}
+
+void bn_relu_maxpool_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& mean,
+                                   const Tensor& var, const Tensor& norm_weight, double eps,
+                                   const Tensor& scale, const Tensor& shift, const Tensor& grad_x,
+                                   const Tensor& grad_norm_weight, const Tensor& grad_norm_bias) {
+  const OnDeviceOf device(x);
+  const ThroughNorm through(mean);
+  const NormGradient norm =
+      norm_gradient(through.sums, mean, var, norm_weight, eps, x.numel() / mean.numel(),
+                    grad_norm_weight, grad_norm_bias, through.u, through.v);
+  run_backward(Pass::kSums, grad, x, mean, scale, shift, {}, {}, grad_x, through.sums);
+  norm.run();
+  run_backward(Pass::kAffine, grad, x, {}, scale, shift, through.u, through.v, grad_x, {});
 }
 
 }  // namespace
@@ -399,6 +447,7 @@ void bn_relu_maxpool_backward(const Tensor& grad, const Tensor& x, const Tensor&
 STABLE_TORCH_LIBRARY_IMPL(DENSE_EXT_NAMESPACE, DENSE_EXT_DISPATCH_KEY, m) {
   m.impl("bn_relu_maxpool_forward", TORCH_BOX(&bn_relu_maxpool_forward));
   m.impl("bn_relu_maxpool_backward", TORCH_BOX(&bn_relu_maxpool_backward));
+  m.impl("bn_relu_maxpool_norm_backward", TORCH_BOX(&bn_relu_maxpool_norm_backward));
 }
 
 }  // namespace dense_ext

@@ -2,6 +2,7 @@
 // Backward: da = (grad @ W) / 4 for each pixel of a window
 //           g = da where scale*x + shift > 0, else 0;  grad_x = scale*g
 //           sums = [sum g, sum g*(x - mean)];  dW = grad^T @ p
+// Backward through the norm: the sums, then grad_x = scale*g + u*x + v.
 //
 // x, grad_x [N, H, W, C], y, grad [N, H/2, W/2, K], pixels their own strides apart; W, dW [K, C],
 // any strides.
@@ -11,7 +12,9 @@
 // each) or both factors of dW through the L2 cache. Backward is two kernels, since a block that
 // covers all of K has no registers for dW. The first writes grad_x and the sums, and leaves p in
 // scratch: C elements written and C read, where the second would read 4 C and pool them anew for
-// every 128 of K. Beside them each block leaves a row of sums, or its part of dW.
+// every 128 of K. Beside them each block leaves a row of sums, or its part of dW. Through the norm
+// 14 C + 3 K: the first kernel runs twice, without grad_x and then with nothing else, for u and v
+// come of the sums; that is less than to read grad_x and x, and write grad_x, once more.
 //
 // x goes through registers, 16 bytes a thread of each of a window's pixels: 16 registers, loaded a
 // step or a row ahead. Staged in shared memory, a step of 64 windows would take 16 KiB and cross it
@@ -19,6 +22,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "batch_norm.cuh"
 #include "product.cuh"
 #include "reduce.cuh"
 #include "tile.cuh"
@@ -304,19 +308,21 @@ template <class T>
 struct DataArguments {
   Pixels<const T> grad, x;
   const float *mean, *scale, *shift;  // [C]
+  const float *u, *v;                 // [C]
   Weight<const T> weight;             // [K, C]
-  Pixels<T> grad_x;
-  Pixels<T> pooled;  // p; data null: not wanted
-  float* rows;       // [blocks, 2 C]: sums
+  Pixels<T> grad_x;                   // data null: not wanted
+  Pixels<T> pooled;                   // p; data null: not wanted
+  float* rows;                        // [blocks, 2 C]: sums
   int grad_bytes, x_bytes, weight_bytes, grad_x_bytes;
 };
 
 // A block takes kIn channels of x and goes through tiles of kWindows. Their da is a product over K
 // in a pipeline of kStages, eight warps 2 x 4; it then lies in shared memory, as floats, and each
 // thread spreads it over units of x, of the same channels in every tile, so that it keeps their
-// sums.
-template <class Math_>
+// sums; or with kAffine their u and v, which it adds as u*x + v to grad_x.
+template <class Math_, bool kAffine_>
 struct Data {
+  static constexpr bool kAffine = kAffine_;
   using Math = Math_;
   using T = typename Math::T;
   static constexpr int kWindows = 64, kIn = 128, kStages = 3;
@@ -338,7 +344,7 @@ struct Data {
 
   static constexpr int kSharedBytes =
       SharedMemory::bytes_of(kTileBytes) +
-      SharedMemory::bytes_of(3 * kFloatLd * int64_t{sizeof(float)}) +
+      SharedMemory::bytes_of(4 * kFloatLd * int64_t{sizeof(float)}) +
       SharedMemory::bytes_of(kWindows * int64_t{sizeof(int64_t)});
 };
 
@@ -353,8 +359,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   SharedMemory shared;
   T* const tiles = shared.take<T>(kStages * Config::kStageSize);
   float* const floats = reinterpret_cast<float*>(tiles);  // da, then the sums
-  float* const mean = shared.take<float>(3 * kFloatLd);
-  float *const scale = mean + kFloatLd, *const shift = scale + kFloatLd;
+  float* const scale = shared.take<float>(4 * kFloatLd);
+  float *const shift = scale + kFloatLd, *const mean = shift + kFloatLd;
+  float *const u = mean, *const v = u + kFloatLd;  // in its place
   int64_t* const corners = shared.take<int64_t>(kWindows);
 
   const int first_in = block_x() * kIn;
@@ -364,9 +371,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     const auto value = [&](const float* vector) {
       return c < ins ? load_global(vector + first_in + c) : 0.0f;
     };
-    store_shared(mean + Config::place(c), value(args.mean));
     store_shared(scale + Config::place(c), value(args.scale));
     store_shared(shift + Config::place(c), value(args.shift));
+    if constexpr (Config::kAffine) {
+      store_shared(u + Config::place(c), value(args.u));
+      store_shared(v + Config::place(c), value(args.v));
+    } else {
+      store_shared(mean + Config::place(c), value(args.mean));
+    }
   }
 
   const int warp_row = warp_index() / 4 * 32, warp_column = warp_index() % 4 * 32;
@@ -430,27 +442,38 @@ __global__ void __launch_bounds__(kThreads, 2)
                      window.template pooled<kPlane>(scale + place, shift + place));
       }
       DENSE_EXT_UNROLL for (int q = 0; q < kUnit<T> / 4; q++) {
-        float m[4], s[4], t[4], d[4];
-        load_four(m, mean + place + q * kPlane);
+        float s[4], t[4], d[4], m[4], us[4], vs[4];
         load_four(s, scale + place + q * kPlane);
         load_four(t, shift + place + q * kPlane);
         load_four(d, floats + r * kFloatLd + place + q * kPlane);
+        if constexpr (Config::kAffine) {
+          load_four(us, u + place + q * kPlane);
+          load_four(vs, v + place + q * kPlane);
+        } else {
+          load_four(m, mean + place + q * kPlane);
+        }
         DENSE_EXT_UNROLL for (auto& pixel : window.pixels) {
           float value[4];
           widen<T>(value, pixel, q);
           DENSE_EXT_UNROLL for (int i = 0; i < 4; i++) {
             const float g = value[i] * s[i] + t[i] <= 0 ? 0.0f : d[i];
-            sum_g[q][i] += g;
-            sum_gx[q][i] += g * (value[i] - m[i]);
-            value[i] = s[i] * g;
+            if constexpr (Config::kAffine) {
+              value[i] = s[i] * g + (us[i] * value[i] + vs[i]);
+            } else {
+              sum_g[q][i] += g;
+              sum_gx[q][i] += g * (value[i] - m[i]);
+              value[i] = s[i] * g;
+            }
           }
           narrow<T>(pixel, q, value);
         }
       }
+      if (!args.grad_x.data) continue;
       window.store(args.grad_x, args.grad_x.at(load_shared(corners + r)) + first_in + unit, columns,
                    args.grad_x_bytes);
     }
   }
+  if constexpr (Config::kAffine) return;
 
   // Sums over the threads with the same unit.
   sync_threads();
@@ -475,10 +498,53 @@ void run_data(DataArguments<typename Config::T> args, const Tensor& like, float*
   const int64_t in = args.x.channels, chunks = ceil_div(in, Config::kIn);
   const int64_t blocks = persistent_blocks(ceil_div(args.grad.count(), Config::kWindows), chunks, 2,
                                            Config::kSharedBytes);
+  const Launch on{chunks, blocks, kThreads, Config::kSharedBytes};
+  if constexpr (Config::kAffine) return launch<data_kernel<Config>>(on, args);
   const Tensor rows = scratch(blocks * 2 * in, like);
   args.rows = static_cast<float*>(rows.data_ptr());
-  launch<data_kernel<Config>>({chunks, blocks, kThreads, Config::kSharedBytes}, args);
+  launch<data_kernel<Config>>(on, args);
   add_rows(rows, blocks, Sums<T>{.vector = sums, .vector_size = 2 * in});
+}
+
+// The pixels that no window covers: u*x + v, or with null zeros, an element a thread.
+template <class T>
+struct EdgeArguments {
+  Pixels<const T> x;
+  const float *u, *v;  // [C]
+  Pixels<T> grad_x;
+  int below, right;  // of an image: in its last line, and of the others in its last column
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) edge_kernel(const EdgeArguments<T> args) {
+  const Pixels<const T>& x = args.x;
+  const int64_t edge = args.below + args.right, count = x.images * edge * x.channels;
+  const int64_t step = grid_y() * kThreads;
+  for (int64_t i = block_y() * kThreads + thread_index(); i < count; i += step) {
+    const int64_t c = i % x.channels, e = i / x.channels % edge, image = i / x.channels / edge;
+    const int64_t line = e < args.below ? x.height - 1 : e - args.below;
+    const int64_t column = e < args.below ? e : x.width - 1;
+    const int64_t pixel = (image * x.height + line) * x.width + column;
+    float value = 0;
+    if (args.u) {
+      value = load_global(args.u + c) * to_float(load_global(x.at(pixel) + c)) +
+              load_global(args.v + c);
+    }
+    store_global(args.grad_x.at(pixel) + c, from_float<T>(value));
+  }
+}
+
+template <class T>
+void run_edges(const DataArguments<T>& args) {
+  const Pixels<const T>& x = args.x;
+  const auto below = static_cast<int>(x.height % 2 ? x.width : 0);
+  const auto right = static_cast<int>(x.width % 2 ? x.height / 2 * 2 : 0);
+  const int64_t count = x.images * (below + right) * x.channels;
+  if (count == 0) return;
+  launch<edge_kernel<T>>(
+      {1, persistent_blocks(ceil_div(count, kThreads), 1, 8, 0), kThreads},
+      EdgeArguments<T>{
+          .x = x, .u = args.u, .v = args.v, .grad_x = args.grad_x, .below = below, .right = right});
 }
 
 // --- backward: dW ------------------------------------------------------------------------------
@@ -568,18 +634,12 @@ void run_weight(WeightArguments<typename Config::T> args, const Tensor& like,
   add_rows(rows, blocks, to);
 }
 
-// Zeros in the pixels that no window covers.
-template <class T>
-void zero_edges(Tensor grad_x, const Pixels<T>& pixels) {
-  if (pixels.height % 2) zero(torch::stable::narrow(grad_x, 1, pixels.height - 1, 1));
-  if (pixels.width % 2) zero(torch::stable::narrow(grad_x, 2, pixels.width - 1, 1));
-}
-
-void bn_relu_pool_conv1x1_backward(const Tensor& grad, const Tensor& x, const Tensor& mean,
-                                   const Tensor& scale, const Tensor& shift, const Tensor& weight,
-                                   const Tensor& grad_x, const Tensor& sums,
-                                   const std::optional<Tensor>& grad_weight, bool tf32) {
-  const OnDeviceOf device(x);
+// What of the arguments is not for this pass is absent, grad_x excepted.
+void run_backward(Pass pass, const Tensor& grad, const Tensor& x, const std::optional<Tensor>& mean,
+                  const Tensor& scale, const Tensor& shift, const std::optional<Tensor>& u,
+                  const std::optional<Tensor>& v, const Tensor& weight, const Tensor& grad_x,
+                  const std::optional<Tensor>& sums, const std::optional<Tensor>& grad_weight,
+                  bool tf32) {
   dispatch(x, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto xs = pixels<const T>(x, "x");
@@ -589,13 +649,15 @@ void bn_relu_pool_conv1x1_backward(const Tensor& grad, const Tensor& x, const Te
     const auto* means = channels<const float>(mean, "mean", in);
     const auto* scales = channels<const float>(scale, "scale", in);
     const auto* shifts = channels<const float>(shift, "shift", in);
+    const auto* us = channels<const float>(u, "u", in);
+    const auto* vs = channels<const float>(v, "v", in);
     auto weights = weight_of<const T>(weight, "weight", out, in, 1);
     const auto grad_xs = pixels<T>(grad_x, "grad_x", xs, in);
     float* sum = channels<float>(sums, "sums", 2 * in);
     const Weight<T> dw = weight_of<T>(grad_weight, "grad_weight", out, in, 1);
     if (windows == 0) {  // no image, or no room for a window
       zero(grad_x);
-      zero(sums);
+      if (sums) zero(*sums);
       if (grad_weight) zero(*grad_weight);
       return;
     }
@@ -607,24 +669,30 @@ void bn_relu_pool_conv1x1_backward(const Tensor& grad, const Tensor& x, const Te
       p = torch::stable::new_empty(x, size);
       pooled.data = static_cast<T*>(p->data_ptr());
     }
-    const DataArguments<T> args{
-        .grad = gradient,
-        .x = xs,
-        .mean = means,
-        .scale = scales,
-        .shift = shifts,
-        .weight = weights,
-        .grad_x = grad_xs,
-        .pooled = pooled,
-        .rows = nullptr,
-        .grad_bytes = AccessBytes().add(gradient),
-        .x_bytes = AccessBytes().add(xs),
-        .weight_bytes = AccessBytes().add(weights.data, in, weights.out_stride),
-        .grad_x_bytes = AccessBytes().add(grad_xs)};
-    zero_edges(grad_x, grad_xs);
+    DataArguments<T> args{.grad = gradient,
+                          .x = xs,
+                          .mean = means,
+                          .scale = scales,
+                          .shift = shifts,
+                          .u = us,
+                          .v = vs,
+                          .weight = weights,
+                          .grad_x = grad_xs,
+                          .pooled = pooled,
+                          .rows = nullptr,
+                          .grad_bytes = AccessBytes().add(gradient),
+                          .x_bytes = AccessBytes().add(xs),
+                          .weight_bytes = AccessBytes().add(weights.data, in, weights.out_stride),
+                          .grad_x_bytes = AccessBytes().add(grad_xs)};
+    if (pass == Pass::kSums) {
+      args.grad_x.data = nullptr;
+    } else {
+      run_edges(args);
+    }
     with_arithmetic<T>(tf32, [&](auto math) {
       using Math = decltype(math);
-      run_data<Data<Math>>(args, x, sum);
+      if (pass == Pass::kAffine) return run_data<Data<Math, true>>(args, x, sum);
+      run_data<Data<Math, false>>(args, x, sum);
       if (!grad_weight) return;
       const WeightArguments<T> weight_args{
           .grad = gradient,
@@ -638,11 +706,40 @@ void bn_relu_pool_conv1x1_backward(const Tensor& grad, const Tensor& x, const Te
   });
 }
 
+void bn_relu_pool_conv1x1_backward(const Tensor& grad, const Tensor& x, const Tensor& mean,
+                                   const Tensor& scale, const Tensor& shift, const Tensor& weight,
+                                   const Tensor& grad_x, const Tensor& sums,
+                                   const std::optional<Tensor>& grad_weight, bool tf32) {
+  const OnDeviceOf device(x);
+  run_backward(Pass::kWhole, grad, x, mean, scale, shift, {}, {}, weight, grad_x, sums, grad_weight,
+               tf32);
+}
+
+void bn_relu_pool_conv1x1_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& mean,
+                                        const Tensor& var, const Tensor& norm_weight, double eps,
+                                        const Tensor& scale, const Tensor& shift,
+                                        const Tensor& weight, const Tensor& grad_x,
+                                        const Tensor& grad_norm_weight,
+                                        const Tensor& grad_norm_bias,
+                                        const std::optional<Tensor>& grad_weight, bool tf32) {
+  const OnDeviceOf device(x);
+  const ThroughNorm through(mean);
+  const NormGradient norm =
+      norm_gradient(through.sums, mean, var, norm_weight, eps, x.numel() / mean.numel(),
+                    grad_norm_weight, grad_norm_bias, through.u, through.v);
+  run_backward(Pass::kSums, grad, x, mean, scale, shift, {}, {}, weight, grad_x, through.sums,
+               grad_weight, tf32);
+  norm.run();
+  run_backward(Pass::kAffine, grad, x, {}, scale, shift, through.u, through.v, weight, grad_x, {},
+               {}, tf32);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(DENSE_EXT_NAMESPACE, DENSE_EXT_DISPATCH_KEY, m) {
   m.impl("bn_relu_pool_conv1x1_forward", TORCH_BOX(&bn_relu_pool_conv1x1_forward));
   m.impl("bn_relu_pool_conv1x1_backward", TORCH_BOX(&bn_relu_pool_conv1x1_backward));
+  m.impl("bn_relu_pool_conv1x1_norm_backward", TORCH_BOX(&bn_relu_pool_conv1x1_norm_backward));
 }
 
 }  // namespace dense_ext

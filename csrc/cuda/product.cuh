@@ -6,7 +6,7 @@
 
 #pragma once
 
-#include "device.cuh"
+#include "tile.cuh"
 
 namespace dense_ext {
 
@@ -164,12 +164,10 @@ struct DepthFactors {
     const int t = lane_index() % 4;
     if constexpr (sizeof(T) == 2) {
       DENSE_EXT_UNROLL for (int i = 0; i < 2; i++) {
-        const auto s = load_shared(reinterpret_cast<const Bytes<8>*>(scales + 2 * t + 8 * i));
-        const auto h = load_shared(reinterpret_cast<const Bytes<8>*>(shifts + 2 * t + 8 * i));
-        DENSE_EXT_UNROLL for (int j = 0; j < 2; j++) {
-          scale[2 * i + j] = float_of_bits(s.data[j]);
-          shift[2 * i + j] = float_of_bits(h.data[j]);
-        }
+        const Float2 s = load_pair(scales + 2 * t + 8 * i);
+        const Float2 h = load_pair(shifts + 2 * t + 8 * i);
+        scale[2 * i] = s.x, scale[2 * i + 1] = s.y;
+        shift[2 * i] = h.x, shift[2 * i + 1] = h.y;
       }
     } else {
       DENSE_EXT_UNROLL for (int i = 0; i < 2; i++) {

@@ -39,8 +39,8 @@ class Primitives:
         self.table = table
         for primitive, backend in table.items():
             setattr(self, primitive, getattr(backend, primitive))
-        for name in THROUGH_NORM:
-            setattr(self, name, getattr(table[name.replace("_norm_", "_")], name))
+        for name, primitive in THROUGH_NORM.items():
+            setattr(self, name, getattr(table[primitive], name))
 
     def __getattr__(self, name: str) -> Any:  # only to type the attributes set above
         raise AttributeError(name)

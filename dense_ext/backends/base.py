@@ -42,8 +42,12 @@ PRIMITIVES = (
     "bn_relu_maxpool_backward",
 )
 
-# What a backend inherits, made of primitives, and may do in another way.
-THROUGH_NORM = ("bn_relu_pool_conv1x1_norm_backward", "bn_relu_maxpool_norm_backward")
+# What a backend inherits, made of primitives, and may do in another way: each with the primitive whose
+# backend serves it.
+THROUGH_NORM = {
+    "bn_relu_pool_conv1x1_norm_backward": "bn_relu_pool_conv1x1_backward",
+    "bn_relu_maxpool_norm_backward": "bn_relu_maxpool_backward",
+}
 
 STORAGE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -20,36 +20,45 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 
 @functools.cache
-def _load(path: Path, namespace: str) -> None:
-    """Load a library, once.
+def _load(path: Path, namespace: str, names: tuple[str, ...]) -> None:
+    """Load a library with ops of these names, once.
 
     Raises:
         OSError: it can't be loaded.
+        RuntimeError: it is another version's, and lacks an op.
     """
     torch.ops.load_library(path)
-    for primitive in PRIMITIVES:
+    for name in names:
         # The ops only write into what they are given: on fake tensors there is nothing to do.
-        torch.library.register_fake(f"{namespace}::{primitive}", lambda *args: None)
+        torch.library.register_fake(f"{namespace}::{name}", lambda *args: None)
 
 
 class Library:
     """The first of some libraries that was built, loaded.
+
+    Args:
+        paths: where they would be.
+        namespace: of their ops.
+        absent: why there is none, if none is there.
+        names: of their ops.
 
     Attributes:
         path: the library in use, None if there is none.
         reason: why there is none, else None.
     """
 
-    def __init__(self, paths: Sequence[Path], namespace: str, absent: str) -> None:
-        self.namespace = namespace
+    def __init__(
+        self, paths: Sequence[Path], namespace: str, absent: str, names: tuple[str, ...] = PRIMITIVES
+    ) -> None:
+        self.namespace, self.names = namespace, names
         self.path: Path | None = None
         self.reason: str | None = None
         for path in paths:
             if path.exists():
                 try:
-                    _load(path, namespace)
+                    _load(path, namespace, names)
                     self.path = path
-                except OSError as error:
+                except (OSError, RuntimeError) as error:
                     self.reason = f"{path.name} can't be loaded: {error}"
                 return
         self.reason = absent
@@ -58,20 +67,20 @@ class Library:
         """The library in use, e.g. ``_cpu_avx512.so``, or the reason why there is none."""
         return self.path.name if self.path is not None else str(self.reason)
 
-    def op(self, primitive: str) -> Callable[..., Any]:
-        """The primitive's op, called with its arguments; without the library, an error."""
+    def op(self, name: str) -> Callable[..., Any]:
+        """The op, called with its arguments; without the library, an error."""
         if self.path is None:
-            return functools.partial(_unavailable, f"{primitive}: {self.reason}")
-        return getattr(getattr(torch.ops, self.namespace), primitive).default
+            return functools.partial(_unavailable, f"{name}: {self.reason}")
+        return getattr(getattr(torch.ops, self.namespace), name).default
 
 
 def _unavailable(why: str, *args: object, **kwargs: object) -> NoReturn:
     raise RuntimeError(why)
 
 
-def _op(primitive: str) -> Any:
+def op(name: str) -> Any:
     """The op itself as the attribute: it takes no self, and a call costs no second Python frame."""
-    return property(lambda self: self.ops[primitive])
+    return property(lambda self: self.ops[name])
 
 
 class CompiledBackend(Backend):
@@ -79,18 +88,18 @@ class CompiledBackend(Backend):
 
     def __init__(self, library: Library) -> None:
         self.library = library
-        self.ops = {primitive: library.op(primitive) for primitive in PRIMITIVES}
+        self.ops = {name: library.op(name) for name in library.names}
 
-    channel_stats = _op("channel_stats")
-    bn_scale_shift = _op("bn_scale_shift")
-    bn_gradient = _op("bn_gradient")
-    affine_gradient = _op("affine_gradient")
-    scaled_accumulate = _op("scaled_accumulate")
-    bn_relu_conv1x1_forward = _op("bn_relu_conv1x1_forward")
-    bn_relu_conv1x1_backward = _op("bn_relu_conv1x1_backward")
-    bn_relu_conv3x3_forward = _op("bn_relu_conv3x3_forward")
-    bn_relu_conv3x3_backward = _op("bn_relu_conv3x3_backward")
-    bn_relu_pool_conv1x1_forward = _op("bn_relu_pool_conv1x1_forward")
-    bn_relu_pool_conv1x1_backward = _op("bn_relu_pool_conv1x1_backward")
-    bn_relu_maxpool_forward = _op("bn_relu_maxpool_forward")
-    bn_relu_maxpool_backward = _op("bn_relu_maxpool_backward")
+    channel_stats = op("channel_stats")
+    bn_scale_shift = op("bn_scale_shift")
+    bn_gradient = op("bn_gradient")
+    affine_gradient = op("affine_gradient")
+    scaled_accumulate = op("scaled_accumulate")
+    bn_relu_conv1x1_forward = op("bn_relu_conv1x1_forward")
+    bn_relu_conv1x1_backward = op("bn_relu_conv1x1_backward")
+    bn_relu_conv3x3_forward = op("bn_relu_conv3x3_forward")
+    bn_relu_conv3x3_backward = op("bn_relu_conv3x3_backward")
+    bn_relu_pool_conv1x1_forward = op("bn_relu_pool_conv1x1_forward")
+    bn_relu_pool_conv1x1_backward = op("bn_relu_pool_conv1x1_backward")
+    bn_relu_maxpool_forward = op("bn_relu_maxpool_forward")
+    bn_relu_maxpool_backward = op("bn_relu_maxpool_backward")

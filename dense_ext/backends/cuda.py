@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import PRIMITIVES, gpu_lacks, tf32_allowed
-from .compiled import PACKAGE, CompiledBackend, Library
+from .base import PRIMITIVES, THROUGH_NORM, gpu_lacks, tf32_allowed
+from .compiled import PACKAGE, CompiledBackend, Library, op
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+OPS = (*PRIMITIVES, *THROUGH_NORM)
+HAS_CODE = "has_code"  # of a GPU's index: whether the library was compiled for it
 # What multiplies matrices, and so is told how float32 may be rounded for it.
-PRODUCTS = tuple(primitive for primitive in PRIMITIVES if "conv" in primitive)
+PRODUCTS = tuple(name for name in OPS if "conv" in name)
 
 
 class CUDABackend(CompiledBackend):
@@ -40,10 +43,13 @@ class CUDABackend(CompiledBackend):
             f"the CUDA library is not built: {library.name} is not in {library.parent}; installing "
             "compiles it where there is nvcc (DENSE_EXT_CUDA=1: or says why it can't)"
         )
-        super().__init__(Library([library], namespace, absent))
+        super().__init__(Library([library], namespace, absent, (*OPS, HAS_CODE)))
         self.device_type = device_type
-        for primitive in PRODUCTS:
-            self.ops[primitive] = functools.partial(_multiply, self.ops[primitive])
+        for name in PRODUCTS:
+            self.ops[name] = functools.partial(_multiply, self.ops[name])
+
+    bn_relu_pool_conv1x1_norm_backward = op("bn_relu_pool_conv1x1_norm_backward")
+    bn_relu_maxpool_norm_backward = op("bn_relu_maxpool_norm_backward")
 
     def can_run(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
         if self.library.reason is not None:
@@ -54,7 +60,7 @@ class CUDABackend(CompiledBackend):
             return f"runs on {self.device_type}, not on {device.type}"
         if dtype not in STORAGE_DTYPES:
             return f"dtype {dtype} is not one of {', '.join(str(d) for d in STORAGE_DTYPES)}"
-        return _gpu_lacks(device.index) if device.type == "cuda" else None
+        return _gpu_lacks(device.index, self.ops[HAS_CODE]) if device.type == "cuda" else None
 
 
 def _multiply(op: Any, *args: Any, **kwargs: Any) -> None:
@@ -64,8 +70,16 @@ def _multiply(op: Any, *args: Any, **kwargs: Any) -> None:
 
 
 @functools.cache
-def _gpu_lacks(device: int | None) -> str | None:
+def _gpu_lacks(device: int | None, has_code: Callable[[int], bool]) -> str | None:
     """None if the kernels run on the GPU, the current one for None, else the reason why not."""
     if reason := gpu_lacks(device):
         return reason
-    return None if torch.version.hip is None else "runs on NVIDIA GPUs, this PyTorch is for AMD's"
+    if torch.version.hip is not None:
+        return "runs on NVIDIA GPUs, this PyTorch is for AMD's"
+    if not has_code(torch.cuda.current_device() if device is None else device):
+        capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
+        return (
+            "the CUDA library was compiled for other GPUs: install again with TORCH_CUDA_ARCH_LIST "
+            f"containing {capability}, or without it"
+        )
+    return None

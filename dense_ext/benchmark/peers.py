@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -197,3 +197,14 @@ def choose(names: Sequence[str], policies: Sequence[str]) -> list[Peer]:
         raise UsageError(f"peers must name at least one of {', '.join(OTHERS)}")
     chosen |= _named([OURS[policy] for policy in policies])
     return sorted(chosen.values(), key=lambda peer: peer.ours)
+
+
+def for_inference(peers: Sequence[Peer]) -> list[Peer]:
+    """The first of those that differ only in what they keep for backward, each time."""
+    found: dict[tuple[object, ...], Peer] = {}
+    for peer in peers:
+        source = "timm" if peer.source == "timm" else "eager"
+        mode = "compile" if peer.mode == "budget" else peer.mode
+        kept = replace(peer, label=peer.label.replace(f", recompute {peer.recompute}", ""))
+        found.setdefault((peer.ours, source, mode, peer.channels_last, peer.backend), kept)
+    return list(found.values())

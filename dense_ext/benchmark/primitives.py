@@ -36,6 +36,8 @@ WRITES: dict[str, tuple[str, ...]] = {
     "bn_relu_pool_conv1x1_backward": ("grad_x", "sums", "grad_weight"),
     "bn_relu_maxpool_forward": ("y",),
     "bn_relu_maxpool_backward": ("grad_x", "sums"),
+    "bn_relu_pool_conv1x1_norm_backward": ("grad_x", "grad_norm_weight", "grad_norm_bias", "grad_weight"),
+    "bn_relu_maxpool_norm_backward": ("grad_x", "grad_norm_weight", "grad_norm_bias"),
 }
 ACCUMULATES: dict[str, tuple[str, ...]] = {
     "bn_gradient": ("u", "v"),
@@ -52,20 +54,25 @@ _OPERATIONS: dict[str, tuple[str, int]] = {
     "scaled_accumulate": ("out", 2),
     "bn_relu_maxpool_forward": ("x", 3 + 2),  # norm and ReLU; 9 comparisons an output, a quarter of x
     "bn_relu_maxpool_backward": ("x", 3 + 2 + 5),  # and scale * g, its sums
+    "bn_relu_maxpool_norm_backward": ("x", 3 + 2 + 5 + 4),  # and u * x + v
 }
 
 # The arguments that are no tensors; their values change nothing about what is measured.
 _SCALARS: dict[str, dict[str, float | int]] = {
     "bn_scale_shift": {"eps": 1e-5},
     "bn_gradient": {"eps": 1e-5, "count": 1024},
+    "bn_relu_pool_conv1x1_norm_backward": {"eps": 1e-5},
+    "bn_relu_maxpool_norm_backward": {"eps": 1e-5},
 }
+# The vectors of a backward pass through a norm.
+_NORM = "mean var norm_weight scale shift grad_norm_weight grad_norm_bias"
 
 
 def minimum_bytes(primitive: str, shapes: Shapes, dtype: torch.dtype) -> int:
     """The least bytes a call moves: each input read once, each output written once, sums both.
 
     Args:
-        primitive: a name from ``backends.base.PRIMITIVES``.
+        primitive: a name from ``backends.base.PRIMITIVES`` or ``THROUGH_NORM``.
         shapes: of its tensor arguments, by name. Activations and convolution weights (4 dimensions)
             are of ``dtype``, per-channel vectors of its accumulation dtype.
         dtype: of the activations.
@@ -208,9 +215,8 @@ def _transition_cases(where: str, shape: Shape, out_channels: int) -> Iterator[P
         {"x": x, **_vectors("scale shift", c), "weight": weight, "y": y},
     )  # fmt: skip
     yield PrimitiveCase(
-        "bn_relu_pool_conv1x1_backward", where,
-        {"grad": y, "x": x, **_vectors("mean scale shift", c), "weight": weight, "grad_x": x,
-         "sums": (2, c), "grad_weight": weight},
+        "bn_relu_pool_conv1x1_norm_backward", where,
+        {"grad": y, "x": x, **_vectors(_NORM, c), "weight": weight, "grad_x": x, "grad_weight": weight},
     )  # fmt: skip
 
 
@@ -219,9 +225,8 @@ def _stem_cases(where: str, shape: Shape) -> Iterator[PrimitiveCase]:
     x, y = (n, h, w, c), (n, (h - 1) // 2 + 1, (w - 1) // 2 + 1, c)
     yield PrimitiveCase("bn_relu_maxpool_forward", where, {"x": x, **_vectors("scale shift", c), "y": y})
     yield PrimitiveCase(
-        "bn_relu_maxpool_backward", where,
-        {"grad": y, "x": x, **_vectors("mean scale shift", c), "grad_x": x, "sums": (2, c)},
-    )  # fmt: skip
+        "bn_relu_maxpool_norm_backward", where, {"grad": y, "x": x, **_vectors(_NORM, c), "grad_x": x}
+    )
 
 
 def model_cases(build: Callable[[], DenseNet], batch: int, size: int) -> list[PrimitiveCase]:

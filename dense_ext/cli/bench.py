@@ -138,7 +138,7 @@ def _run_quick(options: Options, peers: list[Peer], path: Path, json: bool) -> N
 
     results = new_results("bench", options.as_json())
     run = Bench(options, peers, results)
-    measure(run.run, run.ticks(), results)
+    measure(run.run, run.ticks(), results, path)
     publish(results, path, draw_all, None if json else _print_quick)
 
 
@@ -150,7 +150,7 @@ def _run_suite(name: str, options: SuiteOptions, peers: list[Peer], path: Path, 
 
     results = new_results(name, options.as_json())
     run = SUITES[name](options, peers, results)
-    measure(run.run, run.ticks(), results)
+    measure(run.run, run.ticks(), results, path)
     publish(results, path, partial(draw_all, stem=f"{name}-"), None if json else print_tables)
     timed = [row["seconds"] for row in results["rows"] if row["seconds"]]
     if unsteady := sum(max(samples) > _UNSTEADY * min(samples) for samples in timed):

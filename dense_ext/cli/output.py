@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,44 @@ import typer
 from .console import print_json, print_table, progress, remark
 
 INTERRUPTED = 130
+SAVED_EVERY = 60.0  # seconds
 
 
-def measure(run: Callable[[Callable[[str], None]], None], ticks: int, results: dict[str, Any]) -> None:
-    """Let ``run`` fill ``results``, with a progress bar; Ctrl-C ends it and keeps what is there."""
+def measure(
+    run: Callable[[Callable[[str], None]], None],
+    ticks: int,
+    results: dict[str, Any],
+    path: Path | None = None,
+) -> None:
+    """Let ``run`` fill ``results``, with a progress bar; Ctrl-C ends it and keeps what is there.
+
+    Args:
+        run: is given what to call before each part.
+        ticks: how often it will call that.
+        results: what it fills.
+        path: gets the results so far every minute: a system out of memory kills without a warning.
+    """
     try:
         with progress(ticks) as tick:
-            run(tick)
+            run(_saving(tick, results, path) if path is not None else tick)
     except KeyboardInterrupt:
         return
     results["interrupted"] = False
+
+
+def _saving(tick: Callable[[str], None], results: dict[str, Any], path: Path) -> Callable[[str], None]:
+    from ..benchmark.results import write_json
+
+    saved = time.monotonic()
+
+    def tick_and_save(text: str) -> None:
+        nonlocal saved
+        tick(text)
+        if time.monotonic() - saved >= SAVED_EVERY:
+            write_json(path, results)
+            saved = time.monotonic()
+
+    return tick_and_save
 
 
 def print_tables(results: dict[str, Any]) -> None:

@@ -38,6 +38,8 @@ class Traffic:
         block_loads: of each row of blocks, beside that.
         scattered: elements of a weight's gradient, stored one by one in the order of the rows, not
             of the weight.
+        passes: kernels of the same grid.
+        others: blocks of further kernels.
     """
 
     loads: int
@@ -48,10 +50,12 @@ class Traffic:
     reduced: int = 0
     block_loads: int = 0
     scattered: int = 0
+    passes: int = 1
+    others: int = 0
 
     def total(self, blocks: int) -> tuple[int, int]:
-        """Loaded and stored by so many blocks, of both kernels."""
-        rows = (blocks - math.ceil(self.reduced / 32)) // self.columns
+        """Loaded and stored by so many blocks, of all kernels."""
+        rows = (blocks - math.ceil(self.reduced / 32) - self.others) // self.columns // self.passes
         loads = self.loads + rows * (self.block_loads + self.row_read * WIDE)
         return loads, self.stores + rows * self.row * WIDE
 
@@ -140,6 +144,20 @@ def maxpool_backward(n: int, h: int, w: int, c: int) -> Traffic:
     )
 
 
+def maxpool_norm_backward(n: int, h: int, w: int, c: int) -> Traffic:
+    """The sums, then with them grad_x: x and grad are read twice."""
+    m = n * h * w
+    return Traffic(
+        loads=2 * (m + m // 4) * c * NARROW + 7 * c * WIDE,
+        stores=m * c * NARROW + (2 + 4) * c * WIDE,
+        columns=math.ceil(c / 64),
+        block_loads=8 * (3 + 4) * c * WIDE,
+        passes=2,
+        others=math.ceil(c / 128),
+        **sums(2 * c),
+    )
+
+
 def stats(n: int, h: int, w: int, c: int) -> Traffic:
     return Traffic(loads=n * h * w * c * NARROW, stores=2 * c * WIDE, **moments(c))
 
@@ -162,6 +180,7 @@ TESTED = {
     "3x3 backward": (conv3x3.backward_case, (2, 32, 32, 96, 32), conv3x3_backward),
     "maxpool forward": (maxpool.forward_case, (4, 28, 28, 96), maxpool_forward),
     "maxpool backward": (maxpool.backward_case, (4, 28, 28, 96), maxpool_backward),
+    "maxpool norm backward": (maxpool.norm_backward_case, (4, 28, 28, 96), maxpool_norm_backward),
     "channel_stats": (channel_stats.stats_case, (4, 48, 48, 64), stats),
     "affine_gradient": (affine.affine_case, (8, 48, 48, 64), affine_gradient),
     "scaled_accumulate": (affine.accumulate_case, (8, 48, 48, 64), accumulate),

@@ -29,7 +29,7 @@ FLAGS = (
 # As setup.py's for nvcc, but on CPU tensors. The module's own file is not of the stable ABI.
 KERNEL_FLAGS = (
     "-DDENSE_EXT_EMULATOR",
-    "-DDENSE_EXT_TF32",
+    "-DDENSE_EXT_GPU",
     "-DDENSE_EXT_DISPATCH_KEY=CPU",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 )

@@ -1,4 +1,4 @@
-"""bn_relu_maxpool_forward and bn_relu_maxpool_backward."""
+"""bn_relu_maxpool_forward and bn_relu_maxpool_backward, also through the norm."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from dense_ext.backends.base import Backend
 
 from .common import MakeMaker, PrimitiveTests
-from .harness import Case, Maker, check_refuses, check_values
+from .harness import Case, Maker, check_refuses, check_values, through_norm
 
 # N, H, W, C. Activations are multiples of 1/64: windows have equal maxima often enough.
 SIZES = [
@@ -46,6 +46,10 @@ def backward_case(make: Maker, size: tuple[int, ...]) -> Case:
     return Case("bn_relu_maxpool_backward", arguments, {"grad_x": 4, "sums": 4 * n * h * w})
 
 
+def norm_backward_case(make: Maker, size: tuple[int, ...]) -> Case:
+    return through_norm(backward_case(make, size), make)
+
+
 def test_equal_maxima(backend: Backend, maker: MakeMaker) -> None:
     """Of a window's equal maxima the first in row-major order takes the gradient."""
     case = backward_case(maker(torch.float32), SMALL)
@@ -65,7 +69,7 @@ def test_forward_refuses(backend: Backend, maker: MakeMaker) -> None:
 
 
 class TestBnReluMaxpool(PrimitiveTests):
-    cases = (forward_case, backward_case)
+    cases = (forward_case, backward_case, norm_backward_case)
     sizes = SIZES
     small = SMALL
     large = (3, 33, 34, 40)

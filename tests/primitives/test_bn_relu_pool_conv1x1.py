@@ -1,4 +1,4 @@
-"""bn_relu_pool_conv1x1_forward and bn_relu_pool_conv1x1_backward."""
+"""bn_relu_pool_conv1x1_forward and bn_relu_pool_conv1x1_backward, also through the norm."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 from dense_ext.backends.base import Backend
 
-from .common import MakeMaker, OptionalOutputTests, PrimitiveTests
-from .harness import Case, Maker, check_refuses
+from .common import MakeCase, MakeMaker, OptionalOutputTests, PrimitiveTests
+from .harness import Case, Maker, check_refuses, through_norm
 
 # N, H, W, C, K; an odd last row or column belongs to no window.
 SIZES = [
@@ -55,9 +55,16 @@ def backward_case(make: Maker, size: tuple[int, ...], weight_gradient: bool = Tr
     return Case("bn_relu_pool_conv1x1_backward", arguments, lengths)
 
 
+def norm_backward_case(make: Maker, size: tuple[int, ...], weight_gradient: bool = True) -> Case:
+    return through_norm(backward_case(make, size, weight_gradient), make)
+
+
+@pytest.mark.parametrize("backward", [backward_case, norm_backward_case])
 @pytest.mark.parametrize("shape", [(1, 5), (4, 1)], ids=str)
-def test_image_smaller_than_a_window(backend: Backend, maker: MakeMaker, shape: tuple[int, int]) -> None:
-    case = backward_case(maker(torch.float32), (2, *shape, 5, 3))
+def test_image_smaller_than_a_window(
+    backend: Backend, maker: MakeMaker, shape: tuple[int, int], backward: MakeCase
+) -> None:
+    case = backward(maker(torch.float32), (2, *shape, 5, 3))
     for name, output in case.run(backend).items():
         assert not output.any(), f"{name} is not zero"
 
@@ -68,8 +75,11 @@ def test_forward_refuses(backend: Backend, maker: MakeMaker) -> None:
 
 
 class TestBnReluPoolConv1x1(PrimitiveTests, OptionalOutputTests):
-    cases = (forward_case, backward_case)
-    optional_cases = (functools.partial(backward_case, weight_gradient=False),)
+    cases = (forward_case, backward_case, norm_backward_case)
+    optional_cases = (
+        functools.partial(backward_case, weight_gradient=False),
+        functools.partial(norm_backward_case, weight_gradient=False),
+    )
     sizes = SIZES
     small = SMALL
     large = (4, 29, 31, 160, 40)

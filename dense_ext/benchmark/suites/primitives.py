@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...backends import BACKENDS
+from ...backends.base import THROUGH_NORM
 from ...backends.reference import ReferenceBackend
 from ...models import MODELS
 from ..errors import UnavailableError
@@ -42,7 +43,7 @@ def unfused(primitive: str, tensors: Arguments) -> Callable[[], tuple[Tensor, ..
     Backward is autograd's of input, norm and weight; its forward has run before. A primitive that
     is no module runs as the reference backend's formula.
     """
-    name, _, direction = primitive.rpartition("_")
+    name, _, direction = THROUGH_NORM.get(primitive, primitive).rpartition("_")
     if name not in _AFTER_ACTIVATION:
         return partial(_reference_outputs, primitive, tensors)
     backward = direction == "backward"
@@ -175,7 +176,8 @@ class PrimitiveSuite(Suite):
                 call: Callable[[], object] = unfused(case.primitive, tensors)
             else:
                 backend, dtype = BACKENDS[row["peer"]], DTYPES[row["case"]["dtype"]]
-                if reason := backend.can_run(case.primitive, self.device, dtype):
+                primitive = THROUGH_NORM.get(case.primitive, case.primitive)
+                if reason := backend.can_run(primitive, self.device, dtype):
                     raise UnavailableError(reason)
                 row["measures"]["relative_error"] = backend_error(row["peer"], case, tensors)
                 call = partial(getattr(backend, case.primitive), **tensors)

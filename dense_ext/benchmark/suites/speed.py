@@ -18,10 +18,11 @@ from ..graphs import GraphedStep
 from ..machine import copy_bandwidth, matmul_rate
 from ..memory import lasting_bytes, peaks, saved_bytes, step_peaks
 from ..networks import plain, takes_small_images
-from ..peers import Peer
+from ..peers import Peer, for_inference
+from ..results import Results
 from ..step import DTYPES, InferenceStep
 from ..timing import calls_per_sample, interleave
-from .base import Case, Row, Suite, failing_into, release
+from .base import Case, Row, Suite, SuiteOptions, failing_into, release
 
 FAMILY = ("densenet121", "densenet169", "densenet201", "densenet161", "densenet264",
           "densenet_bc_100_12", "densenet_bc_250_24", "densenet_bc_190_40")  # fmt: skip
@@ -44,9 +45,9 @@ class _TimedSuite(Suite):
 
     training: ClassVar[bool]
 
-    def batches(self, small: bool) -> tuple[int, ...]:
-        """Images a call, where no option says so; ``small`` for networks of 32x32 images."""
-        return (64,) if self.gpu else ((16,) if small else (4,))
+    def batches(self) -> tuple[int, ...]:
+        """Images a call, where no option says so: few on a CPU, where all peers of a case are in memory."""
+        return (64,) if self.gpu else (4,)
 
     def cases(self) -> list[Case]:
         found = []
@@ -54,7 +55,7 @@ class _TimedSuite(Suite):
             with torch.device("meta"):
                 small = takes_small_images(_build(10, name))
             size = self.options.size or (32 if small else 224 if self.gpu else 128)
-            batches = (self.options.batch,) if self.options.batch else self.batches(small)
+            batches = (self.options.batch,) if self.options.batch else self.batches()
             found += [
                 Case(partial(_build, name=name), batch, size, dtype, {"model": name})
                 for batch in batches
@@ -165,13 +166,19 @@ class StepSuite(_TimedSuite):
 
 
 class InferenceSuite(_TimedSuite):
-    """Forward passes in evaluation mode without gradients, of one image and of a batch."""
+    """Forward passes in evaluation mode without gradients, of one image and of a batch.
+
+    Of peers that differ only in what they keep for backward, one runs.
+    """
 
     name = "inference"
     training = False
 
-    def batches(self, small: bool) -> tuple[int, ...]:
-        return (1, *super().batches(small))
+    def __init__(self, options: SuiteOptions, peers: list[Peer], results: Results) -> None:
+        super().__init__(options, for_inference(peers), results)
+
+    def batches(self) -> tuple[int, ...]:
+        return (1, *super().batches())
 
     def prepare(self, case: Case, peer: Peer, row: Row) -> Call:
         images, labels, classes = self.batch(case, peer)

@@ -1,0 +1,34 @@
+// has_code: whether the library was compiled for a GPU, or has PTX that its driver can compile.
+
+#include <torch/csrc/stable/library.h>
+
+#include "launch.cuh"
+
+namespace dense_ext {
+namespace {
+
+#ifdef DENSE_EXT_EMULATOR
+
+bool has_code(int64_t) { return true; }
+
+#else
+
+__global__ void empty_kernel() {}
+
+bool has_code(int64_t device) {
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
+  cudaFuncAttributes attributes;
+  const bool found = cudaFuncGetAttributes(&attributes, empty_kernel) == cudaSuccess;
+  if (!found) cudaGetLastError();  // or the next launch would report it
+  return found;
+}
+
+#endif
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(DENSE_EXT_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("has_code", TORCH_BOX(&has_code));
+}
+
+}  // namespace dense_ext
