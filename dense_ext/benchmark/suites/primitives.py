@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -111,7 +112,11 @@ def unfused_error(case: PrimitiveCase, tensors: Arguments) -> float:
 
 
 class PrimitiveSuite(Suite):
-    """Every primitive by backend and dtype, beside unfused ATen, on the shapes of one network."""
+    """Every primitive by backend and dtype, beside unfused ATen, on the shapes of one network.
+
+    On a CPU each round goes through all of them, so that what a row's samples say of the machine's noise
+    is that of the whole run, not of one moment.
+    """
 
     name = "primitives"
 
@@ -133,8 +138,12 @@ class PrimitiveSuite(Suite):
                 found.setdefault(f"{case.primitive}{case.shapes}{case.widths}", case)
         return list(found.values())
 
+    @property
+    def passes(self) -> int:
+        return 1 if self.gpu else self.options.rounds
+
     def ticks(self) -> int:
-        return 1 + len(self.cases) * len(self.options.dtypes) * (1 + len(BACKENDS))
+        return 1 + self.passes * len(self.cases) * len(self.options.dtypes) * (1 + len(BACKENDS))
 
     def measure(self) -> None:
         self.tick("the machine's rates")
@@ -145,12 +154,15 @@ class PrimitiveSuite(Suite):
                 dtype: matmul_rate(self.device, DTYPES[dtype]) for dtype in self.options.dtypes
             },
         }
-        for case in self.cases:
-            for dtype in self.options.dtypes:
+        for i in range(self.passes):
+            rows = iter(self.rows[:])
+            for case, dtype in itertools.product(self.cases, self.options.dtypes):
                 tensors = case.tensors(DTYPES[dtype], self.device)
                 for peer in self.results["peers"]:
                     self.tick(f"{case.primitive}, {case.where}, {dtype}, {peer}")
-                    self.fill(self.new_row(case, dtype, peer), case, tensors)
+                    row = next(rows) if i > 0 else self.new_row(case, dtype, peer)
+                    if row["failure"] is None:
+                        self.fill(row, case, tensors)
 
     def new_row(self, case: PrimitiveCase, dtype: str, peer: str) -> Row:
         shapes = {name: "x".join(map(str, shape)) for name, shape in case.shapes.items() if len(shape) == 4}
@@ -169,16 +181,20 @@ class PrimitiveSuite(Suite):
         return row
 
     def fill(self, row: Row, case: PrimitiveCase, tensors: Arguments) -> None:
-        """Time and error of one row."""
+        """A pass's times of one row, and its error."""
         with failing_into(row):
             if row["peer"] == ATEN:
-                row["measures"]["relative_error"] = unfused_error(case, tensors)
+                error: Callable[[], float] = partial(unfused_error, case, tensors)
                 call: Callable[[], object] = unfused(case.primitive, tensors)
             else:
                 backend, dtype = BACKENDS[row["peer"]], DTYPES[row["case"]["dtype"]]
                 primitive = THROUGH_NORM.get(case.primitive, case.primitive)
                 if reason := backend.can_run(primitive, self.device, dtype):
                     raise UnavailableError(reason)
-                row["measures"]["relative_error"] = backend_error(row["peer"], case, tensors)
+                error = partial(backend_error, row["peer"], case, tensors)
                 call = partial(getattr(backend, case.primitive), **tensors)
-            row["seconds"] += self.timer.samples(call, self.options.rounds)
+            if "relative_error" not in row["measures"]:
+                row["measures"]["relative_error"] = error()
+            row["seconds"] += self.timer.samples(call, self.options.rounds // self.passes)
+        if row["failure"] is not None:
+            row["seconds"].clear()
