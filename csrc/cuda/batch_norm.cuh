@@ -23,6 +23,11 @@ NormGradient norm_gradient(const Tensor& sums, const Tensor& mean, const Tensor&
                            const Tensor& grad_weight, const Tensor& grad_bias,
                            const std::optional<Tensor>& u, const std::optional<Tensor>& v);
 
+// M; of a mean that is not x's, which is refused elsewhere, some number.
+inline int64_t values_per_channel(const Tensor& x, const Tensor& mean) {
+  return x.numel() / std::max<int64_t>(1, mean.numel());
+}
+
 // What a backward pass writes: all at once, or, through a norm of the batch's statistics, first the
 // sums and then, with the u and v that follow from them, the gradient of x.
 enum class Pass { kWhole, kSums, kAffine };

@@ -435,7 +435,7 @@ void bn_relu_maxpool_norm_backward(const Tensor& grad, const Tensor& x, const Te
   const OnDeviceOf device(x);
   const ThroughNorm through(mean);
   const NormGradient norm =
-      norm_gradient(through.sums, mean, var, norm_weight, eps, x.numel() / mean.numel(),
+      norm_gradient(through.sums, mean, var, norm_weight, eps, values_per_channel(x, mean),
                     grad_norm_weight, grad_norm_bias, through.u, through.v);
   run_backward(Pass::kSums, grad, x, mean, scale, shift, {}, {}, grad_x, through.sums);
   norm.run();
