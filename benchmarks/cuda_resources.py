@@ -87,7 +87,7 @@ def demangled(symbols: list[str]) -> list[str]:
 
 
 def cases() -> Iterator[tuple[str, dict[str, object]]]:
-    """Calls of every primitive on a few pixels, with the channels of DenseNet-121 and 161, by primitive."""
+    """Calls of every primitive on few pixels, with the channels of DenseNet-121 and 161, by primitive."""
     from tests.primitives import (
         test_affine_gradient as affine,
     )
@@ -133,6 +133,8 @@ def cases() -> Iterator[tuple[str, dict[str, object]]]:
             ),
         ):
             made += [case(maker, (*pixels, *size)) for case in made_by for size in sizes]
+        if dtype != torch.float32:  # pixels enough for the large patches of these
+            made += [c(maker, (4, 32, 32, 128, 32)) for c in (conv3x3.forward_case, conv3x3.backward_case)]
         for case in made:
             yield case.primitive, case.arguments
 

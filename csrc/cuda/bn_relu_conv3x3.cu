@@ -12,6 +12,11 @@
 // nine shifted views of it. Backward does the same with dy, for both gradients in one kernel: a
 // block takes a chunk of B, keeps dW of all taps in registers over its patches, and W in shared
 // memory. What patches share at their borders, and chunks of B of dy, comes from the L2 cache.
+//
+// What bounds them is reading fragments from shared memory, 128 bytes a cycle. So a warp goes down
+// lines of 16 pixels: a line's fragment is read once for the three lines of taps that see it. Bytes
+// a pixel at B = 128, K = 32 in 16 bits: 2304 for y where a warp has 64 pixels x 32 channels, in
+// large patches, and 3456 where it has 64 x 16; as many for g; 2240 or 2432 for dW.
 
 #include <torch/csrc/stable/library.h>
 
@@ -48,6 +53,45 @@ __device__ __forceinline__ void load_taps(T* to, int ld, const Weight<const T>& 
   }
 }
 
+// c += the nine products of a stack of lines of 16 pixels: line i of c is of lines i to i + 2 of a,
+// each at three columns, over the first `depth` of kDepth channels. `tile` is where the stack's
+// `rows` count from, with `line` rows of `ld` elements to a line; `load_tap(b, t, k, j)` loads two
+// fragments of the weight that belongs to line t / 3 and column t % 3, columns from 8 j on.
+template <class Math, int kDepth, class T, int kStack, int kColumns, class LoadTap>
+__device__ __forceinline__ void multiply_taps(float (&c)[kStack][kColumns][4],
+                                              const RowFragment<T>& rows, const T* tile, int ld,
+                                              int line, int depth, const LoadTap& load_tap) {
+  DENSE_EXT_NO_UNROLL for (int dx = 0; dx < 3; dx++) {
+    DENSE_EXT_UNROLL for (int k = 0; k < kDepth; k += Math::kDepth) {
+      if (k >= depth) break;
+      uint32_t a[kStack + 2][4];
+      DENSE_EXT_UNROLL for (int l = 0; l < kStack + 2; l++) {
+        rows.load(a[l], tile + (l * line + dx) * ld + k);
+      }
+      DENSE_EXT_UNROLL for (int dy = 0; dy < 3; dy++) {
+        DENSE_EXT_UNROLL for (int j = 0; j < kColumns; j += 2) {
+          uint32_t b[2][2];
+          load_tap(b, 3 * dy + dx, k, j);
+          multiply<Math>(c, a, b, j, dy);
+        }
+      }
+    }
+  }
+}
+
+// Whether large patches pay where there is room for them: their slots read a sixth less or better,
+// but a multiprocessor may have more of them to go through, where patches are too few for all or
+// larger ones emptier.
+template <class Large, class Small, class T>
+bool large_patches_pay(const Pixels<T>& z, int64_t columns) {
+  const auto slots_in_turn = [&](auto config) {
+    using Config = decltype(config);
+    return ceil_div(patches_of<Config>(z).count * columns, current_device().multiprocessors) *
+           Config::kPixels;
+  };
+  return 6 * slots_in_turn(Large{}) <= 7 * slots_in_turn(Small{});
+}
+
 // --- forward ---------------------------------------------------------------------------------
 
 template <class T>
@@ -62,29 +106,31 @@ struct ForwardArguments {
   int kept;  // chunks of the weight in shared memory: all, or one at a time
 };
 
-// A block makes kOut channels of patches of kPixels, its warps a part of the pixels each, stepping
-// through B in chunks of kDepth; while it computes one chunk, the next is on its way.
-template <class Math_, int kOut_>
+// A block makes kOut channels of patches of kPixels slots, stepping through B in chunks of kDepth;
+// while it computes one chunk, the next is on its way. A warp has a stack of kStack lines and one
+// of kParts of the channels.
+template <class Math_, int kOut_, int kStack_, int kParts_>
 struct Forward {
   using Math = Math_;
   using T = typename Math::T;
-  static constexpr int kThreads = 256, kWarpRows = sizeof(T) == 2 ? 2 : 1;  // fragments of a warp
-  static constexpr int kPixels = kThreads / kWarp * 16 * kWarpRows, kOut = kOut_;
-  static constexpr int kBordered = sizeof(T) == 2 ? 360 : 200;
-  static constexpr int kBlocks = Math::kExact ? 1 : 2;  // of a multiprocessor, by registers
+  static constexpr int kThreads = 256, kStack = kStack_, kParts = kParts_;
+  static constexpr int kPixels = kThreads / kWarp / kParts * 16 * kStack, kOut = kOut_;
+  // Eight images of 8 x 8 with their borders in 512 slots, one of 16 x 16 in 256.
+  static constexpr int kBordered = kPixels == 512 ? 736 : kPixels == 256 ? 360 : 200;
+  static constexpr int kBlocks = kPixels == 512 ? 1 : 2;  // of a multiprocessor, by registers
   static constexpr int kDepth = 64 / static_cast<int>(sizeof(T));
   static constexpr int kLd = padded<T>(kDepth), kOutLd = padded<T>(kOut);
   static constexpr int kStageSize =
       kBordered * kLd > kPixels* kOutLd ? kBordered * kLd : kPixels * kOutLd;
   static constexpr int kTapSize = tap_size<T>(kOut * kLd), kWeightSize = kTaps * kTapSize;
+  using Places = dense_ext::Places<kPixels, kBordered, kThreads>;
   using Statistics = ColumnMoments<T, kOut, kThreads>;
 
   static constexpr int shared_bytes(int64_t kept) {
     return SharedMemory::bytes_of(2 * kStageSize * int64_t{sizeof(T)}) +
            SharedMemory::bytes_of(kept * kWeightSize * int64_t{sizeof(T)}) +
            SharedMemory::bytes_of(2 * 2 * kDepth * int64_t{sizeof(float)}) +
-           SharedMemory::bytes_of(2 * kBordered * int64_t{sizeof(int)}) +
-           SharedMemory::bytes_of(kPixels * int64_t{sizeof(int)}) +
+           SharedMemory::bytes_of(Places::kInts * int64_t{sizeof(int)}) +
            SharedMemory::bytes_of(Statistics::kScratch * int64_t{sizeof(float)});
   }
 };
@@ -100,38 +146,30 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   T* const stages = shared.take<T>(2 * Config::kStageSize);
   T* const weights = shared.take<T>(args.kept * Config::kWeightSize);
   float* const vectors = shared.take<float>(2 * 2 * kDepth);
-  int* const sources = shared.take<int>(2 * kBordered);
-  int* const corners = shared.take<int>(kPixels);
+  const typename Config::Places places(shared.take<int>(Config::Places::kInts), args.patches);
   typename Config::Statistics statistics(shared.take<float>(Config::Statistics::kScratch));
 
   const Patches& patches = args.patches;
   const int in = static_cast<int>(args.z.channels);
   const int64_t first_out = int64_t{block_x()} * kOut;
   const int outs = static_cast<int>(std::min(int64_t{kOut}, args.y.channels - first_out));
-  const int chunks = (in + kDepth - 1) / kDepth, line = patches.line();
-  const int pixels = patches.images * patches.rows * patches.columns;
-  constexpr int kWarpRows = Config::kWarpRows;
-  const int warp_row = warp_index() * 16 * kWarpRows;
-  const auto corner_row = [&](int i) {
-    return RowFragment<T>([&](int r) { return patches.corner(warp_row + 16 * i + r) * kLd; });
-  };
-  const RowFragment<T> rows[2] = {corner_row(0), corner_row(kWarpRows - 1)};
+  const int chunks = (in + kDepth - 1) / kDepth;
+  constexpr int kColumns = kOut / 8 / Config::kParts;
+  const int warp_row = warp_index() / Config::kParts * 16 * Config::kStack;
+  const int warp_column = warp_index() % Config::kParts * 8 * kColumns;
+  const RowFragment<T> rows([&](int r) { return patches.corner(warp_row + r) * kLd; });
   const ColumnFragments<T> columns(kLd);
 
-  // Where the pixels of a patch lie: known one patch ahead.
-  const auto locate = [&](int64_t patch, int parity) {
-    for (int p = thread_index(); p < kBordered; p += kThreads) {
-      store_shared(sources + parity * kBordered + p, patches.source(patch, p));
-    }
-  };
-  const auto load = [&](int64_t patch, int parity, int chunk, int stage) {
+  const auto load = [&](int patch, int parity, int chunk, int stage) {
     const int64_t origin = patches.origin(patch);
     const int c = chunk * kDepth;
     copy_tile<kBordered, kDepth, kThreads>(
-        stages + stage * Config::kStageSize, kLd, in - c, args.z_bytes, [&](int p) {
-          const int source = load_shared(sources + parity * kBordered + p);
+        stages + stage * Config::kStageSize, kLd, in - c, args.z_bytes,
+        [&](int p) {
+          const int source = places.source(parity, p);
           return source >= 0 ? args.z.at(origin + source) + c : nullptr;
-        });
+        },
+        patches.bordered);
     float* vector = vectors + stage * 2 * kDepth;
     copy_vector<kDepth, kThreads>(vector, args.scale, c, in);
     copy_vector<kDepth, kThreads>(vector + kDepth, args.shift, c, in);
@@ -143,27 +181,21 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
                                         first_out, chunk * kDepth);
     }
   }
-  const int64_t patch_count = patches.count();
   int stage = 0, parity = 0;
-  // Divisions once, not in every patch.
-  for (int r = thread_index(); r < kPixels; r += kThreads) {
-    store_shared(corners + r, patches.corner(r));
-  }
-  locate(block_y(), parity);
+  places.locate(block_y(), parity);
   sync_threads();
   load(block_y(), parity, 0, stage);
   copy_async_commit();
-  for (int64_t patch = block_y(); patch < patch_count; patch += grid_y(), parity = 1 - parity) {
-    const int64_t next = patch + grid_y();
-    if (next < patch_count) locate(next, 1 - parity);
-    const int* source = sources + parity * kBordered;
-    float y[kWarpRows][kOut / 8][4] = {};
+  for (int patch = block_y(); patch < patches.count; patch += grid_y(), parity = 1 - parity) {
+    const int next = patch + grid_y();
+    if (next < patches.count) places.locate(next, 1 - parity);
+    float y[Config::kStack][kColumns][4] = {};
     for (int chunk = 0; chunk < chunks; chunk++, stage = 1 - stage) {
       copy_async_wait<0>();
       sync_threads();
       if (chunk + 1 < chunks) {
         load(patch, parity, chunk + 1, 1 - stage);
-      } else if (next < patch_count) {
+      } else if (next < patches.count) {
         load(next, 1 - parity, 0, 1 - stage);
       }
       copy_async_commit();
@@ -172,43 +204,32 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
       }
       T* const z = stages + stage * Config::kStageSize;
       const float* scale = vectors + stage * 2 * kDepth;
-      activate_rows<kBordered, kDepth, kThreads>(
-          z, kLd, scale, scale + kDepth, [&](int p) { return load_shared(source + p) >= 0; });
+      activate_rows<kDepth, kThreads>(z, kLd, patches.bordered, scale, scale + kDepth,
+                                      [&](int p) { return places.source(parity, p) >= 0; });
       sync_threads();
       const T* weight = weights + (args.kept < chunks ? 0 : chunk) * Config::kWeightSize;
-      DENSE_EXT_NO_UNROLL for (int tap = 0; tap < kTaps; tap++) {
-        const T* shifted = z + (tap / 3 * line + tap % 3) * kLd;
+      const auto load_tap = [&](uint32_t (&b)[2][2], int tap, int k, int j) {
         const T* of_tap = weight + tap * Config::kTapSize;
-        DENSE_EXT_UNROLL for (int k = 0; k < kDepth; k += Math::kDepth) {
-          uint32_t a[kWarpRows][4];
-          DENSE_EXT_UNROLL for (int i = 0; i < kWarpRows; i++) rows[i].load(a[i], shifted + k);
-          DENSE_EXT_UNROLL for (int j = 0; j < kOut / 8; j += 2) {
-            uint32_t b[2][2];
-            columns.load(b[0], b[1], of_tap + 8 * j * kLd + k, kLd);
-            multiply<Math>(y, a, b, j);
-          }
-        }
-      }
+        columns.load(b[0], b[1], of_tap + (warp_column + 8 * j) * kLd + k, kLd);
+      };
+      multiply_taps<Math, kDepth>(y, rows, z, kLd, patches.line, kDepth, load_tap);
     }
     sync_threads();
 
     // The last chunk's memory holds the patch of y now.
     T* const tile = stages + (1 - stage) * Config::kStageSize;
     for_pairs(y, [&](int row, int column, float left, float right) {
-      store_pair(tile + (warp_row + row) * Config::kOutLd + column, left, right);
+      store_pair(tile + (warp_row + row) * Config::kOutLd + warp_column + column, left, right);
     });
     sync_threads();
-    const auto source_of = [&](int r) {
-      return r < pixels ? load_shared(source + load_shared(corners + r) + line + 1) : -1;
-    };
     const int64_t origin = patches.origin(patch);
     store_tile<kPixels, kOut, kThreads>(tile, Config::kOutLd, outs, args.y_bytes, [&](int r) {
-      const int from = source_of(r);
+      const int from = places.center(parity, r);
       return from >= 0 ? args.y.at(origin + from) + first_out : nullptr;
     });
     if (args.moments) {
       statistics.template add<kPixels>(tile, Config::kOutLd,
-                                       [&](int r) { return source_of(r) >= 0; });
+                                       [&](int r) { return places.center(parity, r) >= 0; });
     }
     sync_threads();
   }
@@ -224,12 +245,11 @@ void run_forward(ForwardArguments<typename Config::T> args, const Tensor& like, 
                  float* var) {
   const int64_t out = args.y.channels, columns = ceil_div(out, Config::kOut);
   const int64_t chunks = ceil_div(args.z.channels, Config::kDepth);
-  static_assert(Config::shared_bytes(1) <= kSmallestSharedBytes);
   const bool keep = Config::shared_bytes(chunks) <= current_device().shared_bytes;
   args.kept = static_cast<int>(keep ? chunks : 1);
-  args.patches = patches_of(args.z, Config::kPixels, Config::kBordered);
+  args.patches = patches_of<Config>(args.z);
   const int shared = Config::shared_bytes(args.kept);
-  const int64_t blocks = persistent_blocks(args.patches.count(), columns, Config::kBlocks, shared);
+  const int64_t blocks = persistent_blocks(args.patches.count, columns, Config::kBlocks, shared);
   with_moments(blocks, out, like, mean, var, [&](float* moments) {
     args.moments = moments;
     launch<forward_kernel<Config>>({columns, blocks, Config::kThreads, shared}, args);
@@ -262,11 +282,22 @@ void bn_relu_conv3x3_forward(const Tensor& z, const Tensor& scale, const Tensor&
     }
     with_arithmetic<T>(tf32, [&](auto math) {
       using Math = decltype(math);
-      if (ceil_div(out, 48) < ceil_div(out, 32)) {
-        run_forward<Forward<Math, 48>>(args, z, means, vars);
-      } else {
-        run_forward<Forward<Math, 32>>(args, z, means, vars);
+      // Float's fragments are half as deep, and its tiles twice as large.
+      constexpr int kStack = sizeof(T) == 2 ? 2 : 1;
+      using Wide = Forward<Math, 48, kStack, 1>;
+      using Small = Forward<Math, 32, 2 * kStack, 2>;
+      static_assert(Small::shared_bytes(1) <= kSmallestSharedBytes);
+      static_assert(Wide::shared_bytes(1) <= kSmallestSharedBytes);
+      if (ceil_div(out, 48) < ceil_div(out, 32)) return run_forward<Wide>(args, z, means, vars);
+      if constexpr (sizeof(T) == 2) {
+        using Large = Forward<Math, 32, 4, 1>;
+        const int room = current_device().shared_bytes;
+        if (Large::shared_bytes(ceil_div(in, Large::kDepth)) <= room &&
+            large_patches_pay<Large, Small>(zs, ceil_div(out, 32))) {
+          return run_forward<Large>(args, z, means, vars);
+        }
       }
+      run_forward<Small>(args, z, means, vars);
     });
   });
 }
@@ -289,28 +320,31 @@ struct BackwardArguments {
   int stages;  // patches in shared memory at a time
 };
 
-// A block takes kIn channels of z and all of K, at most kOut, and goes through patches of kPixels:
-// a warp has da of 32 channels for its part of the pixels, and dW of 16 x 16 channels, all taps.
-template <class Math_, int kOut_>
+// A block takes kIn channels of z and all of K, at most kOut, and goes through patches of kPixels
+// slots: a warp has da of one of kParts of the channels for a stack of kStack lines, and dW of
+// 16 x 16 channels, all taps.
+template <class Math_, int kOut_, int kStack_, int kParts_>
 struct Backward {
   using Math = Math_;
   using T = typename Math::T;
-  static constexpr bool kNarrow = sizeof(T) == 2;
-  static constexpr int kWarps = kNarrow ? 8 : 4, kThreads = kWarps * kWarp;
-  static constexpr int kPixels = 16 * kWarps, kBordered = kNarrow ? 200 : 104;
+  static constexpr int kWarps = sizeof(T) == 2 ? 8 : 4, kThreads = kWarps * kWarp;
+  static constexpr int kStack = kStack_, kParts = kParts_;
+  static constexpr int kDataWarps = kWarps / kParts;  // that share the pixels of da
+  static constexpr int kPixels = kDataWarps * 16 * kStack;
+  // One image of 16 x 16 with its border in 256 slots, two of 8 x 8 in 128, two halves of them
+  // in 64.
+  static constexpr int kBordered = kPixels == 256 ? 336 : kPixels == 128 ? 200 : 120;
   static constexpr int kOut = kOut_, kIn = kWarps * 16 * 16 / kOut;
   static constexpr int kOutLd = padded<T>(kOut), kInLd = padded<T>(kIn);
-  static constexpr int kDataWarps = kWarps / (kIn / 32);  // that share the pixels of da
-  static constexpr int kDataRows = kPixels / kDataWarps / 16, kDataColumns = 4;  // fragments
   static constexpr int kStageSize = 2 * kBordered * kOutLd + kPixels * kInLd;
   static constexpr int kTapSize = tap_size<T>(kOut * kInLd), kVectors = 2 * kOut + 3 * kIn;
+  using Places = dense_ext::Places<kPixels, kBordered, kThreads>;
 
   static constexpr int shared_bytes(int stages) {
     return SharedMemory::bytes_of(stages * kStageSize * int64_t{sizeof(T)}) +
            SharedMemory::bytes_of(kTaps * kTapSize * int64_t{sizeof(T)}) +
            SharedMemory::bytes_of(kVectors * int64_t{sizeof(float)}) +
-           SharedMemory::bytes_of(2 * kBordered * int64_t{sizeof(int)}) +
-           SharedMemory::bytes_of(kPixels * int64_t{sizeof(int)}) +
+           SharedMemory::bytes_of(Places::kInts * int64_t{sizeof(int)}) +
            SharedMemory::bytes_of(kPixels * int64_t{sizeof(T)}) +
            SharedMemory::bytes_of(kDataWarps * 2 * kIn * int64_t{sizeof(float)});
   }
@@ -323,15 +357,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   using T = typename Config::T;
   constexpr int kThreads = Config::kThreads, kPixels = Config::kPixels, kOut = Config::kOut;
   constexpr int kIn = Config::kIn, kOutLd = Config::kOutLd, kInLd = Config::kInLd;
-  constexpr int kBordered = Config::kBordered;
+  constexpr int kBordered = Config::kBordered, kColumns = kIn / 8 / Config::kParts;
   SharedMemory shared;
   T* const stages = shared.take<T>(args.stages * Config::kStageSize);
   T* const weights = shared.take<T>(kTaps * Config::kTapSize);
   float* const u = shared.take<float>(Config::kVectors);
   float *const v = u + kOut, *const mean = v + kOut, *const scale = mean + kIn;
   float* const shift = scale + kIn;
-  int* const sources = shared.take<int>(2 * kBordered);
-  int* const corners = shared.take<int>(kPixels);
+  const typename Config::Places places(shared.take<int>(Config::Places::kInts), args.patches);
   BitsOf<T>* const keep = shared.take<BitsOf<T>>(kPixels);
   float* const sums = shared.take<float>(Config::kDataWarps * 2 * kIn);
 
@@ -339,7 +372,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int64_t first_in = int64_t{block_x()} * kIn;
   const int out = static_cast<int>(args.y.channels);
   const int ins = static_cast<int>(std::min(int64_t{kIn}, args.z.channels - first_in));
-  const int line = patches.line(), pixels = patches.images * patches.rows * patches.columns;
   copy_vector<kOut, kThreads>(u, args.u, 0, out);
   copy_vector<kOut, kThreads>(v, args.v, 0, out);
   copy_vector<kIn, kThreads>(mean, args.mean, first_in, args.z.channels);
@@ -348,149 +380,153 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   load_taps<kOut, kIn, kThreads>(weights, kInLd, args.weight, 0, first_in);
 
   const int warp = warp_index(), lane = lane_index();
-  const int data_row = warp % Config::kDataWarps * 16 * Config::kDataRows;
-  const int data_column = warp / Config::kDataWarps * 32;
+  const int data_row = warp % Config::kDataWarps * 16 * Config::kStack;
+  const int data_column = warp / Config::kDataWarps * 8 * kColumns;
   const int weight_row = warp % (kOut / 16) * 16, weight_column = warp / (kOut / 16) * 16;
+  const RowFragment<T> data_rows([&](int r) { return patches.corner(data_row + r) * kOutLd; });
   const TransposedColumnFragments<T> columns(kInLd);
   const Position at;
 
   float dw[kTaps][1][2][4] = {};
-  float sum_g[Config::kDataColumns][2] = {}, sum_gz[Config::kDataColumns][2] = {};
+  float sum_g[kColumns][2] = {}, sum_gz[kColumns][2] = {};
 
-  const auto locate = [&](int64_t patch, int parity) {
-    for (int p = thread_index(); p < kBordered; p += kThreads) {
-      store_shared(sources + parity * kBordered + p, patches.source(patch, p));
-    }
-  };
-  const auto center = [&](const int* source, int r) {
-    return r < pixels ? load_shared(source + load_shared(corners + r) + line + 1) : -1;
-  };
-  const auto load = [&](int64_t patch, int parity, int stage) {
+  const auto load = [&](int patch, int parity, int stage) {
     const int64_t origin = patches.origin(patch);
-    const int* source = sources + parity * kBordered;
     T* grad = stages + stage * Config::kStageSize;
     T *y = grad + kBordered * kOutLd, *z = y + kBordered * kOutLd;
     const auto row_of = [&](const Pixels<const T>& of) {
       return [&](int p) {
-        const int from = load_shared(source + p);
+        const int from = places.source(parity, p);
         return from >= 0 ? of.at(origin + from) : nullptr;
       };
     };
-    copy_tile<kBordered, kOut, kThreads>(grad, kOutLd, out, args.grad_bytes, row_of(args.grad));
-    copy_tile<kBordered, kOut, kThreads>(y, kOutLd, out, args.y_bytes, row_of(args.y));
+    copy_tile<kBordered, kOut, kThreads>(grad, kOutLd, out, args.grad_bytes, row_of(args.grad),
+                                         patches.bordered);
+    copy_tile<kBordered, kOut, kThreads>(y, kOutLd, out, args.y_bytes, row_of(args.y),
+                                         patches.bordered);
     copy_tile<kPixels, kIn, kThreads>(z, kInLd, ins, args.z_bytes, [&](int r) {
-      const int from = center(source, r);
+      const int from = places.center(parity, r);
       return from >= 0 ? args.z.at(origin + from) + first_in : nullptr;
     });
   };
 
-  const int64_t patch_count = patches.count();
   const bool ahead = args.stages > 1;
   int stage = 0, parity = 0;
-  // Divisions once, not in every patch.
-  for (int r = thread_index(); r < kPixels; r += kThreads) {
-    store_shared(corners + r, patches.corner(r));
-  }
-  locate(block_y(), parity);
+  places.locate(block_y(), parity);
   sync_threads();
   load(block_y(), parity, 0);
   copy_async_commit();
-  for (int64_t patch = block_y(); patch < patch_count; patch += grid_y(), parity = 1 - parity) {
-    const int64_t next = patch + grid_y(), origin = patches.origin(patch);
-    if (next < patch_count) locate(next, 1 - parity);
-    const int* source = sources + parity * kBordered;
+  for (int patch = block_y(); patch < patches.count; patch += grid_y(), parity = 1 - parity) {
+    const int next = patch + grid_y();
+    const int64_t origin = patches.origin(patch);
+    if (next < patches.count) places.locate(next, 1 - parity);
     for (int r = thread_index(); r < kPixels; r += kThreads) {
-      keep[r] = center(source, r) >= 0 ? static_cast<BitsOf<T>>(~0u) : BitsOf<T>{0};
+      const bool there = places.center(parity, r) >= 0;
+      store_shared(keep + r, there ? static_cast<BitsOf<T>>(~0u) : BitsOf<T>{0});
     }
     copy_async_wait<0>();
     sync_threads();
-    if (ahead && next < patch_count) load(next, 1 - parity, 1 - stage);
+    if (ahead && next < patches.count) load(next, 1 - parity, 1 - stage);
     copy_async_commit();
     T* const dy = stages + stage * Config::kStageSize;
     const T* const y = dy + kBordered * kOutLd;
     T* const z = dy + 2 * kBordered * kOutLd;
 
-    // dy in place of grad; zero outside the images, where v would remain.
-    for (int i = thread_index(); i < kBordered * kOut / 2; i += kThreads) {
-      const int p = spread(i / (kOut / 2)), k = i % (kOut / 2) * 2;
-      if (load_shared(source + p) < 0) continue;
-      T* to = dy + p * kOutLd + k;
-      const Float2 g = load_pair(to), value = load_pair(y + p * kOutLd + k);
-      const Float2 us = load_pair(u + k), vs = load_pair(v + k);
+    // dy in place of grad; zero outside the images, where v would remain. A thread's channels are
+    // the same in all its rows.
+    constexpr int kPairs = kOut / 2;
+    static_assert(kThreads % kPairs == 0);
+    const int pair = thread_index() % kPairs * 2;
+    const Float2 us = load_pair(u + pair), vs = load_pair(v + pair);
+    for (int p = spread(thread_index() / kPairs); p < patches.bordered; p += kThreads / kPairs) {
+      if (places.source(parity, p) < 0) continue;
+      T* to = dy + p * kOutLd + pair;
+      const Float2 g = load_pair(to), value = load_pair(y + p * kOutLd + pair);
       store_pair(to, g.x + (us.x * value.x + vs.x), g.y + (us.y * value.y + vs.y));
     }
     sync_threads();
 
-    // Tap t of the pixel whose corner is at c sees dy at c + 2 lines + 2 pixels - its own offset.
-    const auto shift_of = [&](int tap) { return ((2 - tap / 3) * line + 2 - tap % 3) * kOutLd; };
-
-    if (args.wants_weight) {
+    if (args.wants_weight && weight_row < out) {
       float scales[2], shifts[2];
       DENSE_EXT_UNROLL for (int j = 0; j < 2; j++) {
         scales[j] = load_shared(scale + weight_column + 8 * j + lane / 4);
         shifts[j] = load_shared(shift + weight_column + 8 * j + lane / 4);
       }
-      DENSE_EXT_NO_UNROLL for (int k = 0; k < kPixels; k += Math::kDepth) {
+      // Down the lines of dy, each with the lines of z that see it: this one and the two before.
+      const int width = patches.images * patches.columns;
+      DENSE_EXT_NO_UNROLL for (int x = 0; x < width; x += Math::kDepth) {
+        const int first = x / 16 * 16 * patches.lines + x % 16;
         const TransposedRowFragment<T> rows(
-            [&](int r) { return load_shared(corners + k + r) * kOutLd + weight_row; });
-        uint32_t b[2][2];
-        columns.load(b[0], b[1], z + k * kInLd + weight_column, kInLd);
-        DENSE_EXT_UNROLL for (int j = 0; j < 2; j++) {
-          activate_column<T>(b[j], scales[j], shifts[j]);
-          keep_rows<T>(b[j], keep + k);
-        }
-        DENSE_EXT_UNROLL for (int tap = 0; tap < kTaps; tap++) {
-          uint32_t a[1][4];
-          rows.load(a[0], dy + shift_of(tap));
-          multiply<Math>(dw[tap], a, b);
+            [&](int r) { return patches.corner(first + r) * kOutLd + weight_row; });
+        uint32_t b[3][2][2] = {};
+        DENSE_EXT_NO_UNROLL for (int l = 0; l < patches.rows + 2; l++) {
+          const int slot = first + 16 * l;
+          DENSE_EXT_UNROLL for (int j = 0; j < 2; j++) {
+            DENSE_EXT_UNROLL for (int i = 0; i < 2; i++) {
+              b[2][j][i] = b[1][j][i];
+              b[1][j][i] = b[0][j][i];
+            }
+          }
+          if (l < patches.rows) {
+            columns.load(b[0][0], b[0][1], z + slot * kInLd + weight_column, kInLd);
+          }
+          uint32_t a[3][4];
+          DENSE_EXT_UNROLL for (int dx = 0; dx < 3; dx++) {
+            rows.load(a[dx], dy + (l * patches.line + dx) * kOutLd);
+          }
+          const auto add = [&](int before) {
+            DENSE_EXT_UNROLL for (int dx = 0; dx < 3; dx++) {
+              multiply<Math>(dw[kTaps - 1 - (3 * before + dx)], a, b[before], 0, dx);
+            }
+          };
+          if (l >= 2) add(2);
+          if (l >= 1 && l <= patches.rows) add(1);
+          if (l < patches.rows) {
+            DENSE_EXT_UNROLL for (int j = 0; j < 2; j++) {
+              activate_column<T>(b[0][j], scales[j], shifts[j]);
+            }
+            keep_rows<T>(b[0], keep + slot);
+            add(0);
+          }
         }
       }
     }
 
-    float da[Config::kDataRows][Config::kDataColumns][4] = {};
-    const auto corner_row = [&](int i) {
-      return RowFragment<T>(
-          [&](int r) { return load_shared(corners + data_row + 16 * i + r) * kOutLd; });
+    // The weight turned around: what a pixel's tap saw forward sees the pixel now.
+    float da[Config::kStack][kColumns][4] = {};
+    const auto load_tap = [&](uint32_t (&b)[2][2], int tap, int k, int j) {
+      const T* of_tap = weights + (kTaps - 1 - tap) * Config::kTapSize;
+      columns.load(b[0], b[1], of_tap + k * kInLd + data_column + 8 * j, kInLd);
     };
-    const RowFragment<T> rows[2] = {corner_row(0), corner_row(Config::kDataRows - 1)};
-    DENSE_EXT_NO_UNROLL for (int tap = 0; tap < kTaps; tap++) {
-      const T* of_tap = weights + tap * Config::kTapSize + data_column;
-      DENSE_EXT_UNROLL for (int k = 0; k < kOut; k += Math::kDepth) {
-        uint32_t a[Config::kDataRows][4], b[Config::kDataColumns][2];
-        DENSE_EXT_UNROLL for (int i = 0; i < Config::kDataRows; i++) {
-          rows[i].load(a[i], dy + shift_of(tap) + k);
-        }
-        DENSE_EXT_UNROLL for (int j = 0; j < Config::kDataColumns; j += 2) {
-          columns.load(b[j], b[j + 1], of_tap + k * kInLd + 8 * j, kInLd);
-        }
-        multiply<Math>(da, a, b);
-      }
-    }
+    const int depth = kOut > 32 ? out : kOut;  // 48 of 64 is worth a branch
+    multiply_taps<Math, kOut>(da, data_rows, dy, kOutLd, patches.line, depth, load_tap);
     sync_threads();  // z becomes grad_bn, which other warps have read for dW
 
-    DENSE_EXT_UNROLL for (int i = 0; i < Config::kDataRows; i++) {
-      DENSE_EXT_UNROLL for (int half = 0; half < 2; half++) {
-        const int r = data_row + 16 * i + at.row + 8 * half;
-        if (!keep[r]) continue;
-        DENSE_EXT_UNROLL for (int j = 0; j < Config::kDataColumns; j++) {
-          const int column = data_column + 8 * j + at.column;
-          const Float2 s = load_pair(scale + column), t = load_pair(shift + column);
-          const Float2 m = load_pair(mean + column);
-          T* to = z + r * kInLd + column;
-          const Float2 value = load_pair(to);
-          const float gx = value.x * s.x + t.x <= 0 ? 0.0f : da[i][j][2 * half];
-          const float gy = value.y * s.y + t.y <= 0 ? 0.0f : da[i][j][2 * half + 1];
-          sum_g[j][0] += gx;
-          sum_g[j][1] += gy;
-          sum_gz[j][0] += gx * (value.x - m.x);
-          sum_gz[j][1] += gy * (value.y - m.y);
-          store_pair(to, gx, gy);
-        }
+    Float2 s[kColumns], t[kColumns], m[kColumns];
+    DENSE_EXT_UNROLL for (int j = 0; j < kColumns; j++) {
+      const int column = data_column + 8 * j + at.column;
+      s[j] = load_pair(scale + column), t[j] = load_pair(shift + column);
+      m[j] = load_pair(mean + column);
+    }
+    DENSE_EXT_UNROLL for (int i = 0; i < 2 * Config::kStack; i++) {
+      const int r = data_row + 8 * i + at.row;
+      if (!load_shared(keep + r)) continue;
+      DENSE_EXT_UNROLL for (int j = 0; j < kColumns; j++) {
+        T* to = z + r * kInLd + data_column + 8 * j + at.column;
+        const float* g = da[i / 2][j] + i % 2 * 2;
+        const Float2 value = load_pair(to);
+        const float gx = value.x * s[j].x + t[j].x <= 0 ? 0.0f : g[0];
+        const float gy = value.y * s[j].y + t[j].y <= 0 ? 0.0f : g[1];
+        sum_g[j][0] += gx;
+        sum_g[j][1] += gy;
+        sum_gz[j][0] += gx * (value.x - m[j].x);
+        sum_gz[j][1] += gy * (value.y - m[j].y);
+        store_pair(to, gx, gy);
       }
     }
     sync_threads();
     const auto row_of = [&](int r) {
-      const int from = center(source, r);
+      const int from = places.center(parity, r);
       return from >= 0 ? args.grad_bn.at(origin + from) + first_in : nullptr;
     };
     if (args.accumulate) {
@@ -507,7 +543,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     sync_threads();
     if (ahead) {
       stage = 1 - stage;
-    } else if (next < patch_count) {
+    } else if (next < patches.count) {
       load(next, 1 - parity, 0);
       copy_async_commit();
     }
@@ -538,9 +574,9 @@ void run_backward(BackwardArguments<typename Config::T> args, const Tensor& like
                   const Sums<typename Config::T>& sums) {
   const int64_t chunks = ceil_div(args.z.channels, Config::kIn);
   args.stages = Config::shared_bytes(2) <= current_device().shared_bytes ? 2 : 1;
-  args.patches = patches_of(args.z, Config::kPixels, Config::kBordered);
+  args.patches = patches_of<Config>(args.z);
   const int shared = Config::shared_bytes(args.stages);
-  const int64_t blocks = persistent_blocks(args.patches.count(), chunks, 1, shared);
+  const int64_t blocks = persistent_blocks(args.patches.count, chunks, 1, shared);
   const Tensor rows = scratch(blocks * args.row_size, like);
   args.rows = static_cast<float*>(rows.data_ptr());
   launch<backward_kernel<Config>>({chunks, blocks, Config::kThreads, shared}, args);
@@ -600,13 +636,24 @@ void bn_relu_conv3x3_backward(const Tensor& grad, const Tensor& y, const Tensor&
     with_arithmetic<T>(tf32, [&](auto math) {
       using Math = decltype(math);
       if constexpr (sizeof(T) == 2) {  // float's tiles would not fit shared memory
-        using Wide = Backward<Math, 64>;
-        const bool fits = Wide::shared_bytes(1) <= current_device().shared_bytes;
-        if (fits && ceil_div(out, 64) < ceil_div(out, 32)) return run_pieces(Wide{});
+        using Wide = Backward<Math, 64, 2, 2>;
+        using Large = Backward<Math, 32, 4, 2>;
+        using Small = Backward<Math, 32, 4, 4>;
+        static_assert(Small::shared_bytes(1) <= kSmallestSharedBytes);
+        const int room = current_device().shared_bytes;
+        if (Wide::shared_bytes(1) <= room && ceil_div(out, 64) < ceil_div(out, 32)) {
+          run_pieces(Wide{});
+        } else if (Large::shared_bytes(2) <= room &&
+                   large_patches_pay<Large, Small>(zs, ceil_div(in, Large::kIn))) {
+          run_pieces(Large{});
+        } else {
+          run_pieces(Small{});
+        }
+      } else {
+        using Only = Backward<Math, 32, 2, 2>;
+        static_assert(Only::shared_bytes(1) <= kSmallestSharedBytes);
+        run_pieces(Only{});
       }
-      using Narrow = Backward<Math, 32>;
-      static_assert(Narrow::shared_bytes(1) <= kSmallestSharedBytes);
-      run_pieces(Narrow{});
     });
   });
 }

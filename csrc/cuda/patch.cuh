@@ -1,5 +1,11 @@
 // Patches of images for 3x3 convolutions: a rectangle of pixels of one or, where they are small,
-// several images, with a border one pixel wide around each.
+// several images side by side, with a border one pixel wide around each, which neighbours share.
+//
+// Products take a patch's pixels in slots: 16 side by side, a fragment's rows, line below line for
+// as many lines as the patch has, then the next 16 columns. So a fragment shifted down by a line is
+// the next fragment, and what is read for one serves its neighbours in a stack. `lines` is a
+// multiple of a stack's; slots beyond the patch's pixels see whatever is there, and nobody their
+// products.
 
 #pragma once
 
@@ -12,68 +18,124 @@ namespace dense_ext {
 struct Patches {
   int64_t image_count;
   int height, width;          // of an image
-  int images, rows, columns;  // of a patch
-  int64_t down, across;       // patches of an image
+  int images, rows, columns;  // of a patch; the columns are an image's
+  int lines;                  // of slots
+  int line, bordered;         // pixels of a line of the bordered patch, and of all of it
+  int down, across;           // patches of an image
+  int count;
 
-  DENSE_EXT_HOST_DEVICE int64_t count() const {
-    return (image_count + images - 1) / images * down * across;
+  // A slot's column, of those of all images, and line.
+  DENSE_EXT_HOST_DEVICE int column_of(int slot) const { return slot / 16 / lines * 16 + slot % 16; }
+  DENSE_EXT_HOST_DEVICE int line_of(int slot) const { return slot / 16 % lines; }
+
+  // The upper left neighbour of a slot's pixel, in the bordered patch; of slots beyond the columns
+  // that of the last column.
+  DENSE_EXT_HOST_DEVICE int corner(int slot) const {
+    const int column = std::min(column_of(slot), images * columns - 1);
+    return line_of(slot) * line + column + column / columns;
   }
-  // Pixels from a line of the bordered patch to the next, and in all of it.
-  DENSE_EXT_HOST_DEVICE int line() const { return columns + 2; }
-  DENSE_EXT_HOST_DEVICE int bordered() const { return images * (rows + 2) * line(); }
-
-  // The upper left neighbour of the patch's pixel r, in the bordered patch; 0 beyond the last
-  // pixel.
-  DENSE_EXT_HOST_DEVICE int corner(int r) const {
-    if (r >= images * rows * columns) return 0;
-    const int image = r / (rows * columns), in_image = r % (rows * columns);
-    return (image * (rows + 2) + in_image / columns) * line() + in_image % columns;
+  // A slot's pixel in the bordered patch; -1 beyond the patch.
+  DENSE_EXT_HOST_DEVICE int center(int slot) const {
+    const bool used = line_of(slot) < rows && column_of(slot) < images * columns;
+    return used ? corner(slot) + line + 1 : -1;
   }
 
+  DENSE_EXT_HOST_DEVICE int64_t first_image(int patch) const {
+    return int64_t{patch / (down * across)} * images;
+  }
   // The first pixel of the patch's first image.
-  DENSE_EXT_HOST_DEVICE int64_t origin(int64_t patch) const {
-    return patch / (down * across) * images * height * width;
+  DENSE_EXT_HOST_DEVICE int64_t origin(int patch) const {
+    return first_image(patch) * height * width;
   }
   // Where pixel p of the bordered patch lies, counted from the origin; -1 outside the images.
-  DENSE_EXT_HOST_DEVICE int source(int64_t patch, int p) const {
-    const int image = p / ((rows + 2) * line()), in_image = p % ((rows + 2) * line());
-    const int row = static_cast<int>(patch / across % down) * rows + in_image / line() - 1;
-    const int column = static_cast<int>(patch % across) * columns + in_image % line() - 1;
-    const bool inside = image < images && patch / (down * across) * images + image < image_count &&
-                        row >= 0 && row < height && column >= 0 && column < width;
+  DENSE_EXT_HOST_DEVICE int source(int patch, int p) const {
+    const int y = p / line, x = p % line, image = std::min(x / (columns + 1), images - 1);
+    const int row = patch / across % down * rows + y - 1;
+    const int column = patch % across * columns + x - image * (columns + 1) - 1;
+    const bool inside = y < rows + 2 && first_image(patch) + image < image_count && row >= 0 &&
+                        row < height && column >= 0 && column < width;
     return inside ? (image * height + row) * width + column : -1;
   }
 };
 
-// The patches of at most `pixels` pixels, `bordered` with their border, that cover [N, H, W, C] in
-// the least number, and of those the smallest.
-template <class T>
-Patches patches_of(const Pixels<T>& x, int pixels, int bordered) {
-  STD_TORCH_CHECK(x.height * x.width < int64_t{1} << 31, "images of ", x.height, " x ", x.width,
+// The patches that cover [N, H, W, C] in the least number, and of those the smallest: of at most
+// Config::kPixels slots in stacks of kStack lines, and kBordered pixels with a border around all
+// lines.
+template <class Config, class T>
+Patches patches_of(const Pixels<T>& x) {
+  constexpr int64_t kSlots = Config::kPixels, kStack = Config::kStack;
+  constexpr int64_t kMost = int64_t{1} << 31;  // pixels of a patch's images: 32-bit distances
+  STD_TORCH_CHECK(x.height * x.width < kMost, "images of ", x.height, " x ", x.width,
                   " pixels are too large");
   Patches best{};
-  for (int64_t columns = 1; columns <= std::min<int64_t>(x.width, pixels); columns++) {
-    const int64_t most = std::min(pixels / columns, bordered / (columns + 2) - 2);
-    if (most < 1) break;
-    const int64_t down = ceil_div(x.height, most), across = ceil_div(x.width, columns);
-    const int64_t rows = ceil_div(x.height, down);
+  for (int64_t most = kStack; most <= kSlots / 16 && most < x.height + kStack; most += kStack) {
+    const int64_t down = ceil_div(x.height, most), rows = ceil_div(x.height, down);
+    const int64_t lines = round_up(rows, kStack), longest = Config::kBordered / (lines + 2);
+    const int64_t wide = kSlots / 16 / lines * 16;
+    const int64_t across = ceil_div(x.width, std::min(wide, longest - 2));
+    const int64_t columns = ceil_div(x.width, across);
     int64_t images = 1;
-    if (down == 1 && across == 1) {
+    if (across == 1) {
       images = std::min(
-          {int64_t{pixels} / (rows * columns), bordered / ((rows + 2) * (columns + 2)), x.images});
+          {wide / columns, (longest - 1) / (columns + 1), x.images, kMost / (x.height * x.width)});
     }
-    const Patches patches{x.images,
-                          static_cast<int>(x.height),
-                          static_cast<int>(x.width),
-                          static_cast<int>(images),
-                          static_cast<int>(rows),
-                          static_cast<int>(columns),
-                          down,
-                          across};
-    const auto cost = [](const Patches& p) { return std::pair(p.count(), p.bordered()); };
-    if (best.images == 0 || cost(patches) < cost(best)) best = patches;
+    const int64_t line = images * (columns + 1) + 1;
+    const int64_t count = ceil_div(x.images, images) * down * across;
+    if (count > kMost / 2) continue;  // a block's next patch has a 32-bit number, too
+    const auto narrow = [](int64_t i) { return static_cast<int>(i); };
+    const Patches patches{.image_count = x.images,
+                          .height = narrow(x.height),
+                          .width = narrow(x.width),
+                          .images = narrow(images),
+                          .rows = narrow(rows),
+                          .columns = narrow(columns),
+                          .lines = narrow(lines),
+                          .line = narrow(line),
+                          .bordered = narrow((rows + 2) * line),
+                          .down = narrow(down),
+                          .across = narrow(across),
+                          .count = narrow(count)};
+    const auto cost = [](const Patches& p) { return std::pair(p.count, p.bordered); };
+    if (best.count == 0 || cost(patches) < cost(best)) best = patches;
   }
+  STD_TORCH_CHECK(best.count > 0, x.images, " images of ", x.height, " x ", x.width,
+                  " pixels are too many");
   return best;
 }
+
+// Where a block finds the pixels of two patches, this one's and the next one's, by `parity`:
+// divided out once, not in every access. In shared memory.
+template <int kSlots, int kBordered, int kThreads>
+class Places {
+ public:
+  static constexpr int kInts = 2 * kBordered + kSlots;
+
+  // They are there after a barrier, as a patch that is located.
+  __device__ Places(int* memory, const Patches& patches)
+      : sources_(memory), centers_(memory + 2 * kBordered), patches_(patches) {
+    for (int slot = thread_index(); slot < kSlots; slot += kThreads) {
+      store_shared(centers_ + slot, patches.center(slot));
+    }
+  }
+
+  __device__ void locate(int patch, int parity) const {
+    for (int p = thread_index(); p < kBordered; p += kThreads) {
+      store_shared(sources_ + parity * kBordered + p, patches_.source(patch, p));
+    }
+  }
+  // Where pixel p of the bordered patch lies, as in Patches.
+  __device__ int source(int parity, int p) const {
+    return load_shared(sources_ + parity * kBordered + p);
+  }
+  // Where a slot's pixel lies; -1: it has none.
+  __device__ int center(int parity, int slot) const {
+    const int p = load_shared(centers_ + slot);
+    return p >= 0 ? source(parity, p) : -1;
+  }
+
+ private:
+  int *const sources_, *const centers_;
+  const Patches& patches_;
+};
 
 }  // namespace dense_ext

@@ -204,25 +204,28 @@ __device__ __forceinline__ void activate_column(uint32_t (&b)[2], float scale, f
   }
 }
 
-// Zeros for the k of a fragment of b, in depth the rows of a tile, whose bits are not kept.
-template <class T>
-__device__ __forceinline__ void keep_rows(uint32_t (&b)[2], const BitsOf<T>* keep) {
+// Zeros for the k of fragments of b, in depth the rows of a tile, whose bits are not kept.
+template <class T, int kColumns>
+__device__ __forceinline__ void keep_rows(uint32_t (&b)[kColumns][2], const BitsOf<T>* keep) {
   const int t = lane_index() % 4;
   DENSE_EXT_UNROLL for (int i = 0; i < 2; i++) {
+    uint32_t bits;
     if constexpr (sizeof(T) == 2) {
-      b[i] &= load_shared(reinterpret_cast<const uint32_t*>(keep + 2 * t + 8 * i));
+      bits = load_shared(reinterpret_cast<const uint32_t*>(keep + 2 * t + 8 * i));
     } else {
-      b[i] &= load_shared(keep + t + 4 * i);
+      bits = load_shared(keep + t + 4 * i);
     }
+    DENSE_EXT_UNROLL for (int j = 0; j < kColumns; j++) b[j][i] &= bits;
   }
 }
 
 // --- the product -----------------------------------------------------------------------------
 
-// c[i][first + j] += a[i] @ b[j], 16 x 8 values of a warp each.
-template <class Math, int kRows, int kAllColumns, int kColumns>
-__device__ __forceinline__ void multiply(float (&c)[kRows][kAllColumns][4], uint32_t (&a)[kRows][4],
-                                         uint32_t (&b)[kColumns][2], int first = 0) {
+// c[i][first + j] += a[first_row + i] @ b[j], 16 x 8 values of a warp each.
+template <class Math, int kRows, int kAllColumns, int kAllRows, int kColumns>
+__device__ __forceinline__ void multiply(float (&c)[kRows][kAllColumns][4],
+                                         uint32_t (&a)[kAllRows][4], uint32_t (&b)[kColumns][2],
+                                         int first = 0, int first_row = 0) {
   using T = typename Math::T;
   if constexpr (sizeof(T) == 4 && Math::kExact) {
     // A lane's rows and columns, collected from the lanes that hold them, step by step in depth.
@@ -231,7 +234,7 @@ __device__ __forceinline__ void multiply(float (&c)[kRows][kAllColumns][4], uint
       float rows[kRows][2];
       DENSE_EXT_UNROLL for (int i = 0; i < kRows; i++) {
         DENSE_EXT_UNROLL for (int half = 0; half < 2; half++) {
-          rows[i][half] = float_of_bits(shuffle(a[i][k / 4 * 2 + half], g + k % 4));
+          rows[i][half] = float_of_bits(shuffle(a[first_row + i][k / 4 * 2 + half], g + k % 4));
         }
       }
       DENSE_EXT_UNROLL for (int j = 0; j < kColumns; j++) {
@@ -247,7 +250,7 @@ __device__ __forceinline__ void multiply(float (&c)[kRows][kAllColumns][4], uint
     }
   } else {
     if constexpr (sizeof(T) == 4) {
-      DENSE_EXT_UNROLL for (int i = 0; i < kRows; i++) {
+      DENSE_EXT_UNROLL for (int i = first_row; i < first_row + kRows; i++) {
         DENSE_EXT_UNROLL for (int r = 0; r < 4; r++) a[i][r] = tf32_of(float_of_bits(a[i][r]));
       }
       DENSE_EXT_UNROLL for (int j = 0; j < kColumns; j++) {
@@ -256,7 +259,7 @@ __device__ __forceinline__ void multiply(float (&c)[kRows][kAllColumns][4], uint
     }
     DENSE_EXT_UNROLL for (int i = 0; i < kRows; i++) {
       DENSE_EXT_UNROLL for (int j = 0; j < kColumns; j++) {
-        multiply_accumulate<T>(c[i][first + j], a[i], b[j]);
+        multiply_accumulate<T>(c[i][first + j], a[first_row + i], b[j]);
       }
     }
   }

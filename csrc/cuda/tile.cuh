@@ -18,13 +18,14 @@ __device__ __forceinline__ int first_access() {
   return kUnits == 4 ? spread(i / kUnits) * kUnits + i % kUnits : i;
 }
 
-// Calls body(row, column, valid) for each access of kBytes to a tile of kRows x kColumns.
+// Calls body(row, column, valid) for each access of kBytes to the first `rows` rows of a tile of
+// kRows x kColumns.
 template <class T, int kBytes, int kRows, int kColumns, int kThreads, class Body>
-__device__ __forceinline__ void for_accesses(int columns, const Body& body) {
+__device__ __forceinline__ void for_accesses(int rows, int columns, const Body& body) {
   constexpr int kElements = kBytes / static_cast<int>(sizeof(T)), kUnits = kColumns / kElements;
   static_assert(kUnits != 4 || kRows % 8 == 0);
   // Addresses of several accesses at once would cost the products' registers.
-  DENSE_EXT_NO_UNROLL for (int i = first_access<kUnits>(); i < kRows * kUnits; i += kThreads) {
+  DENSE_EXT_NO_UNROLL for (int i = first_access<kUnits>(); i < rows * kUnits; i += kThreads) {
     const int column = i % kUnits * kElements;
     body(i / kUnits, column, column < columns);
   }
@@ -61,21 +62,23 @@ struct Rows {
 };
 
 // Copies a tile into shared memory, asynchronously but for single 16-bit elements; columns from
-// `columns` on, and rows that are null, become zeros. `row(r)` is row r's first element in global
-// memory.
+// `columns` on, and rows that are null, become zeros; rows from `rows` on stay what they are.
+// `row(r)` is row r's first element in global memory.
 template <int kRows, int kColumns, int kThreads, class T, class Row>
-__device__ __forceinline__ void copy_tile(T* tile, int ld, int columns, int bytes, const Row& row) {
+__device__ __forceinline__ void copy_tile(T* tile, int ld, int columns, int bytes, const Row& row,
+                                          int rows = kRows) {
   for_width<T>(bytes, [&](auto width) {
     constexpr int kBytes = decltype(width)::value;
-    for_accesses<T, kBytes, kRows, kColumns, kThreads>(columns, [&](int r, int c, bool valid) {
-      const T* from = row(r);
-      valid = valid && from;
-      if constexpr (kBytes >= 4) {
-        copy_async<kBytes>(tile + r * ld + c, valid ? from + c : from, valid);
-      } else {
-        store_shared(tile + r * ld + c, valid ? load_global(from + c) : T{0});
-      }
-    });
+    for_accesses<T, kBytes, kRows, kColumns, kThreads>(
+        rows, columns, [&](int r, int c, bool valid) {
+          const T* from = row(r);
+          valid = valid && from;
+          if constexpr (kBytes >= 4) {
+            copy_async<kBytes>(tile + r * ld + c, valid ? from + c : from, valid);
+          } else {
+            store_shared(tile + r * ld + c, valid ? load_global(from + c) : T{0});
+          }
+        });
   });
 }
 
@@ -86,12 +89,13 @@ __device__ __forceinline__ void store_tile(const T* tile, int ld, int columns, i
   for_width<T>(bytes, [&](auto width) {
     constexpr int kBytes = decltype(width)::value;
     using V = Bytes<kBytes>;
-    for_accesses<T, kBytes, kRows, kColumns, kThreads>(columns, [&](int r, int c, bool valid) {
-      T* to = row(r);
-      if (!valid || !to) return;
-      store_global(reinterpret_cast<V*>(to + c),
-                   load_shared(reinterpret_cast<const V*>(tile + r * ld + c)));
-    });
+    for_accesses<T, kBytes, kRows, kColumns, kThreads>(
+        kRows, columns, [&](int r, int c, bool valid) {
+          T* to = row(r);
+          if (!valid || !to) return;
+          store_global(reinterpret_cast<V*>(to + c),
+                       load_shared(reinterpret_cast<const V*>(tile + r * ld + c)));
+        });
   });
 }
 
@@ -133,24 +137,30 @@ __device__ __forceinline__ Float2 load_pair(const T* at) {
   }
 }
 
-// relu(scale*x + shift) in place, rounded to T, of the rows of a tile for which `valid(r)`.
-template <int kRows, int kColumns, int kThreads, class T, class Valid>
-__device__ __forceinline__ void activate_rows(T* tile, int ld, const float* scale,
+// relu(scale*x + shift) in place, rounded to T, of those of a tile's rows for which `valid(r)`.
+template <int kColumns, int kThreads, class T, class Valid>
+__device__ __forceinline__ void activate_rows(T* tile, int ld, int rows, const float* scale,
                                               const float* shift, const Valid& valid) {
   constexpr int kElements = 16 / static_cast<int>(sizeof(T)), kUnits = kColumns / kElements;
-  DENSE_EXT_NO_UNROLL for (int i = first_access<kUnits>(); i < kRows * kUnits; i += kThreads) {
+  // A thread's columns are the same in all its rows.
+  static_assert(kThreads % kUnits == 0);
+  const int column = thread_index() % kUnits * kElements;
+  float s[kElements], t[kElements];
+  DENSE_EXT_UNROLL for (int e = 0; e < kElements; e++) {
+    s[e] = load_shared(scale + column + e);
+    t[e] = load_shared(shift + column + e);
+  }
+  DENSE_EXT_NO_UNROLL for (int i = first_access<kUnits>(); i < rows * kUnits; i += kThreads) {
     if (!valid(i / kUnits)) continue;
-    const int column = i % kUnits * kElements;
     auto* const at = reinterpret_cast<Bytes<16>*>(tile + i / kUnits * ld + column);
     Bytes<16> x = load_shared(at);
     DENSE_EXT_UNROLL for (int w = 0; w < 4; w++) {
       if constexpr (sizeof(T) == 2) {
         const Float2 pair = unpack<T>(x.data[w]);
-        const Float2 s = load_pair(scale + column + 2 * w), t = load_pair(shift + column + 2 * w);
-        x.data[w] = pack_relu<T>(pair.x * s.x + t.x, pair.y * s.y + t.y);
+        x.data[w] =
+            pack_relu<T>(pair.x * s[2 * w] + t[2 * w], pair.y * s[2 * w + 1] + t[2 * w + 1]);
       } else {
-        const float s = load_shared(scale + column + w), t = load_shared(shift + column + w);
-        x.data[w] = bits_of(relu(float_of_bits(x.data[w]) * s + t));
+        x.data[w] = bits_of(relu(float_of_bits(x.data[w]) * s[w] + t[w]));
       }
     }
     store_shared(at, x);

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from ..emulator import Emulator
+from ..emulator import SHARED_BYTES, Emulator
 from ..primitives import test_affine_gradient as affine
 from ..primitives import test_bn_relu_conv1x1 as conv1x1
 from ..primitives import test_bn_relu_conv3x3 as conv3x3
@@ -25,6 +25,7 @@ from .cases import CPU
 
 NARROW, WIDE = 2, 4  # bytes of an activation or a weight, and of the float32 of vectors and sums
 SECTOR = 32
+PASS, FRAGMENT = 128, 512  # of shared memory: what it gives in a cycle, and 16 x 16 of a product's factor
 
 
 @dataclass
@@ -114,10 +115,10 @@ def conv3x3_forward(n: int, h: int, w: int, b: int, k: int) -> Traffic:
 
 
 def conv3x3_backward(n: int, h: int, w: int, b: int, k: int) -> Traffic:
-    """Each 64 channels of z read grad and y, with the borders of patches of 16 x 8."""
+    """Each 64 channels of z read grad and y, with the borders of patches of 16 x 16."""
     m, columns = n * h * w, math.ceil(b / 64)
     return Traffic(
-        loads=columns * 2 * n * with_borders(h, w, 16, 8) * k * NARROW + m * b * NARROW,
+        loads=columns * 2 * n * with_borders(h, w, 16, 16) * k * NARROW + m * b * NARROW,
         stores=m * b * NARROW + 2 * b * WIDE + 9 * k * b * NARROW,
         columns=columns,
         block_loads=9 * k * b * NARROW + (columns * 2 * k + 3 * b) * WIDE,
@@ -187,9 +188,9 @@ TESTED = {
 }
 
 
-def count(gpu: Emulator, make: MakeCase, size: Size) -> None:
+def count(gpu: Emulator, make: MakeCase, size: Size, **settings: object) -> None:
     """Run a case on four multiprocessors, counting."""
-    gpu.reset(count=True, multiprocessors=4)
+    gpu.reset(count=True, multiprocessors=4, **settings)
     make(Maker(torch.bfloat16, CPU, guard=SECTOR // NARROW), size).run(gpu.backend)
 
 
@@ -204,7 +205,7 @@ def test_bytes(gpu: Emulator, name: str) -> None:
     assert counters.global_sectors * SECTOR <= 1.05 * sum(moved) + traffic.scattered * SECTOR
 
 
-# --- bank conflicts --------------------------------------------------------------------------------
+# --- shared memory ---------------------------------------------------------------------------------
 
 
 def conflicts(gpu: Emulator) -> Counter[str]:
@@ -228,28 +229,65 @@ def weight_passes(blocks: int, channels: int) -> int:
     return blocks * 9 * 32 * channels // 32
 
 
+def check_conv3x3(gpu: Emulator, patches: int) -> None:
+    """Fragments have no conflicts: a matrix's eight rows are eight pixels of a line, or again its last."""
+    found = conflicts(gpu)
+    assert set(found) <= {"bn_relu_conv3x3.cu", "patch.cuh", "tile.cuh"}
+    assert found["bn_relu_conv3x3.cu"] <= weight_passes(patches, 64)
+    # Where a slot's pixel lies, which is asked of several lines at once, and only where there is one.
+    lookups = sum(taken for place, taken in gpu.counters.shared_passes.items() if "patch.cuh" in place)
+    assert found["patch.cuh"] <= lookups / 8
+    # The last turn of a copy, which is for a part of the lanes.
+    assert found["tile.cuh"] <= patches * 4
+
+
 @pytest.mark.parametrize("width", [16, 14])
 def test_conv3x3_forward(gpu: Emulator, width: int) -> None:
     count(gpu, conv3x3.forward_case, (2, width, width, 64, 32))
-    patches, chunks, taps = 2, 2, 9
-    found = conflicts(gpu)
-    assert set(found) <= {"product.cuh", "bn_relu_conv3x3.cu"}
-    # A matrix's eight rows are eight pixels; where they go on in the next line of the patch, its border
-    # of two pixels comes between them. A warp reads four such matrices for each tap and chunk.
-    wrapped = sum(r // width != (r + 7) // width for r in range(0, width * width, 8))
-    assert found["product.cuh"] <= patches * chunks * taps * 4 * wrapped
-    # Beside the weight, where 256 pixels of a patch lie, which is asked line by line.
-    assert found["bn_relu_conv3x3.cu"] <= weight_passes(patches, 64) + patches * 256 // 32
+    check_conv3x3(gpu, patches=2)
 
 
-def test_conv3x3_backward(gpu: Emulator) -> None:
-    """Fragments have none where lines of a patch are of whole matrices."""
-    count(gpu, conv3x3.backward_case, (2, 16, 16, 64, 32))
-    patches = 4
-    found = conflicts(gpu)
-    assert set(found) <= {"bn_relu_conv3x3.cu"}
-    # As in forward, of 128 pixels.
-    assert found["bn_relu_conv3x3.cu"] <= weight_passes(patches, 64) + patches * 128 // 32
+@pytest.mark.parametrize("width", [16, 14])
+def test_conv3x3_backward(gpu: Emulator, width: int) -> None:
+    count(gpu, conv3x3.backward_case, (2, width, width, 64, 32))
+    check_conv3x3(gpu, patches=4)
+
+
+def stack_bytes(lines: int, columns: int) -> float:
+    """Of fragments for 16 of depth and nine taps, a pixel and 16 channels: a warp with a stack of lines of
+    16 pixels reads each line and the two below once for a column of taps, by 16 * ``columns`` channels.
+    """
+    return 3 * (lines + 2 + 3 * columns) * FRAGMENT / (16 * lines * columns)
+
+
+def weight_gradient_bytes(lines: int) -> float:
+    """The same of dW: each line of z with its mask of two passes, of dy three times that line and the two
+    below.
+    """
+    return ((3 * (lines + 2) + lines) * FRAGMENT + lines * 2 * PASS) / (16 * lines)
+
+
+FRAGMENT_BYTES = {
+    "forward": (conv3x3.forward_case, "sm_90", stack_bytes(4, 2)),
+    "forward, small patches": (conv3x3.forward_case, "sm_86", stack_bytes(4, 1)),
+    "backward": (conv3x3.backward_case, "sm_90", stack_bytes(4, 2) + weight_gradient_bytes(16)),
+    "backward, small patches": (
+        conv3x3.backward_case,
+        "sm_86",
+        stack_bytes(4, 1) + weight_gradient_bytes(8),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FRAGMENT_BYTES)
+def test_conv3x3_fragments(gpu: Emulator, name: str) -> None:
+    """What bounds the 3x3 kernels, beside the few that a block's sums take at its end."""
+    make, chip, expected = FRAGMENT_BYTES[name]
+    n, h, w, b, k = 8, 16, 16, 128, 32
+    count(gpu, make, (n, h, w, b, k), shared_bytes=SHARED_BYTES[chip])
+    passes = sum(taken for place, taken in gpu.counters.shared_passes.items() if "product.cuh" in place)
+    expected *= n * h * w * (b // 16) * (k // 16) / PASS
+    assert expected <= passes <= 1.01 * expected
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import torch
 from ..emulator import Emulator
 from ..emulator.build import CUDA, build
 from ..primitives import test_bn_relu_conv1x1 as conv1x1
+from ..primitives import test_bn_relu_conv3x3 as conv3x3
 from ..primitives import test_bn_relu_maxpool as maxpool
 from ..primitives import test_channel_stats as channel_stats
 from ..primitives.common import MakeCase, Size
@@ -62,6 +63,7 @@ class Fault:
 
 forward_1x1 = partial(Fault, "bn_relu_conv1x1.cu", conv1x1.forward_case, (2, 12, 17, 104, 48))
 backward_1x1 = partial(Fault, "bn_relu_conv1x1.cu", conv1x1.backward_case, (2, 12, 17, 72, 48))
+backward_3x3 = partial(Fault, "bn_relu_conv3x3.cu", conv3x3.backward_case, (2, 5, 7, 40, 32))
 pool = partial(Fault, "bn_relu_maxpool.cu", maxpool.backward_case)
 stats = partial(Fault, "channel_stats.cu", channel_stats.stats_case, (2, 9, 9, 40))
 
@@ -132,6 +134,12 @@ FAULTS = {
         "at[0] = offset(lane % 8 + lane / 16 * 8) + lane / 8 % 2 * 8;",
         "at[0] = offset(lane % 8 + lane / 8 % 2 * 8) + lane / 16 * 8;",
         WRONG_VALUES,
+    ),
+    "slots without a pixel added up": backward_3x3(
+        "bn_relu_conv3x3.cu", "            keep_rows<T>(b[0], keep + slot);\n", "", WRONG_VALUES
+    ),
+    "the line above for its neighbour": backward_3x3(
+        "bn_relu_conv3x3.cu", "if (l >= 2) add(2);", "if (l >= 2) add(1);", WRONG_VALUES
     ),
     "more shared memory than asked for": stats(
         "channel_stats.cu",

@@ -21,7 +21,11 @@ CONVOLUTIONS = {
     "1x1 backward": (conv1x1.backward_case, (4, 15, 17, 72, 48)),
     "3x3 forward": (conv3x3.forward_case, (3, 33, 17, 40, 32)),
     "3x3 backward": (conv3x3.backward_case, (3, 33, 17, 40, 32)),
+    "3x3 forward, large patches": (conv3x3.forward_case, (2, 33, 30, 40, 32)),
+    "3x3 backward, large patches": (conv3x3.backward_case, (2, 30, 14, 40, 32)),
 }
+# Images and pixels: whole ones side by side, the last fewer; parts of one; bands of several.
+IMAGES = [(11, 7, 7), (7, 8, 8), (3, 14, 14), (5, 28, 28), (2, 19, 45), (70, 1, 1), (9, 3, 2), (3, 2, 65)]
 SCHEDULES = [("FIRST", 0), ("LAST", 0), *(("RANDOM", seed) for seed in range(4))]
 
 
@@ -51,3 +55,12 @@ def test_shared_memory(gpu: Emulator, make: MakeCase, size: Size, dtype: torch.d
     for shared_bytes in SHARED_BYTES.values():
         gpu.reset(shared_bytes=shared_bytes)
         check_values(gpu.backend, make(Maker(dtype, CPU, guard=ALIGNED), size))
+
+
+@pytest.mark.parametrize("images", IMAGES, ids=str)
+@pytest.mark.parametrize("make", [conv3x3.forward_case, conv3x3.backward_case], ids=lambda c: c.__name__)
+def test_patches(gpu: Emulator, make: MakeCase, images: Size) -> None:
+    """Of every shape: small and large, as there are many or few for the multiprocessors."""
+    for dtype, multiprocessors in ((torch.float32, 1), (torch.bfloat16, 1), (torch.bfloat16, 16)):
+        gpu.reset(multiprocessors=multiprocessors)
+        check_values(gpu.backend, make(Maker(dtype, CPU, guard=ALIGNED), (*images, 24, 16)))

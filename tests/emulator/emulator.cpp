@@ -132,11 +132,16 @@ void record(const void* p, int bytes, bool shared, Place place) {
   warp.requests[{place.file, place.line, shared, time}].push_back({lane, p, bytes});
 }
 
-// Passes a warp's access to shared memory takes beyond those its bytes need: of the words in one
-// bank, one is served at a time. Eight lanes at a time for 16-byte accesses, sixteen for 8.
-int conflicts(const std::vector<Access>& accesses) {
+struct Passes {
+  int least, taken;
+};
+
+// How often a warp's access to shared memory passes the banks, at the least and as it is: of the
+// words in one bank, one is served at a time. Eight lanes at a time for 16-byte accesses, sixteen
+// for 8.
+Passes passes_of(const std::vector<Access>& accesses) {
   const int at_once = 128 / std::max(4, accesses.front().bytes);
-  int extra = 0;
+  Passes passes{};
   for (int first = 0; first < kWarp; first += at_once) {
     std::array<std::unordered_set<uintptr_t>, 32> banks;
     for (const Access& access : accesses) {
@@ -146,20 +151,22 @@ int conflicts(const std::vector<Access>& accesses) {
         banks[word % 32].insert(word);
       }
     }
-    size_t passes = 1;
-    for (const auto& bank : banks) passes = std::max(passes, bank.size());
-    extra += static_cast<int>(passes) - 1;
+    size_t most = 0;
+    for (const auto& bank : banks) most = std::max(most, bank.size());
+    passes.least += most > 0;
+    passes.taken += static_cast<int>(most);
   }
-  return extra;
+  return passes;
 }
 
 void count_requests(Warp& warp) {
   for (const auto& [request, accesses] : warp.requests) {
     const auto& [file, line, shared, time] = request;
     if (shared) {
+      const auto [least, taken] = passes_of(accesses);
       counters().shared_requests++;
-      if (const int extra = conflicts(accesses))
-        counters().bank_conflicts[text({file, line})] += extra;
+      counters().shared_passes[text({file, line})] += taken;
+      if (taken > least) counters().bank_conflicts[text({file, line})] += taken - least;
       continue;
     }
     std::unordered_set<uintptr_t> sectors;

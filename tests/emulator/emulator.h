@@ -127,7 +127,8 @@ struct Counters {
   int64_t global_loads = 0, global_stores = 0;      // bytes
   int64_t global_requests = 0, global_sectors = 0;  // of a warp; 32 bytes each
   int64_t shared_requests = 0;                      // of a warp
-  std::map<std::string, int64_t> bank_conflicts;    // extra passes of such requests, by their place
+  // Of such requests, by their place: passes of 128 bytes, and those beyond the least.
+  std::map<std::string, int64_t> shared_passes, bank_conflicts;
   // Of each kernel launched, by its file and name: threads of a block, and the most shared memory.
   std::map<std::pair<std::string, std::string>, std::pair<int, int>> kernels;
 };

@@ -29,6 +29,7 @@ PYBIND11_MODULE(_emulator, m) {
       .def_readonly("global_requests", &emulator::Counters::global_requests)
       .def_readonly("global_sectors", &emulator::Counters::global_sectors)
       .def_readonly("shared_requests", &emulator::Counters::shared_requests)
+      .def_readonly("shared_passes", &emulator::Counters::shared_passes)
       .def_readonly("bank_conflicts", &emulator::Counters::bank_conflicts)
       .def_readonly("kernels", &emulator::Counters::kernels);
   // The ones in use.
