@@ -88,6 +88,13 @@ def densenet121_bytes(batch: int, **options: bool) -> int:
         return saved_bytes(network, lambda: nn.functional.cross_entropy(network(x), labels))
 
 
+def test_counting_saved_bytes_keeps_none() -> None:
+    """Not even what a node's own output would keep, as ReLU's does."""
+    network, x = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 1)), torch.randn(1000, 3)
+    left = allocation_levels(lambda: saved_bytes(network, lambda: network(x).sum()))[-1]
+    assert left == 0
+
+
 def test_saved_bytes_are_those_counted_from_the_shapes() -> None:
     assert densenet121_bytes(8) == eager_densenet_bytes(8, 224)
     assert densenet121_bytes(8) / 8e6 == pytest.approx(130.4, abs=0.05)

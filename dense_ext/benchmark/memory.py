@@ -27,6 +27,8 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     held: dict[int, Tensor] = {}  # keeps the tensors, so that no address is used twice
 
     def pack(tensor: Tensor) -> Tensor:
+        # Not the tensor itself: as an output kept by its own node it would keep that, and all of it for good.
+        tensor = tensor.detach()
         held.setdefault(tensor.untyped_storage()._cdata, tensor)
         return tensor
 
