@@ -92,20 +92,18 @@ def depth_table(results: Results) -> str:
     return _table(("", f"MB at {layers} layers", "line: kB a layer", "line: R²"), rows)
 
 
-def family_table(results: Results) -> str:
+def inference_table(results: Results) -> str:
     """How many times as fast as the fastest eager network dense_ext is, by network and batch."""
-    medians: dict[tuple[str, int, int], dict[str, float]] = {}
+    speeds: dict[str, dict[int, float]] = {}
     for row in results["rows"]:
-        if row["seconds"]:
+        if row["seconds"] and results["peers"][row["peer"]]["ours"]:
             case = row["case"]
-            by_peer = medians.setdefault((case["model"], case["batch"], case["size"]), {})
-            by_peer[row["peer"]] = fastest_eager(results, case) / statistics.median(row["seconds"])
-    ours = [name for name, peer in results["peers"].items() if peer["ours"]]
-    rows = (
-        (f"{model}, {batch} x {size}x{size}", *(f"{speed[name]:.2f}" for name in ours))
-        for (model, batch, size), speed in medians.items()
-    )
-    return _table(("fastest eager = 1", *(results["peers"][name]["label"] for name in ours)), rows)
+            eager = fastest_eager(results, case)
+            network = f"{case['model']}, {case['size']}x{case['size']}"
+            speeds.setdefault(network, {})[case["batch"]] = eager / statistics.median(row["seconds"])
+    batches = sorted({batch for speed in speeds.values() for batch in speed})
+    rows = ((network, *(f"{speed[batch]:.2f}" for batch in batches)) for network, speed in speeds.items())
+    return _table(("fastest eager = 1", *(f"images: {batch}" for batch in batches)), rows)
 
 
 def deepest_table(results: Results) -> str:
@@ -134,7 +132,7 @@ KINDS = {
     "memory": memory_table,
     "speed": speed_table,
     "depth": depth_table,
-    "family": family_table,
+    "inference": inference_table,
     "deepest": deepest_table,
     "accuracy": accuracy_table,
 }
