@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dense_ext.backends import BACKENDS
-from dense_ext.backends.base import THROUGH_NORM
+from dense_ext.backends.base import primitive_of
 from dense_ext.backends.preference import SHIPPED
 from dense_ext.benchmark.results import read_results
 
@@ -27,7 +27,7 @@ def measured_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
     for row in results["rows"]:
         case, peer = row["case"], row["peer"]
         if peer in BACKENDS and row["seconds"]:
-            key = THROUGH_NORM.get(case["primitive"], case["primitive"]), case["dtype"]
+            key = primitive_of(case["primitive"]), case["dtype"]
             times[key][peer][f"{case['where']} {case['shape']}"] = statistics.median(row["seconds"])
     machine = results["machine"]
     gpu = machine["gpu"]

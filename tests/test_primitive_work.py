@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dense_ext
 from dense_ext.backends import BACKENDS
-from dense_ext.backends.base import PRIMITIVES, THROUGH_NORM, Backend
+from dense_ext.backends.base import PRIMITIVES, THROUGH_NORM, Backend, primitive_of
 from dense_ext.benchmark.primitives import (
     ACCUMULATES,
     WRITES,
@@ -37,7 +37,7 @@ IDS = [f"{case.primitive}-{case.where}" for case in CASES]
 
 
 def test_every_primitive_has_its_cases() -> None:
-    assert {THROUGH_NORM.get(case.primitive, case.primitive) for case in CASES} == set(PRIMITIVES)
+    assert {primitive_of(case.primitive) for case in CASES} == set(PRIMITIVES)
     assert WRITES.keys() == {*PRIMITIVES, *THROUGH_NORM}
     where = {case.where for case in CASES}
     assert {"stem", "block 1, layer 1", "block 1, layer 3", "block 2, layer 2", "transition 1"} <= where

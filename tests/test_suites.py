@@ -24,7 +24,7 @@ pytest.importorskip("jsonschema")
 
 import jsonschema
 
-from dense_ext.backends.base import THROUGH_NORM
+from dense_ext.backends.base import primitive_of
 from dense_ext.benchmark import bench, peers, suites
 from dense_ext.benchmark.graphs import GraphedStep
 from dense_ext.benchmark.memory import largest
@@ -155,8 +155,7 @@ def cannot_run(row: dict[str, Any], device: torch.device) -> str | None:
     """Why a row of the primitives suite, float32, must have failed."""
     if row["peer"] == "aten":
         return None
-    name = row["case"]["primitive"]
-    primitive = THROUGH_NORM.get(name, name)
+    primitive = primitive_of(row["case"]["primitive"])
     return dense_ext.backends.BACKENDS[row["peer"]].can_run(primitive, device, torch.float32)
 
 

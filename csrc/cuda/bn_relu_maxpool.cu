@@ -433,13 +433,10 @@ void bn_relu_maxpool_norm_backward(const Tensor& grad, const Tensor& x, const Te
                                    const Tensor& scale, const Tensor& shift, const Tensor& grad_x,
                                    const Tensor& grad_norm_weight, const Tensor& grad_norm_bias) {
   const OnDeviceOf device(x);
-  const ThroughNorm through(mean);
-  const NormGradient norm =
-      norm_gradient(through.sums, mean, var, norm_weight, eps, values_per_channel(x, mean),
-                    grad_norm_weight, grad_norm_bias, through.u, through.v);
-  run_backward(Pass::kSums, grad, x, mean, scale, shift, {}, {}, grad_x, through.sums);
-  norm.run();
-  run_backward(Pass::kAffine, grad, x, {}, scale, shift, through.u, through.v, grad_x, {});
+  const ThroughNorm norm(x, mean, var, norm_weight, eps, grad_norm_weight, grad_norm_bias);
+  run_backward(Pass::kSums, grad, x, mean, scale, shift, {}, {}, grad_x, norm.sums);
+  norm.gradient.run();
+  run_backward(Pass::kAffine, grad, x, {}, scale, shift, norm.u, norm.v, grad_x, {});
 }
 
 }  // namespace

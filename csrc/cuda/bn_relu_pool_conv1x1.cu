@@ -723,15 +723,12 @@ void bn_relu_pool_conv1x1_norm_backward(const Tensor& grad, const Tensor& x, con
                                         const Tensor& grad_norm_bias,
                                         const std::optional<Tensor>& grad_weight, bool tf32) {
   const OnDeviceOf device(x);
-  const ThroughNorm through(mean);
-  const NormGradient norm =
-      norm_gradient(through.sums, mean, var, norm_weight, eps, values_per_channel(x, mean),
-                    grad_norm_weight, grad_norm_bias, through.u, through.v);
-  run_backward(Pass::kSums, grad, x, mean, scale, shift, {}, {}, weight, grad_x, through.sums,
+  const ThroughNorm norm(x, mean, var, norm_weight, eps, grad_norm_weight, grad_norm_bias);
+  run_backward(Pass::kSums, grad, x, mean, scale, shift, {}, {}, weight, grad_x, norm.sums,
                grad_weight, tf32);
-  norm.run();
-  run_backward(Pass::kAffine, grad, x, {}, scale, shift, through.u, through.v, weight, grad_x, {},
-               {}, tf32);
+  norm.gradient.run();
+  run_backward(Pass::kAffine, grad, x, {}, scale, shift, norm.u, norm.v, weight, grad_x, {}, {},
+               tf32);
 }
 
 }  // namespace

@@ -49,6 +49,12 @@ THROUGH_NORM = {
     "bn_relu_maxpool_norm_backward": "bn_relu_maxpool_backward",
 }
 
+
+def primitive_of(name: str) -> str:
+    """The primitive that stands for a primitive or one of ``THROUGH_NORM`` where a backend is chosen."""
+    return THROUGH_NORM.get(name, name)
+
+
 STORAGE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...backends import BACKENDS
-from ...backends.base import THROUGH_NORM
+from ...backends.base import primitive_of
 from ...backends.reference import ReferenceBackend
 from ...models import MODELS
 from ..errors import UnavailableError
@@ -44,7 +44,7 @@ def unfused(primitive: str, tensors: Arguments) -> Callable[[], tuple[Tensor, ..
     Backward is autograd's of input, norm and weight; its forward has run before. A primitive that
     is no module runs as the reference backend's formula.
     """
-    name, _, direction = THROUGH_NORM.get(primitive, primitive).rpartition("_")
+    name, _, direction = primitive_of(primitive).rpartition("_")
     if name not in _AFTER_ACTIVATION:
         return partial(_reference_outputs, primitive, tensors)
     backward = direction == "backward"
@@ -188,8 +188,7 @@ class PrimitiveSuite(Suite):
                 call: Callable[[], object] = unfused(case.primitive, tensors)
             else:
                 backend, dtype = BACKENDS[row["peer"]], DTYPES[row["case"]["dtype"]]
-                primitive = THROUGH_NORM.get(case.primitive, case.primitive)
-                if reason := backend.can_run(primitive, self.device, dtype):
+                if reason := backend.can_run(primitive_of(case.primitive), self.device, dtype):
                     raise UnavailableError(reason)
                 error = partial(backend_error, row["peer"], case, tensors)
                 call = partial(getattr(backend, case.primitive), **tensors)
