@@ -21,6 +21,11 @@ import torch
 from torch import Tensor, nn
 
 
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, without a call where there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def uses_batch_stats(norm: nn.BatchNorm2d) -> bool:
     """Whether ``norm`` normalises by the batch's statistics, as :class:`torch.nn.BatchNorm2d` decides it."""
     return norm.training or (norm.running_mean is None and norm.running_var is None)
@@ -45,39 +50,45 @@ def affine_parameters(
 
 @torch.no_grad()
 def update_running_stats(
-    norms: Sequence[nn.BatchNorm2d], means: Sequence[Tensor], variances: Sequence[Tensor], count: int
+    norms: Sequence[nn.BatchNorm2d], stats: Tensor, starts: Sequence[int], count: int
 ) -> None:
     """One training step's update of the running statistics, as :class:`torch.nn.BatchNorm2d` makes it.
 
     Args:
         norms: the norms that ran; those in eval mode or without running statistics are passed over.
-        means: their batch means, [C] each.
-        variances: their biased batch variances, [C] each; the running variance takes the unbiased one.
+        stats: batch means and biased batch variances, [2, S]; the running variance takes the unbiased one.
+        starts: where in S each norm's channels begin.
         count: values per channel, M. An empty batch (0) counts as a step and changes no statistics.
     """
+    # Read from _buffers, for this runs in every step and a module's attributes are found slowly.
     tracked = [
-        (norm, norm.running_mean, norm.running_var, mean, var)
-        for norm, mean, var in zip(norms, means, variances, strict=True)
+        (norm, norm._buffers["running_mean"], norm._buffers["running_var"], start)
+        for norm, start in zip(norms, starts, strict=True)
         if norm.training and norm.track_running_stats
     ]
-    counters = [norm.num_batches_tracked for norm, *_ in tracked if norm.num_batches_tracked is not None]
+    steps = [norm._buffers["num_batches_tracked"] for norm, *_ in tracked]
+    counters = [counter for counter in steps if counter is not None]
     if counters:
         torch._foreach_add_(counters, 1)
-    if count == 0:
+    if count == 0 or not tracked:
         return
-    unbias = count / max(count - 1, 1)
+    means, variances = stats[0], stats[1] * (count / max(count - 1, 1))
     by_momentum: dict[float | None, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
-    for norm, running_mean, running_var, mean, var in tracked:
-        if running_mean is None or running_var is None or norm.num_batches_tracked is None:
+    for (norm, running_mean, running_var, start), step in zip(tracked, steps, strict=True):
+        if running_mean is None or running_var is None or step is None:
             continue
-        running, batch, steps = by_momentum.setdefault(norm.momentum, ([], [], []))
+        running, batch, counts = by_momentum.setdefault(norm.momentum, ([], [], []))
         running += [running_mean, running_var]
-        batch += [mean.to(running_mean.dtype), (var * unbias).to(running_var.dtype)]
-        steps += [norm.num_batches_tracked] * 2
-    for momentum, (running, batch, steps) in by_momentum.items():
+        channels = slice(start, start + norm.num_features)
+        batch += [
+            in_dtype(means[channels], running_mean.dtype),
+            in_dtype(variances[channels], running_var.dtype),
+        ]
+        counts += [step, step]
+    for momentum, (running, batch, counts) in by_momentum.items():
         if momentum is not None:
             torch._foreach_lerp_(running, batch, float(momentum))
             continue
         # momentum=None is the cumulative average: the factor is one over the steps so far.
-        for r, b, n in zip(running, batch, steps, strict=True):
+        for r, b, n in zip(running, batch, counts, strict=True):
             r.lerp_(b, n.double().reciprocal().to(r.dtype))

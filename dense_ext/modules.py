@@ -20,6 +20,7 @@ from .arguments import Arguments, BlockOptions
 from .backends.base import accumulate_dtype
 from .batch_norm import affine_parameters, update_running_stats, uses_batch_stats, values_per_channel
 from .checks import check_batch, check_input, check_options, check_parameter
+from .schedule import norm_starts
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -35,7 +36,7 @@ def has_hooks(module: nn.Module) -> bool:
 def _unfusable(modules: Iterable[tuple[str, nn.Module]]) -> str | None:
     """Why these named inner modules have to be called one by one at present, or None."""
     for name, module in modules:
-        expected = next((kinds for start, kinds in _EXPECTED.items() if name.startswith(start)), None)
+        expected = _EXPECTED.get(name[:4])
         if expected is not None and type(module) not in expected:
             return f"{name} is {type(module).__name__}, not {expected[0].__name__}"
         if has_hooks(module):
@@ -169,25 +170,10 @@ class FusedDenseBlock:
         out, stats, _ = torch.ops.dense_ext.dense_block(x, *args, *BlockOptions(seeds, drop_rate, recompute))
         if any(args.batch_stats[:: len(names)]):  # of a norm that reads X
             ops.remember_statistics(out, stats[:, : out.shape[1]])
-        self._update_running_stats(norms, convs, stats, values_per_channel(x))
+        bottleneck = convs[0].out_channels if "conv2" in layers[0]._modules else 0
+        starts = norm_starts(len(norms), out.shape[1], bottleneck)
+        update_running_stats(norms, stats, starts, values_per_channel(x))
         return out
-
-    @staticmethod
-    def _update_running_stats(
-        norms: Sequence[nn.BatchNorm2d], convs: Sequence[nn.Conv2d], stats: Tensor, count: int
-    ) -> None:
-        """Hand each norm its part of the statistics: X's first channels, or one layer's bottleneck."""
-        layers = len(norms) if convs[0].kernel_size[0] == 3 else len(norms) // 2
-        offset = norms[0].num_features + layers * convs[-1].out_channels
-        slices = []
-        for norm, conv in zip(norms, convs, strict=True):
-            width = norm.num_features
-            if layers < len(norms) and conv.kernel_size[0] == 3:
-                slices.append(slice(offset, offset + width))
-                offset += width
-            else:
-                slices.append(slice(0, width))
-        update_running_stats(norms, [stats[0, s] for s in slices], [stats[1, s] for s in slices], count)
 
 
 class DenseBlock(FusedDenseBlock, EagerDenseBlock):
@@ -259,7 +245,7 @@ class FusedTransition:
         x = _as_autocast_concatenates(input)
         args = _arguments("transition", x, [norm], [conv], self.backend)
         y, stats = ops.run_transition(x, args)
-        update_running_stats([norm], [stats[0]], [stats[1]], values_per_channel(x))
+        update_running_stats([norm], stats, [0], values_per_channel(x))
         return y.to(_autocast_dtype(y) or y.dtype)
 
 
@@ -312,7 +298,7 @@ class StemNorm(_StemPart, nn.BatchNorm2d):
         check_input("stem", input, self)
         args = _arguments("stem", input, [self], [], self.backend)
         y, stats = torch.ops.dense_ext.stem(input, *args)
-        update_running_stats([self], [stats[0]], [stats[1]], values_per_channel(input))
+        update_running_stats([self], stats, [0], values_per_channel(input))
         return y
 
 
@@ -330,7 +316,7 @@ class StemMaxPool(_StemPart, nn.MaxPool2d):
         return input if self.unfusable() is None else super().forward(input)
 
 
-# The classes an inner module may have, by the start of its name.
+# The classes an inner module may have, by the first four letters of its name.
 _EXPECTED: dict[str, tuple[type[nn.Module], ...]] = {
     "norm": (nn.BatchNorm2d, StemNorm),
     "relu": (nn.ReLU, StemReLU),

@@ -21,15 +21,12 @@ from .arguments import (
     Gradients,
     fake_gradients,
     in_parameter_dtypes,
-    load,
-    no_gradients,
-    refuse_double_backward,
-    returned,
-    save,
     zero_gradients,
 )
+from .autograd import load, needs_conv_grad, register, save
 from .backends import Primitives, requested, select
 from .backends.base import accumulate_dtype
+from .batch_norm import in_dtype
 from .ownership import is_exclusive
 from .schedule import Block, Layer, Norm
 
@@ -86,8 +83,8 @@ def _norms(x: Tensor, args: Arguments) -> list[Norm]:
         frozen = None
         if not batch:
             mean, var = next(running)
-            frozen = mean.to(dtype), var.to(dtype)
-        norms.append(Norm(weight.to(dtype), bias.to(dtype), eps, frozen))
+            frozen = in_dtype(mean, dtype), in_dtype(var, dtype)
+        norms.append(Norm(in_dtype(weight, dtype), in_dtype(bias, dtype), eps, frozen))
     return norms
 
 
@@ -186,10 +183,9 @@ _fake("dense_block_backward_")(_dense_block_backward_fake)
 _fake("dense_block_backward")(_dense_block_backward_fake)
 
 
-def _dense_block_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _dense_block_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, args, options = inputs[0], Arguments(*inputs[1:9]), BlockOptions(*inputs[9:])
     out, stats, z = output
-    ctx.mark_non_differentiable(stats, z)
     ctx.in_channels = x.shape[1]
     ctx.recomputed = ctx.loaded = None
     kept = x if options.recompute == "block" else out
@@ -197,10 +193,7 @@ def _dense_block_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.options = options._replace(dropout_seeds=None)
 
 
-def _dense_block_formula(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
-    refuse_double_backward()
-    if grad is None:
-        return *no_gradients(ctx), None, None, None
+def _dense_block_formula(ctx: Any, grad: Tensor) -> Gradients:
     recomputed = recomputed_output(ctx) if ctx.options.recompute == "block" else None
     args, kept, stats, z, seeds = ctx.loaded or load(ctx)
     output = kept if recomputed is None else recomputed
@@ -209,11 +202,8 @@ def _dense_block_formula(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, 
     backward = torch.ops.dense_ext.dense_block_backward
     if is_exclusive(grad, _probe_ownership) and _is_channels_last(grad):
         backward = torch.ops.dense_ext.dense_block_backward_
-    gradients = backward(
-        grad, output, stats, z, *args, *ctx.options._replace(dropout_seeds=seeds),
-        ctx.in_channels, ctx.needs_input_grad[3],
-    )  # fmt: skip
-    return *returned(ctx, gradients), None, None, None
+    options = ctx.options._replace(dropout_seeds=seeds)
+    return backward(grad, output, stats, z, *args, *options, ctx.in_channels, needs_conv_grad(ctx))
 
 
 def recomputed_output(ctx: Any) -> Tensor:
@@ -281,20 +271,15 @@ def _pooling_backward_fake(grad: Tensor, x: Tensor, stats: Tensor, *rest: Any) -
     return fake_gradients(grad_x, Arguments(*rest[:8]), rest[8])
 
 
-def _pooling_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _pooling_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, args = inputs[0], Arguments(*inputs[1:])
-    ctx.mark_non_differentiable(output[1])
     save(ctx, args, x, output[1])
 
 
-def _pooling_formula(backward: str) -> Callable[..., tuple[Any, ...]]:
-    def formula(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
-        refuse_double_backward()
-        if grad is None:
-            return no_gradients(ctx)
+def _pooling_formula(backward: str) -> Callable[[Any, Tensor], Gradients]:
+    def formula(ctx: Any, grad: Tensor) -> Gradients:
         args, x, stats = load(ctx)
-        operator = getattr(torch.ops.dense_ext, backward)
-        return returned(ctx, operator(grad, x, stats, *args, ctx.needs_input_grad[3]))
+        return getattr(torch.ops.dense_ext, backward)(grad, x, stats, *args, needs_conv_grad(ctx))
 
     return formula
 
@@ -307,15 +292,8 @@ for _name in ("transition", "stem"):
         f"-> {_GRADIENTS}"
     )(_pooling_backward)
     _fake(f"{_name}_backward")(_pooling_backward_fake)
-    torch.library.register_autograd(
-        f"dense_ext::{_name}",
-        _pooling_formula(f"{_name}_backward"),
-        setup_context=_pooling_setup,
-        lib=_LIBRARY,
-    )
-torch.library.register_autograd(
-    "dense_ext::dense_block", _dense_block_formula, setup_context=_dense_block_setup, lib=_LIBRARY
-)
+    register(_LIBRARY, _name, _pooling_setup, _pooling_formula(f"{_name}_backward"))
+register(_LIBRARY, "dense_block", _dense_block_setup, _dense_block_formula)
 
 
 # --- a transition after a block that keeps only its input ----------------------------------------------

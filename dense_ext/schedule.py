@@ -57,9 +57,18 @@ class Block:
         return self.in_channels + len(self.layers) * self.growth_rate
 
     @property
-    def stats_size(self) -> int:
-        """Channels with statistics: those of X, then the bottleneck's of each layer."""
-        return self.out_channels + len(self.layers) * self.bottleneck
+    def stats_sizes(self) -> list[int]:
+        """Channels with statistics: X's (the input's, then each layer's), then each layer's bottleneck."""
+        layers = len(self.layers)
+        bottlenecks = [self.bottleneck] * layers if self.bottleneck else []
+        return [self.in_channels, *[self.growth_rate] * layers, *bottlenecks]
+
+
+def norm_starts(num_norms: int, out_channels: int, bottleneck: int) -> list[int]:
+    """Where each norm's channels begin in a block's statistics, norms in the order of the layers."""
+    if not bottleneck:
+        return [0] * num_norms
+    return [start for i in range(num_norms // 2) for start in (0, out_channels + i * bottleneck)]
 
 
 def nhwc(x: Tensor) -> Tensor:
@@ -67,25 +76,57 @@ def nhwc(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)
 
 
+@dataclass
 class BoundNorm:
     """A norm with the statistics it uses in this step, and its scale and shift."""
 
-    def __init__(self, ops: Primitives, norm: Norm, mean: Tensor, var: Tensor) -> None:
-        self.ops, self.norm = ops, norm
-        self.mean, self.var = norm.running if norm.running is not None else (mean, var)
-        self.scale = torch.empty_like(self.mean)
-        self.shift = torch.empty_like(self.mean)
-        ops.bn_scale_shift(self.mean, self.var, norm.weight, norm.bias, norm.eps, self.scale, self.shift)
+    norm: Norm
+    mean: Tensor  # [C]
+    var: Tensor
+    scale: Tensor
+    shift: Tensor
 
-    def gradient(self, sums: Tensor, count: int, u: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor]:
+    def gradient(
+        self, ops: Primitives, sums: Tensor, count: int, u: Tensor | None, v: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Weight and bias gradient [C] from the channel sums; adds to u and v if the batch was used."""
         grad_weight, grad_bias = torch.empty_like(self.mean), torch.empty_like(self.mean)
         if self.norm.running is not None:
             u = v = None
-        self.ops.bn_gradient(
+        ops.bn_gradient(
             sums, self.mean, self.var, self.norm.weight, self.norm.eps, count, grad_weight, grad_bias, u, v
         )
         return grad_weight, grad_bias
+
+
+def bind(ops: Primitives, norm: Norm, mean: Tensor, var: Tensor) -> BoundNorm:
+    """A norm with its scale and shift; ``mean`` and ``var`` [C] are the batch's, for one not frozen."""
+    mean, var = norm.running if norm.running is not None else (mean, var)
+    bound = BoundNorm(norm, mean, var, torch.empty_like(mean), torch.empty_like(mean))
+    ops.bn_scale_shift(mean, var, norm.weight, norm.bias, norm.eps, bound.scale, bound.shift)
+    return bound
+
+
+def bind_together(ops: Primitives, norms: list[Norm], stats: list[tuple[Tensor, Tensor]]) -> list[BoundNorm]:
+    """The same for norms whose statistics are all known: packed, they take one call, not one each."""
+    if len({norm.eps for norm in norms}) > 1:
+        return [bind(ops, norm, *batch) for norm, batch in zip(norms, stats, strict=True)]
+    used = [norm.running or batch for norm, batch in zip(norms, stats, strict=True)]
+    mean, var = (torch.cat(vectors) for vectors in zip(*used, strict=True))
+    weight, bias = torch.cat([norm.weight for norm in norms]), torch.cat([norm.bias for norm in norms])
+    affine = torch.empty_like(mean), torch.empty_like(mean)
+    ops.bn_scale_shift(mean, var, weight, bias, norms[0].eps, *affine)
+    sizes = [len(norm.weight) for norm in norms]
+    scales, shifts = (packed.split(sizes) for packed in affine)
+    return [
+        BoundNorm(norm, *statistics, scale, shift)
+        for norm, statistics, scale, shift in zip(norms, used, scales, shifts, strict=True)
+    ]
+
+
+def first_channels(x: Tensor, channels: int) -> Tensor:
+    """``x[..., :channels]``, in half the time."""
+    return x.as_strided((*x.shape[:-1], channels), x.stride())
 
 
 def pixels(x: Tensor) -> int:
@@ -99,10 +140,15 @@ def empty_outputs(block: Block, x: Tensor, keep_bottleneck: bool) -> tuple[Tenso
     out = torch.empty(
         (n, block.out_channels, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
-    stats = x.new_zeros(2, block.stats_size, dtype=accumulate_dtype(x.dtype))
+    stats = x.new_zeros(2, sum(block.stats_sizes), dtype=accumulate_dtype(x.dtype))
     kept = keep_bottleneck and block.bottleneck > 0
     z = x.new_empty((len(block.layers), n, h, w, block.bottleneck) if kept else (0,))
     return out, stats, z
+
+
+# Layers whose norms are bound together: enough to save the calls, few enough for their vectors not to
+# matter beside X, however deep the block.
+_LAYERS_TOGETHER = 16
 
 
 class Pass:
@@ -111,55 +157,64 @@ class Pass:
     def __init__(self, ops: Primitives, block: Block, out: Tensor, stats: Tensor, z_all: Tensor) -> None:
         self.ops, self.block = ops, block
         self.x = nhwc(out)
-        self.mean, self.var = stats[0], stats[1]
+        self.mean, self.var = stats.unbind()
+        # The views of all layers from one call each: a view on its own takes longer than many launches.
+        sizes, parts = block.stats_sizes, len(block.layers) + 1
+        self.x_parts = self.x.split(sizes[:parts], -1)
+        each = list(zip(self.mean.split(sizes), self.var.split(sizes), strict=True))
+        self.x_stats, self.z_stats = each[:parts], each[parts:]
         self.keeps_bottleneck = z_all.dim() == 5
         self.z_all = z_all
         if block.bottleneck and not self.keeps_bottleneck:
             self.z_scratch = self.new_bottleneck()
+        self.bound: dict[int, list[BoundNorm]] = {}
 
     def new_bottleneck(self) -> Tensor:
         """An unwritten [N, H, W, B]."""
         return self.x.new_empty(*self.x.shape[:3], self.block.bottleneck)
 
-    def inputs(self, index: int) -> slice:
-        """The channels of X that layer ``index`` reads."""
-        return slice(0, self.block.in_channels + index * self.block.growth_rate)
+    def in_channels(self, index: int) -> int:
+        """How many of X's first channels layer ``index`` reads."""
+        return self.block.in_channels + index * self.block.growth_rate
 
-    def outputs(self, index: int) -> slice:
-        """The channels of X that layer ``index`` writes."""
-        start = self.inputs(index).stop
-        return slice(start, start + self.block.growth_rate)
-
-    def bottleneck(self, index: int) -> slice:
-        """Where layer ``index``'s z has its statistics."""
-        start = self.block.out_channels + index * self.block.bottleneck
-        return slice(start, start + self.block.bottleneck)
+    def source(self, index: int) -> Tensor:
+        """The part of X that layer ``index`` reads."""
+        return first_channels(self.x, self.in_channels(index))
 
     def z(self, index: int) -> Tensor:
         """Layer ``index``'s bottleneck: its own memory if kept, else what all layers share."""
         return self.z_all[index] if self.keeps_bottleneck else self.z_scratch
 
-    def norm1(self, index: int) -> BoundNorm:
-        c = self.inputs(index)
-        return BoundNorm(self.ops, self.block.layers[index].norms[0], self.mean[c], self.var[c])
+    def batch_stats(self, index: int) -> list[tuple[Tensor, Tensor]]:
+        """Mean and variance of what each of layer ``index``'s norms reads."""
+        c = self.in_channels(index)
+        first = first_channels(self.mean, c), first_channels(self.var, c)
+        return [first, self.z_stats[index]] if self.block.bottleneck else [first]
 
-    def norm2(self, index: int) -> BoundNorm:
-        b = self.bottleneck(index)
-        return BoundNorm(self.ops, self.block.layers[index].norms[1], self.mean[b], self.var[b])
+    def norms(self, index: int) -> list[BoundNorm]:
+        """Layer ``index``'s norms, once the statistics of its whole group of layers are known."""
+        if index not in self.bound:
+            start = index - index % _LAYERS_TOGETHER
+            layers = self.block.layers[start : start + _LAYERS_TOGETHER]
+            group = range(start, start + len(layers))
+            norms = [norm for layer in layers for norm in layer.norms]
+            bound = bind_together(self.ops, norms, [stats for i in group for stats in self.batch_stats(i)])
+            each = len(layers[0].norms)
+            self.bound = {i: bound[j * each : (j + 1) * each] for j, i in enumerate(group)}
+        return self.bound[index]
 
-    def stats_of(self, channels: slice, wanted: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Where a primitive writes the statistics of ``channels``, if anyone wants them."""
-        return (self.mean[channels], self.var[channels]) if wanted else (None, None)
-
-    def run_bottleneck(self, index: int, norm1: BoundNorm, wants_stats: bool) -> None:
-        """Write layer ``index``'s z; recomputing it, its statistics are known."""
+    def run_bottleneck(
+        self, index: int, norm1: BoundNorm, mean: Tensor | None = None, var: Tensor | None = None
+    ) -> None:
+        """Write layer ``index``'s z, and its statistics where they are wanted."""
         self.ops.bn_relu_conv1x1_forward(
-            self.x[..., self.inputs(index)],
+            self.source(index),
             norm1.scale,
             norm1.shift,
             self.block.layers[index].convs[0],
             self.z(index),
-            *self.stats_of(self.bottleneck(index), wants_stats),
+            mean,
+            var,
         )
 
     def dropout_mask(self, index: int) -> Tensor:
@@ -190,31 +245,40 @@ def forward(ops: Primitives, block: Block, x: Tensor, keep_bottleneck: bool) -> 
     if x.shape[0] == 0:
         return out, stats, z_all
     run = Pass(ops, block, out, stats, z_all)
+    norms = [norm for layer in block.layers for norm in layer.norms]
+    frozen = all(norm.running is not None for norm in norms)
     # The layers' statistics, and those of the last one's channels for the transition that follows.
     wants_stats = any(layer.norms[0].running is None for layer in block.layers)
-    first = run.inputs(0)
-    run.x[..., first].copy_(nhwc(x))
+    run.x_parts[0].copy_(nhwc(x))
     if wants_stats:
-        ops.channel_stats(run.x[..., first], run.mean[first], run.var[first])
+        ops.channel_stats(run.x_parts[0], *run.x_stats[0])
     for i in range(len(block.layers)):
-        _layer_forward(run, i, wants_stats)
+        _layer_forward(run, i, wants_stats, frozen)
     return out, stats, z_all
 
 
-def _layer_forward(run: Pass, index: int, wants_stats: bool) -> None:
-    """Write layer ``index``'s K channels of X, and their statistics if wanted."""
+def _layer_forward(run: Pass, index: int, wants_stats: bool, frozen: bool) -> None:
+    """Write layer ``index``'s K channels of X, and their statistics if wanted.
+
+    Unless all norms are ``frozen``, each is bound when the statistics it takes have been written.
+    """
     ops, layer = run.ops, run.block.layers[index]
-    norm, source = run.norm1(index), run.x[..., run.inputs(index)]
+    batch = run.batch_stats(index)
+
+    def norm(which: int) -> BoundNorm:
+        return run.norms(index)[which] if frozen else bind(ops, layer.norms[which], *batch[which])
+
+    last, source = norm(0), run.source(index)
     if run.block.bottleneck:
-        run.run_bottleneck(index, norm, layer.norms[1].running is None)
-        norm, source = run.norm2(index), run.z(index)
-    y, dropout = run.x[..., run.outputs(index)], run.block.drop_rate > 0
-    y_stats = run.stats_of(run.outputs(index), wants_stats and not dropout)
-    ops.bn_relu_conv3x3_forward(source, norm.scale, norm.shift, layer.convs[-1], y, *y_stats)
+        run.run_bottleneck(index, last, *(batch[1] if layer.norms[1].running is None else ()))
+        last, source = norm(1), run.z(index)
+    y, y_stats, dropout = run.x_parts[index + 1], run.x_stats[index + 1], run.block.drop_rate > 0
+    written = y_stats if wants_stats and not dropout else (None, None)
+    ops.bn_relu_conv3x3_forward(source, last.scale, last.shift, layer.convs[-1], y, *written)
     if dropout:
         y.mul_(run.dropout_mask(index))
         if wants_stats:
-            ops.channel_stats(y, run.mean[run.outputs(index)], run.var[run.outputs(index)])
+            ops.channel_stats(y, *y_stats)
 
 
 @dataclass
@@ -235,9 +299,13 @@ class BackwardPass(Pass):
     ) -> None:
         super().__init__(ops, block, out, stats, z_all)
         self.g = nhwc(grad)
-        self.u, self.v = stats.new_zeros(2, block.out_channels)
+        self.u, self.v = stats.new_zeros(2, block.out_channels).unbind()
+        sizes = block.stats_sizes[: len(self.x_parts)]
+        self.g_parts = self.g.split(sizes, -1)
+        self.u_parts, self.v_parts = self.u.split(sizes), self.v.split(sizes)
         # What each layer's second norm adds to the gradient of z; one launch for all.
-        self.z_uv = stats.new_zeros(len(block.layers), 2, block.bottleneck)
+        z_uv = stats.new_zeros(2, len(block.layers), block.bottleneck)
+        self.z_u, self.z_v = (vectors.unbind() for vectors in z_uv.unbind())
         if block.bottleneck:
             self.grad_bn = self.new_bottleneck()
 
@@ -245,12 +313,12 @@ class BackwardPass(Pass):
         self, index: int, z: Tensor, norm: BoundNorm, grad_bn: Tensor, grad_weight: Tensor | None
     ) -> Tensor:
         """Layer ``index``'s 3x3 convolution: writes grad_bn, returns its sums."""
-        k = self.outputs(index)
-        grad, y, u, v = self.g[..., k], self.x[..., k], self.u[k], self.v[k]
+        k = index + 1
+        grad, y, u, v = self.g_parts[k], self.x_parts[k], self.u_parts[k], self.v_parts[k]
         if self.block.drop_rate > 0:
             # Dropout lies between the convolution and X: give the convolution its own gradient.
             grad = self.x.new_empty(y.shape)
-            self.ops.affine_gradient(self.g[..., k], y, u, v, grad)
+            self.ops.affine_gradient(self.g_parts[k], y, u, v, grad)
             grad.mul_(self.dropout_mask(index))
             u, v = torch.zeros_like(u), torch.zeros_like(v)
         sums = self.mean.new_empty(2, z.shape[-1])
@@ -291,12 +359,11 @@ def backward(
     for i in reversed(range(len(block.layers))):
         norms = layer_backward(run, i, convs[i * per_layer : (i + 1) * per_layer]) + norms
 
-    c = run.inputs(0)
     n, _, h, w = out.shape
     grad_x = torch.empty(
         (n, block.in_channels, h, w), dtype=out.dtype, device=out.device, memory_format=torch.channels_last
     )
-    ops.affine_gradient(run.g[..., c], run.x[..., c], run.u[c], run.v[c], nhwc(grad_x))
+    ops.affine_gradient(run.g_parts[0], run.x_parts[0], run.u_parts[0], run.v_parts[0], nhwc(grad_x))
     return BlockGradients(grad_x, [weight for weight, _ in norms], [bias for _, bias in norms], convs)
 
 
@@ -304,29 +371,29 @@ def _bottleneck_layer_backward(
     run: BackwardPass, index: int, grad_weights: list[Tensor | None]
 ) -> list[tuple[Tensor, Tensor]]:
     """Add layer ``index``'s part to G, U and V; the gradients of its two norms."""
-    ops, m, c = run.ops, pixels(run.x), run.inputs(index)
-    norm1, norm2, z = run.norm1(index), run.norm2(index), run.z(index)
+    ops, m, c = run.ops, pixels(run.x), run.in_channels(index)
+    norm1, norm2 = run.norms(index)
+    z, z_u, z_v = run.z(index), run.z_u[index], run.z_v[index]
     if not run.keeps_bottleneck:
-        run.run_bottleneck(index, norm1, wants_stats=False)
+        run.run_bottleneck(index, norm1)
     sums2 = run.conv3x3_backward(index, z, norm2, run.grad_bn, grad_weights[1])
-    z_u, z_v = run.z_uv[index]
-    norm2_grads = norm2.gradient(sums2, m, z_u, z_v)
-    sums1 = run.mean.new_empty(2, c.stop)
+    norm2_grads = norm2.gradient(ops, sums2, m, z_u, z_v)
+    sums1 = run.mean.new_empty(2, c)
     ops.bn_relu_conv1x1_backward(
         run.grad_bn, z, norm2.scale, z_u, z_v,
-        run.x[..., c], norm1.mean, norm1.scale, norm1.shift, run.block.layers[index].convs[0],
-        run.g[..., c], sums1, grad_weights[0],
+        run.source(index), norm1.mean, norm1.scale, norm1.shift, run.block.layers[index].convs[0],
+        first_channels(run.g, c), sums1, grad_weights[0],
     )  # fmt: skip
-    return [norm1.gradient(sums1, m, run.u[c], run.v[c]), norm2_grads]
+    return [norm1.gradient(ops, sums1, m, first_channels(run.u, c), first_channels(run.v, c)), norm2_grads]
 
 
 def _plain_layer_backward(
     run: BackwardPass, index: int, grad_weights: list[Tensor | None]
 ) -> list[tuple[Tensor, Tensor]]:
     """The same for a layer without bottleneck: its 3x3 convolution reads X."""
-    c, norm = run.inputs(index), run.norm1(index)
-    source = run.x[..., c]
+    c, (norm,) = run.in_channels(index), run.norms(index)
+    source, g = run.source(index), first_channels(run.g, c)
     grad_bn = run.x.new_empty(source.shape)
     sums = run.conv3x3_backward(index, source, norm, grad_bn, grad_weights[0])
-    run.ops.scaled_accumulate(grad_bn, norm.scale, run.g[..., c])
-    return [norm.gradient(sums, pixels(run.x), run.u[c], run.v[c])]
+    run.ops.scaled_accumulate(grad_bn, norm.scale, g)
+    return [norm.gradient(run.ops, sums, pixels(run.x), first_channels(run.u, c), first_channels(run.v, c))]

@@ -16,7 +16,7 @@ from torch import Tensor
 from .backends import Primitives
 from .backends.base import accumulate_dtype
 from .batch_norm import values_per_channel
-from .schedule import BoundNorm, Norm, nhwc
+from .schedule import Norm, bind, nhwc
 
 
 def empty_outputs(weight: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,7 +50,7 @@ def forward(
         stats.copy_(known)
     elif norm.running is None:
         ops.channel_stats(nhwc(x), stats[0], stats[1])
-    bound = BoundNorm(ops, norm, stats[0], stats[1])
+    bound = bind(ops, norm, stats[0], stats[1])
     if weight is None:
         ops.bn_relu_maxpool_forward(nhwc(x), bound.scale, bound.shift, nhwc(y))
     else:
@@ -75,7 +75,7 @@ def backward(
         stats: as forward returned it.
         needs_conv_grad: whether the last one is wanted; else it is None.
     """
-    bound = BoundNorm(ops, norm, stats[0], stats[1])
+    bound = bind(ops, norm, stats[0], stats[1])
     grad_x = torch.empty_like(x)
     grad_weight = torch.empty_like(weight) if weight is not None and needs_conv_grad else None
     if norm.running is None:
@@ -96,4 +96,4 @@ def backward(
         ops.bn_relu_pool_conv1x1_backward(
             nhwc(grad), nhwc(x), *affine, weight, nhwc(grad_x), sums, grad_weight
         )
-    return grad_x, *bound.gradient(sums, values_per_channel(x), None, None), grad_weight
+    return grad_x, *bound.gradient(ops, sums, values_per_channel(x), None, None), grad_weight

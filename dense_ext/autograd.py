@@ -1,0 +1,101 @@
+"""Autograd for the operators: how their backward is found, and what is saved for it.
+
+:func:`torch.library.register_autograd` would do, but takes longer to sort lists of tensors than a
+block's schedule takes to run. Here autograd sees the tensors side by side.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arguments import TENSOR_LISTS, Arguments, Gradients
+from .backends import requested
+
+
+def register(
+    library: torch.library.Library,
+    name: str,
+    setup_context: Callable[[Any, tuple[Any, ...], tuple[Tensor, ...]], None],
+    formula: Callable[[Any, Tensor], Gradients],
+) -> None:
+    """Make an operator ``dense_ext::name(x, *Arguments, ...)`` differentiable in its first output.
+
+    Args:
+        library: that defines it.
+        setup_context: keeps on the context what backward needs, given the operator's arguments and
+            outputs.
+        formula: the gradients, given the context and the gradient of the first output.
+    """
+    operator = getattr(torch.ops.dense_ext, name).default
+
+    def run(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(x, *rest)
+
+    def forward(ctx: Any, x: Tensor, sizes: list[int], rest: tuple[Any, ...], *tensors: Tensor) -> Any:
+        arguments = (x, *_grouped(tensors, sizes), *rest)
+        outputs = run(*arguments)
+        ctx.set_materialize_grads(False)
+        ctx.list_sizes = sizes
+        ctx.mark_non_differentiable(*outputs[1:])
+        setup_context(ctx, arguments, outputs)
+        return outputs
+
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "dense_ext has no second derivatives: backward with create_graph=True is not supported; "
+                "dense_ext.restore(model) gives back modules that have them"
+            )
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        grad_x, *groups = formula(ctx, grad)
+        gradients = [grad_x, None, None, *(gradient for group in groups for gradient in group)]
+        gradients += [None] * (len(ctx.needs_input_grad) - len(gradients))  # the running statistics'
+        return tuple(g if n else None for g, n in zip(gradients, ctx.needs_input_grad, strict=True))
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(f"dense_ext_{name}", (torch.autograd.Function,), methods)
+
+    def differentiable(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        lists = rest[:TENSOR_LISTS]
+        tensors = [tensor for group in lists for tensor in group]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *tensors)):
+            return function.apply(x, [len(group) for group in lists], rest[TENSOR_LISTS:], *tensors)
+        return run(x, *rest)
+
+    library.impl(name, differentiable, "Autograd")
+
+
+def needs_conv_grad(ctx: Any) -> tuple[bool, ...]:
+    """For each of an operator's convolutions, whether its weight gradient is asked for."""
+    sizes, (_, _, _, *tensors) = ctx.list_sizes, ctx.needs_input_grad
+    return tuple(_grouped(tensors, sizes)[2])
+
+
+def save(ctx: Any, args: Arguments, *activations: Tensor | None) -> None:
+    """Save an operator's tensors, and what else its backward needs.
+
+    The backward runs on the backend the forward was asked for, whatever is asked for by then.
+    """
+    ctx.constants = (args.eps, args.batch_stats, requested(args.backend))
+    ctx.save_for_backward(*activations, *(tensor for group in args.tensors for tensor in group))
+
+
+def load(ctx: Any) -> tuple[Any, ...]:
+    """The arguments and activations that `save` kept, as ``(args, *activations)``."""
+    saved = ctx.saved_tensors
+    activations = len(saved) - sum(ctx.list_sizes)
+    lists: Any = _grouped(saved[activations:], ctx.list_sizes)
+    return Arguments(*lists, *ctx.constants), *saved[:activations]
+
+
+def _grouped(members: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
+    """Lists of these sizes, of the members in their order."""
+    ends = itertools.accumulate(sizes)
+    return [list(members[end - size : end]) for end, size in zip(ends, sizes, strict=True)]
