@@ -71,31 +71,74 @@ struct WeightsAsB {
 
   int64_t panels() const { return ceil_div(columns, kPanel<Acc<T>>); }
   int64_t packed_size() const { return panels() * taps * depth * kPanel<Acc<T>>; }
+
+  // Whether the taps of one k lie side by side, and those of the next k after them.
+  bool taps_innermost() const {
+    for (int64_t t = 0; t < taps; t++) {
+      if (tap_offsets[t] != t) return false;
+    }
+    return k_stride == taps;
+  }
 };
 
-// Fills one [depth][kPanel] block of the packed weights: item = panel * taps + tap.
+// Transposes `rows` x `columns` values, those of a row side by side in `source` and those of a column
+// `stride` apart, into kPanel columns, zero padded. Of the target's rows, one of each of the taps
+// follow one another, tap_stride apart; then comes the next row of each.
 template <class T>
-void pack_block(const WeightsAsB<T>& w, int64_t item, Acc<T>* packed) {
-  using A = Acc<T>;
-  const int64_t first = item / w.taps * kPanel<A>;
-  const int64_t columns = first + kPanel<A> <= w.columns ? kPanel<A> : w.columns - first;
-  const T* source = w.weights + w.tap_offsets[item % w.taps] + first * w.j_stride;
-  A* block = packed + item * w.depth * kPanel<A>;
-  if (columns < kPanel<A>) std::memset(block, 0, w.depth * kPanel<A> * sizeof(A));
-  if (w.j_stride <= w.k_stride) {
-    for (int64_t k = 0; k < w.depth; k++) {
-      for (int64_t j = 0; j < columns; j++) {
-        block[k * kPanel<A> + j] = static_cast<A>(source[k * w.k_stride + j * w.j_stride]);
+void transpose_into_panel(const T* source, int64_t stride, int64_t rows, int64_t columns,
+                          Acc<T>* target, int64_t taps, int64_t tap_stride) {
+  constexpr int64_t n = kLanes<T>;
+  for (int64_t j = 0; j < kPanel<Acc<T>>; j += n, source += n * stride, target += n) {
+    Acc<T>* line = target;
+    int64_t tap = 0;
+    for (int64_t i = 0; i < rows; i += n) {
+      Vector<T> block[n];
+      if (i + n <= rows && j + n <= columns) {
+        DENSE_UNROLL
+        for (int64_t r = 0; r < n; r++) block[r] = load(source + i + r * stride);
+      } else {
+        const int64_t count = rows - i < n ? rows - i : n;
+        for (int64_t r = 0; r < n; r++) {
+          block[r] = j + r < columns ? load(source + i + r * stride, count) : Vector<T>{};
+        }
+      }
+      transpose<T>(block);
+      DENSE_UNROLL
+      for (int64_t r = 0; r < n; r++) {
+        if (i + r < rows) store(line + tap * tap_stride, block[r]);
+        if (++tap == taps) {
+          tap = 0;
+          line += kPanel<Acc<T>>;
+        }
       }
     }
-  } else {
-    constexpr int64_t kBlock = 64;  // rows of `block` that stay in the L1 cache while j goes round
-    for (int64_t k0 = 0; k0 < w.depth; k0 += kBlock) {
-      const int64_t k1 = k0 + kBlock < w.depth ? k0 + kBlock : w.depth;
+  }
+}
+
+// Fills rows [k.begin, k.end) of every tap in a panel of the packed weights.
+template <class T>
+void pack_rows(const WeightsAsB<T>& w, int64_t panel, Range k, Acc<T>* packed) {
+  using A = Acc<T>;
+  const int64_t first = panel * kPanel<A>, tap_stride = w.depth * kPanel<A>;
+  const int64_t columns = first + kPanel<A> <= w.columns ? kPanel<A> : w.columns - first;
+  const T* source = w.weights + k.begin * w.k_stride + first * w.j_stride;
+  A* target = packed + panel * w.taps * tap_stride + k.begin * kPanel<A>;
+  if (w.taps_innermost()) {
+    transpose_into_panel(source, w.j_stride, k.size() * w.taps, columns, target, w.taps,
+                         tap_stride);
+    return;
+  }
+  for (int64_t t = 0; t < w.taps; t++, target += tap_stride) {
+    const T* tap = source + w.tap_offsets[t];
+    if (w.k_stride == 1) {
+      transpose_into_panel(tap, w.j_stride, k.size(), columns, target, 1, 0);
+      continue;
+    }
+    for (int64_t i = 0; i < k.size(); i++) {
+      A* row = target + i * kPanel<A>;
+      if (columns < kPanel<A>) std::memset(row, 0, kPanel<A> * sizeof(A));
       for (int64_t j = 0; j < columns; j++) {
-        for (int64_t k = k0; k < k1; k++) {
-          block[k * kPanel<A> + j] = static_cast<A>(source[k * w.k_stride + j * w.j_stride]);
-        }
+        row[j] = static_cast<A>(tap[i * w.k_stride + j * w.j_stride]);
       }
     }
   }

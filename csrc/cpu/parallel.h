@@ -134,11 +134,15 @@ class Workspace {
 
 template <class T>
 void pack_weights(const WeightsAsB<T>& weights, Acc<T>* packed) {
-  const int64_t items = weights.panels() * weights.taps;
+  constexpr int64_t kRows = 64;
+  const int64_t chunks = ceil_div(weights.depth, kRows), items = weights.panels() * chunks;
   const int64_t parts = std::min(items, num_threads());
   parallel(parts, [&](int64_t part) {
     const Range range = part_of(items, parts, part);
-    for (int64_t i = range.begin; i < range.end; i++) pack_block(weights, i, packed);
+    for (int64_t i = range.begin; i < range.end; i++) {
+      const int64_t first = i % chunks * kRows;
+      pack_rows(weights, i / chunks, {first, std::min(first + kRows, weights.depth)}, packed);
+    }
   });
 }
 

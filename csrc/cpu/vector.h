@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -198,6 +199,34 @@ inline V relu(V v) {
 template <class V>
 inline V relu_mask(V pre_activation, V grad) {
   return pre_activation <= 0 ? V{} : grad;
+}
+
+// One step of a transposition: of a and b, `step` rows apart, swaps the blocks off the diagonal.
+template <int step, class V, int... lane>
+inline void swap_blocks(V& a, V& b, std::integer_sequence<int, lane...>) {
+  constexpr int n = sizeof...(lane);
+#if defined(__clang__)
+  const V upper = __builtin_shufflevector(a, b, (lane & step ? n + lane - step : lane)...);
+  b = __builtin_shufflevector(a, b, (lane & step ? n + lane : lane + step)...);
+#else  // gcc has that one from 12 on
+  using Mask = decltype(a < b);
+  const V upper = __builtin_shuffle(a, b, Mask{(lane & step ? n + lane - step : lane)...});
+  b = __builtin_shuffle(a, b, Mask{(lane & step ? n + lane : lane + step)...});
+#endif
+  a = upper;
+}
+
+// Transposes kLanes vectors in place.
+template <class T, int step = 1>
+inline void transpose(Vector<T>* rows) {
+  constexpr int n = kLanes<T>;
+  DENSE_UNROLL
+  for (int r = 0; r < n; r++) {
+    if (!(r & step)) {
+      swap_blocks<step>(rows[r], rows[r + step], std::make_integer_sequence<int, n>{});
+    }
+  }
+  if constexpr (2 * step < n) transpose<T, 2 * step>(rows);
 }
 
 // Calls body(j, count) for each vector of columns [j, j + lanes) of a row of n.
