@@ -81,9 +81,9 @@ struct WeightsAsB {
   }
 };
 
-// Transposes `rows` x `columns` values, those of a row side by side in `source` and those of a column
-// `stride` apart, into kPanel columns, zero padded. Of the target's rows, one of each of the taps
-// follow one another, tap_stride apart; then comes the next row of each.
+// Transposes `rows` x `columns` values, those of a row side by side in `source` and those of a
+// column `stride` apart, into kPanel columns, zero padded. Of the target's rows, one of each of the
+// taps follow one another, tap_stride apart; then comes the next row of each.
 template <class T>
 void transpose_into_panel(const T* source, int64_t stride, int64_t rows, int64_t columns,
                           Acc<T>* target, int64_t taps, int64_t tap_stride) {
