@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_options
-from .modules import DenseBlock, Transition, fuse_stem
+from .modules import DenseBlock, FusedFeatures, Transition
 
 # torchvision's first DenseNet weights say "norm.1.weight" where the modules are called "norm1".
 _OLD_KEY = re.compile(
@@ -76,17 +76,18 @@ class DenseNet(nn.Module):
         if not 0 < compression <= 1:
             raise ValueError(f"compression must be in (0, 1], got {compression}")
 
-        self.features = nn.Sequential()
         if small_inputs:
+            self.features = nn.Sequential()
             self.features.conv0 = nn.Conv2d(in_channels, num_init_features, 3, padding=1, bias=False)
         else:
+            self.features = FusedFeatures()
+            self.features.backend = backend
             self.features.conv0 = nn.Conv2d(
                 in_channels, num_init_features, 7, stride=2, padding=3, bias=False
             )
-            self.features.norm0 = norm = nn.BatchNorm2d(num_init_features)
-            self.features.relu0 = relu = nn.ReLU(inplace=True)
-            self.features.pool0 = pool = nn.MaxPool2d(3, stride=2, padding=1)
-            fuse_stem((norm, relu, pool), backend)
+            self.features.norm0 = nn.BatchNorm2d(num_init_features)
+            self.features.relu0 = nn.ReLU(inplace=True)
+            self.features.pool0 = nn.MaxPool2d(3, stride=2, padding=1)
         channels = num_init_features
         for i, (layers, k) in enumerate(zip(block_config, growth, strict=True), start=1):
             block = DenseBlock(layers, channels, k, bn_size, drop_rate, recompute=recompute, backend=backend)

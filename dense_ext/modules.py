@@ -1,15 +1,15 @@
 """Dense blocks, transitions and the stem as modules, with torchvision's parameters under its names.
 
-``FusedDenseBlock``, ``FusedTransition`` and the stem's three classes are mixins that replace a
-module's ``forward`` by one fused operator. What the fusion cannot serve at the moment (hooks on an
+``FusedDenseBlock`` and ``FusedTransition`` are mixins that replace a module's ``forward`` by one fused
+operator, ``FusedFeatures`` runs the stem so. What the fusion cannot serve at the moment (hooks on an
 inner module, an inner module exchanged for another kind) runs through the class behind the mixin,
 layer by layer, so results never depend on being fused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,15 +33,29 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _unfusable(modules: Iterable[tuple[str, nn.Module]]) -> str | None:
-    """Why these named inner modules have to be called one by one at present, or None."""
-    for name, module in modules:
-        expected = _EXPECTED.get(name[:4])
-        if expected is not None and type(module) not in expected:
-            return f"{name} is {type(module).__name__}, not {expected[0].__name__}"
-        if has_hooks(module):
-            return f"a hook is registered on {name}"
-    return None
+class Fused:
+    """What the mixins share: which modules a fused call stands for, and whether it may do so now."""
+
+    # The modules whose work the operator does, by their names and in the order they run.
+    parts: ClassVar[Mapping[str, type[nn.Module]]]
+    backend: str
+    _modules: dict[str, Any]
+
+    def _reason(self, modules: Iterable[tuple[str, Any]]) -> str | None:
+        """Why these modules have to be called one by one at present, or None."""
+        for name, module in modules:
+            expected = self.parts.get(name)
+            if expected is not None and type(module) is not expected:
+                return f"{name} is {type(module).__name__}, not {expected.__name__}"
+            if module is None:
+                continue
+            if expected is None and not module._modules:
+                return f"{name} ({type(module).__name__}) is not among {', '.join(self.parts)}"
+            if has_hooks(module):
+                return f"a hook is registered on {name}"
+            if module._modules and (reason := self._reason(module._modules.items())):
+                return reason
+        return None
 
 
 def _arguments(
@@ -130,48 +144,59 @@ class EagerDenseBlock(nn.ModuleDict):
         return torch.cat(features, 1)
 
 
-class FusedDenseBlock:
+class FusedDenseBlock(Fused):
     """Mixin: a module whose children are dense layers runs them as one operator.
 
-    The children have norm1, conv1 (1x1), norm2, conv2 (3x3), or norm1 and conv1 (3x3) only, and
-    ``drop_rate``. ``recompute`` and ``backend`` are attributes that may be changed at any time.
+    The children have norm1, conv1 (1x1), norm2, conv2 (3x3), or norm1 and conv1 (3x3) only, and where
+    they drop out, a ``drop_rate``. ``recompute`` and ``backend`` are attributes that may be changed at
+    any time.
     """
 
+    parts: ClassVar = {
+        "norm1": nn.BatchNorm2d, "relu1": nn.ReLU, "conv1": nn.Conv2d,
+        "norm2": nn.BatchNorm2d, "relu2": nn.ReLU, "conv2": nn.Conv2d,
+    }  # fmt: skip
+    layer_type: ClassVar[type[nn.Module]] = DenseLayer
     recompute: str
-    backend: str
-    _modules: dict[str, Any]
+
+    @staticmethod
+    def inner(layer: Any) -> dict[str, Any]:
+        """A layer's modules by the names in ``parts``."""
+        return layer._modules
 
     def unfusable(self) -> str | None:
         """Why the block has to run layer by layer at present, or None."""
         children = self._modules
+        for name, layer in children.items():
+            if type(layer) is not self.layer_type:
+                return f"{name} is {type(layer).__name__}, not {self.layer_type.__name__}"
         layers = list(children.values())
-        if len({layer.drop_rate for layer in layers}) > 1:
+        rates = {getattr(layer, "drop_rate", 0.0) for layer in layers}
+        if len(rates) > 1:
             return "its layers have different drop rates"
-        if len({layer.training for layer in layers}) > 1 and layers[0].drop_rate:
+        if any(rates) and len({layer.training for layer in layers}) > 1:
             return "some layers drop out and some do not"
-        return _unfusable(
-            item for name, layer in children.items() for item in ((name, layer), *layer._modules.items())
-        )
+        return self._reason(children.items())
 
     def forward(self, init_features: Tensor) -> Tensor:
         if self.unfusable() is not None:
             return super().forward(init_features)  # type: ignore[misc]
-        layers = list(self._modules.values())
-        check_input("dense block", init_features, layers[0].norm1)
-        names = ("1", "2") if "conv2" in layers[0]._modules else ("1",)
-        norms = [layer._modules["norm" + i] for layer in layers for i in names]
-        convs = [layer._modules["conv" + i] for layer in layers for i in names]
+        first, *_ = self._modules.values()
+        inner = [self.inner(layer) for layer in self._modules.values()]
+        check_input("dense block", init_features, inner[0]["norm1"])
+        names = ("1", "2") if "conv2" in inner[0] else ("1",)
+        norms = [modules["norm" + i] for modules in inner for i in names]
+        convs = [modules["conv" + i] for modules in inner for i in names]
         x = _as_autocast_concatenates(init_features)
         args = _arguments("dense block", x, norms, convs, self.backend)
-        drop_rate = layers[0].drop_rate if layers[0].training else 0.0
-        seeds = torch.randint(2**63 - 1, (len(layers),)) if drop_rate else None
+        drop_rate = getattr(first, "drop_rate", 0.0) if first.training else 0.0
+        seeds = torch.randint(2**63 - 1, (len(inner),)) if drop_rate else None
         # Without a backward there is nothing to keep z for.
         recompute = self.recompute if torch.is_grad_enabled() else "bottleneck"
         out, stats, _ = torch.ops.dense_ext.dense_block(x, *args, *BlockOptions(seeds, drop_rate, recompute))
         if any(args.batch_stats[:: len(names)]):  # of a norm that reads X
             ops.remember_statistics(out, stats[:, : out.shape[1]])
-        bottleneck = convs[0].out_channels if "conv2" in layers[0]._modules else 0
-        starts = norm_starts(len(norms), out.shape[1], bottleneck)
+        starts = norm_starts(len(norms), out.shape[1], convs[0].out_channels if len(names) == 2 else 0)
         update_running_stats(norms, stats, starts, values_per_channel(x))
         return out
 
@@ -227,15 +252,14 @@ class DenseBlock(FusedDenseBlock, EagerDenseBlock):
             )
 
 
-class FusedTransition:
+class FusedTransition(Fused):
     """Mixin: a module with norm, relu, conv (1x1) and pool (2x2 average) runs them as one operator."""
 
-    backend: str
-    _modules: dict[str, Any]
+    parts: ClassVar = {"norm": nn.BatchNorm2d, "relu": nn.ReLU, "conv": nn.Conv2d, "pool": nn.AvgPool2d}
 
     def unfusable(self) -> str | None:
         """Why the transition has to run child by child at present, or None."""
-        return _unfusable(self._modules.items())
+        return self._reason(self._modules.items())
 
     def forward(self, input: Tensor) -> Tensor:
         if self.unfusable() is not None:
@@ -274,60 +298,43 @@ class Transition(FusedTransition, nn.Sequential):
         self.pool = nn.AvgPool2d(kernel_size=2, stride=2)
 
 
-# --- stem ---------------------------------------------------------------------------------------
+class FusedFeatures(Fused, nn.Sequential):
+    """A DenseNet's ``features``: called, it runs its stem, the norm, ReLU and max pool, as one operator.
 
+    The children themselves stay what they are, so that who calls them one by one, as an encoder does
+    that wants what lies between, gets what they compute. A slice that has the whole stem runs it so too.
+    """
 
-class _StemPart:
-    """One of the stem's norm, relu and pool: three siblings that run as one, at the norm's place."""
+    parts: ClassVar = {"norm0": nn.BatchNorm2d, "relu0": nn.ReLU, "pool0": nn.MaxPool2d}
+    backend = "auto"
 
-    stem: tuple[nn.Module, nn.Module, nn.Module]
+    @classmethod
+    def stem(cls, features: nn.Sequential) -> slice:
+        """Which children are the stem; none of a slice that has only some of them."""
+        names = list(features._modules)
+        end = names.index("pool0") if "pool0" in names else 0
+        start = end - ("relu0" in cls.parts) - 1
+        return slice(start, end + 1) if start >= 0 else slice(0, 0)
 
     def unfusable(self) -> str | None:
-        """Why norm, relu and pool have to run one by one at present, or None."""
-        return _unfusable(zip(("norm0", "relu0", "pool0"), self.stem, strict=True))
-
-
-class StemNorm(_StemPart, nn.BatchNorm2d):
-    """The stem's norm; its forward also does the ReLU and the max pool that follow it."""
-
-    backend: str
+        """Why the stem has to run child by child at present, or None."""
+        stem = list(self._modules.items())[self.stem(self)]
+        return self._reason(stem) if stem else "it has no norm, ReLU and max pool in a row"
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.unfusable() is not None:
-            return super().forward(input)
-        check_input("stem", input, self)
-        args = _arguments("stem", input, [self], [], self.backend)
-        y, stats = torch.ops.dense_ext.stem(input, *args)
-        update_running_stats([self], stats, [0], values_per_channel(input))
+        children = list(self._modules.values())
+        stem = self.stem(self) if self.unfusable() is None else slice(0, 0)
+        for child in children[: stem.start]:
+            input = child(input)
+        if stem.stop:
+            input = self._run_stem(children[stem.start], input)
+        for child in children[stem.stop :]:
+            input = child(input)
+        return input
+
+    def _run_stem(self, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+        check_input("stem", x, norm)
+        args = _arguments("stem", x, [norm], [], self.backend)
+        y, stats = torch.ops.dense_ext.stem(x, *args)
+        update_running_stats([norm], stats, [0], values_per_channel(x))
         return y
-
-
-class StemReLU(_StemPart, nn.ReLU):
-    """The stem's ReLU, done already by its norm."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return input if self.unfusable() is None else super().forward(input)
-
-
-class StemMaxPool(_StemPart, nn.MaxPool2d):
-    """The stem's max pool, done already by its norm."""
-
-    def forward(self, input: Tensor) -> Any:
-        return input if self.unfusable() is None else super().forward(input)
-
-
-# The classes an inner module may have, by the first four letters of its name.
-_EXPECTED: dict[str, tuple[type[nn.Module], ...]] = {
-    "norm": (nn.BatchNorm2d, StemNorm),
-    "relu": (nn.ReLU, StemReLU),
-    "conv": (nn.Conv2d,),
-    "pool": (nn.AvgPool2d, StemMaxPool),
-}
-
-
-def fuse_stem(stem: tuple[Any, ...], backend: str) -> None:
-    """Make norm, ReLU and max pool run as one operator, in place: only their classes change."""
-    for module, kind in zip(stem, (StemNorm, StemReLU, StemMaxPool), strict=True):
-        module.__class__ = kind
-        module.stem = stem
-    stem[0].backend = backend

@@ -56,7 +56,7 @@ def test_gradcheck_transition(backend: str, training: bool) -> None:
 
 def test_gradcheck_stem(backend: str) -> None:
     net = small_densenet()
-    stem = nn.Sequential(*list(dense_ext.swap(net).features)[1:4])
+    stem = dense_ext.swap(net).features[1:4]
     x = torch.randn(2, 8, 3, 4, dtype=torch.float64, requires_grad=True)
     function, inputs = as_functional(stem, x)
     assert torch.autograd.gradcheck(function, inputs)
@@ -65,7 +65,7 @@ def test_gradcheck_stem(backend: str) -> None:
 def test_double_backward_is_refused(recompute: str) -> None:
     for module in (
         dense_ext.swap(eager_block(), recompute=recompute),
-        nn.Sequential(*list(dense_ext.swap(small_densenet()).features)[:4]),
+        dense_ext.swap(small_densenet()).features[:4],
     ):
         x = block_input() if isinstance(module, nn.ModuleDict) else torch.randn(2, 3, 32, 32).double()
         with pytest.raises(RuntimeError, match=r"create_graph=True is not supported.*dense_ext\.restore"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import statistics
+from typing import Any
 
 import pytest
 import torch
@@ -120,12 +121,12 @@ class TestAutocast:
     def test_every_dtype_is_eagers(self, backend: str, dtype: torch.dtype) -> None:
         ours, eager = twin(small_densenet().float(), dense_ext.swap)
         x = torch.randn(2, 3, 64, 64)
-        seen: dict[str, dict[str, torch.dtype]] = {"ours": {}, "eager": {}}
+        seen: dict[str, dict[str, Any]] = {"ours": {}, "eager": {}}
         for label, model in (("ours", ours), ("eager", eager)):
             for name, module in model.features.named_children():
-                if name not in ("norm0", "relu0"):
+                if name not in ("norm0", "relu0", "pool0"):
                     module.register_forward_hook(
-                        lambda m, i, o, n=name, d=seen[label]: d.__setitem__(n, o.dtype)  # type: ignore[misc]
+                        lambda m, i, o, n=name, d=seen[label]: d.update({n: (i[0].dtype, o.dtype)})  # type: ignore[misc]
                     )
             with torch.autocast("cpu", dtype):
                 y = model(x)

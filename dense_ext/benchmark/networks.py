@@ -19,9 +19,7 @@ from .errors import UnavailableError, UsageError
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     modules.DenseBlock: modules.EagerDenseBlock,
     modules.Transition: nn.Sequential,
-    modules.StemNorm: nn.BatchNorm2d,
-    modules.StemReLU: nn.ReLU,
-    modules.StemMaxPool: nn.MaxPool2d,
+    modules.FusedFeatures: nn.Sequential,
 }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..backends.base import accumulate_dtype
 from ..models import DenseNet
-from ..modules import DenseBlock, StemNorm, Transition
+from ..modules import DenseBlock, FusedFeatures, Transition
 from .flops import without_memory
 
 Shape = tuple[int, ...]
@@ -240,14 +240,18 @@ def model_cases(build: Callable[[], DenseNet], batch: int, size: int) -> list[Pr
     with without_memory(), torch.no_grad():
         model = build()
         for name, module in model.features.named_children():
-            if isinstance(module, (DenseBlock, Transition, StemNorm)):
+            if isinstance(module, (DenseBlock, Transition)):
                 module.register_forward_pre_hook(
                     lambda module, args, name=name: inputs.append((name, module, tuple(args[0].shape)))
+                )
+            elif name == "conv0" and isinstance(model.features, FusedFeatures):
+                module.register_forward_hook(
+                    lambda module, args, y: inputs.append(("stem", module, tuple(y.shape)))
                 )
         model(torch.empty(batch, 3, size, size))
     found: list[PrimitiveCase] = []
     for name, module, shape in inputs:
-        where = name.replace("dense", "").replace("norm0", "stem")
+        where = name.replace("dense", "")
         if isinstance(module, DenseBlock):
             found += _block_cases(where.replace("block", "block "), module, shape)
         elif isinstance(module, Transition):

@@ -83,16 +83,14 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
 
 def _block(name: str, module: Any) -> BlockShape:
     layers = list(module.children())
-    first = layers[0]
-    bottleneck = hasattr(first, "conv2")
-    convs = [conv for layer in layers for conv in layer.children() if isinstance(conv, nn.Conv2d)]
+    convs = [conv for conv in layers[0].modules() if isinstance(conv, nn.Conv2d)]
     return BlockShape(
         name,
         len(layers),
-        first.conv1.in_channels,
+        convs[0].in_channels,
         convs[-1].out_channels,
-        first.conv1.out_channels if bottleneck else 0,
-        any(layer.drop_rate for layer in layers),
+        convs[0].out_channels if len(convs) == 2 else 0,
+        any(getattr(layer, "drop_rate", 0) for layer in layers),
     )
 
 
@@ -106,6 +104,8 @@ def _parts(features: Any) -> Iterable[BlockShape | TransitionShape]:
 
 def _shape_of(model: Any) -> Network:
     conv0 = model.features.conv0
+    if hasattr(model.features, "conv1"):
+        raise AttributeError("its stem has several convolutions")
     parameters = list(model.parameters())
     trainable = [p for p in parameters if p.requires_grad]
     return Network(
@@ -116,9 +116,7 @@ def _shape_of(model: Any) -> Network:
         conv0.padding[0],
         hasattr(model.features, "pool0"),
         tuple(_parts(model.features)),
-        tuple(
-            (m.in_features, m.out_features) for m in model.classifier.modules() if isinstance(m, nn.Linear)
-        ),
+        tuple((m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear)),
         conv0.weight.dtype,
         _nbytes(parameters),
         _nbytes(trainable),
@@ -131,8 +129,8 @@ def network_of(model: nn.Module | str) -> Network:
     """The shape of a model.
 
     Args:
-        model: a :class:`dense_ext.DenseNet`, a torchvision DenseNet, swapped or not, or one of
-            either's children by the same names; or a name of ``dense_ext.models.MODELS``.
+        model: a :class:`dense_ext.DenseNet`, or a DenseNet that :func:`dense_ext.swap` knows, swapped or
+            not; or a name of ``dense_ext.models.MODELS``.
 
     Raises:
         TypeError: neither a module nor a name.

@@ -45,7 +45,8 @@ def swap(
     :func:`report` say why. Swapping again changes the options.
 
     Args:
-        model: a torchvision DenseNet, or a model that contains one.
+        model: a DenseNet of torchvision, timm, MONAI (2-D) or TorchXRayVision, or a model that
+            contains one or is built on its blocks.
         recompute: as :class:`dense_ext.DenseBlock`; or ``"auto"``: for each block what computes least
             again while a training step in the parameters' dtype, with AdamW's state, still fits
             (:meth:`dense_ext.memory.Planner.choose`). The model is then itself a DenseNet.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..backends import requested, select
-from ..modules import FusedDenseBlock, FusedTransition, StemNorm
+from ..modules import FusedDenseBlock, FusedFeatures, FusedTransition
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Report:
 
 def served_by(model: nn.Module) -> Iterator[Row]:
     """A row for each fused part: what would run it now, on its parameters' device and dtype."""
-    kinds = ((FusedDenseBlock, "dense block"), (FusedTransition, "transition"), (StemNorm, "stem"))
+    kinds = ((FusedDenseBlock, "dense block"), (FusedTransition, "transition"), (FusedFeatures, "stem"))
     for name, module in model.named_modules():
         kind = next((k for cls, k in kinds if isinstance(module, cls)), None)
         if kind is None:

@@ -1,0 +1,31 @@
+"""MONAI's DenseNet: ``monai.networks.nets.densenet``, in two dimensions.
+
+A layer's modules are in a Sequential of their own, dropout among them; it drops whole channels, which the
+operator does not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from monai.networks.nets.densenet import _DenseBlock, _DenseLayer, _Transition
+
+from ..modules import FusedDenseBlock, FusedTransition
+from .adapter import Adapter
+
+
+class SwappedDenseBlock(FusedDenseBlock, _DenseBlock):
+    """MONAI's dense block, run as one operator."""
+
+    layer_type = _DenseLayer
+
+    @staticmethod
+    def inner(layer: Any) -> dict[str, Any]:
+        return layer._modules["layers"]._modules
+
+
+class SwappedTransition(FusedTransition, _Transition):
+    """MONAI's transition, run as one operator."""
+
+
+ADAPTER = Adapter(_DenseBlock, _Transition, SwappedDenseBlock, SwappedTransition)

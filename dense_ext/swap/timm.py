@@ -1,0 +1,42 @@
+"""timm's DenseNet: ``timm.models.densenet``. Its norms do the activation as well."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from timm.layers.norm_act import BatchNormAct2d
+from timm.models.densenet import DenseBlock, DenseLayer, DenseTransition
+from torch import nn
+
+from ..modules import FusedDenseBlock, FusedFeatures, FusedTransition
+from .adapter import Adapter
+
+_NORM = {"drop": nn.Identity, "act": nn.ReLU}  # a norm's own children
+
+
+class SwappedDenseBlock(FusedDenseBlock, DenseBlock):
+    """timm's dense block, run as one operator."""
+
+    parts: ClassVar = {
+        "norm1": BatchNormAct2d,
+        "conv1": nn.Conv2d,
+        "norm2": BatchNormAct2d,
+        "conv2": nn.Conv2d,
+        **_NORM,
+    }
+    layer_type = DenseLayer
+
+
+class SwappedTransition(FusedTransition, DenseTransition):
+    """timm's transition, run as one operator."""
+
+    parts: ClassVar = {"norm": BatchNormAct2d, "conv": nn.Conv2d, "pool": nn.AvgPool2d, **_NORM}
+
+
+class SwappedFeatures(FusedFeatures):
+    """timm's features: the norm before the pool is norm0, or norm2 of a deep stem."""
+
+    parts: ClassVar = {"norm0": BatchNormAct2d, "norm2": BatchNormAct2d, "pool0": nn.MaxPool2d, **_NORM}
+
+
+ADAPTER = Adapter(DenseBlock, DenseTransition, SwappedDenseBlock, SwappedTransition, SwappedFeatures)

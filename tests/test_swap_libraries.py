@@ -1,0 +1,301 @@
+"""Every library's DenseNet, swapped: what it computes, keeps, refuses, and how its own tools see it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import segmentation_models_pytorch
+import timm
+import torch
+from monai.data import MetaTensor
+from monai.networks.nets import DenseNet as MonaiDenseNet
+from timm.models.densenet import DenseNet as TimmDenseNet
+from torch import Tensor, nn
+from torchvision.models.densenet import DenseNet as TorchvisionDenseNet
+from torchxrayvision.models import DenseNet as XrayDenseNet
+
+import dense_ext
+from dense_ext.memory import estimate
+
+from .helpers import assert_equal, assert_same_state, assert_trains_alike, randomize, twin
+
+BLOCKS = (2, 3, 1, 2)
+SHAPE = (2, 3, 40, 40)
+
+
+def timm_net(growth_rate: int = 5, **options: Any) -> nn.Module:
+    return TimmDenseNet(growth_rate, BLOCKS, num_classes=4, bn_size=3, **options)
+
+
+def timm_deep_stem() -> nn.Module:
+    return timm_net(growth_rate=8, stem_type="deep")
+
+
+def monai_net(spatial_dims: int = 2, **options: Any) -> nn.Module:
+    return MonaiDenseNet(
+        spatial_dims, 3, 4, init_features=10, growth_rate=5, block_config=BLOCKS, bn_size=3, **options
+    )
+
+
+def xray_net(drop_rate: float = 0.0) -> nn.Module:
+    return XrayDenseNet(5, BLOCKS, 10, 3, drop_rate, num_classes=4, in_channels=3)
+
+
+def torchvision_net() -> nn.Module:
+    return TorchvisionDenseNet(5, BLOCKS, 10, 3, num_classes=4)
+
+
+NETWORKS = [timm_net, timm_deep_stem, monai_net, xray_net]
+libraries = pytest.mark.parametrize("build", NETWORKS, ids=lambda build: build.__name__)
+
+
+def images() -> Tensor:
+    return torch.randn(SHAPE, dtype=torch.float64)
+
+
+def built(build: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return randomize(build()).double()
+
+
+@libraries
+def test_trains_like_the_original(build: Callable[[], nn.Module], recompute: str) -> None:
+    ours, eager = twin(built(build), lambda m: dense_ext.swap(m, recompute=recompute, strict=True))
+    assert {row.runs for row in dense_ext.report(ours).rows} == {"fused"}
+    assert len(dense_ext.report(ours).rows) == 8
+    assert_trains_alike(ours, eager, images())
+    for model in (ours, eager):
+        model.eval()
+    x = images()
+    assert_equal(ours(x), eager(x), "output in eval mode")
+
+
+@libraries
+def test_keeps_what_the_user_holds_and_gives_it_back(build: Callable[[], nn.Module]) -> None:
+    ours, eager = twin(built(build), lambda m: None)
+    held = [id(t) for t in (*ours.parameters(), *ours.buffers(), *ours.modules())]
+    dense_ext.swap(ours)
+    assert [id(t) for t in (*ours.parameters(), *ours.buffers(), *ours.modules())] == held
+    assert list(ours.state_dict()) == list(eager.state_dict())
+    for (name, module), original in zip(ours.named_modules(), eager.modules(), strict=True):
+        assert isinstance(module, type(original)), name
+    dense_ext.restore(ours)
+    assert [type(m) for m in ours.modules()] == [type(m) for m in eager.modules()]
+    assert [sorted(m.__dict__) for m in ours.modules()] == [sorted(m.__dict__) for m in eager.modules()]
+    assert_trains_alike(ours, eager, images(), steps=1)
+
+
+@libraries
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deep", "pickle"]
+)
+def test_copies_are_swapped_too(
+    build: Callable[[], nn.Module], how: Callable[[nn.Module], nn.Module]
+) -> None:
+    model = dense_ext.swap(built(build))
+    other = how(model)
+    assert {row.runs for row in dense_ext.report(other).rows} == {"fused"}
+    x = images()
+    assert_equal(other(x), model(x), "output")
+    assert_same_state(other, model)
+
+
+def _other_activation(block: Any) -> str:
+    layer = block.denselayer1
+    inner = getattr(layer, "layers", layer)._modules
+    if "relu1" in inner:
+        inner["relu1"] = nn.SiLU()
+        return "relu1 is SiLU, not ReLU"
+    inner["norm1"].act = nn.SiLU()
+    return "act is SiLU, not ReLU"
+
+
+def _one_more_module(block: Any) -> str:
+    layer = block.denselayer1
+    getattr(layer, "layers", layer).add_module("more", nn.Tanh())
+    return r"more \(Tanh\) is not among norm1, "
+
+
+def _other_layer(block: Any) -> str:
+    original = type(block.denselayer1)
+
+    class Scaled(original):  # type: ignore[misc,valid-type]
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+
+    block.denselayer1.__class__ = Scaled
+    return f"denselayer1 is Scaled, not {original.__name__}"
+
+
+def _hook(block: Any) -> str:
+    block.denselayer1.register_forward_hook(lambda module, args, y: y * 2)
+    return "hook"
+
+
+@libraries
+@pytest.mark.parametrize("change", [_other_activation, _one_more_module, _other_layer, _hook])
+def test_what_is_changed_after_the_swap_runs_as_it_is(
+    build: Callable[[], nn.Module], change: Callable[[Any], str]
+) -> None:
+    ours, eager = twin(built(build), dense_ext.swap)
+    reason = change(ours.features.denseblock2)
+    change(eager.features.denseblock2)
+    assert re.search(reason, ours.features.denseblock2.unfusable())
+    assert_trains_alike(ours, eager, images(), steps=1)
+
+
+@libraries
+@pytest.mark.parametrize("change", [_other_activation, _one_more_module, _other_layer, _hook])
+def test_what_was_changed_before_is_left_alone(
+    build: Callable[[], nn.Module], change: Callable[[Any], str]
+) -> None:
+    model = built(build)
+    reason = change(model.features.denseblock2)
+    with pytest.raises(ValueError, match=rf"features\.denseblock2: .*{reason}"):
+        dense_ext.swap(model, strict=True)
+    with pytest.warns(UserWarning, match=rf"features\.denseblock2: .*{reason}"):
+        dense_ext.swap(model)
+    rows = {row.name: row.runs for row in dense_ext.report(model).rows}
+    assert rows.pop("features.denseblock2") == "eager"
+    assert set(rows.values()) == {"fused"}
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (
+            lambda: timm_net(act_layer="silu"),
+            "features.denseblock1: denselayer1: norm1.act is SiLU, not ReLU",
+        ),
+        (lambda: timm_net(norm_layer="groupnorm1"), "denselayer1: norm1 is .*, not BatchNormAct2d"),
+        (
+            lambda: timm_net(aa_layer=timm.layers.BlurPool2d, aa_stem_only=False),
+            "transition1: pool is BlurPool2d, not AvgPool2d",
+        ),
+        (lambda: monai_net(spatial_dims=3), "denselayer1: norm1 is BatchNorm3d, not BatchNorm2d"),
+        (lambda: monai_net(norm="instance"), "denselayer1: norm1 is InstanceNorm2d, not BatchNorm2d"),
+        (lambda: monai_net(act="prelu"), "denselayer1: relu1 is PReLU, not ReLU"),
+        (lambda: monai_net(dropout_prob=0.1), r"dropout \(Dropout2d\) is not among norm1, relu1, conv1"),
+    ],
+)
+def test_variants_without_a_kernel_say_so(build: Callable[[], nn.Module], reason: str) -> None:
+    model = build()
+    with pytest.warns(UserWarning, match=reason.replace(".", r"\.").replace(r"\.*", ".*")):
+        dense_ext.swap(model)
+    rows = dense_ext.report(model).rows
+    assert [row.runs for row in rows if row.name == "features.denseblock1"] in (["eager"], ["fused"])
+    assert all(row.detail != "not swapped" for row in rows)
+
+
+class TestTimm:
+    def test_intermediates(self) -> None:
+        """They tap the stem before its pool, which a call of the whole would not compute."""
+        ours, eager = twin(built(timm_net), dense_ext.swap)
+        x = images()
+        outputs, intermediates = ours.forward_intermediates(x)
+        expected_outputs, expected = eager.forward_intermediates(x)
+        assert_equal(outputs, expected_outputs, "output")
+        for i, (a, b) in enumerate(zip(intermediates, expected, strict=True)):
+            assert_equal(a, b, f"intermediate {i}")
+
+    def test_feature_pyramid(self) -> None:
+        torch.manual_seed(0)
+        model = timm.create_model("densenet121", features_only=True)
+        ours, eager = twin(randomize(model).double(), dense_ext.swap)
+        x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+        for i, (a, b) in enumerate(zip(ours(x), eager(x), strict=True)):
+            assert_equal(a, b, f"feature {i}")
+
+    def test_checkpointed_layers(self) -> None:
+        ours, eager = twin(built(timm_net), dense_ext.swap)
+        ours.set_grad_checkpointing()
+        assert {row.runs for row in dense_ext.report(ours).rows} == {"fused"}
+        assert_trains_alike(ours, eager, images(), steps=1)
+
+    def test_dropout_in_layers(self) -> None:
+        model = dense_ext.swap(built(lambda: timm_net(proj_drop_rate=0.5)))
+        x = images()
+        assert not torch.equal(model(x), model(x))
+        model.eval()
+        assert torch.equal(model(x), model(x))
+
+
+class TestMonai:
+    def test_tensors_with_metadata(self) -> None:
+        ours, eager = twin(built(monai_net), dense_ext.swap)
+        x = MetaTensor(images())
+        y = ours(x)
+        assert isinstance(y, MetaTensor)
+        assert_equal(y.as_tensor(), eager(x).as_tensor(), "output")
+        y.sum().backward()
+        assert all(p.grad is not None for p in ours.parameters())
+
+
+class TestXray:
+    def test_resizing_and_sigmoid(self) -> None:
+        """What the pretrained networks do around the features."""
+        model = built(xray_net)
+        model.input_resolution = 48
+        ours, eager = twin(model, dense_ext.swap)
+        x = 1024 * (2 * torch.rand(SHAPE, dtype=torch.float64) - 1)
+        for m in (ours, eager):
+            m.apply_sigmoid = True
+        assert_equal(ours(x), eager(x), "probabilities")
+        assert_equal(ours.features2(x), eager.features2(x), "features")
+
+    def test_dropout_in_layers(self) -> None:
+        model = dense_ext.swap(built(lambda: xray_net(drop_rate=0.5)))
+        assert {row.runs for row in dense_ext.report(model).rows} == {"fused"}
+        x = images()
+        assert not torch.equal(model(x), model(x))
+
+    def test_torchvision_network_in_data_parallel(self) -> None:
+        """As the library's CheXpert baseline holds it."""
+
+        class Baseline(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = nn.DataParallel(torchvision_net())
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.model(x)
+
+        ours, eager = twin(built(Baseline), dense_ext.swap)
+        assert {row.runs for row in dense_ext.report(ours).rows} == {"fused"}
+        assert_trains_alike(ours, eager, images(), steps=1)
+
+
+def test_segmentation_encoder() -> None:
+    """A U-Net over torchvision's DenseNet, whose stem and transitions it calls child by child."""
+    torch.manual_seed(0)
+    model = segmentation_models_pytorch.Unet("densenet121", encoder_weights=None)
+    ours, eager = twin(randomize(model).double(), dense_ext.swap)
+    blocks = [row for row in dense_ext.report(ours).rows if row.kind == "dense block"]
+    assert len(blocks) == 4
+    assert {row.runs for row in blocks} == {"fused"}
+    assert_trains_alike(ours, eager, torch.randn(2, 3, 64, 64, dtype=torch.float64), steps=1)
+
+
+@pytest.mark.parametrize("build", [timm_net, monai_net, xray_net], ids=lambda build: build.__name__)
+def test_planner_knows_every_library(build: Callable[[], nn.Module]) -> None:
+    shape = (4, 3, 64, 64)
+    expected = estimate(torchvision_net(), shape, recompute="bottleneck").peak
+    assert estimate(build(), shape, recompute="bottleneck").peak == expected
+    model = build()
+    budget = 2 * estimate(model, shape, recompute="none").peak
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dense_ext.swap(model, recompute="auto", input_shape=shape, memory=budget)
+    blocks = [row for row in dense_ext.report(model).rows if row.kind == "dense block"]
+    assert {row.recompute for row in blocks} == {"none"}
+
+
+def test_planner_refuses_a_stem_it_does_not_follow() -> None:
+    with pytest.raises(ValueError, match="its stem has several convolutions"):
+        estimate(timm_deep_stem(), (4, 3, 64, 64))
