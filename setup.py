@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 BUILD, CUDA = os.environ.get("DENSE_EXT_BUILD"), os.environ.get("DENSE_EXT_CUDA")
+NINJA = [sys.executable, "-m", "ninja"] if find_spec("ninja") else ["ninja"]
 TORCH = Path(spec.origin).parent if (spec := find_spec("torch")) and spec.origin else None
 
 # Library -> its instruction set's compiler flags; only the default is built elsewhere.
@@ -59,7 +61,9 @@ def cuda_target() -> str:
     flags = []
     for name in ARCHITECTURES.replace(";", " ").split():
         number, _, ptx = name.replace(".", "").partition("+")
-        flags.append(f"-gencode=arch=compute_{number},code=[sm_{number}{f',compute_{number}' * bool(ptx)}]")
+        codes = f"sm_{number},compute_{number}" if ptx else f"sm_{number}"
+        if re.fullmatch(r"([89]|1\d)\d[af]?", number):  # not before 8.0, and no names
+            flags.append(f"-gencode=arch=compute_{number},code=[{codes}]")
     return " ".join(flags)
 
 
@@ -85,13 +89,13 @@ class Build(build_ext):
         Path(folder, "build.ninja").write_text("\n".join(lines) + "\n")
         jobs = [f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else []
         try:
-            subprocess.run([sys.executable, "-m", "ninja", "-f", f"{folder}/build.ninja", *jobs], check=True)
+            subprocess.run([*NINJA, "-f", f"{folder}/build.ninja", *jobs], check=True)
         except subprocess.CalledProcessError as error:
             leave_out(name, error, BUILD == "1" or (kind == "cuda" and CUDA == "1"))
             return False
         path = self.get_ext_fullpath(ext.name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        self.copy_file(f"{folder}/{name}.so", path)
+        shutil.copy2(f"{folder}/{name}.so", path)
         return True
 
 
@@ -100,17 +104,14 @@ def extensions() -> list[Extension]:
     if folders and (TORCH is None or sys.platform == "win32"):
         leave_out("the libraries", "it takes PyTorch, and GCC or Clang", BUILD == "1")
         return []
-    if folders and (CUDA == "1" or (CUDA != "0" and os.path.exists(f"{TORCH}/lib/libtorch_cuda.so"))):
-        if cuda_home():
-            folders["_cuda"] = "cuda"
-        else:
-            leave_out("_cuda", "there is no nvcc", CUDA == "1")
-    found = []
-    for name, folder in folders.items():
-        files = [*glob("csrc/*"), *glob(f"csrc/{folder}/*")]
-        sources = sorted(file for file in files if file.endswith((".cpp", ".cu")))
-        found.append(Extension(f"dense_ext.{name}", sources))
-    return found
+    wanted = CUDA == "1" or (CUDA != "0" and os.path.exists(f"{TORCH}/lib/libtorch_cuda.so"))
+    if folders and wanted and cuda_home():
+        folders = {"_cuda": "cuda", **folders}  # what takes longest first
+    elif folders and wanted:
+        leave_out("_cuda", "there is no nvcc", CUDA == "1")
+    sources = {kind: sorted([*glob("csrc/*.cpp"), *glob(f"csrc/{kind}/*.c{end}")])
+               for kind, end in (("cpu", "pp"), ("cuda", "u"))}  # fmt: skip
+    return [Extension(f"dense_ext.{name}", sources[kind]) for name, kind in folders.items()]
 
 
 # The libraries know nothing of Python: one wheel serves every version from 3.10 on.

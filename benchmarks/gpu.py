@@ -2,79 +2,116 @@
 
 Needs the checkout, PyTorch with Triton, torchvision and pytest; nothing is installed or downloaded.
 Where there is nvcc and Ninja, the CUDA kernels are compiled for this GPU first; else a library that is
-there already serves. Every part runs in a process of its own with a time limit, logs to
-``DIR/PART.log`` and keeps what it measured when the limit ends it. ``DIR/summary.txt`` says how each
-part went.
+there already serves. Every part runs in processes of its own within a time limit, and keeps what it
+measured when the limit ends it; the whole ends after ``--seconds``. ``DIR`` gets a JSON file for each
+suite, ``summary.txt``, how each part went, and ``log.txt``, all they printed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-POLICIES = ["none", "bottleneck", "block"]
 OTHERS = "densenet169,densenet201,densenet161"
-PEERS = [
-    "eager-cl",
-    "compile-cl",
-    "memory-efficient-cl",
-    "dense_ext-none-graph",
-    "dense_ext-none-cuda-graph",
-    "dense_ext-bottleneck-graph",
-]
+POLICIES = ["none", "bottleneck", "block"]
+# Graphs are not for the suite `memory`, whose steps run without; what is compiled comes last, as it takes
+# longest, and a row of eager's first, as the others' values are compared with it.
+EAGER = ["eager-cl", "memory-efficient-cl"]
+GRAPHS = ["graph-cl", "dense_ext-none-graph", "dense_ext-none-cuda-graph", "dense_ext-bottleneck-graph"]
+PEERS = {
+    "step": [*EAGER, *GRAPHS, "compile-cl"],
+    "step_others": [*EAGER, *GRAPHS],
+    "inference": [*EAGER, *GRAPHS, "compile-cl"],
+    "memory": EAGER,
+}
+COMPILED = ("compile", "autotune", "budget")
 
 PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--device", "cuda"]
 SUITE = ["benchmarks/gpu.py", "--suite"]
-# The tests compile a few hundred variants of the kernels, each process its own: side by side.
-PRIMITIVES = sorted(path for path in (ROOT / "tests" / "primitives").glob("test_*.py"))
-TESTS = [
-    *([*PYTEST, str(path.relative_to(ROOT)), "-k", which] for path in PRIMITIVES
-      for which in (("backward", "not backward") if "bn_relu" in path.name else ("",))),
-    [*PYTEST, "tests/gpu"],
-]  # fmt: skip
+NVCC = shutil.which("nvcc", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
 # In CUDA's toolkit. Races in shared memory and accesses out of bounds, on the smallest shapes.
 SANITIZER = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
-SANITIZED = [*PYTEST, "tests/primitives", "-k", "cuda and (test_op or optional)"]
-
-# Part, seconds it may take, and its commands after the interpreter; about eight minutes, as most
-# take less.
-PARTS: list[tuple[str, int, list[list[str]]]] = [
-    ("machine", 20, [[*SUITE, "machine"]]),
-    ("build", 90, [["setup.py", "build_ext", "--inplace"]]),
-    ("tests", 150, TESTS),
-    ("step", 110, [[*SUITE, "step", "--model", "densenet121", "--batch", "256"]]),
-    ("primitives", 70, [[*SUITE, "primitives", "--model", f"densenet121,{OTHERS}", "--batch", "256"]]),
-    ("inference", 50, [[*SUITE, "inference", "--model", "densenet121", "--batch", "256"]]),
-    ("memory", 40, [[*SUITE, "memory"]]),
-    ("step_others", 60, [[*SUITE, "step", "--model", OTHERS, "--batch", "128"]]),
-    ("memcheck", 40, [SANITIZED]),
-    ("racecheck", 40, [SANITIZED]),
-]
+SANITIZED = [*PYTEST, "tests/primitives", "-k", "cuda and (test_aligned or optional)"]
 
 
-def run_part(name: str, seconds: int, commands: list[list[str]], out: Path) -> str:
-    """Run a part's commands side by side; how they went, a line each."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+def tests() -> list[list[str]]:
+    """Each backend's tests in processes of their own: a kernel that fails takes the GPU from its process.
+
+    Triton's compile a few hundred variants: side by side.
+    """
+    files = sorted(path.relative_to(ROOT) for path in (ROOT / "tests" / "primitives").glob("test_*.py"))
+    found = []
+    for backend in ["cuda", "triton"] if NVCC or (ROOT / "dense_ext" / "_cuda.so").exists() else ["triton"]:
+        found.append([*PYTEST, "tests/gpu", "-k", backend])
+        for file in files:
+            parts = (" and backward", " and not backward") if "bn_relu" in file.name else ("",)
+            found += [[*PYTEST, str(file), "-k", backend + part] for part in parts]
+    return found
+
+
+@dataclass(frozen=True)
+class Part:
+    """Commands after the interpreter, run side by side, and the seconds they may take."""
+
+    name: str
+    seconds: int
+    commands: list[list[str]]
+
+
+def suite(name: str, seconds: int, kind: str, *options: str) -> Part:
+    """A part that fills ``DIR/NAME.json``."""
+    return Part(name, seconds, [[*SUITE, kind, *options]])
+
+
+def parts() -> list[Part]:
+    """In the order of what they tell; most take less than they may."""
+    found = [suite("machine", 60, "machine"), Part("tests", 150, tests())]
+    if NVCC:
+        found.insert(0, Part("build", 120, [["setup.py", "build_ext", "--inplace"]]))
+    found += [
+        suite("step", 110, "step", "--model", "densenet121", "--batch", "256"),
+        *(
+            suite(f"primitives_{backend}", 45, "primitives", "--model", f"densenet121,{OTHERS}",
+                  "--batch", "256", "--backend", backend)
+            for backend in ("cuda", "triton")
+        ),
+        suite("inference", 60, "inference", "--model", "densenet121", "--batch", "256"),
+        suite("memory", 60, "memory"),
+        suite("step_others", 60, "step", "--model", OTHERS, "--batch", "128"),
+    ]  # fmt: skip
+    if SANITIZER:
+        found += [Part(tool, 90, [SANITIZED]) for tool in ("memcheck", "racecheck")]
+    return found
+
+
+def run_part(part: Part, seconds: float, out: Path) -> list[str]:
+    """Run a part's commands within ``seconds``; how they went, a line each."""
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # for the tests' deterministic mode
+    if len(part.commands) > 1:
+        environment["OMP_NUM_THREADS"] = "1"
     wrapper: list[str] = []
-    if name in ("memcheck", "racecheck"):
-        if SANITIZER is None:
-            return f"{name}: there is no compute-sanitizer"
-        wrapper = [SANITIZER, "--tool", name, "--error-exitcode", "9"]
-    if name == "build":
+    if part.name in ("memcheck", "racecheck"):
+        wrapper = [str(SANITIZER), "--tool", part.name, "--error-exitcode", "9"]
+        # Each tensor by itself, or an access beyond its end would find the next one's memory.
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    if part.name == "build":
         environment |= {"DENSE_EXT_CUDA": "1", "TORCH_CUDA_ARCH_LIST": _capability()}
     started, running = time.monotonic(), []
-    for number, command in enumerate(commands):
+    for number, command in enumerate(part.commands):
         if SUITE[0] in command:
-            command = [*command, "--out", str(out), "--name", name]
-        log = out / (f"{name}.log" if len(commands) == 1 else f"{name}-{number}.log")
+            command = [*command, "--out", str(out), "--name", part.name]
+        log = out / f"{part.name}-{number}.log"
         with log.open("w") as file:
             process = subprocess.Popen(
                 [*wrapper, sys.executable, *command],
@@ -82,14 +119,22 @@ def run_part(name: str, seconds: int, commands: list[list[str]], out: Path) -> s
                 env=environment,
                 stdout=file,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,  # so that what it starts can be ended with it
             )
-        running.append((process, log))
+        running.append((process, command, log))
     lines = []
-    for process, log in running:
-        code = _wait(process, started + seconds - time.monotonic(), seconds)
-        last = ["", *log.read_text().strip().splitlines()][-1]
-        lines.append(f"{log.stem}: exit {code}, {time.monotonic() - started:.0f} s: {last}")
-    return "\n".join(lines)
+    with (out / "log.txt").open("a") as all_logs:
+        for process, command, log in running:
+            how = _wait(process, started + seconds - time.monotonic(), seconds)
+            text = log.read_text(errors="replace")
+            last = ["", *text.strip().splitlines()][-1]
+            if how == "exit 0" and command[:2] == PYTEST[:2] and " passed" not in last:
+                how = "no test ran"
+            name = part.name if len(running) == 1 else f"{part.name} {' '.join(command[len(PYTEST) :])}"
+            lines.append(f"{name}: {how}, {time.monotonic() - started:.0f} s: {last}")
+            all_logs.write(f"=== {lines[-1]}\n{text}\n")
+            log.unlink()
+    return lines
 
 
 def _capability() -> str:
@@ -102,23 +147,32 @@ def _capability() -> str:
     return f"{major}.{minor}{'a' if (major, minor) == (9, 0) else ''}"
 
 
-def _wait(process: subprocess.Popen[bytes], remaining: float, seconds: int) -> str:
-    """The exit code; a process that takes longer than what remains is ended."""
+def _wait(process: subprocess.Popen[bytes], remaining: float, seconds: float) -> str:
+    """How the process ended; one that takes longer than what remains is ended, with all it started."""
     try:
-        return str(process.wait(max(remaining, 0.1)))
+        return f"exit {process.wait(max(remaining, 0.1))}"
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)  # a suite writes what it has
+        os.killpg(process.pid, signal.SIGINT)  # a suite writes what it has
     try:
-        return f"{process.wait(15)}, ended after {seconds} s"
+        return f"exit {process.wait(10)}, ended after {seconds:.0f} s"
     except subprocess.TimeoutExpired:
-        process.kill()
-        return f"killed after {seconds} s"
+        return f"killed after {seconds:.0f} s"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def run_suite(
-    name: str, models: tuple[str, ...], batch: int | None, path: Path, device: str = "cuda"
+    kind: str,
+    name: str,
+    models: tuple[str, ...],
+    batch: int | None,
+    path: Path,
+    device: str = "cuda",
+    backend: str = "auto",
 ) -> None:
-    """Fill one result file, in this process."""
+    """Fill one result file, in this process; it is written as it grows, for a kernel may hang."""
     import torch
 
     from dense_ext.backends import unavailable_reasons
@@ -127,14 +181,24 @@ def run_suite(
     from dense_ext.benchmark.suites import SUITES, SuiteOptions
     from dense_ext.benchmark.tables import tables
 
-    if name == "machine":
+    if kind == "machine":
         print(torch.__version__, torch.cuda.get_device_name(), unavailable_reasons("cuda", torch.bfloat16))
         return
-    options = SuiteOptions(models, batch, None, ("bfloat16",), device, "auto", 5, int(8e9), None)
-    results = new_results(name, options.as_json())
-    suite = SUITES[name](options, peers.choose(PEERS, POLICIES), results)
+    options = SuiteOptions(models, batch, None, ("bfloat16",), device, backend, 5, int(2e9), None)
+    results = new_results(kind, options.as_json())
+    chosen = peers.choose(PEERS.get(name, EAGER), POLICIES)
+    measured = SUITES[kind](options, sorted(chosen, key=lambda peer: peer.mode in COMPILED), results)
+    written = time.monotonic()
+
+    def tick(what: str) -> None:
+        nonlocal written
+        print(f"{time.strftime('%X')} {what}")
+        if time.monotonic() - written > 5:
+            write_json(path, results)
+            written = time.monotonic()
+
     try:
-        suite.run(lambda what: print(f"{time.strftime('%X')} {what}"))
+        measured.run(tick)
         results["interrupted"] = False
     except KeyboardInterrupt:
         print("ended early")
@@ -149,24 +213,32 @@ def run_suite(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for logs and results")
+    parser.add_argument("--seconds", type=int, default=470, help="all of it may take (default: 470)")
     parser.add_argument("--suite", help="run one suite in this process instead")
     parser.add_argument("--name", help="with --suite: of the result file")
     parser.add_argument("--model", default="", help="with --suite: networks, separated by commas")
     parser.add_argument("--batch", type=int, help="with --suite: images a step")
+    parser.add_argument("--backend", default="auto", help="with --suite: dense_ext's")
     options = parser.parse_args()
-    options.out = options.out.resolve()
-    options.out.mkdir(parents=True, exist_ok=True)
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
     if options.suite:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         models = tuple(filter(None, options.model.split(",")))
-        run_suite(options.suite, models, options.batch, options.out / f"{options.name}.json")
+        path = out / f"{options.name}.json"
+        run_suite(options.suite, options.name, models, options.batch, path, backend=options.backend)
         return 0
-    lines = []
-    for name, seconds, commands in PARTS:
-        lines += run_part(name, seconds, commands, options.out).splitlines()
-        print("\n".join(lines[-len(commands) :]), flush=True)
-        (options.out / "summary.txt").write_text("\n".join(lines) + "\n")
-    checked = [line for line in lines if line.startswith(("machine", "tests", "memcheck", "racecheck"))]
-    checked = [line for line in checked if "there is no" not in line]
+    end, lines = time.monotonic() + options.seconds, []
+    for part in parts():
+        seconds = min(part.seconds, end - time.monotonic() - 10)  # to end it takes up to ten
+        if seconds < 15:
+            lines.append(f"{part.name}: no time is left")
+        else:
+            lines += run_part(part, seconds, out)
+        print("\n".join(lines[-len(part.commands) :]), flush=True)
+        (out / "summary.txt").write_text("\n".join(lines) + "\n")
+    checks = ("build", "machine", "tests", "memcheck", "racecheck")
+    checked = [line for line in lines if line.startswith(checks) and "no time is left" not in line]
     return 0 if all(": exit 0," in line for line in checked) else 1
 
 

@@ -1,9 +1,9 @@
 """Put the order in which ``auto`` tries backends into the shipped table, by what a GPU was measured to do.
 
-    python benchmarks/preference.py benchmarks/results/GPU/primitives.json
+    python benchmarks/preference.py run/primitives_cuda.json run/primitives_triton.json
 
-For each primitive and dtype that more than one backend ran on every shape, the backends by the
-geometric mean of their times over the shapes. GPUs are NVIDIA's: elsewhere there is one backend to take.
+For each primitive and dtype that more than one backend ran, the backends by the geometric mean of their
+times over the shapes that all of them ran. GPUs are NVIDIA's: elsewhere there is one backend to take.
 """
 
 from __future__ import annotations
@@ -21,34 +21,38 @@ from dense_ext.backends.preference import SHIPPED
 from dense_ext.benchmark.results import read_results
 
 
-def measured_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the table from a result of the suite ``primitives``."""
+def measured_rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the table from results of the suite ``primitives``, of one machine."""
     times: dict[tuple[str, str], dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
-    for row in results["rows"]:
+    for row in (row for result in results for row in result["rows"]):
         case, peer = row["case"], row["peer"]
         if peer in BACKENDS and row["seconds"]:
             key = primitive_of(case["primitive"]), case["dtype"]
             times[key][peer][f"{case['where']} {case['shape']}"] = statistics.median(row["seconds"])
-    machine = results["machine"]
-    gpu = machine["gpu"]
-    measured = {
-        "where": gpu["name"] if gpu else machine["cpu"],
-        "when": results["date"][:10],
-        "torch": results["versions"]["torch"],
-    }
+    places = [_where(result) for result in results]
+    if len({place["where"] for place in places}) > 1:
+        raise SystemExit(f"the results are of different machines: {places}")
+    measured, gpu = places[0], results[0]["machine"]["gpu"]
     rows = []
     for (primitive, dtype), of_backend in times.items():
-        shapes = set().union(*of_backend.values())
-        means = {
-            name: statistics.geometric_mean(t.values()) for name, t in of_backend.items() if set(t) == shapes
-        }
-        if len(means) > 1:
+        shapes = set.intersection(*(set(t) for t in of_backend.values()))
+        if len(of_backend) > 1 and shapes:
+            means = {n: statistics.geometric_mean(t[s] for s in shapes) for n, t in of_backend.items()}
             order = sorted(means, key=means.__getitem__)
             on = f"sm_{gpu['compute_capability'].replace('.', '')}" if gpu else "cpu"
             rows.append(
                 {"primitive": primitive, "on": on, "dtype": dtype, "order": order, "measured": measured}
             )
     return rows
+
+
+def _where(result: dict[str, Any]) -> dict[str, str]:
+    gpu = result["machine"]["gpu"]
+    return {
+        "where": gpu["name"] if gpu else result["machine"]["cpu"],
+        "when": result["date"][:10],
+        "torch": result["versions"]["torch"],
+    }
 
 
 def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -59,10 +63,10 @@ def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("results", type=Path, help="of dense-ext bench --suite primitives")
+    parser.add_argument("results", type=Path, nargs="+", help="of dense-ext bench --suite primitives")
     parser.add_argument("--table", type=Path, default=SHIPPED, help="the table to change")
     options = parser.parse_args()
-    new = measured_rows(read_results(options.results))
+    new = measured_rows([read_results(path) for path in options.results])
     rows = merged(json.loads(options.table.read_text()), new)
     lines = ",\n".join(json.dumps(row) for row in rows)
     options.table.write_text(f"[\n{lines}\n]\n" if rows else "[]\n")

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import dense_ext
 
 from .helpers import (
+    BackwardBuffers,
     assert_equal,
     assert_same_state,
     assert_trains_alike,
@@ -144,19 +144,6 @@ def test_partial_gradients(backend: str, recompute: str, needs: str) -> None:
         x.grad = None
     assert_equal(results[0], results[1], "input gradient")
     assert_same_state(ours, eager)
-
-
-class BackwardBuffers(TorchDispatchMode):
-    """Notes where the gradient buffers lie that block backwards are given to overwrite."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pointers: list[int] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if func is torch.ops.dense_ext.dense_block_backward_.default:
-            self.pointers.append(args[0].data_ptr())
-        return func(*args, **(kwargs or {}))
 
 
 class TestGradientsOthersHold:

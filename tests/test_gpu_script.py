@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,26 +26,70 @@ def script(monkeypatch: pytest.MonkeyPatch) -> object:
 
 
 def test_peers_and_parts_exist(script) -> None:  # type: ignore[no-untyped-def]
-    assert {peer.name for peer in peers.choose(script.PEERS, script.POLICIES)} > set(script.PEERS)
-    for _, seconds, commands in script.PARTS:
-        assert seconds > 0
-        arguments = [argument for command in commands for argument in command]
+    for names in script.PEERS.values():
+        chosen = {peer.name for peer in peers.choose(names, script.POLICIES)}
+        assert chosen == {*names, *(f"dense_ext-{policy}" for policy in script.POLICIES)}
+    parts = script.parts()
+    assert set(script.PEERS) < {part.name for part in parts}
+    for part in parts:
+        arguments = [argument for command in part.commands for argument in command]
         paths = [a for a in arguments if a.endswith(".py") or a.startswith("tests/")]
         assert paths
         assert all((ROOT / path).exists() for path in paths), paths
-    assert sum(seconds for _, seconds, _ in script.PARTS) <= 720
+
+
+def test_every_file_of_tests_is_run_for_each_backend(script, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(script, "NVCC", "nvcc")
+    files = {f"tests/primitives/{path.name}" for path in (ROOT / "tests" / "primitives").glob("test_*.py")}
+    found = {(command[len(script.PYTEST)], command[-1]) for command in script.tests()}
+    for backend in ("cuda", "triton"):
+        whole = {file for file, expression in found if expression == backend}
+        halves = [{file for file, expression in found if expression == f"{backend} and {half}"}
+                  for half in ("backward", "not backward")]  # fmt: skip
+        assert halves[0] == halves[1]
+        assert whole | halves[0] == files | {"tests/gpu"}
+        assert not whole & halves[0]
 
 
 def test_a_suite_fills_a_result(script, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     path = tmp_path / "primitives.json"
-    script.run_suite("primitives", ("densenet_bc_40_12",), 1, path, device="cpu")
+    script.run_suite("primitives", "primitives_cpu", ("densenet_bc_40_12",), 1, path, "cpu", "cpu")
     results = read_results(path)
     assert not results["interrupted"]
-    assert any(row["seconds"] for row in results["rows"])
+    assert {row["peer"] for row in results["rows"] if row["seconds"]} == {"aten", "cpu"}
 
 
 def test_a_part_that_takes_too_long_is_ended(script, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    slow = ["-c", "import time; print('begun', flush=True); time.sleep(60)"]
-    line = script.run_part("slow", 1, [slow], tmp_path)
-    assert "ended after 1 s" in line
-    assert "begun" in (tmp_path / "slow.log").read_text()
+    """And what it has started: a compiler would take the processor from the next part."""
+    sleep = "import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', '{}'])"
+    slow = ["-c", sleep.format("import os, time; print(os.getpid(), flush=True); time.sleep(60)")]
+    (line,) = script.run_part(script.Part("slow", 9, [slow]), 3, tmp_path)
+    assert "ended after 3 s" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
+    begun, child, *_ = (tmp_path / "log.txt").read_text().splitlines()[1:]
+    assert begun == "begun"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(child), 0)
+
+
+def test_tests_that_are_all_skipped_are_no_success(script, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    nothing = [*script.PYTEST, "tests/gpu", "-k", "offsets"]
+    (line,) = script.run_part(script.Part("tests", 60, [nothing]), 60, tmp_path)
+    assert line.startswith("tests: no test ran")
+
+
+def test_the_suites_parts_need_no_more_than_the_docstring_says(tmp_path: Path) -> None:
+    """None of the packages of the command line and the report is there."""
+    code = """
+import sys
+absent = "rich typer matplotlib jinja2 jsonschema scipy sklearn timm ninja".split()
+sys.modules.update(dict.fromkeys(absent))  # an import of None fails
+sys.path.insert(0, "benchmarks")
+import gpu
+from pathlib import Path
+gpu.run_suite("inference", "inference", ("densenet_bc_40_12",), 1, Path(sys.argv[1]), "cpu")
+"""
+    path = tmp_path / "inference.json"
+    subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, check=True, capture_output=True)
+    measured = {row["peer"] for row in read_results(path)["rows"] if row["seconds"]}
+    assert {"eager-cl", "dense_ext-none"} <= measured

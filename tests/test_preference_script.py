@@ -42,15 +42,24 @@ def results(times: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def test_the_fastest_over_all_shapes_comes_first(script: Any) -> None:
-    (row,) = script.measured_rows(results({"triton": [1.0, 4.0], "cuda": [3.0, 1.0], "aten": [0.1, 0.1]}))
+    measured = [results({"triton": [1.0, 4.0], "aten": [0.1, 0.1]}), results({"cuda": [3.0, 1.0]})]
+    (row,) = script.measured_rows(measured)
     assert row["order"] == ["cuda", "triton"]
     assert (row["primitive"], row["on"], row["dtype"]) == ("channel_stats", "sm_90", "bfloat16")
     assert row["measured"] == {"where": "a GPU", "when": "2025-01-31", "torch": "2.11.0"}
 
 
-def test_no_row_from_one_backend_or_from_other_shapes(script: Any) -> None:
-    assert script.measured_rows(results({"cuda": [1.0]})) == []
-    assert script.measured_rows(results({"cuda": [1.0, 2.0], "triton": [1.0]})) == []
+def test_backends_are_compared_on_the_shapes_that_all_of_them_ran(script: Any) -> None:
+    assert script.measured_rows([results({"cuda": [1.0]})]) == []
+    (row,) = script.measured_rows([results({"cuda": [2.0, 0.1], "triton": [1.0]})])
+    assert row["order"] == ["triton", "cuda"]
+
+
+def test_results_of_two_machines_are_not_mixed(script: Any) -> None:
+    other = results({"triton": [1.0]})
+    other["machine"]["gpu"]["name"] = "another GPU"
+    with pytest.raises(SystemExit, match="different machines"):
+        script.measured_rows([results({"cuda": [1.0]}), other])
 
 
 def test_a_new_row_takes_an_old_ones_place(

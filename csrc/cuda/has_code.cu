@@ -18,9 +18,15 @@ __global__ void empty_kernel() {}
 bool has_code(int64_t device) {
   const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
   cudaFuncAttributes attributes;
-  const bool found = cudaFuncGetAttributes(&attributes, empty_kernel) == cudaSuccess;
-  if (!found) cudaGetLastError();  // or the next launch would report it
-  return found;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, empty_kernel);
+  if (error == cudaSuccess) return true;
+  cudaGetLastError();  // or the next launch would report it
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
+      error == cudaErrorUnsupportedPtxVersion) {
+    return false;
+  }
+  check_cuda(error);  // such as a driver older than the library's CUDA
+  return false;
 }
 
 #endif

@@ -25,12 +25,13 @@ def _load(path: Path, namespace: str, names: tuple[str, ...]) -> None:
 
     Raises:
         OSError: it can't be loaded.
-        RuntimeError: it is another version's, and lacks an op.
+        AttributeError: it is another version's, and lacks an op.
     """
     torch.ops.load_library(path)
     for name in names:
-        # The ops only write into what they are given: on fake tensors there is nothing to do.
-        torch.library.register_fake(f"{namespace}::{name}", lambda *args: None)
+        # Ops that only write into what they are given: on fake tensors there is nothing to do.
+        if not getattr(getattr(torch.ops, namespace), name).default._schema.returns:
+            torch.library.register_fake(f"{namespace}::{name}", lambda *args: None)
 
 
 class Library:
@@ -58,7 +59,7 @@ class Library:
                 try:
                     _load(path, namespace, names)
                     self.path = path
-                except (OSError, RuntimeError) as error:
+                except (OSError, AttributeError) as error:
                     self.reason = f"{path.name} can't be loaded: {error}"
                 return
         self.reason = absent

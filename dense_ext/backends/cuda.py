@@ -76,7 +76,11 @@ def _gpu_lacks(device: int | None, has_code: Callable[[int], bool]) -> str | Non
         return reason
     if torch.version.hip is not None:
         return "runs on NVIDIA GPUs, this PyTorch is for AMD's"
-    if not has_code(torch.cuda.current_device() if device is None else device):
+    try:
+        found = has_code(torch.cuda.current_device() if device is None else device)
+    except RuntimeError as error:
+        return f"the CUDA library can't use this GPU: {error}"
+    if not found:
         capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
         return (
             "the CUDA library was compiled for other GPUs: install again with TORCH_CUDA_ARCH_LIST "

@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from scipy.stats import false_discovery_control, mannwhitneyu
-
 from .errors import UsageError
 from .results import Results
 
@@ -165,6 +163,8 @@ def compare(old: Results, new: Results, threshold: float = THRESHOLD) -> Compari
 def _times_changed(pairs: list[tuple[Row, Row]], threshold: float) -> list[Change]:
     if not pairs:
         return []
+    from scipy.stats import false_discovery_control, mannwhitneyu  # tables are made without it
+
     p_values = [float(mannwhitneyu(a["seconds"], b["seconds"]).pvalue) for a, b in pairs]
     changes = []
     for (a, b), p in zip(pairs, false_discovery_control(p_values), strict=True):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from .errors import UsageError
 # ImageNet's channel means and deviations, as torchvision's networks expect.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _TEST_SHARE = 0.2
+_DISTINCT = 64  # images of a batch
 _SPLIT_SEED = 0  # of the split into training and test images; not the training's seed
 
 Transform = Callable[[Any], Tensor]
@@ -52,30 +54,36 @@ class Batch:
 
 
 def sample_batch(folder: Path | None, batch: int, size: int, seed: int) -> Batch:
-    """A batch of real images, the same for the same arguments.
+    """A batch of real images, the same for the same arguments; the latest one is kept.
 
     Args:
         folder: images by class, or None for random crops of scikit-learn's two photographs.
-        batch: N.
+        batch: N. After 64 images they repeat: speed and memory do not depend on what they show.
         size: height and width in pixels.
         seed: of the choice, the crops and the flips.
 
     Raises:
         UsageError: the folder is missing or holds no images.
     """
+    distinct = _distinct_images(folder, min(batch, _DISTINCT), size, seed)
+    picks = torch.arange(batch) % _DISTINCT
+    return replace(distinct, images=distinct.images[picks], labels=distinct.labels[picks])
+
+
+@functools.lru_cache(maxsize=1)
+def _distinct_images(folder: Path | None, count: int, size: int, seed: int) -> Batch:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transform = training_transform(size)
         if folder is not None:
             data = image_folder(folder, transform)
-            picks = [data[int(i)] for i in torch.randint(len(data), (batch,))]
+            picks = [data[int(i)] for i in torch.randint(len(data), (count,))]
             images, labels = zip(*picks, strict=True)
             classes = len(data.classes)
             return Batch(torch.stack(images), torch.tensor(labels), classes, f"folder {folder.name}")
         photos, source = _photographs()
-        images = tuple(transform(photos[i % len(photos)]) for i in range(batch))
-        labels_ = torch.arange(batch) % len(photos)
-        return Batch(torch.stack(images), labels_, 1000, source)
+        images = tuple(transform(photos[i % len(photos)]) for i in range(count))
+        return Batch(torch.stack(images), torch.arange(count) % len(photos), 1000, source)
 
 
 def _photographs() -> tuple[list[Tensor], str]:

@@ -56,6 +56,8 @@ def check_device(name: str | None) -> torch.device:
     check(device.type in ("cpu", "cuda"), f"--device must be cpu or cuda, got {name}")
     present = device.type == "cpu" or (device.index or 0) < torch.cuda.device_count()
     check(present, f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # whose stream and clock are measured
     return device
 
 

@@ -19,7 +19,7 @@ from dense_ext.backends.triton import launch
 
 from ..conftest import checked_backends, device_of
 from ..emulator import SHARED_BYTES, emulator
-from ..helpers import eager_block, eager_transition, small_densenet
+from ..helpers import BackwardBuffers, eager_block, eager_transition, small_densenet
 
 STEPS = 3
 
@@ -151,6 +151,18 @@ def test_every_policy_gives_the_same_bits(device: torch.device, backend: str) ->
         results.append([p.grad for p in ours.parameters()])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_gradient_that_nobody_else_holds_is_the_buffer(device: torch.device, backend: str) -> None:
+    """Found by counts of references, which on a GPU autograd's own thread sees."""
+    block = dense_ext.swap(eager_block().float().to(device), backend=backend)
+    y = block(torch.randn(2, 6, 5, 4, device=device))
+    pointers: list[int] = []
+    y.register_hook(lambda g: pointers.append(g.data_ptr()))
+    loss = (y * torch.randn_like(y)).sum()
+    with BackwardBuffers() as buffers:
+        loss.backward()
+    assert buffers.pointers == pointers
 
 
 @pytest.mark.usefixtures("architecture")

@@ -299,6 +299,7 @@ def check_refuses(backend: Backend, case: Case, name: str, value: Tensor, messag
     if not isinstance(backend, CompiledBackend):
         pytest.skip(f"{backend.name} leaves checking to its caller")
     wrong = case.copy()
-    wrong.arguments[name] = value
+    device = next(v.device for v in case.arguments.values() if isinstance(v, Tensor))
+    wrong.arguments[name] = value.to(device)
     with pytest.raises(RuntimeError, match=message):
         wrong.run(backend)

@@ -270,5 +270,8 @@ def can_run(device: torch.device, dtype: torch.dtype) -> str | None:
 def _can_compile(device: int | None) -> str | None:
     if reason := gpu_lacks(device):
         return reason
-    architecture = target_of(torch.cuda.current_device() if device is None else device).architecture
+    try:
+        architecture = target_of(torch.cuda.current_device() if device is None else device).architecture
+    except Exception as error:  # Triton compiles its driver's part when it is first asked
+        return f"Triton can't compile here: {type(error).__name__}: {error}"
     return None if has_architecture(architecture) else f"has no configurations for {architecture}"

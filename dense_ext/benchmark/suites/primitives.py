@@ -112,17 +112,18 @@ def unfused_error(case: PrimitiveCase, tensors: Arguments) -> float:
 
 
 class PrimitiveSuite(Suite):
-    """Every primitive by backend and dtype, beside unfused ATen, on the shapes of one network.
+    """Every primitive by backend and dtype, beside unfused ATen, on the shapes of networks.
 
-    On a CPU each round goes through all of them, so that what a row's samples say of the machine's noise
-    is that of the whole run, not of one moment.
+    A backend that is asked for by name is the only one. On a CPU each round goes through all rows, so that
+    what a row's samples say of the machine's noise is that of the whole run, not of one moment.
     """
 
     name = "primitives"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        labels = {ATEN: "unfused ATen", **{name: f"dense_ext, {name}" for name in BACKENDS}}
+        backends = BACKENDS if self.options.backend == "auto" else [self.options.backend]
+        labels = {ATEN: "unfused ATen", **{name: f"dense_ext, {name}" for name in backends}}
         self.results["peers"] = {n: {"label": label, "ours": n != ATEN} for n, label in labels.items()}
         self.cases = self._cases()
 
@@ -143,7 +144,7 @@ class PrimitiveSuite(Suite):
         return 1 if self.gpu else self.options.rounds
 
     def ticks(self) -> int:
-        return 1 + self.passes * len(self.cases) * len(self.options.dtypes) * (1 + len(BACKENDS))
+        return 1 + self.passes * len(self.cases) * len(self.options.dtypes) * len(self.results["peers"])
 
     def measure(self) -> None:
         self.tick("the machine's rates")

@@ -102,7 +102,11 @@ class _TimedSuite(Suite):
             for name in timed:
                 calls[name][1]["calls_per_sample"] = count
             samples = {name: calls[name][1]["seconds"] for name in timed}
-            interleave(timed, samples, self.device, self.options.rounds, count, self.tick)
+            try:
+                interleave(timed, samples, self.device, self.options.rounds, count, self.tick)
+            except RuntimeError as error:  # a GPU tells of a failure when it is waited for
+                for name in timed:
+                    calls[name][1]["failure"] = calls[name][1]["failure"] or reason(error)
         for _, row in calls.values():
             if row["failure"] is not None:
                 row["seconds"].clear()
@@ -152,11 +156,12 @@ class StepSuite(_TimedSuite):
 
     def prepare(self, case: Case, peer: Peer, row: Row) -> Call:
         step, images, labels = self.training_step(case, peer)
-        saved = saved_bytes(step.model, lambda: step.loss(images, labels)[0])
-        # The memory is that of a network of its own: measuring it makes steps that change the weights.
-        row["measures"] |= {"saved_bytes": saved, **step_peaks(step, images, labels)}
-        row["measures"]["lasting_bytes"] = lasting_bytes(step)
-        step, images, labels = self.training_step(case, peer)
+        if not peer.graphed:  # what a graph holds is its own, not what a step that runs allocates
+            saved = saved_bytes(step.model, lambda: step.loss(images, labels)[0])
+            row["measures"] |= {"saved_bytes": saved, **step_peaks(step, images, labels)}
+            row["measures"]["lasting_bytes"] = lasting_bytes(step)
+            # Measuring took steps, which changed the weights.
+            step, images, labels = self.training_step(case, peer)
         self.note_backends(peer, step.model, row)
         call = GraphedStep(step, self.device) if peer.graphed else step
         return partial(call, images, labels)
@@ -186,7 +191,8 @@ class InferenceSuite(_TimedSuite):
         self.note_backends(peer, network, row)
         step = InferenceStep(network, DTYPES[case.dtype], self.device)
         step(images, labels)
-        row["measures"] |= peaks(lambda: step(images, labels), self.device)
+        if not peer.graphed:
+            row["measures"] |= peaks(lambda: step(images, labels), self.device)
         call = GraphedStep(step, self.device) if peer.graphed else step
         return partial(call, images, labels)
 
