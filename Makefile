@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= runs/bench
+JOBS   ?= auto
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 FORMATTED := $(SOURCES) $(wildcard tests/emulator/*.cpp tests/emulator/*.h)
 
@@ -33,10 +34,11 @@ $(VENV)/installed: $(VENV)/requirements pyproject.toml setup.py csrc/rules.ninja
 bench: setup
 	$(BIN)/dense-ext bench --out $(OUT) --overwrite
 
+# A process a core, each with few threads of its own.
 test: setup
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/primitives tests/gpu tests/triton
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --device emulator tests/primitives tests/gpu tests/cuda
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n $(JOBS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests/primitives tests/gpu tests/triton
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --device emulator tests/primitives tests/gpu tests/cuda
 
 # Installs nothing: for a machine that has PyTorch, Triton, torchvision and pytest.
 gpu:

@@ -96,12 +96,12 @@ def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "largest batch that fits" in capsys.readouterr().out
     rows = by_peer(results)
     eager, ours = rows["eager-cl"], rows["dense_ext-bottleneck"]
-    assert [row["case"]["depth"] for row in eager[:2]] == [22, 40]
-    for a, b in zip(eager[:2], ours[:2], strict=True):
+    assert 0 < eager[0]["measures"]["largest_batch"] < ours[0]["measures"]["largest_batch"]
+    assert [row["case"]["depth"] for row in eager[1:]] == [22, 40]
+    for a, b in zip(eager[1:], ours[1:], strict=True):
         assert a["measures"]["saved_bytes"] > 4 * b["measures"]["saved_bytes"]
         assert a["measures"]["lasting_bytes"] == b["measures"]["lasting_bytes"]
         assert a["measures"]["peak_bytes"] > b["measures"]["peak_bytes"]
-    assert 0 < eager[2]["measures"]["largest_batch"] < ours[2]["measures"]["largest_batch"]
     assert {p.name for p in tmp_path.iterdir()} == {"memory.json", "memory-depth.png"}
 
 

@@ -294,12 +294,12 @@ def check_op(backend: Backend, case: Case) -> None:
         torch.library.opcheck(op, tuple(given[argument.name] for argument in op._schema.arguments))
 
 
-def check_refuses(backend: Backend, case: Case, name: str, value: Tensor, message: str) -> None:
+def check_refuses(backend: Backend, case: Case, name: str, value: Tensor | None, message: str) -> None:
     """A compiled backend refuses the case with ``value`` for the argument ``name``."""
     if not isinstance(backend, CompiledBackend):
         pytest.skip(f"{backend.name} leaves checking to its caller")
     wrong = case.copy()
     device = next(v.device for v in case.arguments.values() if isinstance(v, Tensor))
-    wrong.arguments[name] = value.to(device)
+    wrong.arguments[name] = None if value is None else value.to(device)
     with pytest.raises(RuntimeError, match=message):
         wrong.run(backend)

@@ -29,10 +29,11 @@ from .launch import (
     persistent_programs,
     pixels_of,
     plan,
+    two_axes,
     zero,
 )
 from .reduce import bind_reduce
-from .tiles import masked_gradient, pre_activation, relu
+from .tiles import masked_gradient, pre_activation, relu, tile_of_two_axes
 
 
 @triton.jit
@@ -55,12 +56,11 @@ def bn_relu_pool_conv1x1_forward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Grid: tiles of windows, in each the blocks of K. One axis: a second one ends at 65535."""
+    """Grid: (blocks of K, tiles of windows on two axes)."""
     C, K = c_units * UNIT, k_units * UNIT
     OH, OW = H // 2, W // 2
-    k_blocks = tl.cdiv(K, BLOCK_K)
-    q = tl.program_id(0) // k_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tl.program_id(0) % k_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+    q = tile_of_two_axes() * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     q_ok, k_ok = (q < Q)[:, None], k < K
     corner = (q // (OH * OW) * H + q // OW % OH * 2) * W + q % OW * 2
     first = corner.to(tl.int64)[:, None] * UNIT * x_units
@@ -212,15 +212,14 @@ def bn_relu_pool_conv1x1_data_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """grad_x. Grid: tiles of cells of 2x2 pixels, in each the blocks of C; an odd last row or column makes
-    cells that are no window.
+    """grad_x. Grid: (blocks of C, tiles of cells of 2x2 pixels on two axes; an odd last row or column makes
+    cells that are no window).
     """
     C, K = c_units * UNIT, k_units * UNIT
     OH, OW = H // 2, W // 2
     CH, CW = (H + 1) // 2, (W + 1) // 2
-    c_blocks = tl.cdiv(C, BLOCK_C)
-    p = tl.program_id(0) // c_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    c = tl.program_id(0) % c_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    p = tile_of_two_axes() * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_ok, ok = c < C, p < cells
     image, i, j = p // (CH * CW), p // CW % CH, p % CW
     scale = tl.load(scale_vec + c, mask=c_ok, other=0.0)
@@ -255,7 +254,8 @@ def _plan_forward(device, shape, outputs, strides, dtype, precision, alignment):
     windows = images * (height // 2) * (width // 2)
     config = configure(_forward, device, precision, (windows, channels, outputs))
     config = config.fit(BLOCK_C=channels, BLOCK_K=outputs)
-    grid = (triton.cdiv(outputs, config.blocks["BLOCK_K"]) * triton.cdiv(windows, config.blocks["BLOCK_M"]),)
+    tiles = two_axes(triton.cdiv(windows, config.blocks["BLOCK_M"]))
+    grid = triton.cdiv(outputs, config.blocks["BLOCK_K"]), *tiles
     types = (dtype, torch.float32, torch.float32, dtype, dtype)
     numbers = (windows, height, width, *(n // unit for n in (channels, outputs, *strides)))
     return _forward.bind(
@@ -305,7 +305,8 @@ def _plan_data(device, shape, outputs, strides, dtype, precision, alignment, bat
     cells = images * ((height + 1) // 2) * ((width + 1) // 2)
     config = configure(_data, device, precision, (cells, channels, outputs))
     config = config.fit(BLOCK_C=channels, BLOCK_K=outputs)
-    grid = (triton.cdiv(channels, config.blocks["BLOCK_C"]) * triton.cdiv(cells, config.blocks["BLOCK_M"]),)
+    tiles = two_axes(triton.cdiv(cells, config.blocks["BLOCK_M"]))
+    grid = triton.cdiv(channels, config.blocks["BLOCK_C"]), *tiles
     vector = torch.float32
     types = (dtype, dtype, vector, vector, dtype, *((vector, vector) if batch else (None, None)), dtype)
     numbers = (cells, height, width, *(n // unit for n in (channels, outputs, *strides)))

@@ -30,6 +30,8 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 
 # Offsets are 64-bit; the number of a pixel, also of one beyond the last tile, is 32-bit.
 MAX_PIXELS = 2**31 - 2**16
+# Programs on a grid's second or third axis, at most.
+MOST_ON_AXIS = 65535
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -231,6 +233,12 @@ def pixels_of(x: Tensor) -> int:
             f"the Triton backend takes up to {MAX_PIXELS} pixels, got {pixels} ({list(x.shape)})"
         )
     return pixels
+
+
+def two_axes(tiles: int) -> tuple[int, int]:
+    """A grid's second and third axis for at least so many programs."""
+    rows = max(1, triton.cdiv(tiles, MOST_ON_AXIS))
+    return triton.cdiv(tiles, rows), rows
 
 
 def partial_results(length: int, x: Tensor) -> Tensor:

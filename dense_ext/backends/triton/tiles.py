@@ -11,6 +11,12 @@ import triton.language as tl
 
 
 @triton.jit
+def tile_of_two_axes():
+    """The number of a program's tile on the grid's second and third axis (launch.two_axes)."""
+    return tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+
+
+@triton.jit
 def pre_activation(x, scale, shift):
     """``scale*x + shift`` in float32: x [M, C], scale and shift [C]."""
     return x.to(tl.float32) * scale[None, :] + shift[None, :]
