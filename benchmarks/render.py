@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -94,16 +94,25 @@ def depth_table(results: Results) -> str:
 
 def inference_table(results: Results) -> str:
     """How many times as fast as the fastest eager network dense_ext is, by network and batch."""
-    speeds: dict[str, dict[int, float]] = {}
+    return _speed_by_network(results, lambda row: f"images: {row['case']['batch']}")
+
+
+def steps_table(results: Results) -> str:
+    """How many times as fast as the fastest eager network dense_ext trains, by network and policy."""
+    return _speed_by_network(results, lambda row: row["peer"].replace("dense_ext-", "recompute "))
+
+
+def _speed_by_network(results: Results, column: Callable[[Results], str]) -> str:
+    speeds: dict[str, dict[str, float]] = {}
     for row in results["rows"]:
         if row["seconds"] and results["peers"][row["peer"]]["ours"]:
             case = row["case"]
             eager = fastest_eager(results, case)
             network = f"{case['model']}, {case['size']}x{case['size']}"
-            speeds.setdefault(network, {})[case["batch"]] = eager / statistics.median(row["seconds"])
-    batches = sorted({batch for speed in speeds.values() for batch in speed})
-    rows = ((network, *(f"{speed[batch]:.2f}" for batch in batches)) for network, speed in speeds.items())
-    return _table(("fastest eager = 1", *(f"images: {batch}" for batch in batches)), rows)
+            speeds.setdefault(network, {})[column(row)] = eager / statistics.median(row["seconds"])
+    columns = list(dict.fromkeys(name for speed in speeds.values() for name in speed))
+    rows = ((network, *(f"{speed[name]:.2f}" for name in columns)) for network, speed in speeds.items())
+    return _table(("fastest eager = 1", *columns), rows)
 
 
 def deepest_table(results: Results) -> str:
@@ -133,6 +142,7 @@ KINDS = {
     "speed": speed_table,
     "depth": depth_table,
     "inference": inference_table,
+    "steps": steps_table,
     "deepest": deepest_table,
     "accuracy": accuracy_table,
 }

@@ -8,7 +8,7 @@ layer by layer, so results never depend on being fused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -20,42 +20,8 @@ from .arguments import Arguments, BlockOptions
 from .backends.base import accumulate_dtype
 from .batch_norm import affine_parameters, update_running_stats, uses_batch_stats, values_per_channel
 from .checks import check_batch, check_input, check_options, check_parameter
+from .fused import Fused
 from .schedule import norm_starts
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether anybody listens to ``module`` itself being called."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
-class Fused:
-    """What the mixins share: which modules a fused call stands for, and whether it may do so now."""
-
-    # The modules whose work the operator does, by their names and in the order they run.
-    parts: ClassVar[Mapping[str, type[nn.Module]]]
-    backend: str
-    _modules: dict[str, Any]
-
-    def _reason(self, modules: Iterable[tuple[str, Any]]) -> str | None:
-        """Why these modules have to be called one by one at present, or None."""
-        for name, module in modules:
-            expected = self.parts.get(name)
-            if expected is not None and type(module) is not expected:
-                return f"{name} is {type(module).__name__}, not {expected.__name__}"
-            if module is None:
-                continue
-            if expected is None and not module._modules:
-                return f"{name} ({type(module).__name__}) is not among {', '.join(self.parts)}"
-            if has_hooks(module):
-                return f"a hook is registered on {name}"
-            if module._modules and (reason := self._reason(module._modules.items())):
-                return reason
-        return None
 
 
 def _arguments(
@@ -176,7 +142,7 @@ class FusedDenseBlock(Fused):
             return "its layers have different drop rates"
         if any(rates) and len({layer.training for layer in layers}) > 1:
             return "some layers drop out and some do not"
-        return self._reason(children.items())
+        return self.reason(children)
 
     def forward(self, init_features: Tensor) -> Tensor:
         if self.unfusable() is not None:
@@ -259,7 +225,7 @@ class FusedTransition(Fused):
 
     def unfusable(self) -> str | None:
         """Why the transition has to run child by child at present, or None."""
-        return self._reason(self._modules.items())
+        return self.reason(self._modules)
 
     def forward(self, input: Tensor) -> Tensor:
         if self.unfusable() is not None:
@@ -318,8 +284,8 @@ class FusedFeatures(Fused, nn.Sequential):
 
     def unfusable(self) -> str | None:
         """Why the stem has to run child by child at present, or None."""
-        stem = list(self._modules.items())[self.stem(self)]
-        return self._reason(stem) if stem else "it has no norm, ReLU and max pool in a row"
+        stem = dict(list(self._modules.items())[self.stem(self)])
+        return self.reason(stem) if stem else "it has no norm, ReLU and max pool in a row"
 
     def forward(self, input: Tensor) -> Tensor:
         children = list(self._modules.values())

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "dense_ext"
 
 # Lower layers first; a module imports from its own layer or a lower one.
 LAYERS = ["backends", "batch_norm", "ownership", "schedule", "transition", "arguments", "ops",
-          "checks", "modules", "models", "memory", "swap", "benchmark", "cli"]  # fmt: skip
+          "checks", "fused", "modules", "models", "memory", "swap", "benchmark", "cli"]  # fmt: skip
 
 
 def registered(path: Path) -> list[str]:

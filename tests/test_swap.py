@@ -188,7 +188,7 @@ class TestRefusals:
             (_dilated, r"denselayer1: conv2 has padding \(2, 2\), expected \(1, 1\)"),
             (_activation, "denselayer1: relu1 is SiLU, not ReLU"),
             (_sync_norm, "denselayer1: norm1 is SyncBatchNorm, not BatchNorm2d"),
-            (_hook, r"denselayer1\.norm1 carries a hook"),
+            (_hook, r"denselayer1: norm1 carries a hook"),
             (_subclass, "Mine is a subclass with a forward of its own"),
             (_drop_rates, "its layers have different drop rates"),
         ],
@@ -218,7 +218,8 @@ class TestRefusals:
         model.features.pool0 = nn.MaxPool2d(2)
         model.features.transition1.pool = nn.AvgPool2d(3)
         with pytest.warns(
-            UserWarning, match=r"features: pool0 is MaxPool2d.*; features\.transition1: pool is AvgPool2d"
+            UserWarning,
+            match=r"features: pool0 has kernel_size 2, .*; features\.transition1: pool has kernel_size 3",
         ):
             dense_ext.swap(model)
         runs = {row.name: row.runs for row in dense_ext.report(model).rows}

@@ -38,9 +38,9 @@ class Planner:
     """Estimates for one model, in one setting, at any batch and policy.
 
     Args:
-        model: a :class:`dense_ext.DenseNet` or torchvision's, swapped or not, on any device; or a name
-            of ``dense_ext.models.MODELS``. Never changed or run. It is taken to train as if all of
-            its dense parts were fused.
+        model: a :class:`dense_ext.DenseNet` or one that :func:`dense_ext.swap` knows, swapped or not, on
+            any device; or a name of ``dense_ext.models.MODELS``. Never changed or run. It is taken to
+            train as if all of its dense parts were fused.
         image_shape: C, H, W of the images.
         dtype: the activations', None for the parameters' own. A narrower one means autocast.
         optimizer: ``"none"`` (forward and backward only), ``"sgd"``, ``"momentum"`` or ``"adamw"``.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from ..fused import Fused
 from ..modules import FusedDenseBlock, FusedFeatures, FusedTransition
-from .checks import hook_reason, part_reason, parts_reason
 
 # Library -> the adapter's module; loaded only if the process has imported the library itself.
 _LIBRARIES = {
@@ -91,42 +91,49 @@ class Adapter:
         return Candidate(name, kind, module, None if swapped else why_not(module), swapped)
 
     def _block_reason(self, block: Any) -> str | None:
-        fused = self.fused_block
+        fused, layers = self.fused_block, list(block._modules.values())
         if type(block) is not self.block:
             return f"{type(block).__name__} is a subclass with a forward of its own"
-        if not block._modules:
+        if not layers:
             return "it has no layers"
         for name, layer in block._modules.items():
             if type(layer) is not fused.layer_type:
                 return f"{name} is {type(layer).__name__}, not {fused.layer_type.__name__}"
-            if reason := parts_reason(fused, fused.inner(layer)):
-                return f"{name}: {reason}"
-        inner = [fused.inner(layer) for layer in block._modules.values()]
+        inner = [fused.inner(layer) for layer in layers]
+        reasons = (_order_reason(fused, modules) for modules in inner)
+        if reason := fused.reason(block._modules) or next(filter(None, reasons), None):
+            return reason
         if len({modules["conv2"].out_channels for modules in inner}) > 1:
             return "its layers have different growth rates"
         if len({modules["conv1"].out_channels for modules in inner}) > 1:
             return "its layers have different bottlenecks"
-        if len({getattr(layer, "drop_rate", 0.0) for layer in block._modules.values()}) > 1:
+        if len({getattr(layer, "drop_rate", 0.0) for layer in layers}) > 1:
             return "its layers have different drop rates"
         channels, growth = inner[0]["norm1"].num_features, inner[0]["conv2"].out_channels
         for i, (name, modules) in enumerate(zip(block._modules, inner, strict=True)):
             if (reads := modules["conv1"].in_channels) != channels + i * growth:
                 return f"{name} reads {reads} channels, expected {channels + i * growth}"
-        return hook_reason(block)
+        return None
 
     def _transition_reason(self, transition: nn.Module) -> str | None:
+        fused, modules = self.fused_transition, transition._modules
         if type(transition) is not self.transition:
             return f"{type(transition).__name__} is a subclass with a forward of its own"
-        return parts_reason(self.fused_transition, transition._modules) or hook_reason(transition)
+        return fused.reason(modules) or _order_reason(fused, modules)
 
     def _stem_reason(self, features: nn.Sequential) -> str | None:
         if type(features) is not nn.Sequential:
             return f"{type(features).__name__} is not a Sequential"
         stem = dict(list(features._modules.items())[self.fused_features.stem(features)])
-        if not stem:
-            return "norm, ReLU and max pool do not follow one another"
-        reasons = (part_reason(self.fused_features, name, module) for name, module in stem.items())
-        return next(filter(None, reasons), None) or hook_reason(nn.ModuleDict(stem))
+        return self.fused_features.reason(stem) if stem else "norm, ReLU and max pool are not in a row"
+
+
+def _order_reason(fused: type[Fused], modules: Mapping[str, Any]) -> str | None:
+    """Not None unless modules have all the parts' names, in their order."""
+    expected = [name for name in fused.parts if name not in ("act", "drop")]  # a norm's own
+    if list(modules) == expected:
+        return None
+    return f"its children are {', '.join(modules)}, expected {', '.join(expected)}"
 
 
 def adapters() -> list[Adapter]:
