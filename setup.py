@@ -90,7 +90,7 @@ class Build(build_ext):
         jobs = [f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else []
         try:
             subprocess.run([*NINJA, "-f", f"{folder}/build.ninja", *jobs], check=True)
-        except subprocess.CalledProcessError as error:
+        except (subprocess.CalledProcessError, OSError) as error:
             leave_out(name, error, BUILD == "1" or (kind == "cuda" and CUDA == "1"))
             return False
         path = self.get_ext_fullpath(ext.name)
@@ -104,11 +104,11 @@ def extensions() -> list[Extension]:
     if folders and (TORCH is None or sys.platform == "win32"):
         leave_out("the libraries", "it takes PyTorch, and GCC or Clang", BUILD == "1")
         return []
-    wanted = CUDA == "1" or (CUDA != "0" and os.path.exists(f"{TORCH}/lib/libtorch_cuda.so"))
-    if folders and wanted and cuda_home():
-        folders = {"_cuda": "cuda", **folders}  # what takes longest first
-    elif folders and wanted:
-        leave_out("_cuda", "there is no nvcc", CUDA == "1")
+    if folders and (CUDA == "1" or (CUDA != "0" and os.path.exists(f"{TORCH}/lib/libtorch_cuda.so"))):
+        if cuda_home() and cuda_target():
+            folders = {"_cuda": "cuda", **folders}  # what takes longest first
+        else:
+            leave_out("_cuda", "no nvcc, or no GPU from 8.0 on in TORCH_CUDA_ARCH_LIST", CUDA == "1")
     sources = {kind: sorted([*glob("csrc/*.cpp"), *glob(f"csrc/{kind}/*.c{end}")])
                for kind, end in (("cpu", "pp"), ("cuda", "u"))}  # fmt: skip
     return [Extension(f"dense_ext.{name}", sources[kind]) for name, kind in folders.items()]

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -38,6 +40,7 @@ COMPILED = ("compile", "autotune", "budget")
 PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--device", "cuda"]
 SUITE = ["benchmarks/gpu.py", "--suite"]
 NVCC = shutil.which("nvcc", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
+NINJA = importlib.util.find_spec("ninja") or shutil.which("ninja")
 # In CUDA's toolkit. Races in shared memory and accesses out of bounds, on the smallest shapes.
 SANITIZER = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
 SANITIZED = [*PYTEST, "tests/primitives", "-k", "cuda and (test_aligned or optional)"]
@@ -75,7 +78,7 @@ def suite(name: str, seconds: int, kind: str, *options: str) -> Part:
 def parts() -> list[Part]:
     """In the order of what they tell; most take less than they may."""
     found = [suite("machine", 60, "machine"), Part("tests", 150, tests())]
-    if NVCC:
+    if NVCC and NINJA:
         found.insert(0, Part("build", 120, [["setup.py", "build_ext", "--inplace"]]))
     found += [
         suite("step", 110, "step", "--model", "densenet121", "--batch", "256"),
@@ -93,6 +96,17 @@ def parts() -> list[Part]:
     return found
 
 
+@dataclass
+class Running:
+    """A command that was started, where it prints, and how it ended."""
+
+    command: list[str]
+    process: subprocess.Popen[bytes]
+    log: Path
+    how: str = "interrupted"
+    seconds: float = 0
+
+
 def run_part(part: Part, seconds: float, out: Path) -> list[str]:
     """Run a part's commands within ``seconds``; how they went, a line each."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
@@ -107,7 +121,7 @@ def run_part(part: Part, seconds: float, out: Path) -> list[str]:
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     if part.name == "build":
         environment |= {"DENSE_EXT_CUDA": "1", "TORCH_CUDA_ARCH_LIST": _capability()}
-    started, running = time.monotonic(), []
+    running = []
     for number, command in enumerate(part.commands):
         if SUITE[0] in command:
             command = [*command, "--out", str(out), "--name", part.name]
@@ -121,19 +135,57 @@ def run_part(part: Part, seconds: float, out: Path) -> list[str]:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # so that what it starts can be ended with it
             )
-        running.append((process, command, log))
+        running.append(Running(command, process, log))
+    try:
+        _wait(running, seconds)
+    finally:
+        for each in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(each.process.pid, signal.SIGKILL)
+            each.process.wait()
+        lines = _merge_logs(part, running, out)
+    return lines
+
+
+def _wait(running: list[Running], seconds: float) -> None:
+    """Until all have ended; those that take longer are interrupted, for a suite writes what it has."""
+    started = time.monotonic()
+
+    def all_end_by(end: float, how: str) -> bool:
+        left = [each for each in running if each.how == "interrupted"]
+        while left and time.monotonic() < end:
+            for each in left:
+                if (code := each.process.poll()) is not None:
+                    each.how, each.seconds = f"exit {code}{how}", time.monotonic() - started
+            left = [each for each in left if each.how == "interrupted"]
+            time.sleep(0.05)
+        return not left
+
+    if all_end_by(started + seconds, ""):
+        return
+    for each in running:
+        if each.process.poll() is None:
+            os.killpg(each.process.pid, signal.SIGINT)
+    if not all_end_by(time.monotonic() + 10, f", ended after {seconds:.0f} s"):
+        for each in running:
+            if each.how == "interrupted":
+                each.how, each.seconds = f"killed after {seconds:.0f} s", time.monotonic() - started
+
+
+def _merge_logs(part: Part, running: list[Running], out: Path) -> list[str]:
+    """Put what the commands printed behind ``log.txt``; how they went, a line each."""
     lines = []
-    with (out / "log.txt").open("a") as all_logs:
-        for process, command, log in running:
-            how = _wait(process, started + seconds - time.monotonic(), seconds)
-            text = log.read_text(errors="replace")
+    with (out / "log.txt").open("a") as log:
+        for each in running:
+            text = each.log.read_text(errors="replace")
             last = ["", *text.strip().splitlines()][-1]
-            if how == "exit 0" and command[:2] == PYTEST[:2] and " passed" not in last:
-                how = "no test ran"
-            name = part.name if len(running) == 1 else f"{part.name} {' '.join(command[len(PYTEST) :])}"
-            lines.append(f"{name}: {how}, {time.monotonic() - started:.0f} s: {last}")
-            all_logs.write(f"=== {lines[-1]}\n{text}\n")
-            log.unlink()
+            is_test = each.command[:2] == PYTEST[:2]
+            if each.how == "exit 0" and is_test and not re.search(r"\b\d+ passed\b", text):
+                each.how = "no test ran"
+            which = f" {' '.join(each.command[len(PYTEST) :])}" if len(running) > 1 else ""
+            lines.append(f"{part.name}{which}: {each.how}, {each.seconds:.0f} s: {last}")
+            log.write(f"=== {lines[-1]}\n{text}\n")
+            each.log.unlink()
     return lines
 
 
@@ -145,22 +197,6 @@ def _capability() -> str:
         return "9.0a"
     major, minor = torch.cuda.get_device_capability()
     return f"{major}.{minor}{'a' if (major, minor) == (9, 0) else ''}"
-
-
-def _wait(process: subprocess.Popen[bytes], remaining: float, seconds: float) -> str:
-    """How the process ended; one that takes longer than what remains is ended, with all it started."""
-    try:
-        return f"exit {process.wait(max(remaining, 0.1))}"
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGINT)  # a suite writes what it has
-    try:
-        return f"exit {process.wait(10)}, ended after {seconds:.0f} s"
-    except subprocess.TimeoutExpired:
-        return f"killed after {seconds:.0f} s"
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def run_suite(
@@ -229,17 +265,19 @@ def main() -> int:
         run_suite(options.suite, options.name, models, options.batch, path, backend=options.backend)
         return 0
     end, lines = time.monotonic() + options.seconds, []
-    for part in parts():
-        seconds = min(part.seconds, end - time.monotonic() - 10)  # to end it takes up to ten
-        if seconds < 15:
-            lines.append(f"{part.name}: no time is left")
-        else:
-            lines += run_part(part, seconds, out)
-        print("\n".join(lines[-len(part.commands) :]), flush=True)
-        (out / "summary.txt").write_text("\n".join(lines) + "\n")
-    checks = ("build", "machine", "tests", "memcheck", "racecheck")
-    checked = [line for line in lines if line.startswith(checks) and "no time is left" not in line]
-    return 0 if all(": exit 0," in line for line in checked) else 1
+    try:
+        for part in parts():
+            seconds = min(part.seconds, end - time.monotonic() - 10)  # to end it takes up to ten
+            new = run_part(part, seconds, out) if seconds > 15 else [f"{part.name}: no time is left"]
+            lines += new
+            print("\n".join(new), flush=True)
+            (out / "summary.txt").write_text("\n".join(lines) + "\n")
+    except KeyboardInterrupt:
+        return 130
+    # Sanitizers come last, and count where there was time for them.
+    checks = [line for line in lines if line.startswith(("memcheck", "racecheck")) and "no time" not in line]
+    checks += [line for line in lines if line.startswith(("build", "machine", "tests"))]
+    return 0 if all(": exit 0," in line for line in checks) else 1
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Draw every committed result's figures and write the README's tables: ``python benchmarks/render.py``.
 
 ``results/NAME.json``, as ``dense-ext bench``, ``models`` and ``train`` write them, gives
-``figures/NAME-memory.png`` and so on. In the README the text between ``<!-- NAME: KIND -->`` and
-``<!-- end -->`` is replaced by what the result says; no number there is written by hand.
+``figures/NAME-memory.png`` and so on; what ``results/GPU/NAME.json`` gives is named ``GPU-NAME``. In the
+README the text between ``<!-- NAME: KIND -->`` and ``<!-- end -->`` is replaced by what the result says;
+no number there is written by hand.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dense_ext.benchmark.results import read_json
 from dense_ext.benchmark.tables import fastest_eager
 
 HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
 
 Results = dict[str, Any]
@@ -148,20 +150,27 @@ KINDS = {
 }
 
 
+def committed() -> dict[str, Path]:
+    """The result files by their names; in a GPU's folder one has the folder's before its own."""
+    paths = sorted(RESULTS.rglob("*.json"))
+    return {"-".join(path.relative_to(RESULTS).with_suffix("").parts): path for path in paths}
+
+
 def rendered(text: str) -> str:
     """``text`` with every marked part written anew from its result."""
+    results = committed()
 
     def replace(match: re.Match[str]) -> str:
         name, kind = match.group("name", "kind")
-        table = KINDS[kind](read_json(HERE / "results" / f"{name}.json"))
+        table = KINDS[kind](read_json(results[name]))
         return f"<!-- {name}: {kind} -->\n\n{table}\n\n<!-- end -->"
 
-    return re.sub(r"<!-- (?P<name>\w+): (?P<kind>\w+) -->.*?<!-- end -->", replace, text, flags=re.DOTALL)
+    return re.sub(r"<!-- (?P<name>[\w-]+): (?P<kind>\w+) -->.*?<!-- end -->", replace, text, flags=re.DOTALL)
 
 
 def main() -> None:
-    for path in sorted((HERE / "results").glob("*.json")):
-        for figure in draw_all(read_json(path), HERE / "figures", f"{path.stem}-"):
+    for name, path in committed().items():
+        for figure in draw_all(read_json(path), HERE / "figures", f"{name}-"):
             print(figure.relative_to(HERE))
     README.write_text(rendered(README.read_text()))
 

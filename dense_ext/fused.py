@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from torch import nn
@@ -19,16 +19,6 @@ _POOLS: dict[type[nn.Module], dict[str, Any]] = {
 }  # fmt: skip
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether anybody listens to ``module`` itself being called."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
 class Fused:
     """A module, or a mixin for one, that stands for its inner modules where they are what it expects.
 
@@ -36,34 +26,68 @@ class Fused:
     them at any time.
     """
 
-    # Their classes by name, in the order they run; behind them what a norm has of its own.
+    # The inner modules' classes by name, in the order they run; and those of a norm's own children.
     parts: ClassVar[Mapping[str, type[nn.Module]]]
+    parts_of_norm: ClassVar[Mapping[str, type[nn.Module]]] = {}
     backend: str
     _modules: dict[str, Any]
 
     @classmethod
-    def reason(cls, modules: Mapping[str, Any]) -> str | None:
-        """Why modules by these names have to be called one by one, or None."""
+    def why_not(cls, module: Any) -> str | None:
+        """Why a module's own forward has to run rather than the fused operator, or None."""
+        raise NotImplementedError
+
+    def unfusable(self) -> str | None:
+        """Why the module's own forward has to run at present, or None."""
+        return self.why_not(self)
+
+    @classmethod
+    def reason(cls, modules: Mapping[str, Any], names: Iterable[str]) -> str | None:
+        """Why modules have to be called one by one, or None; ``names`` is how they are called, in order."""
+        if list(modules) != list(names):
+            return f"its children are {', '.join(modules) or 'none'}, expected {', '.join(names)}"
+        of_three = "conv2" if "conv2" in modules else "conv1"
         for name, module in modules.items():
-            expected = cls.parts.get(name)
-            if expected is not None:
-                if type(module) is not expected:
-                    return f"{name} is {type(module).__name__}, not {expected.__name__}"
-                if expected is nn.Conv2d:
-                    of_three = name == "conv2" or (name == "conv1" and "conv2" not in modules)
-                    if wrong := _conv_reason(module, 3 if of_three else 1):
-                        return f"{name} has {wrong}"
-                elif expected in _POOLS and (wrong := _pool_reason(module)):
-                    return f"{name} has {wrong}"
-            elif module is None:
-                continue
-            elif not module._modules:
-                return f"{name} ({type(module).__name__}) is not among {', '.join(cls.parts)}"
-            if has_hooks(module):
-                return f"{name} carries a hook, which a fused call would pass over"
-            if module._modules and (inner := cls.reason(module._modules)):
-                return f"{name}: {inner}"
+            expected = cls.parts[name]
+            if type(module) is not expected:
+                return f"{name} is {type(module).__name__}, not {expected.__name__}"
+            if listened_to(module):
+                return f"{name} {LISTENED_TO}"
+            if expected is nn.Conv2d:
+                wrong = _conv_reason(module, 3 if name == of_three else 1)
+            elif expected in _POOLS:
+                wrong = _pool_reason(module)
+            else:
+                wrong = cls._own_reason(module) if module._modules or cls.parts_of_norm else None
+            if wrong:
+                return f"{name} {wrong}"
         return None
+
+    @classmethod
+    def _own_reason(cls, module: nn.Module) -> str | None:
+        """Of a norm's or activation's own children."""
+        expected = cls.parts_of_norm if isinstance(module, nn.BatchNorm2d) else {}
+        found = {name: type(child) for name, child in module._modules.items()}
+        if found != expected:
+            shown = (", ".join(f"{n} ({t.__name__})" for n, t in of.items()) for of in (found, expected))
+            return "has {}, expected {}".format(*(text or "nothing inside" for text in shown))
+        return next(
+            (f"has {name} that {LISTENED_TO}" for name, m in module.named_children() if listened_to(m)), None
+        )
+
+
+LISTENED_TO = "carries a hook or a forward of its own, which a fused call would pass over"
+
+
+def listened_to(module: nn.Module) -> bool:
+    """Whether a call of ``module`` does something beside its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
 
 def _conv_reason(conv: Any, size: int) -> str | None:
@@ -72,13 +96,13 @@ def _conv_reason(conv: Any, size: int) -> str | None:
     plain = ((size, size), (1, 1), (size // 2, size // 2), (1, 1), 1, "zeros")
     if settings != plain:
         pairs = zip(_CONV, settings, plain, strict=True)
-        return next(f"{name} {got}, expected {right}" for name, got, right in pairs if got != right)
-    return None if conv._parameters.get("bias") is None else "a bias, expected none"
+        return next(f"has {name} {got}, expected {right}" for name, got, right in pairs if got != right)
+    return None if conv._parameters.get("bias") is None else "has a bias, expected none"
 
 
 def _pool_reason(pool: nn.Module) -> str | None:
     for name, right in _POOLS[type(pool)].items():
         got = getattr(pool, name)
         if got not in (right, (right, right)):
-            return f"{name} {got}, expected {right}"
+            return f"has {name} {got}, expected {right}"
     return None

@@ -20,7 +20,7 @@ from .arguments import Arguments, BlockOptions
 from .backends.base import accumulate_dtype
 from .batch_norm import affine_parameters, update_running_stats, uses_batch_stats, values_per_channel
 from .checks import check_batch, check_input, check_options, check_parameter
-from .fused import Fused
+from .fused import LISTENED_TO, Fused, listened_to
 from .schedule import norm_starts
 
 
@@ -130,19 +130,26 @@ class FusedDenseBlock(Fused):
         """A layer's modules by the names in ``parts``."""
         return layer._modules
 
-    def unfusable(self) -> str | None:
-        """Why the block has to run layer by layer at present, or None."""
-        children = self._modules
+    @classmethod
+    def why_not(cls, module: Any) -> str | None:
+        children, names = module._modules, list(cls.parts)
+        if not children:
+            return "it has no layers"
         for name, layer in children.items():
-            if type(layer) is not self.layer_type:
-                return f"{name} is {type(layer).__name__}, not {self.layer_type.__name__}"
+            if type(layer) is not cls.layer_type:
+                return f"{name} is {type(layer).__name__}, not {cls.layer_type.__name__}"
+            if listened_to(layer):
+                return f"{name} {LISTENED_TO}"
+            inner = cls.inner(layer)
+            if reason := cls.reason(inner, names if "conv2" in inner else names[: len(names) // 2]):
+                return f"{name}: {reason}"
         layers = list(children.values())
         rates = {getattr(layer, "drop_rate", 0.0) for layer in layers}
         if len(rates) > 1:
             return "its layers have different drop rates"
         if any(rates) and len({layer.training for layer in layers}) > 1:
             return "some layers drop out and some do not"
-        return self.reason(children)
+        return _widths_reason({name: cls.inner(layer) for name, layer in children.items()})
 
     def forward(self, init_features: Tensor) -> Tensor:
         if self.unfusable() is not None:
@@ -165,6 +172,24 @@ class FusedDenseBlock(Fused):
         starts = norm_starts(len(norms), out.shape[1], convs[0].out_channels if len(names) == 2 else 0)
         update_running_stats(norms, stats, starts, values_per_channel(x))
         return out
+
+
+def _widths_reason(layers: dict[str, dict[str, Any]]) -> str | None:
+    """None if every layer reads all channels before it, by the same bottleneck, and adds the same number."""
+    channels = growth = bottleneck = 0
+    for name, layer in layers.items():
+        conv1, last = layer["conv1"], layer.get("conv2", layer["conv1"])
+        widths = [layer["norm1"].num_features, conv1.in_channels, conv1.out_channels]
+        if last is not conv1:
+            widths += [layer["norm2"].num_features, last.in_channels, last.out_channels]
+        if not channels:
+            channels, bottleneck, growth = widths[0], conv1.out_channels, last.out_channels
+        expected = [channels, channels, *([bottleneck] * 3 if last is not conv1 else []), growth]
+        if widths != expected:
+            found, right = (", ".join(map(str, numbers)) for numbers in (widths, expected))
+            return f"{name} has channels {found}, expected {right}"
+        channels += growth
+    return None
 
 
 class DenseBlock(FusedDenseBlock, EagerDenseBlock):
@@ -223,9 +248,9 @@ class FusedTransition(Fused):
 
     parts: ClassVar = {"norm": nn.BatchNorm2d, "relu": nn.ReLU, "conv": nn.Conv2d, "pool": nn.AvgPool2d}
 
-    def unfusable(self) -> str | None:
-        """Why the transition has to run child by child at present, or None."""
-        return self.reason(self._modules)
+    @classmethod
+    def why_not(cls, module: Any) -> str | None:
+        return cls.reason(module._modules, cls.parts)
 
     def forward(self, input: Tensor) -> Tensor:
         if self.unfusable() is not None:
@@ -282,10 +307,18 @@ class FusedFeatures(Fused, nn.Sequential):
         start = end - ("relu0" in cls.parts) - 1
         return slice(start, end + 1) if start >= 0 else slice(0, 0)
 
-    def unfusable(self) -> str | None:
-        """Why the stem has to run child by child at present, or None."""
-        stem = dict(list(self._modules.items())[self.stem(self)])
-        return self.reason(stem) if stem else "it has no norm, ReLU and max pool in a row"
+    @classmethod
+    def why_not(cls, module: Any) -> str | None:
+        stem = dict(list(module._modules.items())[cls.stem(module)])
+        if not stem or not cls.parts.keys() >= stem.keys():
+            return "it has no norm, ReLU and max pool in a row"
+        return cls.reason(stem, stem)
+
+    def __getitem__(self, idx: Any) -> Any:
+        found: Any = super().__getitem__(idx)
+        if isinstance(idx, slice):
+            found.backend = self.backend
+        return found
 
     def forward(self, input: Tensor) -> Tensor:
         children = list(self._modules.values())

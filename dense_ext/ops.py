@@ -116,9 +116,10 @@ def _channels_last(x: Tensor) -> Tensor:
 def remember_statistics(x: Tensor, stats: Tensor) -> None:
     """Let the batch statistics [2, C] of x travel with it, to a transition that reads x as it is now.
 
-    Not in compiled code: the compiler may put other values into x's memory and leave its version.
+    Not in compiled code: the compiler may put other values into x's memory and leave its version. Not
+    with a subclass of Tensor: some hand their attributes on to whatever is computed from them.
     """
-    if not torch.compiler.is_compiling() and not x.is_inference():
+    if type(x) is Tensor and not torch.compiler.is_compiling() and not x.is_inference():
         x._dense_ext_statistics = stats, x._version  # type: ignore[attr-defined]
 
 

@@ -237,9 +237,27 @@ def test_rounds_begin_with_another_each() -> None:
     order: list[str] = []
     calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    timing.interleave(calls, samples, CPU, 3, 1, lambda text: None)
+    entries: dict[str, dict[str, str]] = {name: {} for name in calls}
+    timing.interleave(calls, samples, entries, CPU, 3, 1, lambda text: None)
     assert "".join(order) == "abcbcacab"
     assert [len(s) for s in samples.values()] == [3, 3, 3]
+
+
+def test_a_call_that_fails_has_no_turn_any_more() -> None:
+    order: list[str] = []
+
+    def second_fails() -> None:
+        order.append("b")
+        if order.count("b") == 2:
+            raise RuntimeError("worn out")
+
+    calls = {"a": lambda: order.append("a"), "b": second_fails}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    entries: dict[str, dict[str, str | None]] = {"a": {"failure": None}, "b": {}}
+    timing.interleave(calls, samples, entries, CPU, 3, 1, lambda text: None)
+    assert "".join(order) == "abbaa"
+    assert [len(s) for s in samples.values()] == [3, 0]
+    assert entries == {"a": {"failure": None}, "b": {"failure": "RuntimeError: worn out"}}
 
 
 def test_speeds_compare_with_the_fastest_eager_peer() -> None:

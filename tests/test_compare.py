@@ -96,13 +96,39 @@ def test_a_row_that_fails_now() -> None:
     assert (change.measure, change.new) == ("failure", "out of memory")
 
 
+@pytest.mark.parametrize("lost", ["row", "samples", "measures"])
+def test_what_dense_ext_has_no_more_is_worse(lost: str) -> None:
+    old = result(1.0, rows=2, saved_bytes=1000)
+    new = copy.deepcopy(old)
+    if lost == "row":
+        del new["rows"][1]
+    else:
+        new["rows"][1]["seconds" if lost == "samples" else lost].clear()
+    (change,) = compare(old, new).regressions
+    assert (change.case, change.measure, change.new) == ("model m1", lost, "missing")
+    assert compare(new, old).regressions == []
+    old["peers"]["dense_ext-none"]["ours"] = False
+    assert compare(old, new).regressions == []
+
+
+def test_a_row_that_had_failed_is_not_missed() -> None:
+    old = result(1.0, rows=2)
+    old["rows"][1] |= {"failure": "out of memory", "seconds": []}
+    assert compare(old, result(1.0)).regressions == []
+
+
 def test_what_else_differs() -> None:
     old, new = result(1.0, rows=2), result(1.0, rows=2)
     new["machine"] = {**MACHINE, "cpu": "another"}
     new["versions"] = {"torch": "2.12"}
     new["rows"][1]["case"] = {"model": "other"}
+    new["interrupted"] = True
     found = compare(old, new)
-    assert found.differences == ["machine's cpu: one, now another", "version of torch: 2.11, now 2.12"]
+    assert found.differences == [
+        "new result was interrupted, and lacks what came after",
+        "machine's cpu: one, now another",
+        "version of torch: 2.11, now 2.12",
+    ]
     assert found.only_old == ["model m1: dense_ext-none"]
     assert found.only_new == ["model other: dense_ext-none"]
 
@@ -135,6 +161,10 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--compare", str(old), str(new), "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["changes"][0]["peer"] == "dense_ext-none"
     assert main(["bench", "--compare", str(old), str(new), "--threshold", "0.5"]) == 0
+    del results["peers"]["dense_ext-none"]
+    new.write_text(json.dumps(results | {"interrupted": True}))
+    assert main(["bench", "--compare", str(old), str(new)]) == 1
+    assert "the new result was interrupted" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"kind": "bench"}'])

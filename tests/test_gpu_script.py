@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,37 @@ def test_a_part_that_takes_too_long_is_ended(script, tmp_path: Path) -> None:  #
     assert begun == "begun"
     with pytest.raises(ProcessLookupError):
         os.kill(int(child), 0)
+
+
+def test_commands_that_do_not_end_are_ended_together(script, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    deaf = ["-c", "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"]
+    begun = time.monotonic()
+    *lines, quick = script.run_part(script.Part("tests", 9, [deaf, deaf, ["-c", "pass"]]), 3, tmp_path)
+    assert time.monotonic() - begun < 25
+    assert all(": killed after 3 s" in line for line in lines)
+    assert ": exit 0, " in quick
+
+
+def test_an_interrupt_ends_what_was_started(script, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    code = f"""
+import sys
+sys.path.insert(0, "benchmarks")
+import gpu
+sleep = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+gpu.parts = lambda: [gpu.Part("slow", 60, [["-c", sleep]])]
+sys.argv = ["gpu.py", "--out", {str(tmp_path)!r}]
+sys.exit(gpu.main())
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    log = tmp_path / "slow-0.log"
+    while not (log.exists() and log.read_text().endswith("\n")):
+        time.sleep(0.05)
+    child = int(log.read_text())
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130
+    assert "slow: interrupted" in (tmp_path / "log.txt").read_text()
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
 
 
 def test_tests_that_are_all_skipped_are_no_success(script, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -23,7 +23,7 @@ def render() -> ModuleType:
 
 def test_tables_say_what_the_results_say(render: ModuleType) -> None:
     text = (ROOT / "README.md").read_text()
-    assert text.count("<!-- end -->") == 6
+    assert text.count("<!-- end -->") == 7
     assert render.rendered(text) == text, "run: python benchmarks/render.py"
 
 
@@ -34,7 +34,22 @@ def test_a_changed_number_shows(render: ModuleType) -> None:
     assert render.rendered(changed) == text
 
 
-def test_every_figure_belongs_to_a_result() -> None:
-    results = {path.stem for path in (ROOT / "benchmarks" / "results").glob("*.json")}
-    figures = {path.stem.split("-")[0] for path in (ROOT / "benchmarks" / "figures").glob("*.png")}
-    assert figures == results
+def test_every_figure_belongs_to_a_result(render: ModuleType) -> None:
+    figures = [path.stem for path in (ROOT / "benchmarks" / "figures").glob("*.png")]
+    of = {name: {f for f in figures if f.startswith(f"{name}-")} for name in render.committed()}
+    assert set().union(*of.values()) == set(figures)
+    assert all(of.values()), of
+
+
+def test_a_gpus_results_are_in_its_folder(
+    render: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(render, "RESULTS", tmp_path)
+    (tmp_path / "h100-sxm").mkdir()
+    for name, result in (("cpu", "digits"), ("h100-sxm/cpu", "cpu")):
+        text = (ROOT / "benchmarks" / "results" / f"{result}.json").read_text()
+        (tmp_path / f"{name}.json").write_text(text)
+    assert list(render.committed()) == ["cpu", "h100-sxm-cpu"]
+    text = render.rendered("<!-- cpu: accuracy -->\n<!-- end --> <!-- h100-sxm-cpu: memory --><!-- end -->")
+    assert "test accuracy" in text
+    assert "| 130.4 |" in text

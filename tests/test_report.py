@@ -45,7 +45,7 @@ def primitive_rows() -> Iterator[dict[str, Any]]:
             case = {"primitive": "p", "where": f"block {j}", "shape": "1x1", "dtype": "float32"}
             row = new_row(case, peer)
             row["measures"] = {"minimum_bytes": 100, "flops": 100 * (j + 1), "relative_error": 1e-8}
-            row["seconds"] = [1e-3 / (i + 1)] * 3
+            row["seconds"] = [1e-3 / (i + 1), 2e-3 / (i + 1), 3e-3 / (i + 1)]
             yield row
 
 
@@ -78,7 +78,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind, rows in (("primitives", primitive_rows()), ("paper", memory_rows()), ("step", step_rows())):
         (folder / f"{kind}.json").write_text(json.dumps(suite_result(kind, list(rows))))
     out = folder / "page.html"
-    committed, suites = (sorted(map(str, where.glob("*.json"))) for where in (RESULTS, folder))
+    committed, suites = (sorted(map(str, where.rglob("*.json"))) for where in (RESULTS, folder))
     assert main(["report", *committed, *suites, "--out", str(out)]) == 0
     return out
 
@@ -123,7 +123,7 @@ def test_references_within_the_page_are_unique_and_kept(report: Path) -> None:
 
 def test_page_shows_every_result(report: Path) -> None:
     text = report.read_text()
-    committed, figures = RESULTS.glob("*.json"), (RESULTS.parent / "figures").glob("*.png")
+    committed, figures = RESULTS.rglob("*.json"), (RESULTS.parent / "figures").glob("*.png")
     assert text.count("<section") == len(list(committed)) + 3
     # Of the three made here: a roofline, memory against depth, speed.
     assert text.count("<svg") == len(list(figures)) + 3
@@ -133,6 +133,7 @@ def test_page_shows_every_result(report: Path) -> None:
     assert "eager &lt;b&gt;" in text
     assert "<b>" not in text
     assert "<summary>primitives, from empty caches (60 rows)</summary>" in text
+    assert "<td>1000 to 3000</td>" in text
     for fixed in ("#333333", "#dddddd", "#ffffff;", "matplotlib.org"):
         assert fixed not in text.partition("</style>")[2]
 
@@ -141,6 +142,24 @@ def test_an_existing_page_is_kept(report: Path, capsys: pytest.CaptureFixture[st
     arguments = ["report", str(RESULTS / "digits.json"), "--out", str(report)]
     assert main(arguments) == 2
     assert "exists; pass --overwrite or another --out" in capsys.readouterr().err
+
+
+def test_a_page_that_is_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["report", str(RESULTS / "digits.json"), "--out", str(tmp_path), "--overwrite"]
+    assert main(arguments) == 2
+    assert f"--out {tmp_path} is a folder; name the page's file" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["poem", ["step"]])
+def test_a_result_of_unknown_kind(
+    kind: str | list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps(suite_result("step", []) | {"kind": kind}))
+    assert main(["report", str(path), "--out", str(tmp_path / "page.html")]) == 2
+    assert f"other.json is of kind {kind!r}, not one of bench, " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [path]
 
 
 # --- in a browser ------------------------------------------------------------------------------------

@@ -73,9 +73,7 @@ def by_peer(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").rglob("*.json")), ids=str)
 def test_committed_results_are_what_the_schema_says(path: Path) -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     jsonschema.validate(json.loads(path.read_text()), SCHEMA)
@@ -189,6 +187,19 @@ def test_disagreement(value: float) -> None:
     rows = [{**new_row({}, peer), "values": [v]} for peer, v in (("eager", 2.0), ("ours", value))]
     mark_disagreement(rows, {"eager": {"ours": False}, "ours": {"ours": True}}, 1e-3)
     assert [row["failure"] is None for row in rows] == [True, False]
+
+
+def test_rows_with_nothing_to_compare_with_have_no_speed() -> None:
+    known = {"ours": {"ours": True}, "eager": {"ours": False}}
+    ours = {**new_row({}, "ours"), "values": [2.0], "seconds": [1.0]}
+    eager = {**new_row({}, "eager"), "failure": "out of memory"}
+    mark_disagreement([ours], known, 1e-3)
+    assert ours["failure"] is None, "eager is still to come"
+    mark_disagreement([ours, {**eager, "values": [2.0]}], known, 1e-3)
+    assert ours["failure"] is None, "it failed after its values were known"
+    mark_disagreement([ours, eager], known, 1e-3)
+    assert ours["failure"].startswith("nothing to compare with")
+    assert ours["seconds"] == []
 
 
 def test_an_interrupted_suite_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,6 +175,11 @@ def _subclass(model: nn.Module) -> None:
     model.features.denseblock2.__class__ = Mine
 
 
+def _narrower(model: nn.Module) -> None:
+    layer = model.features.denseblock2.denselayer2
+    layer.norm1, layer.conv1 = nn.BatchNorm2d(15).double(), nn.Conv2d(15, 15, 1, bias=False).double()
+
+
 def _drop_rates(model: nn.Module) -> None:
     model.features.denseblock2.denselayer1.drop_rate = 0.5
 
@@ -188,8 +193,9 @@ class TestRefusals:
             (_dilated, r"denselayer1: conv2 has padding \(2, 2\), expected \(1, 1\)"),
             (_activation, "denselayer1: relu1 is SiLU, not ReLU"),
             (_sync_norm, "denselayer1: norm1 is SyncBatchNorm, not BatchNorm2d"),
-            (_hook, r"denselayer1: norm1 carries a hook"),
+            (_hook, r"denselayer1: norm1 carries a hook or a forward of its own"),
             (_subclass, "Mine is a subclass with a forward of its own"),
+            (_narrower, "denselayer2 has channels 15, 15, 15, 15, 15, 5, expected 14, 14, 15, 15, 15, 5"),
             (_drop_rates, "its layers have different drop rates"),
         ],
         ids=lambda value: getattr(value, "__name__", "reason"),

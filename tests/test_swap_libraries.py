@@ -114,13 +114,13 @@ def _other_activation(block: Any) -> str:
         inner["relu1"] = nn.SiLU()
         return "relu1 is SiLU, not ReLU"
     inner["norm1"].act = nn.SiLU()
-    return "act is SiLU, not ReLU"
+    return r"norm1 has drop \(Identity\), act \(SiLU\), expected drop \(Identity\), act \(ReLU\)"
 
 
 def _one_more_module(block: Any) -> str:
     layer = block.denselayer1
-    getattr(layer, "layers", layer).add_module("more", nn.Tanh())
-    return r"more \(Tanh\) is not among norm1, "
+    getattr(layer, "layers", layer).add_module("more", nn.Sequential(nn.Tanh()))
+    return "its children are norm1, .*, more, expected norm1, "
 
 
 def _other_layer(block: Any) -> str:
@@ -136,7 +136,14 @@ def _other_layer(block: Any) -> str:
 
 def _hook(block: Any) -> str:
     block.denselayer1.register_forward_hook(lambda module, args, y: y * 2)
-    return "denselayer1 carries a hook, which a fused call would pass over"
+    return "denselayer1 carries a hook"
+
+
+def _patched_forward(block: Any) -> str:
+    layer = block.denselayer2
+    conv = getattr(layer, "layers", layer).conv2
+    conv.forward = lambda x: 2 * nn.Conv2d.forward(conv, x)
+    return "denselayer2: conv2 carries .* a forward of its own"
 
 
 def _dilation(block: Any) -> str:
@@ -145,7 +152,17 @@ def _dilation(block: Any) -> str:
     return r"conv2 has padding \(2, 2\), expected \(1, 1\)"
 
 
-CHANGES = [_other_activation, _one_more_module, _other_layer, _hook, _dilation]
+def _less(block: Any) -> str:
+    layer = block.denselayer1
+    inner = getattr(layer, "layers", layer)
+    if "relu2" in inner._modules:
+        inner.relu2 = nn.Identity()
+        return "relu2 is Identity, not ReLU"
+    inner.norm2.act = nn.Identity()
+    return r"norm2 has drop \(Identity\), act \(Identity\), expected"
+
+
+CHANGES = [_other_activation, _one_more_module, _other_layer, _hook, _patched_forward, _dilation, _less]
 
 
 @libraries
@@ -181,17 +198,17 @@ def test_what_was_changed_before_is_left_alone(
     [
         (
             lambda: timm_net(act_layer="silu"),
-            "features.denseblock1: denselayer1: norm1: act is SiLU, not ReLU",
+            r"denselayer1: norm1 has drop \(Identity\), act \(SiLU\), expected",
         ),
         (lambda: timm_net(norm_layer="groupnorm1"), "denselayer1: norm1 is .*, not BatchNormAct2d"),
         (
             lambda: timm_net(aa_layer=timm.layers.BlurPool2d, aa_stem_only=False),
             "transition1: pool is BlurPool2d, not AvgPool2d",
         ),
-        (lambda: monai_net(spatial_dims=3), "denselayer1: layers: norm1 is BatchNorm3d, not BatchNorm2d"),
-        (lambda: monai_net(norm="instance"), "denselayer1: layers: norm1 is InstanceNorm2d, not BatchNorm2d"),
-        (lambda: monai_net(act="prelu"), "denselayer1: layers: relu1 is PReLU, not ReLU"),
-        (lambda: monai_net(dropout_prob=0.1), r"dropout \(Dropout2d\) is not among norm1, relu1, conv1"),
+        (lambda: monai_net(spatial_dims=3), "denselayer1: norm1 is BatchNorm3d, not BatchNorm2d"),
+        (lambda: monai_net(norm="instance"), "denselayer1: norm1 is InstanceNorm2d, not BatchNorm2d"),
+        (lambda: monai_net(act="prelu"), "denselayer1: relu1 is PReLU, not ReLU"),
+        (lambda: monai_net(dropout_prob=0.1), "its children are norm1, .*, dropout, expected norm1, "),
     ],
 )
 def test_variants_without_a_kernel_say_so(build: Callable[[], nn.Module], reason: str) -> None:
@@ -201,6 +218,27 @@ def test_variants_without_a_kernel_say_so(build: Callable[[], nn.Module], reason
     rows = dense_ext.report(model).rows
     assert [row.runs for row in rows if row.name == "features.denseblock1"] in (["eager"], ["fused"])
     assert all(row.detail != "not swapped" for row in rows)
+
+
+@libraries
+def test_a_transition_without_its_pool_keeps_the_resolution(build: Callable[[], nn.Module]) -> None:
+    ours, eager = twin(built(build), dense_ext.swap)
+    for model in (ours, eager):
+        del model.features.transition1.pool
+    assert "expected norm, " in ours.features.transition1.unfusable()
+    assert_trains_alike(ours, eager, images(), steps=1)
+
+
+@libraries
+def test_slices_of_the_features(build: Callable[[], nn.Module]) -> None:
+    ours, eager = twin(built(build), lambda m: dense_ext.swap(m, backend="reference"))
+    for part in (slice(5), slice(2, 5), slice(6, None)):
+        ours_part, eager_part = ours.features[part], eager.features[part]
+        assert ours_part.backend == "reference"
+        x = torch.randn(2, next(eager_part.parameters()).shape[part.start == 0 or part.start is None], 24, 24)
+        assert_equal(ours_part.eval()(x.double()), eager_part.eval()(x.double()), str(part))
+        dense_ext.restore(ours_part)
+        assert [type(m) for m in ours_part.modules()] == [type(m) for m in eager_part.modules()]
 
 
 class TestTimm:
@@ -245,6 +283,25 @@ class TestMonai:
         assert_equal(y.as_tensor(), eager(x).as_tensor(), "output")
         y.sum().backward()
         assert all(p.grad is not None for p in ours.parameters())
+
+    @pytest.mark.parametrize("frozen", ["denseblock1", "denseblock2"])
+    def test_metadata_hands_no_statistics_on(self, frozen: str) -> None:
+        """Every result of a MetaTensor has all its attributes, also those of what it was computed from."""
+        ours, eager = twin(built(monai_net), dense_ext.swap)
+        x = MetaTensor(images())
+        for model in (ours, eager):
+            getattr(model.features, frozen).eval()
+        assert_equal(ours(x).as_tensor(), eager(x).as_tensor(), "output")
+
+    def test_layers_in_a_container_of_their_own_class(self) -> None:
+        class Halved(nn.Sequential):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x) / 2
+
+        model = built(monai_net)
+        model.features.denseblock1.denselayer1.layers.__class__ = Halved
+        with pytest.raises(ValueError, match="denselayer1: its children are none, expected norm1, "):
+            dense_ext.swap(model, strict=True)
 
 
 class TestXray:
@@ -316,5 +373,5 @@ def test_planner_knows_every_library(build: Callable[[], nn.Module]) -> None:
 
 
 def test_planner_refuses_a_stem_it_does_not_follow() -> None:
-    with pytest.raises(ValueError, match="its stem has several convolutions"):
+    with pytest.raises(ValueError, match="does not follow a stem of several convolutions"):
         estimate(timm_deep_stem(), (4, 3, 64, 64))

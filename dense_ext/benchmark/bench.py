@@ -114,7 +114,7 @@ class Bench:
             if self.options.depths:
                 depth.measure_depth(
                     self.depth_peers(), self.results.setdefault("depth", {}), self.device, self.dtype,
-                    self.options.backend, self.tick, self.options.depths,
+                    self.options.backend, self.tick, self.options.depths, self.failing,
                 )  # fmt: skip
 
     def measure_work(self) -> None:
@@ -148,7 +148,7 @@ class Bench:
 
     def measure_speed(self) -> None:
         """Seconds per step of each peer, in interleaved rounds, after checking that they agree."""
-        steps = {}
+        steps, count = {}, 0
         for peer in self.running():
             self.tick(f"first steps of {peer.name}")
             with self.failing(peer):
@@ -160,12 +160,12 @@ class Bench:
                 # More calls than a graph makes before it is recorded, and than compiling takes.
                 losses = [float(call()[0]) for _ in range(5)][:2]
                 self.results.setdefault("first_losses", {})[peer.name] = losses
+                count = count or calls_per_sample(call, self.device)
                 steps[peer.name] = call
         self.check_agreement()
-        count = calls_per_sample(next(iter(steps.values())), self.device)
         samples: dict[str, list[float]] = {name: [] for name in steps}
         self.results["speed"] = {"calls_per_sample": count, "seconds": samples}
-        interleave(steps, samples, self.device, self.options.rounds, count, self.tick)
+        interleave(steps, samples, self.results["peers"], self.device, self.options.rounds, count, self.tick)
         # The machine's best, also if something else ran on it at the start.
         work = self.results["work"]
         work["matmul_flops_per_second"] = max(

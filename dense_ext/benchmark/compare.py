@@ -37,7 +37,8 @@ class Change:
 
     Args:
         case, peer, measure: what it is; "seconds" for the median of the samples, "failure" for a row
-            that has none any more.
+            that has none any more. What dense_ext's rows lost without a failure is "missing": all
+            "samples", all "measures", or the "row" itself.
         old, new: its values.
         worse: whether this is a regression.
     """
@@ -66,7 +67,7 @@ class Comparison:
         compared: rows that both runs have.
         undecided: rows with too few samples to tell their times apart.
         only_old, only_new: rows that one run lacks.
-        differences: what else differs between the runs, e.g. the machine.
+        differences: what else differs between the runs, e.g. the machine, or that one was interrupted.
     """
 
     changes: list[Change]
@@ -120,6 +121,9 @@ def _by_key(results: Results) -> dict[str, Row]:
 
 
 def _differences(old: Results, new: Results) -> Iterator[str]:
+    for which, results in (("old", old), ("new", new)):
+        if results["interrupted"]:
+            yield f"{which} result was interrupted, and lacks what came after"
     for name in ("cpu", "threads", "gpu"):
         before, now = old["machine"].get(name), new["machine"].get(name)
         if before != now:
@@ -147,6 +151,8 @@ def compare(old: Results, new: Results, threshold: float = THRESHOLD) -> Compari
     if not both:
         raise UsageError("the results have no row in common")
     changes = [change for a, b in both for change in _measures_changed(a, b)]
+    ours = [key for key, row in before.items() if old["peers"][row["peer"]]["ours"]]
+    changes += [change for key in ours for change in _missing(before[key], now.get(key))]
     timed = [(a, b) for a, b in both if a["seconds"] and b["seconds"]]
     decided = [p for p in timed if min(len(row["seconds"]) for row in p) >= FEWEST_SAMPLES]
     changes += _times_changed(decided, threshold)
@@ -172,6 +178,17 @@ def _times_changed(pairs: list[tuple[Row, Row]], threshold: float) -> list[Chang
         if p < FALSE_DISCOVERY_RATE and abs(new / old - 1) > threshold:
             changes.append(Change(case_text(a["case"]), a["peer"], "seconds", old, new, new > old))
     return changes
+
+
+def _missing(old: Row, new: Row | None) -> Iterator[Change]:
+    """What a row has no more, and no failure says why."""
+    where = case_text(old["case"]), old["peer"]
+    if new is None and old["failure"] is None:
+        yield Change(*where, "row", "measured", "missing", True)
+    if new is not None and new["failure"] is None:
+        for part, name in (("seconds", "samples"), ("measures", "measures")):
+            if old[part] and not new[part]:
+                yield Change(*where, name, "measured", "missing", True)
 
 
 def _measures_changed(old: Row, new: Row) -> Iterator[Change]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -59,17 +60,22 @@ def measure_depth(
     backend: str,
     tick: Callable[[str], None],
     depths: tuple[int, ...] = DEPTHS,
+    failing: Callable[[Peer], AbstractContextManager[object]] = nullcontext,
 ) -> None:
-    """Fill ``results`` with each peer's saved bytes per image by depth, and the line through them."""
+    """Fill ``results`` with each peer's saved bytes per image by depth, and the line through them.
+
+    A peer is measured within what ``failing`` makes of it, which says what a failure means.
+    """
     results["block"] = {
         "growth_rate": GROWTH_RATE, "in_channels": IN_CHANNELS, "bottleneck": 4 * GROWTH_RATE,
         "size": SIZE, "batch": BATCH,
     }  # fmt: skip
     results["peers"] = {}
     for peer in peers:
-        counted = []
-        for layers in depths:
-            tick(f"{peer.name}, block of {layers} layers")
-            counted.append(block_bytes(peer, layers, device, dtype, backend))
-        line = straight_line([float(d) for d in depths], [float(b) for b in counted])
-        results["peers"][peer.name] = {"layers": list(depths), "saved_bytes": counted, "line": line}
+        with failing(peer):
+            counted = []
+            for layers in depths:
+                tick(f"{peer.name}, block of {layers} layers")
+                counted.append(block_bytes(peer, layers, device, dtype, backend))
+            line = straight_line([float(d) for d in depths], [float(b) for b in counted])
+            results["peers"][peer.name] = {"layers": list(depths), "saved_bytes": counted, "line": line}

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..version import __version__
+from .errors import UsageError
 from .figures import draw_all
 from .plot_style import INK, PAPER, RULE
 from .results import Results
@@ -85,7 +86,13 @@ def page(results: Mapping[Path, Results], tick: Callable[[str], None] = lambda t
     Args:
         results: by the file they were read from; its name without suffix is shown.
         tick: told the file before each.
+
+    Raises:
+        UsageError: a result is of a kind that no command here writes.
     """
+    for path, result in results.items():
+        if result["kind"] not in list(_TITLES):
+            raise UsageError(f"{path} is of kind {result['kind']!r}, not one of {', '.join(_TITLES)}")
     sections = []
     for i, (path, result) in enumerate(results.items()):
         tick(f"drawing {path.name}")

@@ -222,13 +222,15 @@ def _primitives(results: Results) -> list[Table]:
         rows.append((
             case["primitive"], f"{case['where']}: {case['shape']}", case["dtype"],
             peers[row["peer"]]["label"],
-            f"{median * 1e6:.4g}", f"{aten / median:.2f}" if aten else "-",
+            f"{median * 1e6:.4g}",
+            f"{min(row['seconds']) * 1e6:.4g} to {max(row['seconds']) * 1e6:.4g}",
+            f"{aten / median:.2f}" if aten else "-",
             f"{bandwidth / 1e9:.3g}", f"{bandwidth / work['copy_bytes_per_second']:.0%}",
             f"{rate / 1e9:.4g}", f"{rate / work['matmul_flops_per_second'][case['dtype']]:.0%}",
             f"{measures['relative_error']:.1e}",
         ))  # fmt: skip
-    header = ("primitive", "where", "dtype", "by", "median us", "ATen = 1", "GB/s at least", "of copy",
-              "GFLOP/s", "of matmul", "error")  # fmt: skip
+    header = ("primitive", "where", "dtype", "by", "median us", "min to max us", "ATen = 1",
+              "GB/s at least", "of copy", "GFLOP/s", "of matmul", "error")  # fmt: skip
     return [Table("primitives, from empty caches", header, rows, left=4)]
 
 

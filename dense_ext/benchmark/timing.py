@@ -5,9 +5,11 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
+from .errors import reason
 from .step import synchronize
 
 # On a GPU, steps are queued until a sample lasts about this long.
@@ -46,6 +48,7 @@ def calls_per_sample(call: Callable[[], object], device: torch.device) -> int:
 def interleave(
     calls: Mapping[str, Callable[[], object]],
     samples: Mapping[str, list[float]],
+    entries: Mapping[str, dict[str, Any]],
     device: torch.device,
     rounds: int,
     calls_in_sample: int,
@@ -53,9 +56,12 @@ def interleave(
 ) -> None:
     """Time every call once a round, each round beginning with another.
 
+    One that fails has no samples, and from then on no turn.
+
     Args:
         calls: by name; one is a training step.
         samples: by the same names; gets a round's seconds per call as soon as they are measured.
+        entries: by the same names; one's "failure" becomes why its call failed.
         device: to wait for.
         rounds: samples of each.
         calls_in_sample: calls one sample is the mean of.
@@ -65,8 +71,14 @@ def interleave(
     for i in range(rounds):
         start = i % len(names)
         for name in names[start:] + names[:start]:
+            if entries[name].get("failure") is not None:
+                continue
             tick(f"{name}, round {i + 1} of {rounds}")
-            samples[name].append(seconds_per_call(calls[name], device, calls_in_sample))
+            try:
+                samples[name].append(seconds_per_call(calls[name], device, calls_in_sample))
+            except Exception as error:  # a GPU tells of a failure when it is waited for
+                entries[name]["failure"] = reason(error)
+                samples[name].clear()
 
 
 class ColdTimer:

@@ -82,7 +82,7 @@ def bench(
     training over the family. inference. primitives: each kernel beside the machine's ceilings. paper:
     the comparison of arXiv 1707.06990. Every peer starts from the same weights and sees the same
     images; no speed is reported unless dense_ext's results are the eager network's. --compare ends
-    with code 1 if something got worse beyond noise.
+    with code 1 if something got worse beyond noise, or rows of dense_ext are missing.
     """
     if compare is not None:
         check(threshold > 0, f"--threshold must be positive, got {threshold}")

@@ -23,17 +23,26 @@ def measure(
 ) -> None:
     """Let ``run`` fill ``results``, with a progress bar; Ctrl-C ends it and keeps what is there.
 
+    Any other exception is raised again, after what is there was written to the file.
+
     Args:
         run: is given what to call before each part.
         ticks: how often it will call that.
         results: what it fills.
         path: gets the results so far every minute: a system out of memory kills without a warning.
     """
+    from ..benchmark.results import write_json
+
     try:
         with progress(ticks) as tick:
             run(_saving(tick, results, path) if path is not None else tick)
     except KeyboardInterrupt:
         return
+    except Exception:
+        if path is not None:
+            write_json(path, results)
+            remark(f"wrote {path}: what was measured until it failed")
+        raise
     results["interrupted"] = False
 
 

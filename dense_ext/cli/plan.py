@@ -12,7 +12,7 @@ from ..memory.network import network_of
 from ..memory.step import OPTIMIZERS, PARTS
 from ..models import MODELS
 from ..schedule import RECOMPUTE
-from .console import print_json, print_table, remark
+from .console import print_json, print_table, progress, remark
 from .options import Backend, Json, check_choice, check_positive, option
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -33,7 +33,7 @@ def plan(
     ] = None,
     backend: Backend = "auto",
     peers: Annotated[
-        bool, typer.Option("--peers", help="Also torchvision's own network, tracked by PyTorch: seconds.")
+        bool, typer.Option("--peers", help="Also torchvision's own network, tracked by PyTorch: minutes.")
     ] = False,
     json: Json = False,
 ) -> None:
@@ -101,15 +101,17 @@ def _peers(model: str, batch: int, size: int, dtype: torch.dtype, optimizer: str
 
     with torch.device("meta"):
         ours = MODELS[model]()
-    return {
-        name: tracked_peak(
-            lambda efficient=efficient: torchvision_twin(ours, efficient, "cpu"),  # type: ignore[misc]
-            (batch, 3, size, size),
-            dtype=dtype,
-            optimizer=optimizer,
-        )
-        for name, efficient in (("eager", False), ("memory_efficient", True))
-    }
+    kinds, peaks = {"eager": False, "memory_efficient": True}, {}
+    with progress(len(kinds)) as tick:
+        for name, efficient in kinds.items():
+            tick(f"torchvision, {name}")
+            peaks[name] = tracked_peak(
+                lambda efficient=efficient: torchvision_twin(ours, efficient, "cpu"),  # type: ignore[misc]
+                (batch, 3, size, size),
+                dtype=dtype,
+                optimizer=optimizer,
+            )
+    return peaks
 
 
 def _shown(nbytes: int) -> str:

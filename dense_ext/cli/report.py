@@ -20,6 +20,7 @@ def report(
     from ..benchmark.page import page
     from ..benchmark.results import read_results, write_atomically
 
+    check(not out.is_dir(), f"--out {out} is a folder; name the page's file, as {out / 'report.html'}")
     check(overwrite or not out.exists(), f"{out} exists; pass --overwrite or another --out")
     read = {path: read_results(path) for path in results}
     with progress(len(read)) as tick:

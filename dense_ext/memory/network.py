@@ -84,6 +84,8 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
 def _block(name: str, module: Any) -> BlockShape:
     layers = list(module.children())
     convs = [conv for conv in layers[0].modules() if isinstance(conv, nn.Conv2d)]
+    if not convs:
+        raise ValueError(f"{name} has no two-dimensional convolutions")
     return BlockShape(
         name,
         len(layers),
@@ -105,7 +107,7 @@ def _parts(features: Any) -> Iterable[BlockShape | TransitionShape]:
 def _shape_of(model: Any) -> Network:
     conv0 = model.features.conv0
     if hasattr(model.features, "conv1"):
-        raise AttributeError("its stem has several convolutions")
+        raise ValueError("the planner does not follow a stem of several convolutions")
     parameters = list(model.parameters())
     trainable = [p for p in parameters if p.requires_grad]
     return Network(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from ..fused import Fused
 from ..modules import FusedDenseBlock, FusedFeatures, FusedTransition
 
 # Library -> the adapter's module; loaded only if the process has imported the library itself.
@@ -35,6 +35,10 @@ class Candidate:
     swapped: bool
 
 
+class SwappedFeatures(FusedFeatures):
+    """A Sequential that was swapped; a network of dense_ext's own has the class itself."""
+
+
 @dataclass(frozen=True)
 class Adapter:
     """A library's classes, and those that take their place: each inherits from both sides.
@@ -46,17 +50,29 @@ class Adapter:
     transition: type[nn.Module]
     fused_block: type[FusedDenseBlock]
     fused_transition: type[FusedTransition]
-    fused_features: type[FusedFeatures] = FusedFeatures
+    fused_features: type[SwappedFeatures] = SwappedFeatures
+
+    @property
+    def _classes(self) -> dict[str, tuple[type[nn.Module], Any]]:
+        """Each kind's class, and what a swap makes of it."""
+        return {
+            "dense block": (self.block, self.fused_block),
+            "transition": (self.transition, self.fused_transition),
+            "stem": (nn.Sequential, self.fused_features),
+        }
 
     def candidates(self, model: nn.Module) -> Iterator[Candidate]:
         """The model's dense parts, in order."""
         for name, module in model.named_modules():
-            if isinstance(module, self.block):
-                yield self._candidate(name, "dense block", module, self._block_reason)
-            elif isinstance(module, self.transition):
-                yield self._candidate(name, "transition", module, self._transition_reason)
-            elif self._has_stem(module):
-                yield self._candidate(name, "stem", module, self._stem_reason)
+            kind = self._kind(module)
+            if kind is None:
+                continue
+            original, fused = self._classes[kind]
+            swapped, reason = isinstance(module, fused), None
+            if not swapped:
+                other = f"{type(module).__name__} is a subclass with a forward of its own"
+                reason = fused.why_not(module) if type(module) is original else other
+            yield Candidate(name, kind, module, reason, swapped)
 
     def swap(self, candidate: Candidate, recompute: str, backend: str) -> None:
         """Swap a candidate that has no reason against it: its class changes, the object stays."""
@@ -64,82 +80,34 @@ class Adapter:
         module.backend = backend
         if candidate.kind == "dense block":
             module.recompute = recompute
-        module.__class__ = self._fused[candidate.kind]
+        _, module.__class__ = self._classes[candidate.kind]
 
     def restore(self, model: nn.Module) -> None:
         """Undo every swap in the model."""
-        originals = {"dense block": self.block, "transition": self.transition, "stem": nn.Sequential}
-        for candidate in [c for c in self.candidates(model) if c.swapped]:
-            candidate.module.__class__ = originals[candidate.kind]
-            for attribute in _ADDED:
-                candidate.module.__dict__.pop(attribute, None)
+        originals = {fused: original for original, fused in self._classes.values()}
+        for module in model.modules():
+            if original := originals.get(type(module)):
+                module.__class__ = original
+                for attribute in _ADDED:
+                    module.__dict__.pop(attribute, None)
 
-    @property
-    def _fused(self) -> dict[str, Any]:
-        return {
-            "dense block": self.fused_block,
-            "transition": self.fused_transition,
-            "stem": self.fused_features,
-        }
-
-    def _has_stem(self, module: nn.Module) -> bool:
+    def _kind(self, module: nn.Module) -> str | None:
+        if isinstance(module, self.block):
+            return "dense block"
+        if isinstance(module, self.transition):
+            return "transition"
         children = module._modules if isinstance(module, nn.Sequential) else {}
-        return "pool0" in children and any(isinstance(child, self.block) for child in children.values())
-
-    def _candidate(self, name: str, kind: str, module: nn.Module, why_not: Any) -> Candidate:
-        swapped = isinstance(module, self._fused[kind])
-        return Candidate(name, kind, module, None if swapped else why_not(module), swapped)
-
-    def _block_reason(self, block: Any) -> str | None:
-        fused, layers = self.fused_block, list(block._modules.values())
-        if type(block) is not self.block:
-            return f"{type(block).__name__} is a subclass with a forward of its own"
-        if not layers:
-            return "it has no layers"
-        for name, layer in block._modules.items():
-            if type(layer) is not fused.layer_type:
-                return f"{name} is {type(layer).__name__}, not {fused.layer_type.__name__}"
-        inner = [fused.inner(layer) for layer in layers]
-        reasons = (_order_reason(fused, modules) for modules in inner)
-        if reason := fused.reason(block._modules) or next(filter(None, reasons), None):
-            return reason
-        if len({modules["conv2"].out_channels for modules in inner}) > 1:
-            return "its layers have different growth rates"
-        if len({modules["conv1"].out_channels for modules in inner}) > 1:
-            return "its layers have different bottlenecks"
-        if len({getattr(layer, "drop_rate", 0.0) for layer in layers}) > 1:
-            return "its layers have different drop rates"
-        channels, growth = inner[0]["norm1"].num_features, inner[0]["conv2"].out_channels
-        for i, (name, modules) in enumerate(zip(block._modules, inner, strict=True)):
-            if (reads := modules["conv1"].in_channels) != channels + i * growth:
-                return f"{name} reads {reads} channels, expected {channels + i * growth}"
-        return None
-
-    def _transition_reason(self, transition: nn.Module) -> str | None:
-        fused, modules = self.fused_transition, transition._modules
-        if type(transition) is not self.transition:
-            return f"{type(transition).__name__} is a subclass with a forward of its own"
-        return fused.reason(modules) or _order_reason(fused, modules)
-
-    def _stem_reason(self, features: nn.Sequential) -> str | None:
-        if type(features) is not nn.Sequential:
-            return f"{type(features).__name__} is not a Sequential"
-        stem = dict(list(features._modules.items())[self.fused_features.stem(features)])
-        return self.fused_features.reason(stem) if stem else "norm, ReLU and max pool are not in a row"
-
-
-def _order_reason(fused: type[Fused], modules: Mapping[str, Any]) -> str | None:
-    """Not None unless modules have all the parts' names, in their order."""
-    expected = [name for name in fused.parts if name not in ("act", "drop")]  # a norm's own
-    if list(modules) == expected:
-        return None
-    return f"its children are {', '.join(modules)}, expected {', '.join(expected)}"
+        is_stem = "pool0" in children and any(isinstance(child, self.block) for child in children.values())
+        return "stem" if is_stem else None
 
 
 def adapters() -> list[Adapter]:
     """The adapters of the libraries this process has imported."""
-    return [
-        importlib.import_module(f"{__package__}.{name}").ADAPTER
-        for library, name in _LIBRARIES.items()
-        if library in sys.modules
-    ]
+    found = []
+    for library, name in _LIBRARIES.items():
+        if library in sys.modules:
+            try:
+                found.append(importlib.import_module(f"{__package__}.{name}").ADAPTER)
+            except ImportError as error:
+                warnings.warn(f"dense_ext does not know this version of {library}: {error}", stacklevel=3)
+    return found

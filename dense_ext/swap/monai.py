@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from monai.networks.nets.densenet import _DenseBlock, _DenseLayer, _Transition
+from torch import nn
 
+from ..fused import listened_to
 from ..modules import FusedDenseBlock, FusedTransition
 from .adapter import Adapter
 
@@ -21,7 +23,8 @@ class SwappedDenseBlock(FusedDenseBlock, _DenseBlock):
 
     @staticmethod
     def inner(layer: Any) -> dict[str, Any]:
-        return layer._modules["layers"]._modules
+        layers = layer._modules.get("layers")
+        return layers._modules if type(layers) is nn.Sequential and not listened_to(layers) else {}
 
 
 class SwappedTransition(FusedTransition, _Transition):

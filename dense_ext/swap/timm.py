@@ -8,13 +8,17 @@ from timm.layers.norm_act import BatchNormAct2d
 from timm.models.densenet import DenseBlock, DenseLayer, DenseTransition
 from torch import nn
 
-from ..modules import FusedDenseBlock, FusedFeatures, FusedTransition
+from ..fused import Fused
+from ..modules import FusedDenseBlock, FusedTransition
 from .adapter import Adapter
+from .adapter import SwappedFeatures as _SwappedFeatures
 
-_NORM = {"drop": nn.Identity, "act": nn.ReLU}  # a norm's own children
+
+class _OfNormsThatActivate(Fused):
+    parts_of_norm: ClassVar = {"drop": nn.Identity, "act": nn.ReLU}
 
 
-class SwappedDenseBlock(FusedDenseBlock, DenseBlock):
+class SwappedDenseBlock(_OfNormsThatActivate, FusedDenseBlock, DenseBlock):
     """timm's dense block, run as one operator."""
 
     parts: ClassVar = {
@@ -22,21 +26,20 @@ class SwappedDenseBlock(FusedDenseBlock, DenseBlock):
         "conv1": nn.Conv2d,
         "norm2": BatchNormAct2d,
         "conv2": nn.Conv2d,
-        **_NORM,
     }
     layer_type = DenseLayer
 
 
-class SwappedTransition(FusedTransition, DenseTransition):
+class SwappedTransition(_OfNormsThatActivate, FusedTransition, DenseTransition):
     """timm's transition, run as one operator."""
 
-    parts: ClassVar = {"norm": BatchNormAct2d, "conv": nn.Conv2d, "pool": nn.AvgPool2d, **_NORM}
+    parts: ClassVar = {"norm": BatchNormAct2d, "conv": nn.Conv2d, "pool": nn.AvgPool2d}
 
 
-class SwappedFeatures(FusedFeatures):
+class SwappedFeatures(_OfNormsThatActivate, _SwappedFeatures):
     """timm's features: the norm before the pool is norm0, or norm2 of a deep stem."""
 
-    parts: ClassVar = {"norm0": BatchNormAct2d, "norm2": BatchNormAct2d, "pool0": nn.MaxPool2d, **_NORM}
+    parts: ClassVar = {"norm0": BatchNormAct2d, "norm2": BatchNormAct2d, "pool0": nn.MaxPool2d}
 
 
 ADAPTER = Adapter(DenseBlock, DenseTransition, SwappedDenseBlock, SwappedTransition, SwappedFeatures)

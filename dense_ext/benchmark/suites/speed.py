@@ -12,7 +12,6 @@ import torch
 from ...models import MODELS, DenseNet
 from ...swap import report
 from ..bench import LOSS_TOLERANCE
-from ..errors import reason
 from ..flops import flops_per_image
 from ..graphs import GraphedStep
 from ..machine import copy_bandwidth, matmul_rate
@@ -26,8 +25,9 @@ from .base import Case, Row, Suite, SuiteOptions, failing_into, release
 
 FAMILY = ("densenet121", "densenet169", "densenet201", "densenet161", "densenet264",
           "densenet_bc_100_12", "densenet_bc_250_24", "densenet_bc_190_40")  # fmt: skip
-# How the failure of a row with wrong values begins.
+# How the failure of a row with wrong values begins, and that of one whose values nobody can judge.
 DISAGREES = "disagrees"
+UNJUDGED = "nothing to compare with: no peer but dense_ext ran"
 
 Call = Callable[[], Any]
 
@@ -85,6 +85,7 @@ class _TimedSuite(Suite):
     def time(self, case: Case, peers: list[Peer], flops: int, rows: list[Row]) -> None:
         """Time some of a case's peers together; adds to ``rows``, its rows so far."""
         calls: dict[str, tuple[Call, Row]] = {}
+        count = 0
         for peer in peers:
             self.tick(f"{peer.name}: {case}")
             row = self.row(case, peer)
@@ -94,22 +95,16 @@ class _TimedSuite(Suite):
                 # More than a graph's eager calls, and what torch.compile takes to be done.
                 row["values"] = [self.value(call) for _ in range(5)][:2]
                 row["measures"]["flops"] = flops
+                count = count or calls_per_sample(call, self.device)
                 calls[peer.name] = call, row
         mark_disagreement(rows, self.results["peers"], LOSS_TOLERANCE[case.dtype])
-        timed = {name: _surviving(*pair) for name, pair in calls.items() if pair[1]["failure"] is None}
+        timed = {name: call for name, (call, row) in calls.items() if row["failure"] is None}
+        entries = {name: calls[name][1] for name in timed}
+        for row in entries.values():
+            row["calls_per_sample"] = count
+        samples = {name: row["seconds"] for name, row in entries.items()}
         if timed:
-            count = calls_per_sample(next(iter(timed.values())), self.device)
-            for name in timed:
-                calls[name][1]["calls_per_sample"] = count
-            samples = {name: calls[name][1]["seconds"] for name in timed}
-            try:
-                interleave(timed, samples, self.device, self.options.rounds, count, self.tick)
-            except RuntimeError as error:  # a GPU tells of a failure when it is waited for
-                for name in timed:
-                    calls[name][1]["failure"] = calls[name][1]["failure"] or reason(error)
-        for _, row in calls.values():
-            if row["failure"] is not None:
-                row["seconds"].clear()
+            interleave(timed, samples, entries, self.device, self.options.rounds, count, self.tick)
 
     @abstractmethod
     def prepare(self, case: Case, peer: Peer, row: Row) -> Call:
@@ -124,28 +119,34 @@ class _TimedSuite(Suite):
             row["served_by"] = list(dict.fromkeys(part.detail for part in report(network).rows))
 
 
-def _surviving(call: Call, row: Row) -> Call:
-    """The call, until it fails: that ends up in the row, and from then on it does nothing."""
-
-    def run() -> None:
-        if row["failure"] is None:
-            try:
-                call()
-            except Exception as error:
-                row["failure"] = reason(error)
-
-    return run
-
-
 def mark_disagreement(rows: list[Row], peers: dict[str, Any], tolerance: float) -> None:
-    """Rows of dense_ext whose values are not those of the first peer that ran fail: they "disagree"."""
-    reference = next((r for r in rows if r["failure"] is None and not peers[r["peer"]]["ours"]), None)
+    """Fail rows of dense_ext, which then have no samples, for their values.
+
+    Those "disagree" whose values are not those of the first other peer that has some, even if it failed
+    later. If none has, and none is still to come, nobody knows whether the values are right.
+
+    Args:
+        rows: a case's so far.
+        peers: the results', by name.
+        tolerance: share that values may differ by.
+    """
+    others = [name for name, peer in peers.items() if not peer["ours"]]
+    reference = next((row for row in rows if row["peer"] in others and "values" in row), None)
+    if reference is None and not {row["peer"] for row in rows}.issuperset(others):
+        return
     for row in rows:
-        if row["failure"] is not None or not peers[row["peer"]]["ours"] or reference is None:
-            continue
-        for got, expected in zip(row["values"], reference["values"], strict=True):
-            if not abs(got - expected) <= tolerance * abs(expected):  # NaN is not
-                row["failure"] = f"{DISAGREES}: {got:.6g}, {reference['peer']} has {expected:.6g}"
+        if row["failure"] is None and row["peer"] not in others:
+            row["failure"] = UNJUDGED if reference is None else _difference(row, reference, tolerance)
+            if row["failure"] is not None:
+                row["seconds"].clear()
+
+
+def _difference(row: Row, reference: Row, tolerance: float) -> str | None:
+    """Where the values disagree, if they do."""
+    for got, expected in zip(row["values"], reference["values"], strict=True):
+        if not abs(got - expected) <= tolerance * abs(expected):  # NaN is not
+            return f"{DISAGREES}: {got:.6g}, {reference['peer']} has {expected:.6g}"
+    return None
 
 
 class StepSuite(_TimedSuite):
