@@ -105,16 +105,23 @@ def steps_table(results: Results) -> str:
 
 
 def _speed_by_network(results: Results, column: Callable[[Results], str]) -> str:
+    """A row a network; how far eager's samples spread says how far the ratios are to be trusted."""
     speeds: dict[str, dict[str, float]] = {}
+    spread: dict[str, float] = {}
     for row in results["rows"]:
-        if row["seconds"] and results["peers"][row["peer"]]["ours"]:
-            case = row["case"]
-            eager = fastest_eager(results, case)
-            network = f"{case['model']}, {case['size']}x{case['size']}"
-            speeds.setdefault(network, {})[column(row)] = eager / statistics.median(row["seconds"])
+        if row["seconds"]:
+            case, samples = row["case"], row["seconds"]
+            eager, network = fastest_eager(results, case), f"{case['model']}, {case['size']}x{case['size']}"
+            if results["peers"][row["peer"]]["ours"]:
+                speeds.setdefault(network, {})[column(row)] = eager / statistics.median(samples)
+            elif statistics.median(samples) == eager:
+                spread[network] = max(spread.get(network, 0), max(samples) / min(samples))
     columns = list(dict.fromkeys(name for speed in speeds.values() for name in speed))
-    rows = ((network, *(f"{speed[name]:.2f}" for name in columns)) for network, speed in speeds.items())
-    return _table(("fastest eager = 1", *columns), rows)
+    rows = (
+        (network, *(f"{speed[name]:.2f}" for name in columns), f"{spread[network]:.2f}")
+        for network, speed in speeds.items()
+    )
+    return _table(("fastest eager = 1", *columns, "eager, slowest / fastest sample"), rows)
 
 
 def deepest_table(results: Results) -> str:
