@@ -1,4 +1,4 @@
-"""Every primitive's cases and sizes; as a program, they run through a sanitized build of the kernels.
+"""Every primitive's cases and sizes, and a network; as a program, through a sanitized build of the kernels.
 
 A sanitizer ends the process at the first thing it finds, hence a process for it.
 """
@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 
+import dense_ext
+from dense_ext.backends import BACKENDS, select
 from dense_ext.backends.cuda import STORAGE_DTYPES
 
 from ..emulator import Emulator
 from ..emulator.build import ROOT, SANITIZE, build
+from ..helpers import small_densenet
 from ..primitives import (
     test_affine_gradient,
     test_batch_norm,
@@ -80,6 +83,22 @@ def main(library: str, namespace: str, primitives: str) -> None:
             if case.primitive.startswith(primitives):
                 print(case.primitive, dtype, size, flush=True)
                 check_values(gpu.backend, case)
+    if not primitives:
+        train_a_network(gpu)
+
+
+def train_a_network(gpu: Emulator) -> None:
+    """Two steps of a whole swapped DenseNet, in 16 bits, recomputing as much as can be."""
+    BACKENDS["cuda"] = gpu.backend
+    select.cache_clear()
+    model = dense_ext.swap(small_densenet(growth_rate=6).half(), recompute="block", backend="cuda")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    for _ in range(2):
+        print("a training step", flush=True)
+        optimizer.zero_grad()
+        model(torch.randn(2, 3, 33, 32, dtype=torch.float16)).float().square().sum().backward()
+        optimizer.step()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 if __name__ == "__main__":

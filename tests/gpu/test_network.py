@@ -175,24 +175,3 @@ def test_eval_and_dropout(device: torch.device, backend: str) -> None:
     ours, model = dense_ext.swap(copy.deepcopy(model).eval(), backend=backend), model.eval()
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         torch.testing.assert_close(ours(x), model(x), rtol=1e-4, atol=1e-5)
-
-
-def test_element_offsets_beyond_32_bits(device: torch.device, backend: str) -> None:
-    """Rows so far apart that the last ones begin beyond 2^31 elements: memory reserved, not touched."""
-    if device.type == "cuda":
-        pytest.skip("on a GPU it would need the memory")
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        stride = 2**30 + 8
-        buffer = torch.empty(3 * stride, dtype=torch.float16)
-    finally:
-        torch.utils.deterministic.fill_uninitialized_memory = True
-    x = buffer.as_strided((1, 1, 3, 8), (3 * stride, 3 * stride, stride, 1))
-    x.copy_(torch.randn(1, 1, 3, 8))
-    mean, var = torch.empty(8), torch.empty(8)
-    ops = dense_ext.backends.select(backend, "cpu", torch.float16)
-    ops.channel_stats(x, mean, var)
-    out = torch.empty(1, 1, 3, 8, dtype=torch.float16)
-    ops.affine_gradient(x, x, torch.ones(8), torch.zeros(8), out)
-    torch.testing.assert_close(mean, x.float().mean(dim=(0, 1, 2)))
-    torch.testing.assert_close(out, 2 * x)
