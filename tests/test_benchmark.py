@@ -22,7 +22,7 @@ import dense_ext
 from dense_ext.benchmark import bench, depth, family, images, networks, peers, results, timing
 from dense_ext.benchmark.errors import MeasurementError, UsageError
 from dense_ext.benchmark.flops import flops_per_image, without_memory
-from dense_ext.benchmark.memory import allocation_levels, peak_bytes, saved_bytes
+from dense_ext.benchmark.memory import allocation_levels, saved_bytes, step_peaks
 from dense_ext.benchmark.step import sgd_step
 from dense_ext.schedule import RECOMPUTE
 
@@ -142,7 +142,7 @@ def test_peak_holds_what_is_saved() -> None:
     network, x, labels = networks.plain(small_model()), torch.randn(4, 3, 16, 16), torch.arange(4)
     step = sgd_step(network, torch.float32, CPU)
     saved = saved_bytes(network, lambda: step.loss(x, labels)[0])
-    peak = peak_bytes(step, x, labels)
+    peak = step_peaks(step, x, labels)["peak_bytes"]
     # Beside what is saved there are gradients, at most one for each activation.
     assert saved - x.nbytes < peak < 2 * saved
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import dense_ext
-from dense_ext.benchmark.memory import peak_bytes
+from dense_ext.benchmark.memory import step_peaks
 from dense_ext.benchmark.networks import torchvision_twin
 from dense_ext.benchmark.step import sgd_step
 from dense_ext.memory import Estimate, Planner, device_memory, estimate, parse_bytes, tracked_peak
@@ -41,7 +41,7 @@ def measured(model: nn.Module, shape: tuple[int, ...], channels_last: bool = Tru
     layout = torch.channels_last if channels_last else torch.contiguous_format
     images = torch.randn(shape).contiguous(memory_format=layout)
     step = sgd_step(model, dtype or torch.float32, torch.device("cpu"))
-    return peak_bytes(step, images, torch.zeros(shape[0], dtype=torch.long))
+    return step_peaks(step, images, torch.zeros(shape[0], dtype=torch.long))["peak_bytes"]
 
 
 def over_before(found: Estimate) -> int:
@@ -224,6 +224,19 @@ def test_swap_chooses_what_fits() -> None:
     assert model(torch.randn(2, 3, 64, 64).double()).shape == (2, 4)
 
 
+def test_swap_counts_in_the_dtype_of_autocast() -> None:
+    """Half the bytes: what has to compute again in float32 fits as it is."""
+    shape, net = (32, 3, 128, 128), MODELS["densenet121"]()
+    planner = Planner(net, shape[1:], optimizer="adamw", channels_last=False)
+    memory, chosen = planner.estimate(32, "none").peak - 1, []
+    for dtype in (None, torch.bfloat16):
+        model = torchvision_twin(net, device="cpu")
+        dense_ext.swap(model, recompute="auto", input_shape=shape, memory=memory, dtype=dtype)
+        chosen.append(set(policies(model)))
+    assert chosen[0] != {"none"}
+    assert chosen[1] == {"none"}
+
+
 def test_swap_takes_the_memory_of_the_device() -> None:
     model = dense_ext.swap(small_densenet(), recompute="auto", input_shape=(1, 3, 64, 64))
     assert set(policies(model)) == {"none"}
@@ -236,6 +249,7 @@ def test_swap_takes_the_memory_of_the_device() -> None:
         ({"recompute": "auto", "input_shape": (3, 64, 64)}, "needs input_shape"),
         ({"recompute": "block", "memory": "1GiB"}, 'go with recompute="auto"'),
         ({"input_shape": (1, 3, 64, 64)}, 'go with recompute="auto"'),
+        ({"dtype": torch.bfloat16}, 'go with recompute="auto"'),
         ({"recompute": "auto", "input_shape": (1, 3, 64, 64), "memory": "much"}, "memory size"),
         ({"recompute": "auto", "input_shape": (1, 3, 64, 64), "memory": "1kB"}, "a batch of 0 fits"),
     ],

@@ -21,7 +21,7 @@ from .flops import flops_per_image
 from .graphs import GraphedStep
 from .images import Batch, sample_batch
 from .machine import copy_bandwidth, matmul_rate
-from .memory import peak_bytes, saved_bytes
+from .memory import saved_bytes, step_peaks
 from .networks import torchvision_twin
 from .peers import Peer
 from .results import Results
@@ -141,10 +141,8 @@ class Bench:
     def _memory(self, peer: Peer, batch: Batch) -> dict[str, float]:
         step, images, labels = self._step(peer, batch)
         saved = saved_bytes(step.model, lambda: step.loss(images, labels)[0])
-        return {
-            "saved_bytes_per_image": saved / len(images),
-            "peak_bytes_per_image": peak_bytes(step, images, labels) / len(images),
-        }
+        counted = {"saved_bytes": saved, **step_peaks(step, images, labels)}
+        return {f"{name}_per_image": nbytes / len(images) for name, nbytes in counted.items()}
 
     def measure_speed(self) -> None:
         """Seconds per step of each peer, in interleaved rounds, after checking that they agree."""

@@ -39,11 +39,6 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     return total
 
 
-def peak_bytes(step: TrainStep, images: Tensor, labels: Tensor) -> int:
-    """Highest allocation during forward and backward, over what was allocated before, in bytes."""
-    return step_peaks(step, images, labels)["peak_bytes"]
-
-
 def step_peaks(step: TrainStep, images: Tensor, labels: Tensor) -> dict[str, int]:
     """The :func:`peaks` of forward and backward.
 

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from ..checks import check_options
@@ -37,6 +38,7 @@ def swap(
     strict: bool = False,
     input_shape: Sequence[int] | None = None,
     memory: int | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Model:
     """Make a DenseNet's dense blocks, transitions and stem run fused. In place; returns ``model``.
 
@@ -48,27 +50,30 @@ def swap(
         model: a DenseNet of torchvision, timm, MONAI (2-D) or TorchXRayVision, or a model that
             contains one or is built on its blocks.
         recompute: as :class:`dense_ext.DenseBlock`; or ``"auto"``: for each block what computes least
-            again while a training step in the parameters' dtype, with AdamW's state, still fits
+            again while a training step with AdamW's state still fits
             (:meth:`dense_ext.memory.Planner.choose`). The model is then itself a DenseNet.
         backend: as :class:`dense_ext.DenseBlock`.
         strict: raise, before anything is changed, if a part cannot be served.
         input_shape: for ``"auto"``, N, C, H, W of the images of a step.
         memory: for ``"auto"``, the bytes to fit into, also as ``"80GiB"``; None for what the model's
             device has for this process.
+        dtype: for ``"auto"``, the activations' under autocast, None for the parameters' own.
 
     Raises:
         TypeError: model is not a module, or memory is no size.
         ValueError: an unknown option; no dense block in the model; with ``strict``, a part that
             cannot be served; ``"auto"`` without input_shape, or for a model that is not a whole
-            DenseNet of parts that can be served, or no policy fits; input_shape or memory
+            DenseNet of parts that can be served, or no policy fits; input_shape, memory or dtype
             without ``"auto"``. Nothing is changed then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     automatic = recompute == "auto"
     check_options("none" if automatic else recompute, backend)
-    if not automatic and (input_shape is not None or memory is not None):
-        raise ValueError(f'input_shape and memory go with recompute="auto", got recompute={recompute!r}')
+    if not automatic and any(option is not None for option in (input_shape, memory, dtype)):
+        raise ValueError(
+            f'input_shape, memory and dtype go with recompute="auto", got recompute={recompute!r}'
+        )
     found = _candidates(model)
     if not found:
         raise ValueError(f"{type(model).__name__} contains no dense block that dense_ext knows")
@@ -79,7 +84,7 @@ def swap(
             option = "strict=True" if strict else 'recompute="auto"'
             raise ValueError(f"dense_ext.swap({option}): {message}")
         warnings.warn(f"dense_ext.swap: {message}", stacklevel=2)
-    policies = policies_that_fit(model, input_shape, memory, backend) if automatic else {}
+    policies = policies_that_fit(model, input_shape, memory, dtype, backend) if automatic else {}
     for adapter, candidate in found:
         if candidate.reason is None:
             adapter.swap(candidate, policies.get(candidate.name, recompute), backend)

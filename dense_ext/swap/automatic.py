@@ -12,7 +12,11 @@ from ..schedule import RECOMPUTE
 
 
 def policies_that_fit(
-    model: nn.Module, input_shape: Sequence[int] | None, memory: int | str | None, backend: str
+    model: nn.Module,
+    input_shape: Sequence[int] | None,
+    memory: int | str | None,
+    dtype: torch.dtype | None,
+    backend: str,
 ) -> dict[str, str]:
     """Each block's policy by its name in the model; arguments and errors as :func:`dense_ext.swap`."""
     if input_shape is None or len(input_shape) != 4:
@@ -24,7 +28,9 @@ def policies_that_fit(
     first = next((m.weight for m in model.modules() if isinstance(m, nn.Conv2d)), weight)
     # The images' memory format is not known; they follow the weights' if those are channels_last.
     channels_last = first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last)
-    planner = Planner(model, image_shape, optimizer="adamw", backend=backend, channels_last=channels_last)
+    planner = Planner(
+        model, image_shape, dtype=dtype, optimizer="adamw", backend=backend, channels_last=channels_last
+    )
     choice = planner.choose(batch, budget)
     if choice is None:
         least = min(planner.estimate(batch, policy).peak for policy in RECOMPUTE)
