@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -75,3 +76,25 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def recompute(request: pytest.FixtureRequest) -> str:
     """Each recompute policy."""
     return str(request.param)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For small tensors: threads cost more than they bring, most of all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model named "tiny" among dense_ext's own."""
+
+    def tiny(**options: Any) -> dense_ext.DenseNet:
+        return dense_ext.DenseNet(**{
+            "growth_rate": 8, "block_config": (3, 2), "num_init_features": 16, "small_inputs": True,
+            "num_classes": 10, **options,
+        })  # fmt: skip
+
+    monkeypatch.setitem(dense_ext.models.MODELS, "tiny", tiny)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-import dense_ext
 from dense_ext.cli import main
 
 pytest.importorskip("torchvision")
@@ -20,27 +17,10 @@ pytest.importorskip("matplotlib")
 
 from dense_ext.benchmark import bench, depth, timing
 
+pytestmark = pytest.mark.usefixtures("tiny_model", "one_thread")
+
 OPTIONS = ["--model", "tiny", "--size", "16", "--batch", "2", "--rounds", "3", "--recompute", "none"]
 FOR_MEMORY = ["--memory-size", "16", "--memory-batch", "2"]
-
-
-@pytest.fixture(autouse=True)
-def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    def tiny(**options: Any) -> dense_ext.DenseNet:
-        return dense_ext.DenseNet(**{
-            "growth_rate": 8, "block_config": (3, 2), "num_init_features": 16, "small_inputs": True,
-            "num_classes": 10, **options,
-        })  # fmt: skip
-
-    monkeypatch.setitem(dense_ext.models.MODELS, "tiny", tiny)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run(suite: str, out: Path, *arguments: str) -> dict[str, Any]:

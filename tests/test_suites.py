@@ -35,26 +35,9 @@ from dense_ext.benchmark.suites.speed import mark_disagreement
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = json.loads((ROOT / "dense_ext" / "benchmark" / "results.schema.json").read_text())
+pytestmark = pytest.mark.usefixtures("tiny_model", "one_thread")
+
 SMALL = ["--size", "8", "--batch", "2", "--rounds", "3", "--recompute", "bottleneck"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    def tiny(**options: Any) -> dense_ext.DenseNet:
-        return dense_ext.DenseNet(**{
-            "growth_rate": 8, "block_config": (3, 2), "num_init_features": 16, "small_inputs": True,
-            "num_classes": 10, **options,
-        })  # fmt: skip
-
-    monkeypatch.setitem(dense_ext.models.MODELS, "tiny", tiny)
 
 
 def run(suite: str, out: Path, *arguments: str, code: int = 0) -> dict[str, Any]:
