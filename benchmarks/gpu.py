@@ -213,7 +213,7 @@ def run_suite(
 
     from dense_ext.backends import unavailable_reasons
     from dense_ext.benchmark import peers
-    from dense_ext.benchmark.results import new_results, write_json
+    from dense_ext.benchmark.results import new_results, saving, write_json
     from dense_ext.benchmark.suites import SUITES, SuiteOptions
     from dense_ext.benchmark.tables import tables
 
@@ -224,17 +224,8 @@ def run_suite(
     results = new_results(kind, options.as_json())
     chosen = peers.choose(PEERS.get(name, EAGER), POLICIES)
     measured = SUITES[kind](options, sorted(chosen, key=lambda peer: peer.mode in COMPILED), results)
-    written = time.monotonic()
-
-    def tick(what: str) -> None:
-        nonlocal written
-        print(f"{time.strftime('%X')} {what}")
-        if time.monotonic() - written > 5:
-            write_json(path, results)
-            written = time.monotonic()
-
     try:
-        measured.run(tick)
+        measured.run(saving(lambda what: print(f"{time.strftime('%X')} {what}"), results, path, 5))
         results["interrupted"] = False
     except KeyboardInterrupt:
         print("ended early")

@@ -132,7 +132,7 @@ class FusedDenseBlock(Fused):
 
     @classmethod
     def why_not(cls, module: Any) -> str | None:
-        children, names = module._modules, list(cls.parts)
+        children, names, layers = module._modules, list(cls.parts), {}
         if not children:
             return "it has no layers"
         for name, layer in children.items():
@@ -140,16 +140,15 @@ class FusedDenseBlock(Fused):
                 return f"{name} is {type(layer).__name__}, not {cls.layer_type.__name__}"
             if listened_to(layer):
                 return f"{name} {LISTENED_TO}"
-            inner = cls.inner(layer)
+            layers[name] = inner = cls.inner(layer)
             if reason := cls.reason(inner, names if "conv2" in inner else names[: len(names) // 2]):
                 return f"{name}: {reason}"
-        layers = list(children.values())
-        rates = {getattr(layer, "drop_rate", 0.0) for layer in layers}
+        rates = {getattr(layer, "drop_rate", 0.0) for layer in children.values()}
         if len(rates) > 1:
             return "its layers have different drop rates"
-        if any(rates) and len({layer.training for layer in layers}) > 1:
+        if any(rates) and len({layer.training for layer in children.values()}) > 1:
             return "some layers drop out and some do not"
-        return _widths_reason({name: cls.inner(layer) for name, layer in children.items()})
+        return _widths_reason(layers)
 
     def forward(self, init_features: Tensor) -> Tensor:
         if self.unfusable() is not None:

@@ -7,7 +7,6 @@ import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,8 @@ from PIL import Image
 
 from dense_ext.benchmark import family, training
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY: dict[str, Any] = {
     "growth_rate": 12, "block_config": (4, 4), "num_init_features": 8, "small_inputs": True, "num_classes": 10
 }  # fmt: skip
@@ -36,20 +37,12 @@ TINY_TRAIN = ["--model", "tiny", "--size", "8", "--batch", "8"]
 
 @pytest.fixture(autouse=True)
 def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model named "tiny", and one thread for its small tensors."""
+    """A model named "tiny", large enough to learn digits."""
 
     def tiny(**options: Any) -> dense_ext.DenseNet:
         return dense_ext.DenseNet(**{**TINY, **options})
 
     monkeypatch.setitem(dense_ext.models.MODELS, "tiny", tiny)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

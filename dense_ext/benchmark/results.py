@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,20 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_json(path: Path, results: Results) -> None:
     write_atomically(path, lambda p: p.write_text(json.dumps(results, indent=1) + "\n"))
+
+
+def saving(tick: Callable[[str], None], results: Results, path: Path, every: float) -> Callable[[str], None]:
+    """The tick, which also writes the results so far where the last time is ``every`` seconds ago."""
+    saved = time.monotonic()
+
+    def tick_and_save(text: str) -> None:
+        nonlocal saved
+        tick(text)
+        if time.monotonic() - saved >= every:
+            write_json(path, results)
+            saved = time.monotonic()
+
+    return tick_and_save
 
 
 def read_json(path: Path) -> Results:

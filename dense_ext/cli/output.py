@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,11 +30,11 @@ def measure(
         results: what it fills.
         path: gets the results so far every minute: a system out of memory kills without a warning.
     """
-    from ..benchmark.results import write_json
+    from ..benchmark.results import saving, write_json
 
     try:
         with progress(ticks) as tick:
-            run(_saving(tick, results, path) if path is not None else tick)
+            run(saving(tick, results, path, SAVED_EVERY) if path is not None else tick)
     except KeyboardInterrupt:
         return
     except Exception:
@@ -44,21 +43,6 @@ def measure(
             remark(f"wrote {path}: what was measured until it failed")
         raise
     results["interrupted"] = False
-
-
-def _saving(tick: Callable[[str], None], results: dict[str, Any], path: Path) -> Callable[[str], None]:
-    from ..benchmark.results import write_json
-
-    saved = time.monotonic()
-
-    def tick_and_save(text: str) -> None:
-        nonlocal saved
-        tick(text)
-        if time.monotonic() - saved >= SAVED_EVERY:
-            write_json(path, results)
-            saved = time.monotonic()
-
-    return tick_and_save
 
 
 def print_tables(results: dict[str, Any]) -> None:

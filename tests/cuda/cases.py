@@ -20,27 +20,12 @@ from dense_ext.backends.cuda import STORAGE_DTYPES
 from ..emulator import Emulator
 from ..emulator.build import ROOT, SANITIZE, build
 from ..helpers import small_densenet
-from ..primitives import (
-    test_affine_gradient,
-    test_batch_norm,
-    test_bn_relu_conv1x1,
-    test_bn_relu_conv3x3,
-    test_bn_relu_maxpool,
-    test_bn_relu_pool_conv1x1,
-    test_channel_stats,
-)
-from ..primitives.common import MakeCase, PrimitiveTests
+from ..primitives import test_batch_norm
+from ..primitives.common import MakeCase
+from ..primitives.groups import GROUPS
 from ..primitives.harness import ALIGNED, GUARD, Maker, check_values
 
 CPU = torch.device("cpu")
-GROUPS: list[type[PrimitiveTests]] = [
-    test_affine_gradient.TestAffineGradient,
-    test_bn_relu_conv1x1.TestBnReluConv1x1,
-    test_bn_relu_conv3x3.TestBnReluConv3x3,
-    test_bn_relu_maxpool.TestBnReluMaxpool,
-    test_bn_relu_pool_conv1x1.TestBnReluPoolConv1x1,
-    test_channel_stats.TestChannelStats,
-]
 # Small ones of ragged slices, and one of several tiles.
 CASES: list[tuple[MakeCase, Any, int]] = [
     *((case, size, GUARD) for group in GROUPS for case in group.cases for size in group.sizes),

@@ -17,27 +17,10 @@ from torch import Tensor, nn
 import dense_ext
 from dense_ext.backends.triton import launch
 
-from ..conftest import checked_backends, device_of
 from ..emulator import SHARED_BYTES, emulator
 from ..helpers import BackwardBuffers, eager_block, eager_transition, small_densenet
 
 STEPS = 3
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The GPU backends that run on ``--device``."""
-    if "backend" in metafunc.fixturenames:
-        names = [name for name in checked_backends(metafunc.config) if name in ("cuda", "triton")]
-        metafunc.parametrize("backend", names)
-
-
-@pytest.fixture
-def device(request: pytest.FixtureRequest, backend: str) -> torch.device:
-    """Where the tensors live, if the backend runs there."""
-    device = device_of(request.config)
-    if reason := dense_ext.backends.unavailable_reasons(device)[backend]:
-        pytest.skip(f"{backend}: {reason}")
-    return device
 
 
 @pytest.fixture(params=SHARED_BYTES)

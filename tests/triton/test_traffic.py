@@ -12,26 +12,11 @@ from dense_ext.backends.base import PRIMITIVES
 from dense_ext.backends.triton import launch
 from dense_ext.schedule import Block, Layer, Norm
 
-from ..primitives import (
-    test_affine_gradient,
-    test_bn_relu_conv1x1,
-    test_bn_relu_conv3x3,
-    test_bn_relu_maxpool,
-    test_bn_relu_pool_conv1x1,
-    test_channel_stats,
-)
-from ..primitives.common import MakeCase, PrimitiveTests
+from ..primitives.common import MakeCase
+from ..primitives.groups import GROUPS
 from ..primitives.harness import Maker
 from .traffic import recorded
 
-GROUPS: list[type[PrimitiveTests]] = [
-    test_affine_gradient.TestAffineGradient,
-    test_bn_relu_conv1x1.TestBnReluConv1x1,
-    test_bn_relu_conv3x3.TestBnReluConv3x3,
-    test_bn_relu_maxpool.TestBnReluMaxpool,
-    test_bn_relu_pool_conv1x1.TestBnReluPoolConv1x1,
-    test_channel_stats.TestChannelStats,
-]
 TESTED = [(case, group.small) for group in GROUPS for case in group.cases]
 
 
