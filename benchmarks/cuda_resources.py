@@ -177,6 +177,12 @@ def read(usage: str) -> list[Kernel]:
     )
 
 
+def compiler_of(library: Path) -> str:
+    """The version of the nvcc that made a library, as its kernels say."""
+    version = re.search(rb"Cuda compilation tools, release [\d.]+, V([\d.]+)", library.read_bytes())
+    return version[1].decode() if version else "unknown"
+
+
 def kernels_of(library: Path) -> list[Kernel]:
     """The kernels of a library, on each of its chips."""
     command = [cuobjdump(), "-res-usage", str(library)]
@@ -193,13 +199,14 @@ def as_launched(kernels: list[Kernel]) -> list[Kernel]:
     return found
 
 
-def table(kernels: list[Kernel]) -> str:
+def table(kernels: list[Kernel], compiler: str) -> str:
     """The page."""
     head = ["| " + " | ".join(HEADER) + " |", "|" + " --- |" * 3 + " ---: |" * (len(HEADER) - 3)]
     title = (
         "# What the CUDA kernels take\n\n"
         "A thread's registers and bytes of stack; a block's threads and bytes of shared memory, the most on\n"
         "the layers of DenseNet-121 and 161; and the share of a multiprocessor's threads they can be.\n"
+        f"Compiled by nvcc {compiler}.\n"
     )
     rows = ["| " + " | ".join(map(str, (*k, k.occupancy))) + " |" for k in kernels]
     return "\n".join([title, *head, *rows]) + "\n"
@@ -210,7 +217,7 @@ def main() -> int:
     if CUDA.library.path is None:
         sys.exit(str(CUDA.library))
     kernels = as_launched(kernels_of(CUDA.library.path))
-    RESULT.write_text(table(kernels))
+    RESULT.write_text(table(kernels, compiler_of(CUDA.library.path)))
     print(f"wrote {RESULT}")
     spilling = [kernel for kernel in kernels if kernel.stack]
     for kernel in spilling:

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,15 +35,27 @@ PEERS = {
     "step_others": [*EAGER, *GRAPHS],
     "inference": [*EAGER, *GRAPHS, "compile-cl"],
     "memory": EAGER,
+    "primitives_compiled": ["eager", "compile"],
 }
 COMPILED = ("compile", "autotune", "budget")
 
 PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--device", "cuda"]
 SUITE = ["benchmarks/gpu.py", "--suite"]
-NVCC = shutil.which("nvcc", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
+
+
+def toolkit(program: str) -> str | None:
+    """A program of CUDA's toolkit, from where setup.py takes nvcc."""
+    home = [f"{os.environ['CUDA_HOME']}/bin"] if os.environ.get("CUDA_HOME") else []
+    torch = importlib.util.find_spec("torch")
+    packages = glob(f"{Path(torch.origin).parent}/../nvidia/*/bin") if torch and torch.origin else []
+    places = [*home, *os.get_exec_path(), "/usr/local/cuda/bin", *packages]
+    return shutil.which(program, path=os.pathsep.join(places))
+
+
+NVCC = toolkit("nvcc")
 NINJA = importlib.util.find_spec("ninja") or shutil.which("ninja")
-# In CUDA's toolkit. Races in shared memory and accesses out of bounds, on the smallest shapes.
-SANITIZER = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
+# Races in shared memory and accesses out of bounds, on the smallest shapes.
+SANITIZER = toolkit("compute-sanitizer")
 SANITIZED = [*PYTEST, "tests/primitives", "-k", "cuda and (test_aligned or optional)"]
 
 
@@ -90,6 +103,8 @@ def parts() -> list[Part]:
         suite("inference", 60, "inference", "--model", "densenet121", "--batch", "256"),
         suite("memory", 60, "memory"),
         suite("step_others", 60, "step", "--model", OTHERS, "--batch", "128"),
+        suite("primitives_compiled", 60, "primitives", "--model", "densenet121", "--batch", "256",
+              "--backend", "triton"),
     ]  # fmt: skip
     if SANITIZER:
         found += [Part(tool, 90, [SANITIZED]) for tool in ("memcheck", "racecheck")]

@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from dense_ext.benchmark.bench import speeds
+from dense_ext.benchmark.compare import case_text
 from dense_ext.benchmark.figures import draw_all
+from dense_ext.benchmark.plot_style import machine_name, setting
+from dense_ext.benchmark.relative import fastest, references, speeds
 from dense_ext.benchmark.results import read_json
-from dense_ext.benchmark.tables import fastest_eager
+from dense_ext.benchmark.tables import sides
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -30,6 +32,11 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     lines = [list(header), *(list(row) for row in rows)]
     lines.insert(1, ["---", *["---:"] * (len(lines[0]) - 1)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _captioned(table: str, *caption: str) -> str:
+    """What was measured, below the table."""
+    return f"{table}\n\n{'; '.join(caption)}."
 
 
 def _label(results: Results, name: str) -> str:
@@ -50,7 +57,11 @@ def memory_table(results: Results) -> str:
         )
         for name, m in memory.items()
     )
-    return _table(("", "kept for backward", "times less than eager", "peak of a step"), rows)
+    options = results["options"]
+    return _captioned(
+        _table(("MB an image", "kept for backward", "times less than eager", "peak of a step"), rows),
+        setting(results, options["memory_batch"], options["memory_size"]),
+    )
 
 
 def speed_table(results: Results) -> str:
@@ -61,26 +72,28 @@ def speed_table(results: Results) -> str:
             f"{s['median']:.3f}",
             f"{s['min']:.3f} to {s['max']:.3f}",
             f"{s['images_per_second']:.1f}",
-            f"{s['ratio']:.2f}",
+            *(f"{ratio:.2f}" for ratio in s["ratios"].values()),
             f"{s['matmul_share']:.0%}",
         )
         for name, s in speeds(results).items()
     )
-    header = ("", "median s", "min to max", "images/s", "fastest eager = 1", "of matmul rate")
-    machine, work, versions = results["machine"], results["work"], results["versions"]
-    return (
-        f"{_table(header, rows)}\n\n"
-        f"{machine['cpu']}, {machine['threads']} threads, PyTorch {versions['torch']}, "
-        f"{results['options']['rounds']} rounds. What bounds the step is arithmetic: "
+    against = [f"{name} = 1" for name in references(results)]
+    header = ("", "median s", "min to max", "images/s", *against, "of matmul rate")
+    options, work = results["options"], results["work"]
+    return _captioned(
+        _table(header, rows),
+        setting(results, options["batch"], options["size"]),
+        f"PyTorch {results['versions']['torch']}",
+        f"{options['rounds']} rounds. What bounds the step is arithmetic: "
         f"{work['step_flops_per_image'] / 1e9:.2f} GFLOP an image, on a machine that multiplies matrices "
         f"at {work['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s and copies at "
-        f"{work['copy_bytes_per_second'] / 1e9:.0f} GB/s."
+        f"{work['copy_bytes_per_second'] / 1e9:.0f} GB/s",
     )
 
 
 def depth_table(results: Results) -> str:
     """The lines through memory against depth."""
-    depth = results["depth"]["peers"]
+    depth, block = results["depth"]["peers"], results["depth"]["block"]
     rows = (
         (
             _label(results, name),
@@ -91,7 +104,41 @@ def depth_table(results: Results) -> str:
         for name, d in depth.items()
     )
     layers = next(iter(depth.values()))["layers"][-1]
-    return _table(("", f"MB at {layers} layers", "line: kB a layer", "line: R²"), rows)
+    return _captioned(
+        _table(("", f"MB at {layers} layers", "line: kB a layer", "line: R²"), rows),
+        f"growth rate {block['growth_rate']}, bottleneck of {block['bottleneck']} channels",
+        f"{block['size']}x{block['size']} pixels, {results['options']['dtype']}",
+    )
+
+
+def volumes_table(results: Results) -> str:
+    """A step's bytes and time on volumes, by peer."""
+    rows = [row for row in results["rows"] if row["seconds"]]
+    case, (reference, among) = rows[0]["case"], next(iter(references(results).items()))
+    least = fastest(results, case, among)
+    cells = (
+        (
+            _label(results, row["peer"]),
+            *(f"{row['measures'][name] / 1e6 / case['batch']:.1f}" for name in ("saved_bytes", "peak_bytes")),
+            f"{statistics.median(row['seconds']):.2f}",
+            f"{min(row['seconds']):.2f} to {max(row['seconds']):.2f}",
+            f"{least / statistics.median(row['seconds']):.2f}",
+        )
+        for row in rows
+    )
+    header = (
+        "MB a volume",
+        "kept for backward",
+        "peak of a step",
+        "median s",
+        "min to max",
+        f"{reference} = 1",
+    )
+    return _captioned(
+        _table(header, cells),
+        f"{case['batch']} volumes of {sides(results, case)}, {case['dtype']}, {machine_name(results)}",
+        f"{results['options']['rounds']} rounds",
+    )
 
 
 def inference_table(results: Results) -> str:
@@ -106,30 +153,49 @@ def steps_table(results: Results) -> str:
 
 def _speed_by_network(results: Results, column: Callable[[Results], str]) -> str:
     """A row a network; how far eager's samples spread says how far the ratios are to be trusted."""
-    speeds: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, float]] = {}
     spread: dict[str, float] = {}
+    reference, among = next(iter(references(results).items()))
     for row in results["rows"]:
         if row["seconds"]:
             case, samples = row["case"], row["seconds"]
-            eager, network = fastest_eager(results, case), f"{case['model']}, {case['size']}x{case['size']}"
+            least, network = fastest(results, case, among), f"{case['model']}, {case['size']}x{case['size']}"
             if results["peers"][row["peer"]]["ours"]:
-                speeds.setdefault(network, {})[column(row)] = eager / statistics.median(samples)
-            elif statistics.median(samples) == eager:
+                found.setdefault(network, {})[column(row)] = least / statistics.median(samples)
+            elif statistics.median(samples) == least:
                 spread[network] = max(spread.get(network, 0), max(samples) / min(samples))
-    columns = list(dict.fromkeys(name for speed in speeds.values() for name in speed))
+    columns = list(dict.fromkeys(name for speed in found.values() for name in speed))
     rows = (
         (network, *(f"{speed[name]:.2f}" for name in columns), f"{spread[network]:.2f}")
-        for network, speed in speeds.items()
+        for network, speed in found.items()
     )
-    return _table(("fastest eager = 1", *columns, "eager, slowest / fastest sample"), rows)
+    batches = " and ".join(dict.fromkeys(str(row["case"]["batch"]) for row in results["rows"]))
+    options = results["options"]
+    return _captioned(
+        _table((f"{reference} = 1", *columns, "its slowest / fastest sample"), rows),
+        f"images a call: {batches}",
+        f"{', '.join(options['dtypes'])}, {machine_name(results)}, {options['rounds']} rounds",
+    )
+
+
+def batches_table(results: Results) -> str:
+    """The largest batch that trains within a budget, by peer."""
+    return _fitting(results, "largest_batch", "images")
 
 
 def deepest_table(results: Results) -> str:
     """The deepest network of the paper's that fits a budget, by peer."""
-    fits = [row for row in results["rows"] if "deepest" in row["measures"]]
-    rows = ((_label(results, row["peer"]), str(row["measures"]["deepest"])) for row in fits)
-    budget = fits[0]["case"]["budget_bytes"]
-    return _table(("", f"layers that train in {budget / 1e6:g} MB"), rows)
+    return _fitting(results, "deepest", "layers")
+
+
+def _fitting(results: Results, measure: str, what: str) -> str:
+    fits = [row for row in results["rows"] if measure in row["measures"]]
+    rows = ((_label(results, row["peer"]), str(row["measures"][measure])) for row in fits)
+    case = fits[0]["case"]
+    return _captioned(
+        _table(("", f"{what} that train in {case['budget_bytes'] / 1e6:g} MB"), rows),
+        case_text({name: value for name, value in case.items() if name != "budget_bytes"}),
+    )
 
 
 def accuracy_table(results: Results) -> str:
@@ -143,7 +209,13 @@ def accuracy_table(results: Results) -> str:
         )
         for name, run in results["runs"].items()
     )
-    return _table(("", "test accuracy", "test loss", "seconds"), rows)
+    options, images = results["options"], results["images"]
+    return _captioned(
+        _table(("", "test accuracy", "test loss", "seconds"), rows),
+        f"{options['model']}, {options['epochs']} epochs of {images['training']} images of "
+        f"{options['size']}x{options['size']}, batches of {options['batch']}",
+        f"one of the {images['test']} test images is {1 / images['test']:.2%}",
+    )
 
 
 KINDS = {
@@ -151,7 +223,9 @@ KINDS = {
     "speed": speed_table,
     "depth": depth_table,
     "inference": inference_table,
+    "volumes": volumes_table,
     "steps": steps_table,
+    "batches": batches_table,
     "deepest": deepest_table,
     "accuracy": accuracy_table,
 }

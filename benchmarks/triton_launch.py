@@ -2,11 +2,12 @@
 
 Runs the primitives of a dense layer's forward and backward with everything real (look-ups, alignment
 checks, allocation of scratch) but the call into the driver, and says microseconds per launch. The
-call into Triton's C launcher itself is measured on a GPU only.
+call into Triton's C launcher itself is measured on a GPU only. ``--out`` keeps the page.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import time
@@ -23,7 +24,6 @@ from dense_ext.backends.base import PRIMITIVES
 from dense_ext.backends.triton import launch
 from dense_ext.schedule import Block, Layer, Norm
 
-RESULT = Path(__file__).with_name("results") / "triton_launch.md"
 LAYERS, CHANNELS, GROWTH, BOTTLENECK = 24, 256, 32, 128
 ROUNDS = 50
 
@@ -46,7 +46,8 @@ def weight(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
 
 
-def main() -> None:
+def measure() -> tuple[int, list[float]]:
+    """Launches of a block's forward and backward, and in each round the seconds of all of them."""
     inputs = [CHANNELS + i * GROWTH for i in range(LAYERS)]
     layers = [
         Layer([norm(c), norm(BOTTLENECK)], [weight(BOTTLENECK, c, 1, 1), weight(GROWTH, BOTTLENECK, 3, 3)])
@@ -72,9 +73,14 @@ def main() -> None:
             out, stats, z = schedule.forward(ops, block, x, True)
             schedule.backward(ops, block, torch.empty_like(out), out, z, stats, [True] * 2 * LAYERS)
             seconds.append(time.perf_counter() - started)
-    launches = StubbedKernel.launches
-    each = [second / launches * 1e6 for second in seconds[ROUNDS // 5 :]]
-    text = (
+    return StubbedKernel.launches, seconds[ROUNDS // 5 :]
+
+
+def page() -> str:
+    """What was measured."""
+    launches, seconds = measure()
+    each = [second / launches * 1e6 for second in seconds]
+    return (
         "# The Python cost of a Triton launch\n\n"
         f"A dense block of {LAYERS} layers, forward and backward, all real but the call into the driver:\n"
         f"{launches} launches, {statistics.median(each):.1f} us each ({min(each):.1f} to "
@@ -82,8 +88,16 @@ def main() -> None:
         f"included. {os.cpu_count()} CPU cores, one thread, PyTorch {torch.__version__},\n"
         f"Triton {triton.__version__}. Triton's launcher and the driver come on top, on a GPU.\n"
     )
-    RESULT.write_text(text)
-    print(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, help="a file for the page, which is printed in any case")
+    options = parser.parse_args()
+    text = page()
+    print(text, end="")
+    if options.out:
+        options.out.write_text(text)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import triton
 
-from dense_ext.backends.triton.ahead import compile_row, dtypes_of
+from dense_ext.backends.triton.ahead import Resources, compile_row, dtypes_of
 from dense_ext.backends.triton.configs import SHIPPED, Row, read_rows
 
 RESULT = Path(__file__).with_name("results") / "triton_resources.md"
@@ -18,23 +18,34 @@ HEADER = ("chip", "kernel", "precision", "blocks", "warps", "stages",
           "registers", "spilled", "shared", "blocks at once", "matrix instructions")  # fmt: skip
 
 
-def line(row: Row) -> str:
-    """The row's line of the table."""
-    _, found = compile_row(row, dtypes_of(row.precision)[0])
+TITLE = f"# What the Triton kernels take\n\nCompiled ahead of time with Triton {triton.__version__}.\n"
+
+
+def rows() -> list[Row]:
+    """The table's, in its order."""
+    return sorted(read_rows(SHIPPED), key=lambda row: (row.architecture, row.kernel, row.precision))
+
+
+def configuration(row: Row) -> str:
+    """How the row's line begins: what is compiled, and how."""
     blocks = " ".join(f"{n.removeprefix('BLOCK_')}={v}" for n, v in row.config.blocks.items())
-    cells = (row.architecture, row.kernel, row.precision, blocks, row.config.num_warps,
-             row.config.num_stages, found.registers, found.spilled, found.shared,
+    cells = (row.architecture, row.kernel, row.precision, blocks, row.config.num_warps, row.config.num_stages)
+    return "".join(f"| {cell} " for cell in cells)
+
+
+def line(row: Row, found: Resources) -> str:
+    """The row's line: its configuration, and what the kernel takes."""
+    cells = (found.registers, found.spilled, found.shared,
              "" if found.occupancy is None else found.occupancy,
              found.tensor_core_instructions)  # fmt: skip
-    return "| " + " | ".join(map(str, cells)) + " |"
+    return configuration(row) + "| " + " | ".join(map(str, cells)) + " |"
 
 
 def table() -> str:
     """The page."""
-    rows = sorted(read_rows(SHIPPED), key=lambda row: (row.architecture, row.kernel, row.precision))
     head = ["| " + " | ".join(HEADER) + " |", "|" + " --- |" * 4 + " ---: |" * (len(HEADER) - 4)]
-    title = f"# What the Triton kernels take\n\nCompiled ahead of time with Triton {triton.__version__}.\n"
-    return "\n".join([title, *head, *(line(row) for row in rows)]) + "\n"
+    lines = [line(row, compile_row(row, dtypes_of(row.precision)[0])[1]) for row in rows()]
+    return "\n".join([TITLE, *head, *lines]) + "\n"
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ read a channel are summed, and whoever consumes that channel's gradient adds ``u
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -32,8 +33,8 @@ def uses_batch_stats(norm: nn.BatchNorm2d) -> bool:
 
 
 def values_per_channel(x: Tensor) -> int:
-    """M, the values each channel of x [N, C, H, W] has."""
-    return x.shape[0] * x.shape[2] * x.shape[3]
+    """M, the values each channel of x [N, C, H, W] or [N, C, D, H, W] has."""
+    return x.shape[0] * math.prod(x.shape[2:])
 
 
 def affine_parameters(

@@ -23,7 +23,8 @@ def check_input(where: str, x: Tensor, norm: nn.BatchNorm2d, minimum_size: int =
 
     Args:
         where: the module's name, for the message.
-        x: expected [N, C, H, W] with C = ``norm.num_features``, floating, H and W >= ``minimum_size``.
+        x: expected [N, C, H, W], for a norm of volumes [N, C, D, H, W], with C = ``norm.num_features``,
+            floating, and D, H and W >= ``minimum_size``.
         norm: the module's first norm.
 
     Raises:
@@ -37,13 +38,15 @@ def check_input(where: str, x: Tensor, norm: nn.BatchNorm2d, minimum_size: int =
     if x.dtype not in STORAGE_DTYPES:
         expected = ", ".join(str(d).removeprefix("torch.") for d in STORAGE_DTYPES)
         raise TypeError(f"{where}: input {shape} has dtype {x.dtype}, expected one of {expected}")
-    if x.dim() != 4:
-        raise ValueError(f"{where}: input must be 4-D [N, {channels}, H, W], got shape {shape}")
+    sizes = ("D", "H", "W") if isinstance(norm, nn.BatchNorm3d) else ("H", "W")
+    if x.dim() != 2 + len(sizes):
+        layout = ", ".join(("N", str(channels), *sizes))
+        raise ValueError(f"{where}: input must be {2 + len(sizes)}-D [{layout}], got shape {shape}")
     if shape[1] != channels:
         raise ValueError(f"{where}: input {shape} has {shape[1]} channels, expected {channels}")
-    if shape[2] < minimum_size or shape[3] < minimum_size:
+    if min(shape[2:]) < minimum_size:
         raise ValueError(
-            f"{where}: input {shape} is too small, expected height and width of at least {minimum_size}"
+            f"{where}: input {shape} is too small, expected at least {minimum_size} pixels a side"
         )
 
 

@@ -8,15 +8,25 @@ from typing import Any, ClassVar
 from torch import nn
 
 _CONV = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-_POOLS: dict[type[nn.Module], dict[str, Any]] = {
-    nn.AvgPool2d: {
-        "kernel_size": 2, "stride": 2, "padding": 0, "ceil_mode": False, "divisor_override": None,
-    },
-    nn.MaxPool2d: {
-        "kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1, "ceil_mode": False,
-        "return_indices": False,
-    },
+# Of a plain convolution, by its class and size: stride 1, same size, one group.
+_PLAIN = {
+    (kind, size): ((size,) * d, (1,) * d, (size // 2,) * d, (1,) * d, 1, "zeros")
+    for kind, d in ((nn.Conv2d, 2), (nn.Conv3d, 3))
+    for size in (1, 3)
+}
+_AVERAGE = {"kernel_size": 2, "stride": 2, "padding": 0, "ceil_mode": False, "divisor_override": None}
+_MAXIMUM = {
+    "kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1, "ceil_mode": False, "return_indices": False,
 }  # fmt: skip
+_POOLS: dict[type[nn.Module], dict[str, Any]] = {
+    nn.AvgPool2d: _AVERAGE, nn.AvgPool3d: _AVERAGE, nn.MaxPool2d: _MAXIMUM, nn.MaxPool3d: _MAXIMUM,
+}  # fmt: skip
+# What stands for the classes of `Fused.parts` in a network for volumes.
+_OF_VOLUMES: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm2d: nn.BatchNorm3d, nn.Conv2d: nn.Conv3d, nn.AvgPool2d: nn.AvgPool3d,
+    nn.MaxPool2d: nn.MaxPool3d,
+}  # fmt: skip
+_VOLUMES = frozenset(_OF_VOLUMES.values())
 
 
 class Fused:
@@ -26,7 +36,8 @@ class Fused:
     them at any time.
     """
 
-    # The inner modules' classes by name, in the order they run; and those of a norm's own children.
+    # The inner modules' classes by name, in the order they run, for images; and those of a norm's own
+    # children.
     parts: ClassVar[Mapping[str, type[nn.Module]]]
     parts_of_norm: ClassVar[Mapping[str, type[nn.Module]]] = {}
     backend: str
@@ -47,13 +58,16 @@ class Fused:
         if list(modules) != list(names):
             return f"its children are {', '.join(modules) or 'none'}, expected {', '.join(names)}"
         of_three = "conv2" if "conv2" in modules else "conv1"
+        parts = cls.parts
+        if not _VOLUMES.isdisjoint([type(module) for module in modules.values()]):
+            parts = {name: _OF_VOLUMES.get(part, part) for name, part in parts.items()}
         for name, module in modules.items():
-            expected = cls.parts[name]
+            expected = parts[name]
             if type(module) is not expected:
                 return f"{name} is {type(module).__name__}, not {expected.__name__}"
             if listened_to(module):
                 return f"{name} {LISTENED_TO}"
-            if expected is nn.Conv2d:
+            if expected in (nn.Conv2d, nn.Conv3d):
                 wrong = _conv_reason(module, 3 if name == of_three else 1)
             elif expected in _POOLS:
                 wrong = _pool_reason(module)
@@ -66,7 +80,7 @@ class Fused:
     @classmethod
     def _own_reason(cls, module: nn.Module) -> str | None:
         """Of a norm's or activation's own children."""
-        expected = cls.parts_of_norm if isinstance(module, nn.BatchNorm2d) else {}
+        expected = cls.parts_of_norm if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)) else {}
         found = {name: type(child) for name, child in module._modules.items()}
         if found != expected:
             shown = (", ".join(f"{n} ({t.__name__})" for n, t in of.items()) for of in (found, expected))
@@ -91,9 +105,9 @@ def listened_to(module: nn.Module) -> bool:
 
 
 def _conv_reason(conv: Any, size: int) -> str | None:
-    """What is other than in a plain convolution: stride 1, same size, no bias, one group."""
+    """What is other than in a plain convolution without bias."""
     settings = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
-    plain = ((size, size), (1, 1), (size // 2, size // 2), (1, 1), 1, "zeros")
+    plain = _PLAIN[type(conv), size]
     if settings != plain:
         pairs = zip(_CONV, settings, plain, strict=True)
         return next(f"has {name} {got}, expected {right}" for name, got, right in pairs if got != right)
@@ -103,6 +117,6 @@ def _conv_reason(conv: Any, size: int) -> str | None:
 def _pool_reason(pool: nn.Module) -> str | None:
     for name, right in _POOLS[type(pool)].items():
         got = getattr(pool, name)
-        if got not in (right, (right, right)):
+        if got != right and not (isinstance(got, tuple) and set(got) == {right}):
             return f"has {name} {got}, expected {right}"
     return None

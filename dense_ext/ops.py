@@ -26,7 +26,8 @@ from .arguments import (
 from .autograd import load, needs_conv_grad, register, save
 from .backends import Primitives, requested, select
 from .backends.base import accumulate_dtype
-from .batch_norm import in_dtype
+from .backends.volume import for_volumes
+from .batch_norm import in_dtype, values_per_channel
 from .ownership import is_exclusive
 from .schedule import Block, Layer, Norm
 
@@ -70,7 +71,11 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def _primitives(x: Tensor, args: Arguments) -> Primitives:
-    return select(requested(args.backend), x.device.type, x.dtype)
+    asked = requested(args.backend), x.device.type, x.dtype
+    primitives, pixels = select(*asked), values_per_channel(x)
+    if pixels > primitives.most_pixels:  # looked up by their number only where that can matter
+        primitives = select(*asked, pixels)
+    return for_volumes(primitives) if x.dim() == 5 else primitives
 
 
 def _norms(x: Tensor, args: Arguments) -> list[Norm]:
@@ -102,15 +107,18 @@ def _block(x: Tensor, in_channels: int, args: Arguments, options: BlockOptions) 
 
 def _is_channels_last(x: Tensor) -> bool:
     """Whether x lies in dense channels_last memory; exact also where a size is 1."""
-    _, c, h, w = x.shape
-    return x.stride() == (h * w * c, 1, w * c, c)
+    _, c, *pixels = x.shape
+    strides = [c]  # from the last dimension to the first
+    for length in reversed(pixels):
+        strides.append(strides[-1] * length)
+    return x.stride() == (strides.pop(), 1, *reversed(strides))
 
 
 def _channels_last(x: Tensor) -> Tensor:
     """The tensor in dense channels_last memory; itself if it is."""
     if _is_channels_last(x):
         return x
-    return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
+    return torch.empty_like(x, memory_format=schedule.channels_last(x)).copy_(x)
 
 
 def remember_statistics(x: Tensor, stats: Tensor) -> None:
@@ -168,7 +176,7 @@ def _dense_block_backward_(grad: Tensor, output: Tensor, stats: Tensor, z: Tenso
 
 @_operator(f"dense_block_backward(Tensor grad, {_BLOCK_BACKWARD}")
 def _dense_block_backward(grad: Tensor, *rest: Any) -> Gradients:
-    buffer = torch.empty_like(grad, memory_format=torch.channels_last).copy_(grad)
+    buffer = torch.empty_like(grad, memory_format=schedule.channels_last(grad)).copy_(grad)
     return _dense_block_backward_(buffer, *rest)
 
 
@@ -176,7 +184,7 @@ def _dense_block_backward_fake(
     grad: Tensor, output: Tensor, stats: Tensor, z: Tensor, *rest: Any
 ) -> Gradients:
     in_channels, needs_conv_grad = rest[11:]
-    grad_x = torch.empty_like(output[:, :in_channels], memory_format=torch.channels_last)
+    grad_x = schedule.empty_like(output, in_channels)
     return fake_gradients(grad_x, Arguments(*rest[:8]), needs_conv_grad)
 
 
@@ -268,7 +276,7 @@ def _pooling_backward(grad: Tensor, x: Tensor, stats: Tensor, *rest: Any) -> Gra
 
 
 def _pooling_backward_fake(grad: Tensor, x: Tensor, stats: Tensor, *rest: Any) -> Gradients:
-    grad_x = torch.empty_like(x, memory_format=torch.channels_last)
+    grad_x = torch.empty_like(x, memory_format=schedule.channels_last(x))
     return fake_gradients(grad_x, Arguments(*rest[:8]), rest[8])
 
 

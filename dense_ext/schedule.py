@@ -6,11 +6,13 @@ channels of each of the L layers. Layer l reads the slice ``X[..., :C]``, C = c0
 the kernel that writes it. In backward, G [N, H, W, Ct] collects the gradient of X; what batch norm
 adds to it is kept apart as ``U*X + V`` per channel (see :mod:`dense_ext.batch_norm`).
 
-M is the number of pixels N*H*W, B the bottleneck's channels, z [N, H, W, B] its activations.
+M is the number of pixels N*H*W, B the bottleneck's channels, z [N, H, W, B] its activations. All of it
+holds for volumes, with D before H and 3x3x3 for 3x3.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -72,8 +74,19 @@ def norm_starts(num_norms: int, out_channels: int, bottleneck: int) -> list[int]
 
 
 def nhwc(x: Tensor) -> Tensor:
-    """The NHWC view [N, H, W, C] of an NCHW tensor."""
-    return x.permute(0, 2, 3, 1)
+    """The NHWC view [N, H, W, C] of an NCHW tensor, NDHWC of NCDHW."""
+    return x.permute((0, 2, 3, 4, 1) if x.dim() == 5 else (0, 2, 3, 1))
+
+
+def channels_last(x: Tensor) -> torch.memory_format:
+    """Channels-last memory for images [N, C, H, W] or volumes [N, C, D, H, W]."""
+    return torch.channels_last_3d if x.dim() == 5 else torch.channels_last
+
+
+def empty_like(x: Tensor, channels: int) -> Tensor:
+    """An unwritten tensor of x's batch and size with ``channels``, in channels_last memory."""
+    size = (x.shape[0], channels, *x.shape[2:])
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=channels_last(x))
 
 
 @dataclass
@@ -131,18 +144,15 @@ def first_channels(x: Tensor, channels: int) -> Tensor:
 
 def pixels(x: Tensor) -> int:
     """M of an NHWC tensor."""
-    return x.shape[0] * x.shape[1] * x.shape[2]
+    return math.prod(x.shape[:-1])
 
 
 def empty_outputs(block: Block, x: Tensor, keep_bottleneck: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The outputs of :func:`forward`, unwritten (the statistics zero)."""
-    n, _, h, w = x.shape
-    out = torch.empty(
-        (n, block.out_channels, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    )
+    out = empty_like(x, block.out_channels)
     stats = x.new_zeros(2, sum(block.stats_sizes), dtype=accumulate_dtype(x.dtype))
     kept = keep_bottleneck and block.bottleneck > 0
-    z = x.new_empty((len(block.layers), n, h, w, block.bottleneck) if kept else (0,))
+    z = x.new_empty((len(block.layers), *nhwc(x).shape[:-1], block.bottleneck) if kept else (0,))
     return out, stats, z
 
 
@@ -163,7 +173,7 @@ class Pass:
         self.x_parts = self.x.split(sizes[:parts], -1)
         each = list(zip(self.mean.split(sizes), self.var.split(sizes), strict=True))
         self.x_stats, self.z_stats = each[:parts], each[parts:]
-        self.keeps_bottleneck = z_all.dim() == 5
+        self.keeps_bottleneck = z_all.dim() > 1
         self.z_all = z_all
         if block.bottleneck and not self.keeps_bottleneck:
             self.z_scratch = self.new_bottleneck()
@@ -171,7 +181,7 @@ class Pass:
 
     def new_bottleneck(self) -> Tensor:
         """An unwritten [N, H, W, B]."""
-        return self.x.new_empty(*self.x.shape[:3], self.block.bottleneck)
+        return self.x.new_empty(*self.x.shape[:-1], self.block.bottleneck)
 
     def in_channels(self, index: int) -> int:
         """How many of X's first channels layer ``index`` reads."""
@@ -224,7 +234,7 @@ class Pass:
             raise ValueError("dropout needs one seed a layer")
         generator = torch.Generator(device=self.x.device)
         generator.manual_seed(int(seeds[index]))
-        mask = self.x.new_empty(*self.x.shape[:3], self.block.growth_rate)
+        mask = self.x.new_empty(*self.x.shape[:-1], self.block.growth_rate)
         mask.bernoulli_(keep, generator=generator)
         return mask.div_(keep) if keep > 0 else mask
 
@@ -359,10 +369,7 @@ def backward(
     for i in reversed(range(len(block.layers))):
         norms = layer_backward(run, i, convs[i * per_layer : (i + 1) * per_layer]) + norms
 
-    n, _, h, w = out.shape
-    grad_x = torch.empty(
-        (n, block.in_channels, h, w), dtype=out.dtype, device=out.device, memory_format=torch.channels_last
-    )
+    grad_x = empty_like(out, block.in_channels)
     ops.affine_gradient(run.g_parts[0], run.x_parts[0], run.u_parts[0], run.v_parts[0], nhwc(grad_x))
     return BlockGradients(grad_x, [weight for weight, _ in norms], [bias for _, bias in norms], convs)
 

@@ -3,7 +3,7 @@
 Both are batch norm and ReLU, then a pool: the transition averages 2x2 windows and convolves 1x1,
 the stem takes maxima (window 3, stride 2, padding 1). Only their input is kept, the activation is
 recomputed tile by tile in backward. Their input's gradient leaves the operator, so the deferred
-``u*x + v`` of the batch norm is applied at once, in place.
+``u*x + v`` of the batch norm is applied at once, in place. Volumes have windows 2x2x2 and 3x3x3.
 
 ``weight`` is the transition's convolution [K, C, 1, 1], None for the stem.
 """
@@ -16,17 +16,17 @@ from torch import Tensor
 from .backends import Primitives
 from .backends.base import accumulate_dtype
 from .batch_norm import values_per_channel
-from .schedule import Norm, bind, nhwc
+from .schedule import Norm, bind, channels_last, nhwc
 
 
 def empty_outputs(weight: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
     """The outputs of :func:`forward`, unwritten (the statistics zero)."""
-    n, c, h, w = x.shape
+    n, c, *pixels = x.shape
     if weight is None:
-        size = (n, c, (h - 1) // 2 + 1, (w - 1) // 2 + 1)
+        size = (n, c, *((length - 1) // 2 + 1 for length in pixels))
     else:
-        size = (n, weight.shape[0], h // 2, w // 2)
-    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        size = (n, weight.shape[0], *(length // 2 for length in pixels))
+    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=channels_last(x))
     return y, x.new_zeros(2, c, dtype=accumulate_dtype(x.dtype))
 
 

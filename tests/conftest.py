@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +17,7 @@ import torch
 import dense_ext
 from dense_ext.backends import BACKENDS, select
 
+ROOT = Path(__file__).resolve().parent.parent
 AVAILABLE = dense_ext.available_backends("cpu")
 
 DEVICES = ("cpu", "cuda", "emulator")
@@ -88,6 +93,18 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def benchmark_script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Imports a program of ``benchmarks/`` by its name."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+    def load(name: str) -> Any:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return importlib.import_module(name)
+
+    return load
+
+
+@pytest.fixture
 def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model named "tiny" among dense_ext's own."""
 
@@ -98,3 +115,19 @@ def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
         })  # fmt: skip
 
     monkeypatch.setitem(dense_ext.models.MODELS, "tiny", tiny)
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[int | str]:
+    """The progress bar of a measurement: its length, then what it says."""
+    from dense_ext.cli import output
+
+    shown: list[int | str] = []
+
+    @contextmanager
+    def bar(total: int) -> Iterator[Callable[[str], None]]:
+        shown.append(total)
+        yield shown.append
+
+    monkeypatch.setattr(output, "progress", bar)
+    return shown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,26 @@ def eager_block(
 def eager_transition(channels: int = 6, out_channels: int = 3) -> nn.Module:
     """A torchvision transition in float64."""
     return randomize(_Transition(channels, out_channels)).double()
+
+
+_FOR_VOLUMES: dict[type[nn.Module], Any] = {
+    nn.BatchNorm2d: nn.BatchNorm3d, nn.Conv2d: nn.Conv3d, nn.AvgPool2d: nn.AvgPool3d,
+}  # fmt: skip
+
+
+def in_three_dimensions(module: nn.Module) -> nn.Module:
+    """A module whose norms, convolutions and pools are made those for volumes; in float64."""
+    for parent in module.modules():
+        for name, child in parent.named_children():
+            kind = _FOR_VOLUMES.get(type(child))
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(parent, name, kind(child.num_features))
+            elif isinstance(child, nn.Conv2d):
+                sizes = child.kernel_size[0], child.stride[0], child.padding[0]
+                setattr(parent, name, kind(child.in_channels, child.out_channels, *sizes, bias=False))
+            elif kind is not None:
+                setattr(parent, name, kind(child.kernel_size, child.stride, child.padding))
+    return randomize(module).double()
 
 
 def assert_equal(

@@ -23,8 +23,8 @@ OPTIONS = ["--model", "tiny", "--size", "16", "--batch", "2", "--rounds", "3", "
 FOR_MEMORY = ["--memory-size", "16", "--memory-batch", "2"]
 
 
-def run(suite: str, out: Path, *arguments: str) -> dict[str, Any]:
-    assert main(["bench", "--suite", suite, *OPTIONS, *arguments, "--out", str(out)]) == 0
+def run(suite: str, out: Path, *arguments: str, code: int = 0) -> dict[str, Any]:
+    assert main(["bench", "--suite", suite, *OPTIONS, *arguments, "--out", str(out)]) == code
     return json.loads((out / ("bench.json" if suite == "quick" else f"{suite}.json")).read_text())
 
 
@@ -92,8 +92,9 @@ def test_a_row_that_fails_when_timed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("suite", ["step", "inference"])
-def test_a_reference_that_cannot_run(suite: str, tmp_path: Path) -> None:
-    rows = run(suite, tmp_path, "--peers", "graph")["rows"]
+def test_a_reference_that_cannot_run(suite: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = run(suite, tmp_path, "--peers", "graph", code=1)["rows"]
+    assert "compared with nothing, as no other peer ran" in capsys.readouterr().err
     ours = [row for row in rows if row["peer"] == "dense_ext-none"]
     assert ours
     for row in ours:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from PIL import Image
 from torchvision.models import densenet121
 
 import dense_ext
-from dense_ext.benchmark import bench, depth, family, images, networks, peers, results, timing
+from dense_ext.benchmark import bench, depth, family, images, networks, peers, relative, results, timing
 from dense_ext.benchmark.errors import MeasurementError, UsageError
 from dense_ext.benchmark.flops import flops_per_image, without_memory
 from dense_ext.benchmark.memory import allocation_levels, saved_bytes, step_peaks
@@ -185,10 +186,10 @@ def test_flops() -> None:
     def convolution() -> nn.Module:
         return nn.Conv2d(3, 8, 3, padding=1, bias=False)
 
-    forward = flops_per_image(convolution, 10, backward=False)
+    forward = flops_per_image(convolution, (3, 10, 10), backward=False)
     assert forward == 2 * 10 * 10 * 8 * 3 * 9
     # The images need no gradient: backward has only the weight's.
-    assert flops_per_image(convolution, 10, backward=True) == 2 * forward
+    assert flops_per_image(convolution, (3, 10, 10), backward=True) == 2 * forward
 
 
 # --- images -------------------------------------------------------------------------------------------
@@ -253,20 +254,30 @@ def test_a_call_that_fails_has_no_turn_any_more() -> None:
 
 
 def test_speeds_compare_with_the_fastest_eager_peer() -> None:
-    measured = {
-        "options": {"batch": 10},
-        "peers": {"eager": {"ours": False}, "eager-cl": {"ours": False}, "dense_ext-none": {"ours": True}},
+    measured: dict[str, Any] = {
+        "kind": "bench",
+        "options": {"model": "tiny", "dtype": "float32", "batch": 10, "size": 8},
+        "peers": {
+            name: {"ours": name.startswith("dense_ext"), "mode": "compile" if name == "compile" else "eager"}
+            for name in ("eager", "eager-cl", "compile", "dense_ext-none")
+        },
         "work": {"step_flops_per_image": 50, "matmul_flops_per_second": 1000},
         "speed": {
             "seconds": {"eager": [4.0], "eager-cl": [2.0, 1.0, 4.0], "dense_ext-none": [0.5, 1.0, 2.0]}
         },
     }
-    speed = bench.speeds(measured)
-    assert speed["dense_ext-none"]["ratio"] == 2
-    assert (speed["dense_ext-none"]["ratio_min"], speed["dense_ext-none"]["ratio_max"]) == (1, 4)
+    speed = relative.speeds(measured)
+    assert speed["dense_ext-none"]["ratios"] == {"fastest eager": 2}
+    assert {end: speed["dense_ext-none"][end] for end in ("min", "max")} == {"min": 0.5, "max": 2}
     assert speed["eager-cl"]["images_per_second"] == 5
     assert speed["eager"]["matmul_share"] == 0.125
-    assert bench.speeds({**measured, "speed": {"seconds": {"eager": []}}}) == {}
+    assert relative.speeds({**measured, "speed": {"seconds": {"eager": []}}}) == {}
+    measured["speed"]["seconds"]["compile"] = [1.25]
+    assert relative.speeds(measured)["dense_ext-none"]["ratios"] == {
+        "fastest eager": 2, "fastest other": 1.25,
+    }  # fmt: skip
+    del measured["speed"]["seconds"]["eager"], measured["speed"]["seconds"]["eager-cl"]
+    assert relative.speeds(measured)["dense_ext-none"]["ratios"] == {"fastest other": 1.25}
 
 
 @pytest.mark.parametrize("losses", [[2.0, 1.9 * 1.01], [math.nan, 1.9]])

@@ -118,14 +118,17 @@ def test_a_missing_package_is_named(package: str, tmp_path: Path) -> None:
         (["bench", "--device", "meta"], "--device must be cpu or cuda, got meta"),
         (["bench", "--device", "cuda:99"], "--device cuda:99: torch sees "),
         (["bench", "--data", "nowhere"], "data folder nowhere does not exist"),
+        (["bench", "--out", "/dev/null/run"], "/dev/null is not a folder"),
         (["bench", "--suite", "all"], "--suite must be one of quick, memory, "),
-        (["bench", "--suite", "paper", "--model", "densenet121"], "varies one network and takes no --model"),
+        (["bench", "--suite", "paper", "--model", "densenet121"], "networks of its own and takes no --model"),
         (["bench", "--suite", "step", "--model", "densenet121,resnet50"], "got 'resnet50'"),
         (["bench", "--model", "densenet121,densenet161"], "quick takes one --model and one --dtype"),
         (["bench", "--peers", "dense_ext-none-graph"], "peers must name at least one of eager, "),
         (["bench", "--budget", "0"], "--budget must be positive, got 0.0"),
         (["bench", "--compare", "a.json", "b.json"], "a.json can't be read: No such file"),
+        (["models", "--out", "/dev/null/run"], "/dev/null is not a folder"),
         (["models", "--size", "8"], "--size must be at least 32, got 8"),
+        (["train", "--out", "/dev/null/run"], "/dev/null is not a folder"),
         (["train", "--data", "nowhere"], "data folder nowhere does not exist"),
         (["train", "--lr", "0"], "--lr must be positive, got 0.0"),
         (["train", "--amp", "int8"], "--amp must be one of none, bfloat16, float16; got 'int8'"),
@@ -336,6 +339,17 @@ def test_a_training_is_never_lost(pictures: Path, tmp_path: Path, capsys: pytest
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert main([*arguments, *out, "--overwrite", "--amp", "bfloat16"]) == 0
     assert read(tmp_path / "train.json")["options"]["amp"] == "bfloat16"
+
+
+def test_a_checkpoint_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, other = tmp_path / "checkpoint.pt", tmp_path / "other.pt"
+    torch.save({"weights": torch.ones(1)}, other)
+    for content in (b"", b"junk", other.read_bytes()[:100], other.read_bytes()):
+        path.write_bytes(content)
+        assert main(["train", *TINY_TRAIN, "--resume", "--out", str(tmp_path)]) == 2
+        assert "checkpoint.pt is no checkpoint" in capsys.readouterr().err
+        assert path.read_bytes() == content
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, other.name}
 
 
 def test_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

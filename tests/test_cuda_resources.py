@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from dense_ext.backends import CUDA
 
 ROOT = Path(__file__).resolve().parent.parent
+RENEW = "run: python benchmarks/cuda_resources.py"
 
 USAGE = """
 Fatbin elf code:
@@ -34,21 +36,40 @@ pytestmark = pytest.mark.skipif(shutil.which("c++filt") is None, reason="there i
 
 
 @pytest.fixture
-def cuda_resources(monkeypatch: pytest.MonkeyPatch) -> Any:
+def cuda_resources(benchmark_script: Callable[[str], Any]) -> Any:
     """The script as a module."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.delitem(sys.modules, "cuda_resources", raising=False)
-    import cuda_resources
-
-    return cuda_resources
+    return benchmark_script("cuda_resources")
 
 
-def test_no_kernel_spills(cuda_resources: Any) -> None:
+@pytest.fixture
+def library() -> Path:
+    """The CUDA library, if it was built."""
     if CUDA.library.path is None:
         pytest.skip(str(CUDA.library))
-    kernels = cuda_resources.kernels_of(CUDA.library.path)
+    return CUDA.library.path
+
+
+def test_no_kernel_spills(cuda_resources: Any, library: Path) -> None:
+    kernels = cuda_resources.kernels_of(library)
     assert {"bn_relu_conv1x1", "bn_relu_conv3x3", "reduce"} <= {kernel.source for kernel in kernels}
     assert not [kernel for kernel in kernels if kernel.stack]
+
+
+def test_the_committed_table_is_the_librarys(cuda_resources: Any, library: Path) -> None:
+    """Its kernels on its chips, which may be fewer; by the same nvcc with the same registers and stack."""
+    page = cuda_resources.RESULT.read_text()
+    committed = [tuple(line.strip("| ").split(" | ")) for line in page.splitlines() if " | sm_" in line]
+    kernels = cuda_resources.kernels_of(library)
+    chips = {kernel.architecture for kernel in kernels} & set(cuda_resources.CHIPS)
+    length = 5 if f"nvcc {cuda_resources.compiler_of(library)}." in page else 3
+    found = [tuple(map(str, kernel[:length])) for kernel in kernels if kernel.architecture in chips]
+    assert found == [row[:length] for row in committed if row[2] in chips], RENEW
+    assert {row[2] for row in committed} == set(cuda_resources.CHIPS), RENEW
+
+
+def test_the_tables_chips_are_those_that_setup_compiles_for(cuda_resources: Any) -> None:
+    (numbers,) = re.findall(r'or "([\d.a;]+)\+PTX"', (ROOT / "setup.py").read_text())
+    assert {f"sm_{number.replace('.', '')}" for number in numbers.split(";")} == set(cuda_resources.CHIPS)
 
 
 def test_kernels_are_named_as_in_the_source(cuda_resources: Any) -> None:
@@ -61,4 +82,4 @@ def test_kernels_are_named_as_in_the_source(cuda_resources: Any) -> None:
     # By registers two blocks of 256 threads, of the 2048 there can be.
     launched = [kernel._replace(threads=256, shared=70 << 10) for kernel in kernels]
     line = f"| bn_relu_conv1x1 | {backward} | sm_90a | 128 | 8 | 256 | 71680 | 25% |\n"
-    assert line in cuda_resources.table(launched)
+    assert line in cuda_resources.table(launched, "13.0.88")

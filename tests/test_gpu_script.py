@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import Any
 
 import pytest
+import setuptools
 
 from dense_ext.benchmark import peers
 from dense_ext.benchmark.results import read_results
@@ -18,13 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> object:
+def script(benchmark_script: Callable[[str], Any]) -> Any:
     """The script as a module."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.delitem(sys.modules, "gpu", raising=False)
-    import gpu
-
-    return gpu
+    return benchmark_script("gpu")
 
 
 def test_peers_and_parts_exist(script) -> None:  # type: ignore[no-untyped-def]
@@ -51,6 +54,27 @@ def test_every_file_of_tests_is_run_for_each_backend(script, monkeypatch) -> Non
         assert halves[0] == halves[1]
         assert whole | halves[0] == files | {"tests/gpu"}
         assert not whole & halves[0]
+
+
+def test_nvcc_is_looked_for_where_setup_looks(
+    script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    packages = tmp_path / "nvidia" / "cu13" / "bin"
+    packages.mkdir(parents=True)
+    (tmp_path / "torch").mkdir()
+    spec = ModuleSpec("torch", None, origin=str(tmp_path / "torch" / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name == "torch" else None)
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.setenv("DENSE_EXT_BUILD", "0")
+    monkeypatch.setenv("CUDA_HOME", "/home")
+    monkeypatch.setenv("PATH", "/path")
+    looked: list[list[str]] = []
+    setup = runpy.run_path(str(ROOT / "setup.py"))
+    monkeypatch.setattr(shutil, "which", lambda name, path: looked.append([name, *path.split(os.pathsep)]))
+    assert setup["cuda_home"]() is script.toolkit("nvcc") is None
+    assert looked[0] == looked[1]
+    assert looked[0][:4] == ["nvcc", "/home/bin", "/path", "/usr/local/cuda/bin"]
+    assert [Path(place).resolve() for place in looked[0][4:]] == [packages]
 
 
 def test_a_suite_fills_a_result(script, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 
-from dense_ext.cli import main, plan
+from dense_ext.cli import main
 from dense_ext.memory import estimate
 from dense_ext.schedule import RECOMPUTE
 
@@ -61,22 +59,6 @@ def test_the_size_a_network_is_made_for(capsys: pytest.CaptureFixture[str]) -> N
     for model, size in (("densenet_bc_40_12", 32), ("densenet121", 224)):
         assert main(["plan", model, "--device", "cpu", "--memory", "1TiB", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["size"] == size
-
-
-def test_peers(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("torchvision")
-    shown: list[int | str] = []
-
-    @contextmanager
-    def bar(total: int) -> Iterator[Callable[[str], None]]:
-        shown.append(total)
-        yield shown.append
-
-    monkeypatch.setattr(plan, "progress", bar)
-    found = planned(capsys, "--memory", "1GiB", "--peers")
-    assert found["peers"]["eager"] > found["peers"]["memory_efficient"]
-    assert found["peers"]["memory_efficient"] > found["policies"]["bottleneck"]["peak_bytes"]
-    assert shown == [2, "torchvision, eager", "torchvision, memory_efficient"]
 
 
 @pytest.mark.parametrize(

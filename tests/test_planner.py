@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,10 +11,23 @@ import torch
 from torch import nn
 
 import dense_ext
+from dense_ext.backends import BACKENDS, select
+from dense_ext.backends.base import PRIMITIVES, THROUGH_NORM
+from dense_ext.backends.triton import TritonBackend
+from dense_ext.benchmark import tracked
 from dense_ext.benchmark.memory import step_peaks
 from dense_ext.benchmark.networks import torchvision_twin
 from dense_ext.benchmark.step import sgd_step
-from dense_ext.memory import Estimate, Planner, device_memory, estimate, parse_bytes, tracked_peak
+from dense_ext.memory import (
+    Estimate,
+    Planner,
+    TrackedStep,
+    device_memory,
+    estimate,
+    largest_batch,
+    parse_bytes,
+)
+from dense_ext.memory.step import OPTIMIZERS
 from dense_ext.models import MODELS
 from dense_ext.schedule import RECOMPUTE
 
@@ -73,6 +87,58 @@ def test_estimate_on_each_backend(backend: str, dtype: torch.dtype, channels_las
         )
         expected = measured(model, shape, channels_last, dtype)
         assert over_before(found) == pytest.approx(expected, rel=0.05), case
+
+
+class Idle(TritonBackend):
+    """A GPU backend that runs anywhere and computes nothing: what is left is the schedule's memory."""
+
+    def can_run(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
+        return None
+
+
+for name in (*PRIMITIVES, *THROUGH_NORM):
+    setattr(Idle, name, lambda self, *tensors: None)
+
+
+@pytest.fixture
+def idle_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The Triton backend runs anywhere and does nothing."""
+    with monkeypatch.context() as patch:
+        patch.setitem(BACKENDS, "triton", Idle())
+        select.cache_clear()
+        yield
+    select.cache_clear()
+
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, whose backends are asked")
+
+
+@no_gpu
+@pytest.mark.usefixtures("idle_kernels")
+def test_estimate_for_a_gpu_that_is_not_here(recompute: str) -> None:
+    for case in ("stem", "densenet_bc_40_12"):
+        name, shape, options = CASES[case]
+        model = MODELS[name](recompute=recompute, backend="triton", **options)
+        found = estimate(model, shape, recompute=recompute, optimizer="none", device="cuda")
+        assert over_before(found) == pytest.approx(measured(model, shape), rel=0.05), case
+
+
+@no_gpu
+def test_what_a_gpu_that_is_not_here_runs() -> None:
+    def backend(**options: Any) -> str:
+        return Planner("densenet_bc_40_12", (3, 32, 32), device="cuda", **options).backend
+
+    assert backend() == backend(dtype=torch.bfloat16) == "triton"
+    assert [backend(backend=name) for name in ("triton", "cuda", "reference")] == [
+        "triton",
+        "cuda",
+        "reference",
+    ]
+    assert backend(dtype=torch.float64) == "reference"
+    with pytest.raises(RuntimeError, match="cuda: "):
+        backend(backend="cuda", dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="runs on the CPU, not on cuda"):
+        backend(backend="cpu")
 
 
 def test_estimate_of_mixed_policies() -> None:
@@ -141,16 +207,43 @@ def test_choice_is_the_cheapest_mixture_that_fits() -> None:
     assert planner.choose(batch, min(peaks.values()) - 1) is None
 
 
-@pytest.mark.parametrize("memory_efficient", [False, True])
-def test_peers_are_tracked(memory_efficient: bool) -> None:
+def test_peers_are_tracked() -> None:
+    """To the allocator's measured peak, on networks that stay as they are."""
     shape = (4, 3, 32, 32)
-    with torch.device("meta"):
-        model = MODELS["densenet_bc_40_12"]()
-    network = torchvision_twin(model, memory_efficient, "cpu")
-    tensors = [*network.parameters()] * 3 + [*network.buffers()]  # gradients and momentum too
-    before = sum(t.nbytes for t in tensors) + 4 * 3 * 32 * 32 * 4
-    tracked = tracked_peak(lambda: torchvision_twin(model, memory_efficient, "cpu"), shape)
-    assert tracked - before == pytest.approx(measured(network, shape), rel=0.05)
+    model = dense_ext.DenseNet(12, (6, 4), 24, num_classes=10, small_inputs=True)
+    for name, make in tracked.networks(model).items():
+        network = make()
+        tensors = [*network.parameters()] * 3 + [*network.buffers()]  # gradients and momentum too
+        before = sum(t.nbytes for t in tensors) + 4 * 3 * 32 * 32 * 4
+        values = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+        peak = TrackedStep(network, shape[1:]).peak(shape[0])
+        assert all(torch.equal(tensor, values[key]) for key, tensor in network.state_dict().items())
+        assert peak - before == pytest.approx(measured(network, shape), rel=0.05), name
+
+
+def test_a_tracked_step_finds_gradients_and_the_optimizers_state() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 100_000))
+    parameters, largest = sum(p.nbytes for p in network.parameters()), network[3].weight.nbytes
+    peak = {o: TrackedStep(network, (3, 4, 4), optimizer=o).peak(2) for o in OPTIMIZERS}
+    assert peak["none"] > 3 * parameters  # themselves, their gradients and the new ones
+    assert peak["sgd"] == peak["none"]
+    assert peak["momentum"] == peak["none"] + parameters
+    assert peak["adamw"] == pytest.approx(4 * parameters + 2 * largest, rel=1e-3)  # in its update
+
+
+@pytest.mark.parametrize("first", [1, 7, 64, 5000])
+def test_the_largest_batch_of_a_line_with_a_kink(first: int) -> None:
+    looked: list[int] = []
+
+    def peak(batch: int) -> int:
+        looked.append(batch)
+        return max(10_000 + 130 * batch, 30_000 + 100 * batch, 150 * batch)
+
+    for budget in (30_000, 30_099, 30_100, 99_999, 100_000, 1_000_000):
+        looked.clear()
+        largest = largest_batch(peak, budget, first)
+        assert len(looked) <= 6
+        assert largest == sum(peak(batch) <= budget for batch in range(1, 10_000))
 
 
 # --- sizes and bad input ------------------------------------------------------------------------------

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+def script(benchmark_script: Callable[[str], Any]) -> Any:
     """The script as a module."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.delitem(sys.modules, "preference", raising=False)
-    import preference
-
-    return preference
+    return benchmark_script("preference")
 
 
 def results(times: dict[str, list[float]]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from PIL import Image, ImageChops
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,7 +24,7 @@ def render() -> ModuleType:
 
 def test_tables_say_what_the_results_say(render: ModuleType) -> None:
     text = (ROOT / "README.md").read_text()
-    assert text.count("<!-- end -->") == 7
+    assert text.count("<!-- end -->") == 9
     assert render.rendered(text) == text, "run: python benchmarks/render.py"
 
 
@@ -39,6 +40,18 @@ def test_every_figure_belongs_to_a_result(render: ModuleType) -> None:
     of = {name: {f for f in figures if f.startswith(f"{name}-")} for name in render.committed()}
     assert set().union(*of.values()) == set(figures)
     assert all(of.values()), of
+
+
+def test_figures_show_what_the_results_say(render: ModuleType, tmp_path: Path) -> None:
+    """Each committed figure is what is drawn of its result now, but for the smoothing of edges."""
+    for name, path in render.committed().items():
+        for drawn in render.draw_all(render.read_json(path), tmp_path, f"{name}-"):
+            with Image.open(drawn) as new, Image.open(ROOT / "benchmarks" / "figures" / drawn.name) as old:
+                assert new.size == old.size, drawn.name
+                difference = ImageChops.difference(new.convert("RGB"), old.convert("RGB"))
+            assert max(high for _, high in difference.getextrema()) < 64, (
+                f"{drawn.name}: run benchmarks/render.py"
+            )
 
 
 def test_a_gpus_results_are_in_its_folder(

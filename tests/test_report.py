@@ -33,8 +33,8 @@ def suite_result(kind: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     kept = {key: head[key] for key in ("date", "machine", "versions", "commit")}
     return {
         **kept, "kind": kind, "interrupted": True, "rows": rows, "options": {"device": "cpu"}, "data": "none",
-        "peers": {"eager": {"label": "eager <b>", "ours": False},
-                  "cpu": {"label": "dense_ext, cpu", "ours": True}},
+        "peers": {"eager": {"label": "eager <b>", "ours": False, "mode": "eager"},
+                  "cpu": {"label": "dense_ext, cpu", "ours": True, "mode": "eager"}},
         "work": {"copy_bytes_per_second": 1e10, "matmul_flops_per_second": {"float32": 1e11}},
     }  # fmt: skip
 
@@ -160,6 +160,56 @@ def test_a_result_of_unknown_kind(
     assert main(["report", str(path), "--out", str(tmp_path / "page.html")]) == 2
     assert f"other.json is of kind {kind!r}, not one of bench, " in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("nowhere.json", None, "nowhere.json can't be read: No such file or directory"),
+        ("folder", None, "folder can't be read: Is a directory"),
+        ("cut.json", b'{"kind": "step", "rows": [', "cut.json is no result file: "),
+        ("binary.json", bytes(range(256)), "binary.json is no result file: "),
+        ("list.json", b"[]", "list.json is no result file of dense-ext"),
+        ("plan.json", b'{"kind": "step", "rows": []}', "plan.json is no result file of dense-ext"),
+    ],
+)
+def test_what_is_no_result(
+    name: str, content: bytes | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No page of the others either."""
+    (tmp_path / "folder").mkdir()
+    path, page = tmp_path / name, tmp_path / "page.html"
+    if content is not None:
+        path.write_bytes(content)
+    assert main(["report", str(RESULTS / "digits.json"), str(path), "--out", str(page)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert message in printed.err
+    assert not page.exists()
+
+
+def test_a_result_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "digits.json"
+    shutil.copy(RESULTS / "digits.json", path)
+    for out in (path, tmp_path / ".." / tmp_path.name / path.name):
+        assert main(["report", str(path), "--out", str(out), "--overwrite"]) == 2
+        assert "is one of the results" in capsys.readouterr().err
+    assert path.read_bytes() == (RESULTS / "digits.json").read_bytes()
+    assert main(["report", str(path), "--out", str(path / "page.html")]) == 2
+    assert "digits.json is not a folder" in capsys.readouterr().err
+
+
+def test_json_says_what_the_page_was_made_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    interrupted, page = tmp_path / "step.json", tmp_path / "new" / "page.html"
+    interrupted.write_text(json.dumps(suite_result("step", list(step_rows()))))
+    paths = [RESULTS / "digits.json", interrupted]
+    assert main(["report", *map(str, paths), "--out", str(page), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["page"] == str(page)
+    assert page.read_text().count("<section") == len(found["sections"]) == 2
+    kinds = [(s["path"], s["kind"], s["interrupted"]) for s in found["sections"]]
+    assert kinds == [(str(paths[0]), "train", False), (str(paths[1]), "step", True)]
+    assert found["sections"][0]["date"] == json.loads(paths[0].read_text())["date"]
 
 
 # --- in a browser ------------------------------------------------------------------------------------

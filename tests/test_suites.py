@@ -26,11 +26,13 @@ import jsonschema
 
 from dense_ext.backends.base import primitive_of
 from dense_ext.benchmark import bench, peers, suites
+from dense_ext.benchmark.errors import UnavailableError
 from dense_ext.benchmark.graphs import GraphedStep
-from dense_ext.benchmark.memory import largest
+from dense_ext.benchmark.memory import largest, step_peaks
 from dense_ext.benchmark.networks import small_densenet
+from dense_ext.benchmark.primitives import model_cases
 from dense_ext.benchmark.suites.base import new_row
-from dense_ext.benchmark.suites.memory import deepest_row
+from dense_ext.benchmark.suites.memory import deepest_expected
 from dense_ext.benchmark.suites.speed import mark_disagreement
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,13 +72,27 @@ def test_schema_refuses_a_row_with_an_unknown_measure() -> None:
         validator.validate({**row, "measures": {"speed": 1}})
 
 
+def bytes_needed(model: dense_ext.DenseNet, batch: int, peer: str) -> int:
+    """What training takes at its peak: a step's, parameters, gradients, momentum, buffers, images."""
+    network = peers.PEERS[peer].build(model, model.state_dict(), torch.device("cpu"), "auto")
+    step = bench.sgd_step(network, torch.float32, torch.device("cpu"))
+    images, labels = torch.randn(batch, 3, 8, 8), torch.zeros(batch, dtype=torch.long)
+    peak = step_peaks(step, peers.PEERS[peer].images(images), labels)["peak_bytes"]
+    held = 3 * sum(p.nbytes for p in network.parameters()) + sum(b.nbytes for b in network.buffers())
+    return peak + held + images.nbytes
+
+
 def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     kept = suites.memory.MemorySuite.cases
     monkeypatch.setattr(suites.memory.MemorySuite, "cases", lambda self: kept(self)[:2])
-    results = run("memory", tmp_path, "--peers", "eager-cl", "--budget", "0.0055")
+    results = run("memory", tmp_path, "--model", "tiny", "--peers", "eager-cl", "--budget", "0.0055")
     assert "largest batch that fits" in capsys.readouterr().out
     rows = by_peer(results)
     eager, ours = rows["eager-cl"], rows["dense_ext-bottleneck"]
+    for (search, *_), peer in ((eager, "eager-cl"), (ours, "dense_ext-bottleneck")):
+        model, batch = dense_ext.models.MODELS["tiny"](), search["measures"]["largest_batch"]
+        assert search["case"]["model"] == "tiny"
+        assert bytes_needed(model, batch, peer) <= 5.5e6 < bytes_needed(model, batch + 1, peer)
     assert 0 < eager[0]["measures"]["largest_batch"] < ours[0]["measures"]["largest_batch"]
     assert [row["case"]["depth"] for row in eager[1:]] == [22, 40]
     for a, b in zip(eager[1:], ours[1:], strict=True):
@@ -91,9 +107,12 @@ def test_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return [self.case("depth", depth, 12, 2, dtype) for depth in (10, 16, 22)]
 
     monkeypatch.setattr(suites.memory.PaperSuite, "cases", shallow)
-    rows = by_peer(run("paper", tmp_path, "--peers", "eager-cl", "--budget", "0.05"))
+    rows = by_peer(run("paper", tmp_path, "--peers", "eager-cl", "--budget", "0.01"))
     deepest = {peer: rows[peer][-1]["measures"]["deepest"] for peer in rows}
     assert deepest["dense_ext-bottleneck"] > deepest["eager-cl"] > 22
+    for peer, depth in deepest.items():
+        needed = [bytes_needed(small_densenet(d, 12), 2, peer) for d in (depth, depth + 6)]
+        assert needed[0] <= 1e7 < needed[1]
 
 
 def test_step(tmp_path: Path) -> None:
@@ -109,6 +128,25 @@ def test_step(tmp_path: Path) -> None:
     measures = [rows[peer][0]["measures"] for peer in ("eager", "dense_ext-bottleneck")]
     assert measures[0]["flops"] == measures[1]["flops"] > 0
     assert measures[0]["saved_bytes"] > 3 * measures[1]["saved_bytes"]
+
+
+def test_volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from monai.networks.nets import DenseNet
+
+    def shallow(classes: int) -> torch.nn.Module:
+        return DenseNet(3, 1, classes, init_features=16, growth_rate=8, block_config=(4, 3))
+
+    monkeypatch.setattr(suites.volumes, "monai_densenet121", shallow)
+    arguments = ("--size", "24", "--peers", "eager-cl,memory-efficient,compile")
+    rows = by_peer(run("volumes", tmp_path, *arguments))
+    assert list(rows) == ["eager-cl", "dense_ext-bottleneck"], "what MONAI's network has"
+    (eager,), (ours,) = rows.values()
+    assert ours["served_by"] == ["cpu; PyTorch (3x3x3, pools)"]
+    assert len(ours["seconds"]) == 3
+    assert eager["measures"]["saved_bytes"] > 3 * ours["measures"]["saved_bytes"]
+    assert eager["measures"]["flops"] == ours["measures"]["flops"] > 0
+    assert "2 x 24x24x24" in capsys.readouterr().out
+    assert (tmp_path / "volumes-throughput.png").exists()
 
 
 def test_inference(tmp_path: Path) -> None:
@@ -151,6 +189,31 @@ def test_primitives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert len(row["seconds"]) == 3
             assert row["measures"]["relative_error"] < 1e-5
     assert (tmp_path / "primitives-roofline-float32.png").exists()
+
+
+def test_primitives_beside_compiled_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled once for all rounds, and as exact; what is no module too."""
+    wanted = ("bn_relu_conv3x3_forward", "bn_relu_conv3x3_backward", "channel_stats")
+    monkeypatch.setattr(suites.primitives, "model_cases", lambda *model: [
+        next(case for case in model_cases(*model) if case.primitive == name) for name in wanted
+    ])  # fmt: skip
+    compiled: list[str] = []
+    torch_compile = torch.compile
+
+    def compiling(function: Any, **options: Any) -> Any:
+        compiled.append(function.__name__)
+        return torch_compile(function, **options)
+
+    monkeypatch.setattr(torch, "compile", compiling)
+    results = run("primitives", tmp_path, "--model", "tiny", "--peers", "eager,compile-cl")
+    assert [results["peers"][name]["ours"] for name in ("aten", "compile", "cpu")] == [False, False, True]
+    rows = by_peer(results)["compile"]
+    assert [row["case"]["primitive"] for row in rows] == list(wanted)
+    for row in rows:
+        assert row["failure"] is None
+        assert len(row["seconds"]) == 3
+        assert row["measures"]["relative_error"] < 1e-5
+    assert compiled == ["modules"] * 4 + ["_reference_outputs"] * 2, "for its error and for its times"
 
 
 def test_rows_that_disagree_have_no_speed(
@@ -254,25 +317,29 @@ def test_quick_run_with_a_failing_peer(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("limit", [0, 1, 5, 8, 63, 100])
-def test_largest(limit: int) -> None:
+@pytest.mark.parametrize("guess", [1, 5, 40, 64, 1000])
+def test_largest(limit: int, guess: int) -> None:
     asked: list[int] = []
 
     def fits(n: int) -> bool:
         asked.append(n)
         return n <= limit
 
-    assert largest(fits, 64) == min(limit, 64)
-    assert len(asked) <= 14
-    assert max(asked) <= 64
+    assert largest(fits, 64, guess) == min(limit, 64)
+    assert len(set(asked)) == len(asked) <= 14
+    assert set(asked) <= set(range(1, 65))
+    if guess == limit:
+        assert len(asked) == 2, "a right guess and its successor"
 
 
-def test_deepest_is_where_the_parabola_meets_the_budget() -> None:
+def test_the_deepest_network_is_expected_where_the_parabola_meets_the_budget() -> None:
     rows = [new_row({"vary": "depth", "depth": d, "dtype": "float32"}, "eager") for d in (10, 22, 40, 58)]
     for row in rows:
         row["measures"] = {"peak_bytes": row["case"]["depth"] ** 2, "lasting_bytes": 7}
-    row = deepest_row(rows, 100**2 + 7)
-    assert row["measures"] == {"deepest": 100}
-    assert "3" in deepest_row(rows[:2], 10**4)["failure"]
+    assert 6 * deepest_expected(rows, 100**2 + 8, 1000) + 4 == 100
+    assert deepest_expected(rows, 100**2 + 8, 12) == 12
+    with pytest.raises(UnavailableError, match="2 depths were measured, a parabola needs 3"):
+        deepest_expected(rows[:2], 10**4, 1000)
 
 
 # --- peers ---------------------------------------------------------------------------------------------

@@ -205,7 +205,7 @@ def test_what_was_changed_before_is_left_alone(
             lambda: timm_net(aa_layer=timm.layers.BlurPool2d, aa_stem_only=False),
             "transition1: pool is BlurPool2d, not AvgPool2d",
         ),
-        (lambda: monai_net(spatial_dims=3), "denselayer1: norm1 is BatchNorm3d, not BatchNorm2d"),
+        (lambda: monai_net(spatial_dims=1), "denselayer1: norm1 is BatchNorm1d, not BatchNorm2d"),
         (lambda: monai_net(norm="instance"), "denselayer1: norm1 is InstanceNorm2d, not BatchNorm2d"),
         (lambda: monai_net(act="prelu"), "denselayer1: relu1 is PReLU, not ReLU"),
         (lambda: monai_net(dropout_prob=0.1), "its children are norm1, .*, dropout, expected norm1, "),

@@ -41,6 +41,7 @@ class Primitives:
             setattr(self, primitive, getattr(backend, primitive))
         for name, primitive in THROUGH_NORM.items():
             setattr(self, name, getattr(table[primitive], name))
+        self.most_pixels = min(backend.most_pixels for backend in table.values())
 
     def __getattr__(self, name: str) -> Any:  # only to type the attributes set above
         raise AttributeError(name)
@@ -76,8 +77,8 @@ def _say_not_built(reason: str) -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def select(name: str, device_type: str, dtype: torch.dtype) -> Primitives:
-    """The primitives for a resolved backend ``name``.
+def select(name: str, device_type: str, dtype: torch.dtype, pixels: int = 0) -> Primitives:
+    """The primitives for a resolved backend ``name`` and activations of M ``pixels``.
 
     Raises:
         RuntimeError: a backend asked for by name can't run one of them; says which and why.
@@ -90,9 +91,12 @@ def select(name: str, device_type: str, dtype: torch.dtype) -> Primitives:
         candidates = preference.order(primitive, device, dtype) if name == "auto" else (name,)
         reasons = []
         for candidate in candidates:
-            reason = BACKENDS[candidate].can_run(primitive, device, dtype)
+            backend = BACKENDS[candidate]
+            reason = backend.can_run(primitive, device, dtype)
+            if reason is None and pixels > backend.most_pixels:
+                reason = f"takes up to {backend.most_pixels} pixels, got {pixels}"
             if reason is None:
-                table[primitive] = BACKENDS[candidate]
+                table[primitive] = backend
                 break
             reasons.append(f"{candidate}: {reason}")
         else:

@@ -20,6 +20,7 @@ is in :mod:`dense_ext.batch_norm`.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -85,6 +86,8 @@ class Backend(ABC):
     # Whether products take both factors in the activations' dtype, as tensor cores do, rather than
     # widened; what they add up is in the accumulation dtype either way.
     rounds_operands: ClassVar[bool] = False
+    # Of a call's activations, M.
+    most_pixels: ClassVar[float] = math.inf
 
     @abstractmethod
     def can_run(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -335,7 +338,7 @@ class Backend(ABC):
 
         Writes the gradients of x, of the norm's weight and bias [C], and of weight unless None.
         """
-        sums = x.new_empty(2, x.shape[3], dtype=mean.dtype)
+        sums = x.new_empty(2, x.shape[-1], dtype=mean.dtype)
         self.bn_relu_pool_conv1x1_backward(grad, x, mean, scale, shift, weight, grad_x, sums, grad_weight)
         self._finish(sums, x, mean, var, norm_weight, eps, grad_x, grad_norm_weight, grad_norm_bias)
 
@@ -354,7 +357,7 @@ class Backend(ABC):
         grad_norm_bias: Tensor,
     ) -> None:
         """:meth:`bn_relu_maxpool_backward`, :meth:`bn_gradient` and ``u*x + v`` in one."""
-        sums = x.new_empty(2, x.shape[3], dtype=mean.dtype)
+        sums = x.new_empty(2, x.shape[-1], dtype=mean.dtype)
         self.bn_relu_maxpool_backward(grad, x, mean, scale, shift, grad_x, sums)
         self._finish(sums, x, mean, var, norm_weight, eps, grad_x, grad_norm_weight, grad_norm_bias)
 
@@ -370,7 +373,7 @@ class Backend(ABC):
         grad_norm_weight: Tensor,
         grad_norm_bias: Tensor,
     ) -> None:
-        u, v = x.new_zeros(2, x.shape[3], dtype=mean.dtype)
-        count = x.shape[0] * x.shape[1] * x.shape[2]
+        u, v = x.new_zeros(2, x.shape[-1], dtype=mean.dtype)
+        count = x.numel() // x.shape[-1]
         self.bn_gradient(sums, mean, var, norm_weight, eps, count, grad_norm_weight, grad_norm_bias, u, v)
         self.affine_gradient(grad_x, x, u, v, grad_x)

@@ -21,27 +21,55 @@ def _pre_activation(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def _nchw(x: Tensor) -> Tensor:
-    return x.permute(0, 3, 1, 2)
+    return x.movedim(-1, 1)
 
 
 def _nhwc(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1)
+    return x.movedim(1, -1)
 
 
-def _mask(grad: Tensor, activation: Tensor) -> Tensor:
-    """ReLU's backward as PyTorch does it: a NaN activation lets the gradient through."""
-    return grad.masked_fill(activation <= 0, 0)
+def _matrix(weight: Tensor) -> Tensor:
+    """A 1x1 convolution's weight as [out, in]."""
+    return weight.flatten(1)
 
 
-def _write_sums(sums: Tensor, g: Tensor, x: Tensor, mean: Tensor) -> None:
-    sums[0] = g.sum(dim=(0, 1, 2))
-    sums[1] = (g * (_widen(x) - mean)).sum(dim=(0, 1, 2))
+# PyTorch's operators by the number of spatial dimensions.
+_CONVOLUTION = {2: F.conv2d, 3: F.conv3d}
+_AVERAGE = {2: F.avg_pool2d, 3: F.avg_pool3d}
+_MAXIMUM = {2: F.max_pool2d, 3: F.max_pool3d}
+_MAXIMUM_BACKWARD = {
+    2: torch.ops.aten.max_pool2d_with_indices_backward,
+    3: torch.ops.aten.max_pool3d_with_indices_backward,
+}
+
+
+def _spatial(x: Tensor) -> int:
+    """How many spatial dimensions x [N, ..., C] has."""
+    return x.dim() - 2
+
+
+def _mask_and_sum(g: Tensor, activation: Tensor, x: Tensor, mean: Tensor, sums: Tensor) -> None:
+    """ReLU's backward on the gradient ``g``, in place, and its channel sums; ``activation`` is used up.
+
+    A NaN activation lets the gradient through, as in PyTorch.
+    """
+    pixels = tuple(range(x.dim() - 1))
+    g.masked_fill_(activation <= 0, 0)
+    sums[0] = g.sum(dim=pixels)
+    sums[1] = torch.sub(_widen(x), mean, out=activation).mul_(g).sum(dim=pixels)
 
 
 class ReferenceBackend(Backend):
-    """Every primitive as the formula in :mod:`dense_ext.backends.base`, step by step."""
+    """Every primitive as the formula in :mod:`dense_ext.backends.base`, step by step.
+
+    Written for any number of spatial dimensions; :mod:`dense_ext.backends.volume` has three.
+    """
 
     name = "reference"
+
+    def factor(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """What a 3x3 convolution multiplies, from activations of ``dtype``: widened."""
+        return _widen(x)
 
     def can_run(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
         if dtype not in STORAGE_DTYPES:
@@ -58,24 +86,25 @@ class ReferenceBackend(Backend):
         wide = accumulate_dtype(dtype)
         c, k = in_channels * wide.itemsize, out_channels * wide.itemsize
         copy = c if wide != dtype else 0
+        summing = max(copy, in_channels)  # where ReLU let nothing through, a byte each; x
         indices = 8 * in_channels / 4  # of the max pool, int64
         a_pixel = {
             "channel_stats": copy,
             "affine_gradient": 2 * c + copy,
             "scaled_accumulate": c + 2 * copy,
             "bn_relu_conv1x1_forward": c + max(copy, k),
-            "bn_relu_conv1x1_backward": k + 4 * c,  # dz; a, g, x - mean and its product with g
+            "bn_relu_conv1x1_backward": k + 3 * c + copy,  # dz; a, g; what grad_x becomes
             "bn_relu_conv3x3_forward": c + max(copy, k),
-            "bn_relu_conv3x3_backward": k + 5 * c,  # dy; a, da, g and the same two
+            "bn_relu_conv3x3_backward": k + 2 * c + summing,  # dy; a, da
             "bn_relu_pool_conv1x1_forward": c + max(copy, (c + k) / 4),
-            "bn_relu_pool_conv1x1_backward": 5.25 * c,  # a, the windows' gradient, spread, g, the two
+            "bn_relu_pool_conv1x1_backward": 3 * c,  # a, the windows' gradient spread, g
             "bn_relu_maxpool_forward": c + max(copy, c / 4 + indices),
-            "bn_relu_maxpool_backward": 5.25 * c + indices,  # a, the maxima, da, g, the two
+            "bn_relu_maxpool_backward": 2.25 * c + indices + summing,  # a, the maxima, da
         }
         return math.ceil(pixels * a_pixel.get(primitive, 0))
 
     def channel_stats(self, x: Tensor, mean: Tensor, var: Tensor) -> None:
-        v, m = torch.var_mean(_widen(x), dim=(0, 1, 2), correction=0)
+        v, m = torch.var_mean(_widen(x), dim=tuple(range(x.dim() - 1)), correction=0)
         mean.copy_(m)
         var.copy_(v)
 
@@ -131,7 +160,7 @@ class ReferenceBackend(Backend):
         var: Tensor | None,
     ) -> None:
         a = _pre_activation(x, scale, shift).relu_()
-        z.copy_(a @ _widen(weight)[:, :, 0, 0].t())
+        z.copy_(a @ _matrix(_widen(weight)).t())
         if mean is not None and var is not None:
             self.channel_stats(z, mean, var)
 
@@ -153,12 +182,12 @@ class ReferenceBackend(Backend):
     ) -> None:
         dz = z_scale * _widen(grad_bn) + z_u * _widen(z) + z_v
         a = _pre_activation(x, scale, shift).relu_()
-        g = _mask(dz @ _widen(weight)[:, :, 0, 0], a)
-        _write_sums(sums, g, x, mean)
-        self.scaled_accumulate(g, scale, grad_x)
         if grad_weight is not None:
-            dw = dz.flatten(0, 2).t() @ a.flatten(0, 2)
-            grad_weight.copy_(dw[:, :, None, None])
+            dw = dz.flatten(0, -2).t() @ a.flatten(0, -2)
+            grad_weight.copy_(dw.view(grad_weight.shape))
+        g = dz @ _matrix(_widen(weight))
+        _mask_and_sum(g, a, x, mean, sums)
+        self.scaled_accumulate(g, scale, grad_x)
 
     def bn_relu_conv3x3_forward(
         self,
@@ -171,7 +200,8 @@ class ReferenceBackend(Backend):
         var: Tensor | None,
     ) -> None:
         a = _pre_activation(z, scale, shift).relu_()
-        y.copy_(_nhwc(F.conv2d(_nchw(a), _widen(weight), padding=1)))
+        convolve = _CONVOLUTION[_spatial(z)]
+        y.copy_(_nhwc(convolve(_nchw(self.factor(a, z.dtype)), self.factor(weight, z.dtype), padding=1)))
         if mean is not None and var is not None:
             self.channel_stats(y, mean, var)
 
@@ -192,21 +222,22 @@ class ReferenceBackend(Backend):
     ) -> None:
         dy = _widen(grad) + u * _widen(y) + v
         a = _pre_activation(z, scale, shift).relu_()
+        ones, zeros = [1] * _spatial(z), [0] * _spatial(z)
         da, dw, _ = torch.ops.aten.convolution_backward(
-            _nchw(dy),
-            _nchw(a),
-            _widen(weight),
+            _nchw(self.factor(dy, z.dtype)),
+            _nchw(self.factor(a, z.dtype)),
+            self.factor(weight, z.dtype),
             None,
-            [1, 1],
-            [1, 1],
-            [1, 1],
+            ones,
+            ones,
+            ones,
             False,
-            [0, 0],
+            zeros,
             1,
             [True, grad_weight is not None, False],
         )
-        g = _mask(_nhwc(da), a)
-        _write_sums(sums, g, z, mean)
+        g = _widen(_nhwc(da))
+        _mask_and_sum(g, a, z, mean, sums)
         grad_bn.copy_(g)
         if grad_weight is not None:
             grad_weight.copy_(dw)
@@ -215,8 +246,8 @@ class ReferenceBackend(Backend):
         self, x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, y: Tensor
     ) -> None:
         a = _pre_activation(x, scale, shift).relu_()
-        pooled = _nhwc(F.avg_pool2d(_nchw(a), 2))
-        y.copy_(pooled @ _widen(weight)[:, :, 0, 0].t())
+        pooled = _nhwc(_AVERAGE[_spatial(x)](_nchw(a), 2))
+        y.copy_(pooled @ _matrix(_widen(weight)).t())
 
     def bn_relu_pool_conv1x1_backward(
         self,
@@ -231,22 +262,22 @@ class ReferenceBackend(Backend):
         grad_weight: Tensor | None,
     ) -> None:
         a = _pre_activation(x, scale, shift).relu_()
-        height, width = grad.shape[1:3]
-        window_grad = (_widen(grad) @ _widen(weight)[:, :, 0, 0]) / 4
-        spread = window_grad.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+        spread = (_widen(grad) @ _matrix(_widen(weight))) / 2 ** _spatial(x)
+        for dim in range(1, x.dim() - 1):
+            spread = spread.repeat_interleave(2, dim=dim)
         g = torch.zeros_like(a)
-        g[:, : 2 * height, : 2 * width] = spread
-        g = _mask(g, a)
-        _write_sums(sums, g, x, mean)
-        grad_x.copy_(scale * g)
+        g[tuple(slice(size) for size in spread.shape)] = spread
+        del spread
         if grad_weight is not None:
-            pooled = _nhwc(F.avg_pool2d(_nchw(a), 2)).flatten(0, 2)
-            dw = _widen(grad).flatten(0, 2).t() @ pooled
-            grad_weight.copy_(dw[:, :, None, None])
+            pooled = _nhwc(_AVERAGE[_spatial(x)](_nchw(a), 2)).flatten(0, -2)
+            dw = _widen(grad).flatten(0, -2).t() @ pooled
+            grad_weight.copy_(dw.view(grad_weight.shape))
+        _mask_and_sum(g, a, x, mean, sums)
+        grad_x.copy_(g.mul_(scale))
 
     def bn_relu_maxpool_forward(self, x: Tensor, scale: Tensor, shift: Tensor, y: Tensor) -> None:
         a = _pre_activation(x, scale, shift).relu_()
-        y.copy_(_nhwc(F.max_pool2d(_nchw(a), 3, stride=2, padding=1)))
+        y.copy_(_nhwc(_MAXIMUM[_spatial(x)](_nchw(a), 3, stride=2, padding=1)))
 
     def bn_relu_maxpool_backward(
         self,
@@ -259,10 +290,11 @@ class ReferenceBackend(Backend):
         sums: Tensor,
     ) -> None:
         a = _pre_activation(x, scale, shift).relu_()
-        _, indices = F.max_pool2d(_nchw(a), 3, stride=2, padding=1, return_indices=True)
-        da = torch.ops.aten.max_pool2d_with_indices_backward(
-            _nchw(_widen(grad)), _nchw(a), [3, 3], [2, 2], [1, 1], [1, 1], False, indices
+        d = _spatial(x)
+        _, indices = _MAXIMUM[d](_nchw(a), 3, stride=2, padding=1, return_indices=True)
+        da = _MAXIMUM_BACKWARD[d](
+            _nchw(_widen(grad)), _nchw(a), [3] * d, [2] * d, [1] * d, [1] * d, False, indices
         )
-        g = _mask(_nhwc(da), a)
-        _write_sums(sums, g, x, mean)
-        grad_x.copy_(scale * g)
+        g = _nhwc(da)
+        _mask_and_sum(g, a, x, mean, sums)
+        grad_x.copy_(g.mul_(scale))

@@ -26,7 +26,7 @@ from .networks import torchvision_twin
 from .peers import Peer
 from .results import Results
 from .step import DTYPES, TrainStep, sgd_step
-from .timing import calls_per_sample, interleave, spread
+from .timing import calls_per_sample, interleave
 
 SEED = 0
 # Losses of the first two steps may differ from the first peer's by this share. float32 accumulates
@@ -85,7 +85,7 @@ class Bench:
         self.model: DenseNet = MODELS[options.model](num_classes=self.timing_batch.classes)
         torchvision_twin(self.model)  # refuses what torchvision has no twin of
         self.weights = self.model.state_dict()
-        results["peers"] = {p.name: {"label": p.label, "ours": p.ours} for p in peers}
+        results["peers"] = {p.name: p.as_json() for p in peers}
         results["data"] = self.timing_batch.source
 
     def ticks(self) -> int:
@@ -120,11 +120,11 @@ class Bench:
     def measure_work(self) -> None:
         """The step's arithmetic and the machine's rates: what could bound it."""
         self.tick("the machine's rates")
-        size = self.options.size
+        shape = 3, self.options.size, self.options.size
         self.results["work"] = {
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "forward_flops_per_image": flops_per_image(self._plain_twin, size, backward=False),
-            "step_flops_per_image": flops_per_image(self._plain_twin, size, backward=True),
+            "forward_flops_per_image": flops_per_image(self._plain_twin, shape, backward=False),
+            "step_flops_per_image": flops_per_image(self._plain_twin, shape, backward=True),
             "matmul_flops_per_second": matmul_rate(self.device, self.dtype),
             "copy_bytes_per_second": copy_bandwidth(self.device),
         }
@@ -210,29 +210,3 @@ class Bench:
         network = peer.build(self.model, self.weights, self.device, self.options.backend)
         step = sgd_step(network, self.dtype, self.device)
         return step, peer.images(batch.images.to(self.device)), batch.labels.to(self.device)
-
-
-def speeds(results: Results) -> dict[str, dict[str, float]]:
-    """From a bench result's samples, by peer: seconds (median, min, max), images/s and what they mean.
-
-    ``ratio`` is images/s over the fastest eager peer's; ``ratio_min`` and ``ratio_max`` the same of
-    the slowest and fastest sample; ``matmul_share`` the step's arithmetic over the machine's rate of
-    matrix products. Peers without samples are left out.
-    """
-    seconds = {n: spread(s) for n, s in results.get("speed", {}).get("seconds", {}).items() if s}
-    eager = [s["median"] for n, s in seconds.items() if not results["peers"][n]["ours"]]
-    if not eager:
-        return {}
-    batch, work = results["options"]["batch"], results["work"]
-    ideal = batch * work["step_flops_per_image"] / work["matmul_flops_per_second"]
-    return {
-        name: {
-            **s,
-            "images_per_second": batch / s["median"],
-            "ratio": min(eager) / s["median"],
-            "ratio_min": min(eager) / s["max"],
-            "ratio_max": min(eager) / s["min"],
-            "matmul_share": ideal / s["median"],
-        }
-        for name, s in seconds.items()
-    }

@@ -30,6 +30,6 @@ def reason(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return "out of memory"
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    if isinstance(error, UnavailableError):
+    if isinstance(error, UnavailableError | UsageError):  # ours: they say all there is to say
         return text
     return f"{type(error).__name__}: {text}"[:_LONGEST]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from .bench import speeds
 from .plots import depth_lines, family_bars, memory_bars, throughput_bars, training_curves
+from .relative import speeds
 from .results import Results
 from .suite_plots import suite_figures
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -18,16 +18,16 @@ def without_memory() -> AbstractContextManager[object]:
     return FakeTensorMode()
 
 
-def flops_per_image(build: Callable[[], nn.Module], size: int, backward: bool) -> int:
+def flops_per_image(build: Callable[[], nn.Module], shape: Sequence[int], backward: bool) -> int:
     """Floating-point operations per image of convolutions and matrix products, 2 per multiply-add.
 
     Args:
         build: makes the network; called without memory.
-        size: height and width of the images in pixels.
+        shape: of an image, C, H and W.
         backward: count forward and backward rather than forward alone.
     """
     with without_memory():
-        network, images = build().train(), torch.randn(_BATCH, 3, size, size)
+        network, images = build().train(), torch.randn(_BATCH, *shape)
         with FlopCounterMode(display=False) as counter:
             output = network(images)
             if backward:

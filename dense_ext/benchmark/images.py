@@ -20,6 +20,7 @@ from .errors import UsageError
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _TEST_SHARE = 0.2
 _DISTINCT = 64  # images of a batch
+_CIFAR = 32  # pixels
 _SPLIT_SEED = 0  # of the split into training and test images; not the training's seed
 
 Transform = Callable[[Any], Tensor]
@@ -57,7 +58,8 @@ def sample_batch(folder: Path | None, batch: int, size: int, seed: int) -> Batch
     """A batch of real images, the same for the same arguments; the latest one is kept.
 
     Args:
-        folder: images by class, or None for random crops of scikit-learn's two photographs.
+        folder: images by class, or None for random crops of scikit-learn's two photographs, as if they
+            were of ImageNet's 1000 classes, or of CIFAR's 10 where they are as small.
         batch: N. After 64 images they repeat: speed and memory do not depend on what they show.
         size: height and width in pixels.
         seed: of the choice, the crops and the flips.
@@ -83,7 +85,8 @@ def _distinct_images(folder: Path | None, count: int, size: int, seed: int) -> B
             return Batch(torch.stack(images), torch.tensor(labels), classes, f"folder {folder.name}")
         photos, source = _photographs()
         images = tuple(transform(photos[i % len(photos)]) for i in range(count))
-        return Batch(torch.stack(images), torch.arange(count) % len(photos), 1000, source)
+        classes = 10 if size <= _CIFAR else 1000
+        return Batch(torch.stack(images), torch.arange(count) % len(photos), classes, source)
 
 
 def _photographs() -> tuple[list[Tensor], str]:

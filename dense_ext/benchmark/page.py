@@ -25,6 +25,7 @@ _TITLES = {
     "memory": "Memory",
     "step": "Training steps over the family",
     "inference": "Inference",
+    "volumes": "Training steps on volumes",
     "primitives": "Primitives",
     "paper": "Memory against depth, after arXiv 1707.06990",
 }

@@ -94,6 +94,10 @@ class Peer:
     def ours(self) -> bool:
         return self.recompute is not None
 
+    def as_json(self) -> dict[str, Any]:
+        """What a result file says of the peer."""
+        return {"label": self.label, "ours": self.ours, "mode": self.mode}
+
     @property
     def memory_efficient(self) -> bool:
         return self.source == "memory-efficient"

@@ -87,14 +87,16 @@ def title(figure: Figure, *lines: str) -> None:
     figure.suptitle("\n".join(lines), x=0.01, ha="left")
 
 
+def machine_name(results: Results) -> str:
+    """The GPU, or the CPU and how many threads ran on it."""
+    machine, gpu = results["machine"], results["options"]["device"].startswith("cuda")
+    return machine["gpu"]["name"] if gpu else f"{machine['cpu']}, threads: {machine['threads']}"
+
+
 def setting(results: Results, batch: int, size: int) -> str:
     """Model, images and machine in a line."""
-    options, machine = results["options"], results["machine"]
-    if options["device"].startswith("cuda"):
-        where = machine["gpu"]["name"]
-    else:
-        where = f"{machine['cpu']}, threads: {machine['threads']}"
-    return f"{options['model']}, {batch} images of {size}x{size}, {options['dtype']}, {where}"
+    options, images = results["options"], f"{batch} images of {size}x{size}"
+    return f"{options['model']}, {images}, {options['dtype']}, {machine_name(results)}"
 
 
 def horizontal(axes: Axes, labels: Sequence[str]) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..schedule import RECOMPUTE
-from .bench import speeds
 from .family import MEMORY_KINDS
 from .plot_style import BEHIND_TEXT, BLUE, COLOURS, GREEN, INK, horizontal, save, setting, styles, title
+from .relative import references, speeds
 from .results import Results
 
 
@@ -43,26 +44,30 @@ def memory_bars(results: Results, path: Path) -> None:
 def throughput_bars(results: Results, path: Path) -> None:
     """Images per second relative to the fastest eager peer, with the spread of the samples."""
     speed, options = speeds(results), results["options"]
+    reference = next(iter(references(results)))
     values = list(speed.values())
-    right = max(s["ratio_max"] for s in values)
-    spread = [[s["ratio"] - s["ratio_min"] for s in values], [s["ratio_max"] - s["ratio"] for s in values]]
+    medians = [s["ratios"][reference] for s in values]
+    slowest, quickest = ([r * s["median"] / s[end] for r, s in zip(medians, values, strict=True)]
+                         for end in ("max", "min"))  # fmt: skip
+    right = max(quickest)
+    spread = [np.subtract(medians, slowest), np.subtract(quickest, medians)]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         axes.barh(
             range(len(values)),
-            [s["ratio"] for s in values],
+            medians,
             xerr=spread,
             color=[style["color"] for style in styles(speed).values()],
             height=0.7,
             error_kw={"ecolor": INK, "capsize": 3, "linewidth": 1},
         )
-        for i, s in enumerate(values):
-            text = f"{s['ratio']:.2f}x   {s['images_per_second']:.3g} images/s"
-            axes.text(s["ratio_max"] + 0.02 * right, i, text, va="center", bbox=BEHIND_TEXT)
+        for i, (ratio, end, s) in enumerate(zip(medians, quickest, values, strict=True)):
+            text = f"{ratio:.2f}x   {s['images_per_second']:.3g} images/s"
+            axes.text(end + 0.02 * right, i, text, va="center", bbox=BEHIND_TEXT)
         axes.axvline(1, color=INK, linewidth=1, linestyle=":")
         axes.set_xlim(0, right * 1.4)
-        axes.set_xlabel("speed relative to the fastest eager peer: median, and slowest to fastest sample")
+        axes.set_xlabel(f"speed, {reference} network = 1: median, and slowest to fastest sample")
         horizontal(axes, [results["peers"][name]["label"] for name in speed])
         images = setting(results, options["batch"], options["size"])
         title(figure, "Training step: forward, backward, SGD", images)

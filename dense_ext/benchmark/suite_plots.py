@@ -11,17 +11,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .plot_style import INK, save, styles, title
+from .plot_style import INK, machine_name, save, styles, title
+from .relative import fastest, references
 from .results import Results
-from .tables import fastest_eager
+from .tables import sides
 
+_TITLES = {"step": "Training steps", "inference": "Inference", "volumes": "Training steps on volumes"}
 _DETAILS = ("depth", "growth_rate", "batch", "size", "dtype")
-
-
-def _where(results: Results) -> str:
-    machine = results["machine"]
-    gpu = results["options"]["device"].startswith("cuda")
-    return machine["gpu"]["name"] if gpu else f"{machine['cpu']}, threads: {machine['threads']}"
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
@@ -66,10 +62,11 @@ def memory_lines(results: Results, path: Path, vary: str) -> None:
 
 
 def speed_dots(results: Results, path: Path) -> None:
-    """Speed relative to the fastest eager network, a row per case and a dot per peer."""
+    """Speed relative to the fastest other network, eager where one is, a row per case and a dot per peer."""
     rows = [row for row in results["rows"] if row["seconds"]]
     cases = list({str(row["case"]): row["case"] for row in rows}.values())
     style = styles(dict.fromkeys(row["peer"] for row in rows))
+    reference, among = next(iter(references(results).items()))
 
     # Within a case's band each peer has its own height, so that equal speeds do not cover each other.
     heights = dict(zip(style, np.linspace(-0.35, 0.35, len(style)) if len(style) > 1 else [0.0], strict=True))
@@ -78,9 +75,9 @@ def speed_dots(results: Results, path: Path) -> None:
         axes = figure.subplots()
         for name, look in style.items():
             points = [
-                (eager / statistics.median(row["seconds"]), cases.index(row["case"]) + heights[name])
+                (least / statistics.median(row["seconds"]), cases.index(row["case"]) + heights[name])
                 for row in rows
-                if row["peer"] == name and (eager := fastest_eager(results, row["case"]))
+                if row["peer"] == name and (least := fastest(results, row["case"], among))
             ]
             if points:
                 label = results["peers"][name]["label"]
@@ -88,12 +85,16 @@ def speed_dots(results: Results, path: Path) -> None:
         axes.grid(axis="y", visible=False)
         axes.axvline(1, color=INK, linewidth=1, linestyle=":")
         axes.set_xlim(left=0)
-        axes.set_xlabel("speed, fastest eager network = 1")
-        labels = [f"{c['model']}\n{c['batch']} x {c['size']}x{c['size']}, {c['dtype']}" for c in cases]
+        axes.set_xlabel(f"speed, {reference} network = 1")
+        labels = [f"{c['model']}\n{c['batch']} x {sides(results, c)}, {c['dtype']}" for c in cases]
         axes.set_yticks(range(len(cases)), labels)
         axes.set_ylim(len(cases) - 0.5, -0.5)
         _legend(figure, axes)
-        title(figure, {"step": "Training steps", "inference": "Inference"}[results["kind"]], _where(results))
+        title(
+            figure,
+            _TITLES[results["kind"]],
+            machine_name(results),
+        )
 
     save(path, 9, 1.8 + (0.3 + 0.06 * len(style)) * len(cases) + 0.12 * len(style), draw)
 
@@ -123,7 +124,7 @@ def roofline(results: Results, path: Path, dtype: str) -> None:
         axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="GFLOP/s")
         _legend(figure, axes)
         ceilings = f"copies at {copy / 1e9:.4g} GB/s, multiplies at {matmul / 1e9:.4g} GFLOP/s"
-        title(figure, f"Primitives under the roofline, {dtype}", f"{_where(results)}: {ceilings}")
+        title(figure, f"Primitives under the roofline, {dtype}", f"{machine_name(results)}: {ceilings}")
 
     save(path, 9, 5.2, draw)
 
@@ -138,4 +139,4 @@ def suite_figures(results: Results) -> dict[str, Any]:
     if results["kind"] == "primitives":
         timed = (row["case"]["dtype"] for row in results["rows"] if row["seconds"])
         return {f"roofline-{dtype}": partial(roofline, dtype=dtype) for dtype in dict.fromkeys(timed)}
-    return {**found, "throughput": speed_dots}
+    return {**found, "throughput": speed_dots} if references(results) else found

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .bench import speeds
 from .compare import case_text
 from .family import MEMORY_KINDS
+from .relative import ratios, references, speeds
 from .results import Results
 
 Row = dict[str, Any]
@@ -76,19 +76,27 @@ def _speed(results: Results) -> Table:
     images = f"{options['batch']} images of {options['size']}x{options['size']}"
     return Table(
         f"speed of a training step: {options['model']}, {images}, {options['dtype']}",
-        ("peer", "seconds", "min to max", "images/s", "best eager = 1", "of matmul rate"),
+        ("peer", "seconds", "min to max", "images/s", *_ratio_columns(results), "of matmul rate"),
         [
             (
                 results["peers"][name]["label"],
                 f"{s['median']:.4g}",
                 f"{s['min']:.4g} to {s['max']:.4g}",
                 f"{s['images_per_second']:.4g}",
-                f"{s['ratio']:.2f}",
+                *_ratio_cells(s["ratios"]),
                 f"{s['matmul_share']:.0%}",
             )
             for name, s in speeds(results).items()
         ],
     )
+
+
+def _ratio_columns(results: Results) -> list[str]:
+    return [f"{name} = 1" for name in references(results)]
+
+
+def _ratio_cells(found: dict[str, float | None]) -> list[str]:
+    return ["-" if ratio is None else f"{ratio:.2f}" for ratio in found.values()]
 
 
 def _depth(results: Results) -> Table:
@@ -167,25 +175,21 @@ def _counted(results: Results) -> list[Table]:
         )
     for measure, what in (("largest_batch", "largest batch"), ("deepest", "deepest network")):
         rows = [
-            (peers[row["peer"]]["label"], row["case"]["dtype"], f"{row['case']['budget_bytes'] / 1e9:g}",
-             str(row["measures"][measure]))
+            (
+                peers[row["peer"]]["label"],
+                case_text({k: v for k, v in row["case"].items() if k != "budget_bytes"}),
+                f"{row['case']['budget_bytes'] / 1e9:g}",
+                str(row["measures"][measure]),
+            )
             for row in _measured(results, measure)
-        ]  # fmt: skip
-        found.append(Table(f"{what} that fits", ("peer", "dtype", "budget, GB", what), rows, left=2))
+        ]
+        found.append(Table(f"{what} that fits", ("peer", "network", "budget, GB", what), rows, left=2))
     return found
 
 
-def fastest_eager(results: Results, case: dict[str, Any]) -> float | None:
-    """The shortest median of a case's peers that are not dense_ext's and not compiled or recorded."""
-    medians = [
-        statistics.median(row["seconds"])
-        for row in results["rows"]
-        if row["case"] == case and row["seconds"] and row["peer"].removesuffix("-cl") in _EAGER
-    ]
-    return min(medians, default=None)
-
-
-_EAGER = ("eager", "timm", "memory-efficient", "checkpoint")
+def sides(results: Results, case: dict[str, Any]) -> str:
+    """An image's or a volume's size in pixels."""
+    return "x".join([str(case["size"])] * (3 if results["kind"] == "volumes" else 2))
 
 
 def _timed(results: Results) -> list[Table]:
@@ -193,27 +197,29 @@ def _timed(results: Results) -> list[Table]:
     rows = []
     for row in _measured(results, "seconds"):
         case, measures, median = row["case"], row["measures"], statistics.median(row["seconds"])
-        eager = fastest_eager(results, case)
         rows.append((
-            f"{case['model']}, {case['batch']} x {case['size']}x{case['size']}, {case['dtype']}",
+            f"{case['model']}, {case['batch']} x {sides(results, case)}, {case['dtype']}",
             peers[row["peer"]]["label"],
             f"{median:.4g}",
             f"{min(row['seconds']):.4g} to {max(row['seconds']):.4g}",
             f"{case['batch'] / median:.4g}",
-            f"{eager / median:.2f}" if eager else "-",
+            *_ratio_cells(ratios(results, case, median)),
             f"{measures['flops'] / median / rates[case['dtype']]:.0%}",
             *(f"{measures[n] / 1e6:.1f}" if n in measures else "-" for n in ("saved_bytes", "peak_bytes")),
         ))  # fmt: skip
-    what = {"step": "training steps", "inference": "inference"}[results["kind"]]
-    header = ("network", "peer", "seconds", "min to max", "images/s", "best eager = 1", "of matmul rate",
-              "kept, MB", "peak, MB")  # fmt: skip
-    return [Table(f"speed of {what}", header, rows, left=2)]
+    what = {"step": "training steps", "inference": "inference", "volumes": "training steps on volumes"}
+    header = ("network", "peer", "seconds", "min to max", "images/s", *_ratio_columns(results),
+              "of matmul rate", "kept, MB", "peak, MB")  # fmt: skip
+    return [Table(f"speed of {what[results['kind']]}", header, rows, left=2)]
 
 
 def _primitives(results: Results) -> list[Table]:
     peers, work = results["peers"], results.get("work", {})
     timed = _measured(results, "seconds")
-    unfused = {str(r["case"]): statistics.median(r["seconds"]) for r in timed if not peers[r["peer"]]["ours"]}
+    unfused: dict[str, float] = {}
+    for row in timed:
+        if not peers[row["peer"]]["ours"]:  # the first; what is compiled comes after
+            unfused.setdefault(str(row["case"]), statistics.median(row["seconds"]))
     rows = []
     for row in timed:
         case, measures, median = row["case"], row["measures"], statistics.median(row["seconds"])
@@ -242,5 +248,6 @@ _BY_KIND = {
     "paper": _counted,
     "step": _timed,
     "inference": _timed,
+    "volumes": _timed,
     "primitives": _primitives,
 }

@@ -206,12 +206,15 @@ class Training:
                 text = f"{name}, epoch {self.finished_epochs + 1} of {epochs}{last}"
                 run.epoch(self._training_batches(), test, lambda text=text: tick(text))  # type: ignore[misc]
             self.finished_epochs += 1
-            state = {
-                "settings": self.settings,
-                "finished_epochs": self.finished_epochs,
-                "runs": {name: run.state_dict() for name, run in self.runs.items()},
-            }
-            write_atomically(folder / CHECKPOINT, lambda path, state=state: torch.save(state, path))  # type: ignore[misc]
+            write_atomically(folder / CHECKPOINT, lambda path: torch.save(self._state(), path))
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {
+            "settings": self.settings,
+            "finished_epochs": self.finished_epochs,
+            "runs": {name: run.state_dict() for name, run in self.runs.items()},
+        }
 
     def _training_batches(self) -> DataLoader[Any]:
         """The epoch's batches, in an order that depends only on the seed and the epoch."""
@@ -229,9 +232,14 @@ class Training:
         """Go on from a checkpoint.
 
         Raises:
-            UsageError: it is of another training.
+            UsageError: it is none, or of another training.
         """
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+        except Exception as error:  # of any kind: a file can be broken in many ways
+            raise UsageError(f"{path} is no checkpoint, or a broken one") from error
+        if not isinstance(state, dict) or state.keys() != self._state().keys():
+            raise UsageError(f"{path} is no checkpoint of dense-ext train")
         for name, value in self.settings.items():
             if (before := state["settings"].get(name)) != value:
                 raise UsageError(f"{path} was trained with {name} {before}, not {value}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import datetime
 import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -21,6 +22,33 @@ Key = tuple[str, str, str, str]
 SAMPLES = 7
 # A candidate has to be this much faster than what is in the table: less is noise.
 GAIN = 0.03
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The fastest configuration found so far in one place of the table.
+
+    Args:
+        row: of the table; what it has already, until something is faster.
+        before: seconds of a call with what it has.
+        seconds: of a call with the row's configuration.
+    """
+
+    row: Row
+    before: float
+    seconds: float
+
+    @property
+    def faster(self) -> bool:
+        return self.seconds < self.before
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            **self.row.as_json(),
+            "seconds_before": self.before,
+            "seconds": self.seconds,
+            "faster": self.faster,
+        }
 
 
 def candidates(config: Config) -> Iterator[Config]:
@@ -40,6 +68,15 @@ def candidates(config: Config) -> Iterator[Config]:
             yield replace(config, programs_per_multiprocessor=programs)
 
 
+def described(config: Config) -> str:
+    """A configuration in a line."""
+    blocks = (f"{name} {size}" for name, size in config.blocks.items())
+    return ", ".join((
+        *blocks, f"{config.num_warps} warps", f"{config.num_stages} stages",
+        f"{config.programs_per_multiprocessor} programs",
+    ))  # fmt: skip
+
+
 def keys_of(case: PrimitiveCase, dtype: torch.dtype, device: torch.device) -> list[Key]:
     """The places of the table that a call of the primitive looks up."""
     launch.forget_plans()
@@ -51,44 +88,85 @@ def keys_of(case: PrimitiveCase, dtype: torch.dtype, device: torch.device) -> li
         launch.looked_up = None
 
 
-def tune_case(
-    case: PrimitiveCase, dtype: torch.dtype, device: torch.device, done: set[Key], tick: Callable[[str], None]
-) -> list[Row]:
-    """The kernels of a call that got faster, as rows of a table.
+def find_places(
+    cases: Iterable[PrimitiveCase], dtype: torch.dtype, device: torch.device, tick: Callable[[str], None]
+) -> dict[Key, PrimitiveCase]:
+    """The places of the table that the cases look up, each with the first that does.
 
     Args:
-        done: keys not to measure again; the call's are added.
-        tick: told what comes next.
+        tick: told each case before it is called, which compiles its kernels.
     """
-    timer, tensors = ColdTimer(device), case.tensors(dtype, device)
-    run = getattr(BACKENDS["triton"], case.primitive)
+    places: dict[Key, PrimitiveCase] = {}
+    for case in cases:
+        tick(f"compiling {case.primitive}, {case.where}")
+        for key in keys_of(case, dtype, device):
+            places.setdefault(key, case)
+    return places
+
+
+def ticks(places: Iterable[Key]) -> int:
+    """How often :func:`tune` ticks."""
+    return sum(1 + len(list(candidates(find_config(*key)))) for key in places)
+
+
+def tune(
+    places: dict[Key, PrimitiveCase],
+    dtype: torch.dtype,
+    device: torch.device,
+    keep: Callable[[Tuned], None],
+    tick: Callable[[str], None],
+) -> None:
+    """Measure each place's configuration, then its candidates.
+
+    Args:
+        places: from :func:`find_places`.
+        keep: given what a place has, and again whatever is faster, as soon as it is known.
+        tick: told each configuration before it is measured.
+    """
+    timer = ColdTimer(device)
+    try:
+        for key, case in places.items():
+            _tune_place(key, case, dtype, timer, keep, tick)
+    finally:
+        launch.forget_plans()
+
+
+def _tune_place(
+    key: Key,
+    case: PrimitiveCase,
+    dtype: torch.dtype,
+    timer: ColdTimer,
+    keep: Callable[[Tuned], None],
+    tick: Callable[[str], None],
+) -> None:
+    run, tensors = getattr(BACKENDS["triton"], case.primitive), case.tensors(dtype, timer.device)
+
+    def error() -> float:
+        launch.forget_plans()
+        return backend_error("triton", case, case.tensors(dtype, timer.device))
 
     def seconds() -> float:
         launch.forget_plans()
         return statistics.median(timer.samples(lambda: run(**tensors), SAMPLES))
 
-    rows = []
-    for key in keys_of(case, dtype, device):
-        if key in done:
-            continue
-        done.add(key)
-        tick(f"{key[0]}, {key[3]}")
-        config = find_config(*key)
-        best, least = config, seconds()
-        bound = 2 * backend_error("triton", case, case.tensors(dtype, device))
-        for candidate in candidates(config):
-            with trying(*key, candidate):
-                try:
-                    launch.forget_plans()
-                    error = backend_error("triton", case, case.tensors(dtype, device))
-                    if error <= bound and (time := seconds()) < (1 - GAIN) * least:
-                        best, least = candidate, time
-                except Exception as failure:  # a configuration the chip or the compiler refuses
-                    tick(f"{key[0]}, {key[3]}: {type(failure).__name__}")
-        if best is not config:
-            rows.append(Row(*key, best, measured(device)))
-    launch.forget_plans()
-    return rows
+    def measuring(config: Config) -> None:
+        tick(f"{key[0]}, {key[3]}: {described(config)}")
+
+    config = find_config(*key)
+    measuring(config)
+    bound, before = 2 * error(), seconds()
+    least, source = before, measured(timer.device)
+    keep(Tuned(Row(*key, config, source), before, before))
+    for candidate in candidates(config):
+        measuring(candidate)
+        with trying(*key, candidate):
+            try:
+                time = seconds() if error() <= bound else None
+            except Exception:  # a configuration the chip or the compiler refuses
+                continue
+        if time is not None and time < (1 - GAIN) * least:
+            least = time
+            keep(Tuned(Row(*key, candidate, source), before, least))
 
 
 def measured(device: torch.device) -> str:

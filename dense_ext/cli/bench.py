@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 RESULT = "bench.json"
 _UNSTEADY = 1.5  # slowest sample over fastest, from where on they are doubtful
 _DOUBT = "something else may have run on the machine"
-_SUITES = ("quick", "memory", "step", "inference", "primitives", "paper")
+_SUITES = ("quick", "memory", "step", "inference", "volumes", "primitives", "paper")
 _POLICIES = [",".join(RECOMPUTE)]
 _PEERS = ["eager,eager-cl,memory-efficient,memory-efficient-cl"]
 
@@ -44,7 +44,8 @@ _PEERS = ["eager,eager-cl,memory-efficient,memory-efficient-cl"]
 def bench(
     suite: Annotated[str, typer.Option(help=f"What to measure: {', '.join(_SUITES)}.")] = "quick",
     model: Annotated[
-        str | None, option("Names from dense-ext models; quick takes one.", "densenet121; step: the family")
+        str | None,
+        option("Names from dense-ext models; quick takes one.", "densenet121; speed suites: the family"),
     ] = None,
     batch: Annotated[int | None, option("Images a step, timing.", "16; GPU: 64; suites: their own")] = None,
     size: Annotated[int | None, option("Height and width in pixels, timing.", "128; GPU: 224")] = None,
@@ -65,7 +66,9 @@ def bench(
     device: Device = None,
     rounds: Annotated[int, typer.Option(help="Timed samples of each peer.")] = 7,
     depth: Annotated[bool, typer.Option(help="Also measure one block's memory against its depth.")] = True,
-    budget: Annotated[float | None, option("GB that networks are to fit.", "0.1; GPU: 8")] = None,
+    budget: Annotated[
+        float | None, option("GB that a step is to fit.", "memory: 1; paper: 0.1; GPU: 8")
+    ] = None,
     data: Annotated[Path | None, option("Folder of images by class.", "two photographs")] = None,
     out: Out = Path("dense-ext-bench"),
     overwrite: Overwrite = False,
@@ -79,9 +82,10 @@ def bench(
     """Memory and speed, dense_ext beside torchvision's DenseNet and other remedies, in one run.
 
     quick: a training step of one network. memory: bytes against depth, growth rate and batch. step:
-    training over the family. inference. primitives: each kernel beside the machine's ceilings. paper:
-    the comparison of arXiv 1707.06990. Every peer starts from the same weights and sees the same
-    images; no speed is reported unless dense_ext's results are the eager network's. --compare ends
+    training over the family. inference. volumes: training MONAI's network in three dimensions.
+    primitives: each kernel beside the machine's ceilings. paper: the comparison of arXiv 1707.06990.
+    Every peer starts from the same weights and sees the same images; no speed is reported unless
+    dense_ext's results are the eager network's. --compare ends
     with code 1 if something got worse beyond noise, or rows of dense_ext are missing.
     """
     if compare is not None:
@@ -113,8 +117,8 @@ def bench(
     path = out / (RESULT if suite == "quick" else f"{suite}.json")
     check_new(path, overwrite)
     if suite != "quick":
-        builds_its_own = suite in ("memory", "paper")
-        check(not (models and builds_its_own), f"--suite {suite} varies one network and takes no --model")
+        own = suite in ("paper", "volumes")
+        check(not (models and own), f"--suite {suite} has networks of its own and takes no --model")
         size_in_bytes = None if budget is None else int(budget * 1e9)
         suite_options = SuiteOptions(
             tuple(models), batch, size, tuple(dtypes), str(where), backend, rounds, size_in_bytes, data
@@ -146,7 +150,7 @@ def _run_suite(name: str, options: SuiteOptions, peers: list[Peer], path: Path, 
     from ..benchmark.errors import MeasurementError
     from ..benchmark.figures import draw_all
     from ..benchmark.results import new_results
-    from ..benchmark.suites import DISAGREES, SUITES
+    from ..benchmark.suites import SUITES, WRONG
 
     results = new_results(name, options.as_json())
     run = SUITES[name](options, peers, results)
@@ -155,12 +159,13 @@ def _run_suite(name: str, options: SuiteOptions, peers: list[Peer], path: Path, 
     timed = [row["seconds"] for row in results["rows"] if row["seconds"]]
     if unsteady := sum(max(samples) > _UNSTEADY * min(samples) for samples in timed):
         remark(f"samples of {unsteady} of {len(timed)} rows spread by more than {_UNSTEADY}x: {_DOUBT}")
-    if any((row["failure"] or "").startswith(DISAGREES) for row in results["rows"]):
-        raise MeasurementError("dense_ext's results are not the eager network's: see the rows without speed")
+    for failure, why in WRONG.items():
+        if any((row["failure"] or "").startswith(failure) for row in results["rows"]):
+            raise MeasurementError(f"{why}: see the rows without speed")
 
 
 def _print_quick(results: Results) -> None:
-    from ..benchmark.bench import speeds
+    from ..benchmark.relative import speeds
 
     print_tables(results)
     if speed := speeds(results):

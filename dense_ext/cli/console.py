@@ -27,19 +27,20 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     for row in rows:
         table.add_row(*row)
     # A pipe has no width to fit: rows stay whole.
-    Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
+    Console(width=None if sys.stdout.isatty() else _WIDE, markup=False, emoji=False).print(table)
 
 
 def remark(text: str) -> None:
     """A line on stderr."""
-    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+    Console(stderr=True, markup=False, emoji=False).print(text, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
     """A progress bar on stderr, none if that is no terminal; call what it gives before each part."""
     console = Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    text = TextColumn("{task.description}", markup=False)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), text)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total)
         begun = False

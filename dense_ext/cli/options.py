@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 
 from ..backends import check_backend_name, unavailable_reasons
 from ..benchmark.errors import UsageError
+from ..memory.network import network_of
 
 
 def option(help: str, default: str) -> typer.models.OptionInfo:
@@ -39,6 +41,19 @@ def check_positive(**options: int | float | None) -> None:
     """Raise UsageError for an option below one; None means it was left out."""
     for name, value in options.items():
         check(value is None or value >= 1, f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
+def check_writable(path: Path) -> None:
+    """Raise UsageError unless a file can be made there, in folders that may have to be made first."""
+    check(not path.is_dir(), f"{path} is a folder")
+    folder = next(parent for parent in path.absolute().parents if os.path.exists(parent))
+    check(folder.is_dir(), f"{folder} is not a folder")
+    check(os.access(folder, os.W_OK | os.X_OK), f"{folder} can't be written to")
+
+
+def default_size(model: str) -> int:
+    """Height and width in pixels of the images that a network of ``dense-ext models`` is made for."""
+    return 224 if network_of(model).pools else 32
 
 
 def check_device(name: str | None) -> torch.device:

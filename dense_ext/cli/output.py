@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from .console import print_json, print_table, progress, remark
+from .options import check_writable
 
 INTERRUPTED = 130
 SAVED_EVERY = 60.0  # seconds
@@ -29,9 +30,14 @@ def measure(
         ticks: how often it will call that.
         results: what it fills.
         path: gets the results so far every minute: a system out of memory kills without a warning.
+
+    Raises:
+        UsageError: nothing can be written there; nothing was run.
     """
     from ..benchmark.results import saving, write_json
 
+    if path is not None:
+        check_writable(path)
     try:
         with progress(ticks) as tick:
             run(saving(tick, results, path, SAVED_EVERY) if path is not None else tick)
@@ -79,6 +85,11 @@ def publish(
     else:
         show(results)
     remark(f"wrote {', '.join(str(p) for p in (path, *figures))}")
+    end(results)
+
+
+def end(results: dict[str, Any]) -> None:
+    """Say that results are not complete, where Ctrl-C ended them, and exit with code 130."""
     if results["interrupted"]:
         remark("interrupted: these are the results until then")
         raise typer.Exit(INTERRUPTED)

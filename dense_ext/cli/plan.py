@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from ..memory import Estimate, Planner, device_memory, parse_bytes, tracked_peak
-from ..memory.network import network_of
+from ..memory import Estimate, Planner, device_memory, parse_bytes
 from ..memory.step import OPTIMIZERS, PARTS
 from ..models import MODELS
 from ..schedule import RECOMPUTE
-from .console import print_json, print_table, progress, remark
-from .options import Backend, Json, check_choice, check_positive, option
+from .console import print_json, print_table, remark
+from .options import Backend, Json, check_choice, check_positive, default_size, option
+from .output import end, measure
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _DOES_NOT_FIT = 1
@@ -33,19 +34,24 @@ def plan(
     ] = None,
     backend: Backend = "auto",
     peers: Annotated[
-        bool, typer.Option("--peers", help="Also torchvision's own network, tracked by PyTorch: minutes.")
+        bool,
+        typer.Option(
+            "--peers",
+            help="Also torchvision's and timm's networks, plain and checkpointed: minutes of tracking.",
+        ),
     ] = False,
     json: Json = False,
 ) -> None:
     """Peak memory of a training step by part and policy, and the policy to choose, without running it.
 
-    Exit code 1 if the batch fits under no policy.
+    Exit code 1 if the batch fits under no policy. --peers runs other networks' steps on tensors without
+    memory, as on a CPU, some five times each: that a batch fits and one image more does not is tracked.
     """
     from ..benchmark.errors import UsageError
 
     check_positive(batch=batch, size=size)
     check_choice("MODEL", model, tuple(MODELS))
-    size = size or (224 if network_of(model).pools else 32)
+    size = size or default_size(model)
     check_choice("--dtype", dtype, _DTYPES)
     check_choice("--optimizer", optimizer, tuple(OPTIMIZERS))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -65,15 +71,18 @@ def plan(
     choice = planner.choose(batch, budget)
     found: dict[str, Any] = {
         "model": model, "batch": batch, "size": size, "dtype": dtype, "optimizer": optimizer,
-        "device": device, "backend": planner.setting.primitives.summary(), "memory_bytes": budget,
+        "device": device, "backend": planner.backend, "memory_bytes": budget,
         "policies": {policy: _policy(planner, policy, batch, budget) for policy in RECOMPUTE},
         "choice": None if choice is None else _as_json(choice),
-        "peers": _peers(model, batch, size, getattr(torch, dtype), optimizer) if peers else {},
+        "peers": {}, "interrupted": False,
     }  # fmt: skip
+    if peers:
+        _track(found)
     if json:
         print_json(found)
     else:
         _print(found)
+    end(found)
     if choice is None:
         remark(f"{batch} images do not fit into {_shown(budget)} under any policy")
         raise typer.Exit(_DOES_NOT_FIT)
@@ -95,23 +104,14 @@ def _policy(planner: Planner, policy: str, batch: int, budget: int) -> dict[str,
     }
 
 
-def _peers(model: str, batch: int, size: int, dtype: torch.dtype, optimizer: str) -> dict[str, int]:
-    """Peak bytes of torchvision's eager and memory_efficient network of the same shape."""
-    from ..benchmark.networks import torchvision_twin
+def _track(found: dict[str, Any]) -> None:
+    """Fill ``found["peers"]``; Ctrl-C keeps those that are done."""
+    from ..benchmark.tracked import ticks, track_peers
 
-    with torch.device("meta"):
-        ours = MODELS[model]()
-    kinds, peaks = {"eager": False, "memory_efficient": True}, {}
-    with progress(len(kinds)) as tick:
-        for name, efficient in kinds.items():
-            tick(f"torchvision, {name}")
-            peaks[name] = tracked_peak(
-                lambda efficient=efficient: torchvision_twin(ours, efficient, "cpu"),  # type: ignore[misc]
-                (batch, 3, size, size),
-                dtype=dtype,
-                optimizer=optimizer,
-            )
-    return peaks
+    model, dtype = MODELS[found["model"]](), getattr(torch, found["dtype"])
+    setting = found["batch"], found["size"], found["memory_bytes"], dtype, found["optimizer"]
+    found["interrupted"] = True
+    measure(partial(track_peers, model, *setting, found["peers"]), ticks(model), found)
 
 
 def _shown(nbytes: int) -> str:
@@ -134,9 +134,17 @@ def _print(found: dict[str, Any]) -> None:
         (name, _shown(p["peak_bytes"]), _fits(p["peak_bytes"], budget), str(p["largest_batch"]))
         for name, p in policies.items()
     ]
-    rows += [(name, _shown(peak), _fits(peak, budget), "-") for name, peak in found["peers"].items()]
+    peers = found["peers"]
+    rows += [
+        (name, _shown(p["peak_bytes"]), _fits(p["peak_bytes"], budget), _known(p["largest_batch"]))
+        for name, p in peers.items()
+        if p["peak_bytes"] is not None
+    ]
     title = f"within {_shown(budget)}, dense_ext on backend {found['backend']}"
     print_table(title, ("recompute", "peak", "fits", "largest batch"), rows)
+    for name, p in peers.items():
+        if p["failure"] is not None:
+            print(f"{name}: {p['failure']}")
     if choice := found["choice"]:
         chosen = choice["recompute"]
         same = len(set(chosen.values())) == 1
@@ -146,3 +154,7 @@ def _print(found: dict[str, Any]) -> None:
 
 def _fits(peak: int, budget: int) -> str:
     return "yes" if peak <= budget else "no"
+
+
+def _known(value: int | None) -> str:
+    return "-" if value is None else str(value)

@@ -7,23 +7,35 @@ from typing import Annotated
 
 import typer
 
-from .console import progress, remark
-from .options import check
+from .console import print_json, progress, remark
+from .options import Json, check, check_writable
 
 
 def report(
     results: Annotated[list[Path], typer.Argument(help="Result files of bench, models and train.")],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out.")] = False,
+    json: Json = False,
 ) -> None:
-    """One self-contained HTML page of tables and plots; needs no network to be read."""
+    """One self-contained HTML page of tables and plots; needs no network to be read.
+
+    --json prints which page it is and what each of its sections was made from.
+    """
     from ..benchmark.page import page
     from ..benchmark.results import read_results, write_atomically
 
     check(not out.is_dir(), f"--out {out} is a folder; name the page's file, as {out / 'report.html'}")
     check(overwrite or not out.exists(), f"{out} exists; pass --overwrite or another --out")
+    check(out.resolve() not in {path.resolve() for path in results}, f"--out {out} is one of the results")
+    check_writable(out)
     read = {path: read_results(path) for path in results}
     with progress(len(read)) as tick:
         text = page(read, tick)
     write_atomically(out, lambda path: path.write_text(text, encoding="utf-8"))
+    if json:
+        sections = [
+            {"path": str(path), **{key: result[key] for key in ("kind", "date", "commit", "interrupted")}}
+            for path, result in read.items()
+        ]
+        print_json({"page": str(out), "sections": sections})
     remark(f"wrote {out}")

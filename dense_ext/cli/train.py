@@ -20,6 +20,7 @@ from .options import (
     check_choice,
     check_device,
     check_positive,
+    check_writable,
     option,
 )
 from .output import measure, publish
@@ -108,7 +109,7 @@ def _check_folder(out: Path, resume: bool, overwrite: bool) -> None:
     from ..benchmark.training import CHECKPOINT
 
     checkpoint, result = out / CHECKPOINT, out / RESULT
-    check(not out.exists() or out.is_dir(), f"{out} is not a folder")
+    check_writable(checkpoint)
     check(checkpoint.exists() or not resume, f"{checkpoint} does not exist: nothing to resume")
     if not (resume or overwrite):
         present = next((p for p in (result, checkpoint) if p.exists()), None)
@@ -122,6 +123,7 @@ def _train(training: Training, options: dict[str, Any], out: Path, json: bool) -
 
     results = new_results("train", options)
     results["data"] = training.data.source
+    results["images"] = {part: len(getattr(training.data, part)) for part in ("training", "test")}
     measure(lambda tick: training.run(out, tick), training.ticks(), results)
     results["runs"] = training.histories()
     write_csv(out / "metrics.csv", results["runs"])

@@ -2,11 +2,13 @@
 
 :func:`estimate` follows one step of dense_ext through its schedule and says where its memory peaks and
 what for; :class:`Planner` does so for any batch and policy, and finds what fits a budget.
-:func:`tracked_peak` is for networks that dense_ext does not run: PyTorch's tracker on fake tensors.
+:class:`TrackedStep` is for networks that dense_ext does not run: PyTorch's tracker on fake tensors.
 """
 
 from .plan import Estimate, Planner, estimate
-from .tracker import tracked_peak
+from .tracker import TrackedStep, largest_batch
 from .units import device_memory, parse_bytes
 
-__all__ = ["Estimate", "Planner", "device_memory", "estimate", "parse_bytes", "tracked_peak"]
+__all__ = [
+    "Estimate", "Planner", "TrackedStep", "device_memory", "estimate", "largest_batch", "parse_bytes"
+]  # fmt: skip

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from ..backends import requested, select
-from ..backends.base import STORAGE_DTYPES
+from ..backends import BACKENDS, requested, select
+from ..backends.base import PRIMITIVES, STORAGE_DTYPES, Backend
 from ..schedule import RECOMPUTE
 from .network import BlockShape, network_of
 from .step import OPTIMIZERS, PARTS, Setting, Step
 from .units import parse_bytes
+
+# What is asked for, and what is taken to run on a GPU that is not here.
+_ON_A_GPU_ELSEWHERE = {"auto": "triton", "triton": "triton", "cuda": "cuda"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Planner:
         image_shape: C, H, W of the images.
         dtype: the activations', None for the parameters' own. A narrower one means autocast.
         optimizer: ``"none"`` (forward and backward only), ``"sgd"``, ``"momentum"`` or ``"adamw"``.
-        device: where it will train, None for where the model is (a name: the CPU).
+        device: where it will train, None for where the model is (a name: the CPU). A GPU need not be here.
         backend: as :class:`dense_ext.DenseBlock`.
         channels_last: memory format of the images; contiguous ones cost copies in the stem.
 
@@ -53,6 +56,9 @@ class Planner:
         ValueError: an unknown name, dtype, optimizer or backend; no DenseNet; images that do not go
             with it.
         RuntimeError: a backend asked for by name cannot run there.
+
+    Attributes:
+        backend: what runs the primitives there, in words.
     """
 
     def __init__(
@@ -82,8 +88,8 @@ class Planner:
         if device is None:
             device = "cpu" if isinstance(model, str) else next(model.parameters()).device
         kind = torch.device(device).type.replace("meta", "cpu")
-        primitives = select(requested(backend), kind, dtype)
-        self.setting = Setting(self.network, dtype, optimizer, kind, primitives, channels_last)
+        backends, self.backend = _serving(requested(backend), kind, dtype)
+        self.setting = Setting(self.network, dtype, optimizer, kind, backends, channels_last)
         self.estimate(1)  # refuses images that are too small
 
     def _policies(self, recompute: str | Sequence[str]) -> tuple[str, ...]:
@@ -148,6 +154,16 @@ class Planner:
         ]
 
 
+def _serving(name: str, device: str, dtype: torch.dtype) -> tuple[Mapping[str, Backend], str]:
+    """The backend of each primitive on a device of this kind, and all of them in words."""
+    elsewhere = device == "cuda" and not torch.cuda.is_available() and dtype != torch.float64
+    if elsewhere and name in _ON_A_GPU_ELSEWHERE:
+        name = _ON_A_GPU_ELSEWHERE[name]
+        return dict.fromkeys(PRIMITIVES, BACKENDS[name]), name
+    primitives = select(name, device, dtype)
+    return primitives.table, primitives.summary()
+
+
 def _weights_applied_again(block: BlockShape) -> tuple[int, int, int]:
     """Weights that backward applies again at each pixel, under each policy of ``RECOMPUTE``."""
     bottleneck = block.bottleneck * sum(block.read_channels)
@@ -169,7 +185,8 @@ def estimate(
     """The peak memory of one training step of dense_ext, without running it or allocating anything.
 
     It counts what PyTorch's allocator hands out; fragmentation, a GPU's context and what cuDNN or
-    oneDNN take for themselves come on top. Gradients count throughout the step.
+    oneDNN take for themselves come on top. So does the scratch of the GPU backends: some 20 MB at the
+    most, whatever the batch, and mostly not where the peak is. Gradients count throughout the step.
 
     Args:
         input_shape: N, C, H, W of the images.

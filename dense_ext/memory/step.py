@@ -8,14 +8,13 @@ its input. Letters as in the schedule: M pixels, C channels read, K growth, B bo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from ..backends import Primitives
-from ..backends.base import accumulate_dtype
+from ..backends.base import Backend, accumulate_dtype
 from .network import BlockShape, Network, TransitionShape
 from .timeline import Held, Timeline
 
@@ -40,7 +39,7 @@ class Setting:
         dtype: the activations'. Where the parameters are wider, autocast narrows them.
         optimizer: a key of ``OPTIMIZERS``.
         device: the kind that runs it.
-        primitives: what runs the fused parts there.
+        backends: what runs each primitive there, by its name.
         channels_last: memory format of the images, or of the first convolution's weight.
     """
 
@@ -48,7 +47,7 @@ class Setting:
     dtype: torch.dtype
     optimizer: str
     device: str
-    primitives: Primitives
+    backends: Mapping[str, Backend]
     channels_last: bool
 
     @property
@@ -227,7 +226,7 @@ class Step:
 
     def primitive(self, name: str, pixels: int, in_channels: int, out_channels: int) -> None:
         """Call a primitive: what its backend allocates meanwhile."""
-        backend = self.setting.primitives.table[name]
+        backend = self.setting.backends[name]
         nbytes = backend.scratch_bytes(name, pixels, in_channels, out_channels, self.setting.dtype)
         self.timeline.need("scratch", nbytes)
 

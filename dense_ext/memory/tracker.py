@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+
+_FIRST_BATCH = 2  # batch norm refuses a single value per channel
 
 
 def _optimizer(name: str, network: nn.Module) -> torch.optim.Optimizer:
@@ -15,42 +18,84 @@ def _optimizer(name: str, network: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9 if name == "momentum" else 0.0)
 
 
-def tracked_peak(
-    build: Callable[[], nn.Module],
-    input_shape: Sequence[int],
-    *,
-    dtype: torch.dtype = torch.float32,
-    optimizer: str = "momentum",
-) -> int:
-    """Peak bytes of a training step with cross entropy: parameters, gradients, all that tensors hold.
+class TrackedStep:
+    """A training step with cross entropy, at any batch: seconds each, whatever the batch.
+
+    It counts what tensors hold, on a CPU, where the optimizer takes one parameter after another.
 
     Args:
-        build: makes the network, [N, C, H, W] to [N, classes]; called without memory.
-        input_shape: N, C, H, W of the images.
+        network: on the CPU, from images [N, C, H, W] to logits [N, classes]. Copied, without its values.
+        image_shape: C, H, W of the images, which are in channels_last memory.
         dtype: other than float32 the forward runs under autocast to it.
         optimizer: as :class:`dense_ext.memory.Planner`.
     """
-    # Imported here: slow to load, and not in every build of PyTorch.
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.distributed._tools.mem_tracker import MemTracker
 
-    with FakeTensorMode():
-        network = build().train()
-        images = torch.empty(*input_shape).contiguous(memory_format=torch.channels_last)
-        labels = torch.empty(input_shape[0], dtype=torch.long)
-        update = _optimizer(optimizer, network)
+    def __init__(
+        self,
+        network: nn.Module,
+        image_shape: Sequence[int],
+        *,
+        dtype: torch.dtype = torch.float32,
+        optimizer: str = "momentum",
+    ) -> None:
+        # Imported here: slow to load.
+        from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
-        def step() -> None:
-            update.zero_grad(set_to_none=False)
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                loss = F.cross_entropy(network(images), labels)
+        self._fake = FakeTensorMode()
+        with FakeCopyMode(self._fake):
+            self._network = copy.deepcopy(network).train()
+        self._image_shape, self._dtype = tuple(image_shape), dtype
+        self._updates, self._update = optimizer != "none", _optimizer(optimizer, self._network)
+        self._step(*self._inputs(_FIRST_BATCH))  # gradients and momentum, which later steps find
+
+    def _inputs(self, batch: int) -> tuple[Tensor, Tensor]:
+        with self._fake:
+            images = torch.empty(batch, *self._image_shape).contiguous(memory_format=torch.channels_last)
+            return images, torch.empty(batch, dtype=torch.long)
+
+    def _step(self, images: Tensor, labels: Tensor) -> None:
+        with self._fake:
+            self._update.zero_grad(set_to_none=False)
+            with torch.autocast("cpu", self._dtype, enabled=self._dtype != torch.float32):
+                loss = F.cross_entropy(self._network(images), labels)
             loss.backward()
-            if optimizer != "none":
-                update.step()
+            if self._updates:
+                self._update.step()
 
-        step()  # gradients and momentum, which later steps find
+    def peak(self, batch: int) -> int:
+        """Bytes at the peak of a step of ``batch`` images: parameters, gradients, all that tensors hold."""
+        # Not in every build of PyTorch.
+        from torch.distributed._tools.mem_tracker import MemTracker
+
+        images, labels = self._inputs(batch)
         tracker = MemTracker()
-        tracker.track_external(network, update, images)
+        tracker.track_external(self._network, self._update, images)
         with tracker:
-            step()
-    return max(snapshot["Total"] for snapshot in tracker.get_tracker_snapshot("peak").values())
+            self._step(images, labels)
+        return max(snapshot["Total"] for snapshot in tracker.get_tracker_snapshot("peak").values())
+
+
+def largest_batch(peak: Callable[[int], int], budget: int, first: int) -> int:
+    """The largest batch whose peak is within ``budget`` bytes, while one more's is not; 0 if none is.
+
+    Peaks are nearly in line, so each look is where the line through the last two leads: three or four do.
+
+    Args:
+        peak: of a batch, in bytes; grows with it.
+        budget: bytes.
+        first: batch to look at first.
+    """
+    fits, too_many = 0, None
+    at, nbytes, batch = 0, 0, first
+    while too_many is None or too_many - fits > 1:
+        before, nbytes_before = at, nbytes
+        at, nbytes = batch, peak(batch)
+        if nbytes <= budget:
+            fits = at
+        else:
+            too_many = at
+        batch = at + (budget - nbytes) * (at - before) // (nbytes - nbytes_before)
+        batch = max(batch, fits + 1)
+        if too_many is not None:
+            batch = min(batch, too_many - 1)
+    return fits

@@ -47,7 +47,7 @@ def swap(
     :func:`report` say why. Swapping again changes the options.
 
     Args:
-        model: a DenseNet of torchvision, timm, MONAI (2-D) or TorchXRayVision, or a model that
+        model: a DenseNet of torchvision, timm, MONAI (2-D, 3-D) or TorchXRayVision, or a model that
             contains one or is built on its blocks.
         recompute: as :class:`dense_ext.DenseBlock`; or ``"auto"``: for each block what computes least
             again while a training step with AdamW's state still fits

@@ -1,4 +1,4 @@
-"""MONAI's DenseNet: ``monai.networks.nets.densenet``, in two dimensions.
+"""MONAI's DenseNet: ``monai.networks.nets.densenet``, for images and for volumes.
 
 A layer's modules are in a Sequential of their own, dropout among them; it drops whole channels, which the
 operator does not.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..backends import requested, select
+from ..backends.volume import for_volumes
 from ..modules import FusedDenseBlock, FusedFeatures, FusedTransition
 
 
@@ -55,7 +56,9 @@ def served_by(model: nn.Module) -> Iterator[Row]:
         parameter = next(module.parameters(), None)
         tensor = parameter if parameter is not None else next(module.buffers())
         try:
-            detail = select(requested(module.backend), tensor.device.type, tensor.dtype).summary()
+            primitives = select(requested(module.backend), tensor.device.type, tensor.dtype)
+            volumes = any(isinstance(inner, nn.BatchNorm3d) for inner in module.modules())
+            detail = (for_volumes(primitives) if volumes else primitives).summary()
         except RuntimeError as error:
             yield Row(name, kind, "refused", recompute, str(error))
             continue

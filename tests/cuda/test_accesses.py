@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -159,6 +159,47 @@ def maxpool_norm_backward(n: int, h: int, w: int, c: int) -> Traffic:
     )
 
 
+def transition_forward(n: int, h: int, w: int, c: int, k: int) -> Traffic:
+    """Each 256 channels of y read x and two vectors; a tile of 64 windows the weight, from the L2 cache."""
+    windows, columns = n * h * w // 4, math.ceil(k / 256)
+    return Traffic(
+        loads=columns * 4 * windows * c * NARROW + windows // 64 * (k * c * NARROW + columns * 2 * c * WIDE),
+        stores=windows * k * NARROW,
+        columns=columns,
+    )
+
+
+def transition_backward(n: int, h: int, w: int, c: int, k: int) -> Traffic:
+    """Two kernels of equal grids. The first reads x once and leaves p; each 128 channels of x read grad, and
+    each tile of 64 windows the weight. The second reads p for each 128 of K, and grad as the first does. What
+    is read again is read by blocks side by side, and comes from the L2 cache.
+    """
+    windows, columns = n * h * w // 4, math.ceil(c / 128)
+    return Traffic(
+        loads=(4 * windows * c + columns * windows * k + windows // 64 * k * c) * NARROW
+        + (math.ceil(k / 128) * windows * c + columns * windows * k) * NARROW,
+        stores=(4 * windows * c + windows * c) * NARROW + 2 * c * WIDE + k * c * NARROW,
+        columns=columns,
+        block_loads=3 * c * WIDE,
+        passes=2,
+        **sums(2 * c + k * c),
+    )
+
+
+def transition_norm_backward(n: int, h: int, w: int, c: int, k: int) -> Traffic:
+    """The first kernel again, for grad_x, with u and v, which come of the sums: x and grad are read twice."""
+    traffic, windows, columns = transition_backward(n, h, w, c, k), n * h * w // 4, math.ceil(c / 128)
+    again = (4 * windows * c + columns * windows * k + windows // 64 * k * c) * NARROW
+    return replace(
+        traffic,
+        loads=traffic.loads + again + 7 * c * WIDE,
+        stores=traffic.stores + 4 * c * WIDE,
+        block_loads=(3 + 4) * c * WIDE,
+        passes=3,
+        others=math.ceil(c / 128),
+    )
+
+
 def stats(n: int, h: int, w: int, c: int) -> Traffic:
     return Traffic(loads=n * h * w * c * NARROW, stores=2 * c * WIDE, **moments(c))
 
@@ -179,6 +220,13 @@ TESTED = {
     "1x1 backward": (conv1x1.backward_case, (2, 24, 16, 96, 128), conv1x1_backward),
     "3x3 forward": (conv3x3.forward_case, (2, 32, 32, 64, 48), conv3x3_forward),
     "3x3 backward": (conv3x3.backward_case, (2, 32, 32, 96, 32), conv3x3_backward),
+    "transition forward": (transition.forward_case, (2, 32, 32, 96, 288), transition_forward),
+    "transition backward": (transition.backward_case, (4, 32, 32, 160, 64), transition_backward),
+    "transition norm backward": (
+        transition.norm_backward_case,
+        (4, 32, 32, 160, 64),
+        transition_norm_backward,
+    ),
     "maxpool forward": (maxpool.forward_case, (4, 28, 28, 96), maxpool_forward),
     "maxpool backward": (maxpool.backward_case, (4, 28, 28, 96), maxpool_backward),
     "maxpool norm backward": (maxpool.norm_backward_case, (4, 28, 28, 96), maxpool_norm_backward),

@@ -18,7 +18,7 @@ import dense_ext
 from dense_ext.backends.triton import launch
 
 from ..emulator import SHARED_BYTES, emulator
-from ..helpers import BackwardBuffers, eager_block, eager_transition, small_densenet
+from ..helpers import BackwardBuffers, eager_block, eager_transition, in_three_dimensions, small_densenet
 
 STEPS = 3
 
@@ -64,6 +64,20 @@ def train(model: nn.Module, x: Tensor) -> list[Tensor]:
 def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
     """Relative L2 distances."""
     return [((a - e).norm() / e.norm()).item() for a, e in zip(found, exact, strict=True) if e.norm() > 0]
+
+
+@pytest.mark.parametrize("recompute", ["none", "bottleneck"])
+def test_blocks_and_transitions_of_volumes(device: torch.device, backend: str, recompute: str) -> None:
+    """Their 1x1 convolutions, statistics and sums; the kernels see D*H rows."""
+    exact = nn.Sequential(eager_block(growth_rate=6), eager_transition(24, 8), eager_block(2, 8, 6))
+    exact = in_three_dimensions(exact).to(device)
+    eager = copy.deepcopy(exact).float()
+    ours = dense_ext.swap(copy.deepcopy(eager), recompute=recompute, backend=backend, strict=True)
+    x = torch.randn(2, 6, 5, 9, 7, device=device)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        truth = train(exact, x.double())
+        medians = [statistics.median(errors(train(model, x), truth)) for model in (ours, eager)]
+    assert medians[0] <= 2 * medians[1]
 
 
 @pytest.mark.usefixtures("architecture")

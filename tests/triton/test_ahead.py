@@ -1,9 +1,12 @@
 """Every kernel in every shipped configuration, compiled for its chip: nothing spills, all fits.
 
-Needs no GPU. ``benchmarks/triton_resources.py`` writes the same as a table.
+Needs no GPU. ``benchmarks/triton_resources.py`` writes the same as a table, which is held to what is found.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +18,15 @@ from dense_ext.backends.triton.launch import INTERPRETED
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
 ROWS = list(read_rows(SHIPPED))
+RENEW = "run: python benchmarks/triton_resources.py"
 # What multiplies matrices, the bias of a mean aside.
 PRODUCTS = ("conv1x1", "conv3x3")
+
+
+@pytest.fixture
+def page(benchmark_script: Callable[[str], Any]) -> Any:
+    """The program that writes the table."""
+    return benchmark_script("triton_resources")
 
 
 def name(row: Row) -> str:
@@ -24,9 +34,12 @@ def name(row: Row) -> str:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=name)
-def test_resources(row: Row) -> None:
-    for dtype in ahead.dtypes_of(row.precision):
+def test_resources(row: Row, page: Any) -> None:
+    committed = page.RESULT.read_text()
+    for number, dtype in enumerate(ahead.dtypes_of(row.precision)):
         kernel, found = ahead.compile_row(row, dtype)
+        if number == 0 and page.TITLE in committed:  # by this Triton
+            assert page.line(row, found) in committed.splitlines(), RENEW
         assert found.spilled == 0, f"{dtype}: {found.spilled} bytes spilled"
         assert found.shared <= ahead.SHARED[row.architecture][1], f"{dtype}: {found.shared} bytes"
         if any(product in row.kernel for product in PRODUCTS) and row.precision != "ieee":
@@ -37,6 +50,13 @@ def test_resources(row: Row) -> None:
             # A 16-bit element must not travel alone where rows are aligned.
             assert "2" not in found.accesses, found.accesses
             assert found.accesses.get("16", 0) > 0
+
+
+def test_the_committed_table_has_the_shipped_configurations(page: Any) -> None:
+    lines = [line for line in page.RESULT.read_text().splitlines() if line.startswith(("| sm_", "| gfx"))]
+    rows = page.rows()
+    assert len(lines) == len(rows), RENEW
+    assert all(line.startswith(page.configuration(row)) for line, row in zip(lines, rows, strict=True)), RENEW
 
 
 @pytest.mark.parametrize("alignment", [2, 4, 8])

@@ -45,6 +45,8 @@ class TritonBackend(Backend):
 
     name = "triton"
     rounds_operands = True
+    # Offsets are 64-bit; the number of a pixel, also of one beyond the last tile, is 32-bit.
+    most_pixels = 2**31 - 2**16
 
     def can_run(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
         if primitive not in PRIMITIVES:

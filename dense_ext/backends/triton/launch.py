@@ -24,12 +24,11 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.interpreter import InterpretedFunction
 
 from ..base import gpu_lacks, tf32_allowed
+from . import TritonBackend
 from .configs import Config, find_config, has_architecture, shape_class
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
-# Offsets are 64-bit; the number of a pixel, also of one beyond the last tile, is 32-bit.
-MAX_PIXELS = 2**31 - 2**16
 # Programs on a grid's second or third axis, at most.
 MOST_ON_AXIS = 65535
 
@@ -227,11 +226,9 @@ def pixels_of(x: Tensor) -> int:
         ValueError: more pixels than a 32-bit number can count.
     """
     n, h, w, _ = x.shape
-    pixels = n * h * w
-    if pixels > MAX_PIXELS:
-        raise ValueError(
-            f"the Triton backend takes up to {MAX_PIXELS} pixels, got {pixels} ({list(x.shape)})"
-        )
+    pixels, most = n * h * w, TritonBackend.most_pixels
+    if pixels > most:
+        raise ValueError(f"the Triton backend takes up to {most} pixels, got {pixels} ({list(x.shape)})")
     return pixels
 
 

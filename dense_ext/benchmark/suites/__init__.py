@@ -5,10 +5,12 @@ from __future__ import annotations
 from .base import Suite, SuiteOptions
 from .memory import MemorySuite, PaperSuite
 from .primitives import PrimitiveSuite
-from .speed import DISAGREES, InferenceSuite, StepSuite
+from .speed import WRONG, InferenceSuite, StepSuite
+from .volumes import VolumeSuite
 
 SUITES: dict[str, type[Suite]] = {
-    suite.name: suite for suite in (MemorySuite, StepSuite, InferenceSuite, PrimitiveSuite, PaperSuite)
+    suite.name: suite
+    for suite in (MemorySuite, StepSuite, InferenceSuite, VolumeSuite, PrimitiveSuite, PaperSuite)
 }
 
-__all__ = ["DISAGREES", "SUITES", "Suite", "SuiteOptions"]
+__all__ = ["SUITES", "WRONG", "Suite", "SuiteOptions"]

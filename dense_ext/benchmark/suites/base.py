@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...models import DenseNet
+from ...models import MODELS, DenseNet
 from ..bench import COMPILED_VERSIONS
 from ..errors import reason
 from ..images import sample_batch
+from ..networks import takes_small_images
 from ..peers import Peer
 from ..results import Results
 from ..step import DTYPES, TrainStep, sgd_step
@@ -68,7 +69,7 @@ class Case:
         labels: what else tells the case from others, as it stands in the row: the model's name, its depth.
     """
 
-    build: Callable[[int], DenseNet]
+    build: Callable[[int], Any]
     batch: int
     size: int
     dtype: str
@@ -79,6 +80,11 @@ class Case:
 
     def __str__(self) -> str:
         return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.as_json().items())
+
+
+def build_model(name: str, classes: int) -> DenseNet:
+    """One of the family, by name."""
+    return MODELS[name](num_classes=classes)
 
 
 def new_row(case: Mapping[str, str | int], peer: str) -> Row:
@@ -131,7 +137,7 @@ class Suite(ABC):
         self.device = torch.device(options.device)
         self.gpu = self.device.type == "cuda"
         self.rows: list[Row] = results.setdefault("rows", [])
-        results["peers"] = {p.name: {"label": p.label, "ours": p.ours} for p in peers}
+        results["peers"] = {p.name: p.as_json() for p in peers}
 
     @abstractmethod
     def ticks(self) -> int:
@@ -147,6 +153,19 @@ class Suite(ABC):
         torch.backends.cudnn.benchmark = self.timed  # eager at its best
         with torch._dynamo.config.patch(recompile_limit=COMPILED_VERSIONS):
             self.measure()
+
+    def pixels(self, model: str, of_photographs: int | None = None) -> int:
+        """Height and width of a network's images, by name: as asked for, or as its kind takes them.
+
+        Args:
+            model: its name.
+            of_photographs: what a network for ImageNet takes; None for what is timed.
+        """
+        if self.options.size:
+            return self.options.size
+        with torch.device("meta"):
+            small = takes_small_images(MODELS[model]())
+        return 32 if small else of_photographs or (224 if self.gpu else 128)
 
     def row(self, case: Case, peer: Peer) -> Row:
         """A new row of the results."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from functools import partial
+from typing import ClassVar
 
 import torch
 from numpy.polynomial import Polynomial
@@ -13,11 +16,12 @@ from ..memory import largest, lasting_bytes, saved_bytes, step_peaks
 from ..networks import small_densenet
 from ..peers import Peer
 from ..results import Results
-from .base import Case, Row, Suite, SuiteOptions, failing_into, new_row, release
+from .base import Case, Row, Suite, SuiteOptions, build_model, failing_into, new_row, release
 
 _SIZE = 32
 _MOST_IMAGES = 2**16  # a search for the largest batch ends here
 _DEEPEST = 60_004  # and one for the deepest network here
+_FIRST_BATCHES = (2, 4)  # with which such a search begins; one image may be one value a channel
 GROWTH_RATE = 12  # of the paper's networks
 
 
@@ -28,17 +32,20 @@ def _small(classes: int, depth: int, growth_rate: int) -> DenseNet:
 
 
 class _CountedSuite(Suite):
-    """A suite that counts the bytes of training steps of the papers' networks for small images.
+    """A suite that counts the bytes of training steps, and looks for what fits a budget by running it.
 
     Peers that are recorded as a graph are left out: what is counted is a step that runs.
     """
 
     timed = False
+    cpu_budget: ClassVar[int]  # bytes, unless told otherwise
+    gpu_budget = 8 * 10**9
 
     def __init__(self, options: SuiteOptions, peers: list[Peer], results: Results) -> None:
         super().__init__(options, [peer for peer in peers if not peer.graphed], results)
 
     def case(self, vary: str, depth: int, growth_rate: int, batch: int, dtype: str) -> Case:
+        """One of the papers' networks for small images."""
         labels: dict[str, str | int] = {"vary": vary, "depth": depth, "growth_rate": growth_rate}
         build = partial(_small, depth=depth, growth_rate=growth_rate)
         return Case(build, batch, self.options.size or _SIZE, dtype, labels)
@@ -56,13 +63,27 @@ class _CountedSuite(Suite):
 
     @property
     def budget(self) -> int:
-        return self.options.budget or (8 * 10**9 if self.gpu else 10**8)
+        return self.options.budget or (self.gpu_budget if self.gpu else self.cpu_budget)
+
+    def needed(self, case: Case, peer: Peer) -> float:
+        """Bytes that training holds at most: a step's, what lasts, and the images; infinite if too many."""
+        release()
+        try:
+            step, images, labels = self.training_step(case, peer)
+            peak = step_peaks(step, images, labels)["peak_bytes"]
+            return peak + lasting_bytes(step) + images.nbytes
+        except torch.OutOfMemoryError:
+            return math.inf
 
 
 class MemorySuite(_CountedSuite):
-    """Bytes saved and at peak against depth, growth rate and batch; the largest batch within a budget."""
+    """The largest batch within a budget; bytes saved and at peak against depth, growth rate and batch.
+
+    The first by network of the family, the others of the papers' networks for small images.
+    """
 
     name = "memory"
+    cpu_budget = 10**9
 
     def cases(self) -> list[Case]:
         """One of depth, growth rate and batch varies at a time."""
@@ -81,7 +102,11 @@ class MemorySuite(_CountedSuite):
 
     def searches(self) -> list[Case]:
         """Where the largest batch is looked for."""
-        return [self.case("budget", 40, GROWTH_RATE, 1, dtype) for dtype in self.options.dtypes]
+        found = []
+        for name in self.options.models or ("densenet121",):
+            build, size, labels = partial(build_model, name), self.pixels(name, 224), {"model": name}
+            found += [Case(build, 1, size, dtype, labels) for dtype in self.options.dtypes]
+        return found
 
     def ticks(self) -> int:
         return (len(self.cases()) + len(self.searches())) * len(self.peers)
@@ -96,24 +121,22 @@ class MemorySuite(_CountedSuite):
                 self.count(case, peer)
 
     def search(self, case: Case, peer: Peer) -> None:
-        """A row of the largest batch whose step fits the budget, by running it."""
+        """A row of the largest batch whose step fits the budget, by running it.
+
+        The search begins where the line through two small batches meets the budget.
+        """
         self.tick(f"{peer.name}: largest batch in {self.budget / 1e9:g} GB")
         labels = {k: v for k, v in case.as_json().items() if k != "batch"}
         row = new_row({**labels, "budget_bytes": self.budget}, peer.name)
         self.rows.append(row)
 
-        def fits(batch: int) -> bool:
-            release()
-            try:
-                sized = Case(case.build, batch, case.size, case.dtype, case.labels)
-                step, images, labels = self.training_step(sized, peer)
-                peak = step_peaks(step, images, labels)["peak_bytes"]
-                return peak + lasting_bytes(step) + images.nbytes <= self.budget
-            except torch.OutOfMemoryError:
-                return False
+        def needed(batch: int) -> float:
+            return self.needed(replace(case, batch=batch), peer)
 
         with failing_into(row):
-            found = largest(fits, _MOST_IMAGES)
+            (a, low), (b, high) = ((batch, needed(batch)) for batch in _FIRST_BATCHES)
+            guess = a + int((self.budget - low) / (high - low) * (b - a)) if low < high < math.inf else 1
+            found = largest(lambda batch: needed(batch) <= self.budget, _MOST_IMAGES, guess)
             if found == _MOST_IMAGES:
                 raise UnavailableError(f"{found} images fit, and no more were tried")
             row["measures"] = {"largest_batch": found}
@@ -122,10 +145,11 @@ class MemorySuite(_CountedSuite):
 class PaperSuite(_CountedSuite):
     """The comparison of arXiv 1707.06990: DenseNet-BC of growth rate 12 on images of 32x32.
 
-    Memory against depth; and from a parabola through it, how deep a network fits a budget.
+    Memory against depth, and how deep a network fits a budget.
     """
 
     name = "paper"
+    cpu_budget = 10**8
 
     def cases(self, dtype: str) -> list[Case]:
         batch = self.options.batch or (64 if self.gpu else 4)
@@ -133,7 +157,7 @@ class PaperSuite(_CountedSuite):
         return [self.case("depth", depth, GROWTH_RATE, batch, dtype) for depth in depths]
 
     def ticks(self) -> int:
-        return sum(len(self.cases(dtype)) for dtype in self.options.dtypes) * len(self.peers)
+        return sum(len(self.cases(dtype)) + 1 for dtype in self.options.dtypes) * len(self.peers)
 
     def measure(self) -> None:
         for dtype in self.options.dtypes:
@@ -142,22 +166,47 @@ class PaperSuite(_CountedSuite):
                 release()
                 for peer in self.peers:
                     counted[peer.name].append(self.count(case, peer))
-            for rows in counted.values():
-                self.rows.append(deepest_row(rows, self.budget))
+            for peer in self.peers:
+                self.search(counted[peer.name], peer)
+
+    def search(self, counted: list[Row], peer: Peer) -> None:
+        """A row of the deepest network whose step fits the budget, by running it.
+
+        The search begins where the parabola through the bytes already counted meets the budget.
+        """
+        self.tick(f"{peer.name}: deepest network in {self.budget / 1e9:g} GB")
+        batch, dtype = counted[0]["case"]["batch"], counted[0]["case"]["dtype"]
+        labels = {k: v for k, v in counted[0]["case"].items() if k not in ("vary", "depth")}
+        row = new_row({**labels, "budget_bytes": self.budget}, peer.name)
+        self.rows.append(row)
+
+        def fits(layers: int) -> bool:
+            case = self.case("budget", 6 * layers + 4, GROWTH_RATE, batch, dtype)
+            return self.needed(case, peer) <= self.budget
+
+        with failing_into(row):
+            most = (_DEEPEST - 4) // 6
+            layers = largest(fits, most, deepest_expected(counted, self.budget, most))
+            if layers == most:
+                raise UnavailableError(f"{_DEEPEST} layers fit, and no more were tried")
+            row["measures"] = {"deepest": 6 * layers + 4}
 
 
-def deepest_row(rows: list[Row], budget: int) -> Row:
-    """The depth at which the parabola through a peer's peaks, and what lasts, meets the budget."""
-    case = {k: v for k, v in rows[0]["case"].items() if k != "depth"}
-    row = new_row({**case, "vary": "budget", "budget_bytes": budget}, rows[0]["peer"])
-    measured = [r for r in rows if r["failure"] is None]
-    with failing_into(row):
-        if len(measured) < 3:
-            raise UnavailableError(f"{len(measured)} depths were measured, a parabola needs 3")
-        depths = [r["case"]["depth"] for r in measured]
-        needed = [r["measures"]["peak_bytes"] + r["measures"]["lasting_bytes"] for r in measured]
-        parabola = Polynomial.fit(depths, needed, 2)
-        # Depths are 6n + 4.
-        layers = largest(lambda n: bool(parabola(6 * n + 4) <= budget), (_DEEPEST - 4) // 6)
-        row["measures"] = {"deepest": 6 * layers + 4}
-    return row
+def deepest_expected(rows: list[Row], budget: int, most: int) -> int:
+    """Layers a block, of the paper's networks, at which the parabola through a peer's bytes meets the budget.
+
+    Args:
+        rows: those of some depths, 6n + 4.
+        budget: bytes.
+        most: not to be exceeded.
+
+    Raises:
+        UnavailableError: fewer than three of the rows have bytes.
+    """
+    measured = [row for row in rows if row["failure"] is None]
+    if len(measured) < 3:
+        raise UnavailableError(f"{len(measured)} depths were measured, a parabola needs 3")
+    layers = [(row["case"]["depth"] - 4) // 6 for row in measured]
+    needed = [row["measures"]["peak_bytes"] + row["measures"]["lasting_bytes"] for row in measured]
+    parabola = Polynomial.fit(layers, needed, 2)
+    return largest(lambda n: bool(parabola(n) <= budget), most)

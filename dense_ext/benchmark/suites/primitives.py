@@ -17,13 +17,12 @@ from ...backends.reference import ReferenceBackend
 from ...models import MODELS
 from ..errors import UnavailableError
 from ..machine import copy_bandwidth, matmul_rate
-from ..networks import takes_small_images
 from ..primitives import ACCUMULATES, WRITES, PrimitiveCase, flops, minimum_bytes, model_cases
 from ..step import DTYPES
 from ..timing import ColdTimer
 from .base import Row, Suite, failing_into, new_row
 
-ATEN = "aten"
+ATEN, COMPILED = "aten", "compile"
 _REFERENCE = ReferenceBackend()
 
 Arguments = dict[str, Any]
@@ -38,15 +37,26 @@ _AFTER_ACTIVATION: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def unfused(primitive: str, tensors: Arguments) -> Callable[[], tuple[Tensor, ...]]:
+def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
+def unfused(
+    primitive: str, tensors: Arguments, through: Callable[..., Any] = _as_it_is
+) -> Callable[[], tuple[Tensor, ...]]:
     """The primitive as PyTorch's modules do it one by one, batch norm over a dense input included.
 
     Backward is autograd's of input, norm and weight; its forward has run before. A primitive that
     is no module runs as the reference backend's formula.
+
+    Args:
+        primitive: its method.
+        tensors: its arguments.
+        through: what the function goes through before it is called, as torch.compile.
     """
     name, _, direction = primitive_of(primitive).rpartition("_")
     if name not in _AFTER_ACTIVATION:
-        return partial(_reference_outputs, primitive, tensors)
+        return partial(through(_reference_outputs), primitive, tensors)
     backward = direction == "backward"
 
     def leaf(tensor: Tensor) -> Tensor:
@@ -57,10 +67,11 @@ def unfused(primitive: str, tensors: Arguments) -> Callable[[], tuple[Tensor, ..
     scale, shift = (leaf(tensors[n]) for n in ("scale", "shift"))
     weights = [leaf(tensors["weight"])] if "weight" in tensors else []
 
-    def forward() -> Tensor:
+    def modules(x: Tensor, scale: Tensor, shift: Tensor, *weights: Tensor) -> Tensor:
         activated = F.relu(F.batch_norm(x, None, None, scale, shift, training=True))
         return _AFTER_ACTIVATION[name](activated, *weights)
 
+    forward = partial(through(modules), x, scale, shift, *weights)
     if not backward:
         return torch.no_grad()(lambda: (forward(),))
     y = forward()
@@ -104,18 +115,20 @@ def backend_error(backend: str, case: PrimitiveCase, tensors: Arguments) -> floa
     return relative_error(*(list(_outputs(case.primitive, t).values()) for t in (mine, exact)))
 
 
-def unfused_error(case: PrimitiveCase, tensors: Arguments) -> float:
-    """PyTorch's own error, against itself in float64."""
+def unfused_error(case: PrimitiveCase, tensors: Arguments, through: Callable[..., Any]) -> float:
+    """The error of what PyTorch does, compiled or not, against its operators in float64."""
     copies = {name: _copied(value) for name, value in tensors.items()}
     exact = {name: _double(value) for name, value in tensors.items()}
-    return relative_error(list(unfused(case.primitive, copies)()), list(unfused(case.primitive, exact)()))
+    got, expected = unfused(case.primitive, copies, through)(), unfused(case.primitive, exact)()
+    return relative_error(list(got), list(expected))
 
 
 class PrimitiveSuite(Suite):
     """Every primitive by backend and dtype, beside unfused ATen, on the shapes of networks.
 
-    A backend that is asked for by name is the only one. On a CPU each round goes through all rows, so that
-    what a row's samples say of the machine's noise is that of the whole run, not of one moment.
+    A backend that is asked for by name is the only one. Where a peer that is compiled is asked for, so is
+    ATen. On a CPU each round goes through all other rows, so that what a row's samples say of the machine's
+    noise is that of the whole run, not of one moment.
     """
 
     name = "primitives"
@@ -123,8 +136,13 @@ class PrimitiveSuite(Suite):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         backends = BACKENDS if self.options.backend == "auto" else [self.options.backend]
-        labels = {ATEN: "unfused ATen", **{name: f"dense_ext, {name}" for name in backends}}
-        self.results["peers"] = {n: {"label": label, "ours": n != ATEN} for n, label in labels.items()}
+        others = {ATEN: "unfused ATen"}
+        if any(peer.mode == "compile" for peer in self.peers):
+            others[COMPILED] = "torch.compile"
+        labels = {**others, **{name: f"dense_ext, {name}" for name in backends}}
+        self.results["peers"] = {
+            name: {"label": label, "ours": name not in others} for name, label in labels.items()
+        }
         self.cases = self._cases()
 
     def _cases(self) -> list[PrimitiveCase]:
@@ -132,10 +150,7 @@ class PrimitiveSuite(Suite):
         batch = self.options.batch or (64 if self.gpu else 2)
         found: dict[str, PrimitiveCase] = {}
         for name in self.options.models or ("densenet121",):
-            with torch.device("meta"):
-                small = takes_small_images(MODELS[name]())
-            size = self.options.size or (32 if small else 224 if self.gpu else 128)
-            for case in model_cases(MODELS[name], batch, size):
+            for case in model_cases(MODELS[name], batch, self.pixels(name)):
                 found.setdefault(f"{case.primitive}{case.shapes}{case.widths}", case)
         return list(found.values())
 
@@ -162,7 +177,8 @@ class PrimitiveSuite(Suite):
                 for peer in self.results["peers"]:
                     self.tick(f"{case.primitive}, {case.where}, {dtype}, {peer}")
                     row = next(rows) if i > 0 else self.new_row(case, dtype, peer)
-                    if row["failure"] is None:
+                    # What was compiled is not to be compiled again.
+                    if row["failure"] is None and not (peer == COMPILED and i > 0):
                         self.fill(row, case, tensors)
 
     def new_row(self, case: PrimitiveCase, dtype: str, peer: str) -> Row:
@@ -183,10 +199,15 @@ class PrimitiveSuite(Suite):
 
     def fill(self, row: Row, case: PrimitiveCase, tensors: Arguments) -> None:
         """A pass's times of one row, and its error."""
+        passes = self.passes
         with failing_into(row):
-            if row["peer"] == ATEN:
-                error: Callable[[], float] = partial(unfused_error, case, tensors)
-                call: Callable[[], object] = unfused(case.primitive, tensors)
+            if row["peer"] in (ATEN, COMPILED):
+                through: Callable[..., Any] = _as_it_is
+                if row["peer"] == COMPILED:
+                    torch._dynamo.reset()  # or each call would look through what was compiled before
+                    through, passes = partial(torch.compile, dynamic=False), 1
+                error: Callable[[], float] = partial(unfused_error, case, tensors, through)
+                call: Callable[[], object] = unfused(case.primitive, tensors, through)
             else:
                 backend, dtype = BACKENDS[row["peer"]], DTYPES[row["case"]["dtype"]]
                 if reason := backend.can_run(primitive_of(case.primitive), self.device, dtype):
@@ -195,6 +216,6 @@ class PrimitiveSuite(Suite):
                 call = partial(getattr(backend, case.primitive), **tensors)
             if "relative_error" not in row["measures"]:
                 row["measures"]["relative_error"] = error()
-            row["seconds"] += self.timer.samples(call, self.options.rounds // self.passes)
+            row["seconds"] += self.timer.samples(call, self.options.rounds // passes)
         if row["failure"] is not None:
             row["seconds"].clear()

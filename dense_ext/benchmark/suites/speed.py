@@ -9,31 +9,31 @@ from typing import Any, ClassVar
 
 import torch
 
-from ...models import MODELS, DenseNet
 from ...swap import report
 from ..bench import LOSS_TOLERANCE
 from ..flops import flops_per_image
 from ..graphs import GraphedStep
 from ..machine import copy_bandwidth, matmul_rate
 from ..memory import lasting_bytes, peaks, saved_bytes, step_peaks
-from ..networks import plain, takes_small_images
+from ..networks import plain
 from ..peers import Peer, for_inference
 from ..results import Results
 from ..step import DTYPES, InferenceStep
 from ..timing import calls_per_sample, interleave
-from .base import Case, Row, Suite, SuiteOptions, failing_into, release
+from .base import Case, Row, Suite, SuiteOptions, build_model, failing_into, release
 
 FAMILY = ("densenet121", "densenet169", "densenet201", "densenet161", "densenet264",
           "densenet_bc_100_12", "densenet_bc_250_24", "densenet_bc_190_40")  # fmt: skip
 # How the failure of a row with wrong values begins, and that of one whose values nobody can judge.
 DISAGREES = "disagrees"
 UNJUDGED = "nothing to compare with: no peer but dense_ext ran"
+# What such rows say of the run.
+WRONG = {
+    DISAGREES: "dense_ext's results are not the eager network's",
+    UNJUDGED: "dense_ext's results were compared with nothing, as no other peer ran",
+}
 
 Call = Callable[[], Any]
-
-
-def _build(classes: int, name: str) -> DenseNet:
-    return MODELS[name](num_classes=classes)
 
 
 class _TimedSuite(Suite):
@@ -44,6 +44,7 @@ class _TimedSuite(Suite):
     """
 
     training: ClassVar[bool]
+    tolerance: ClassVar[float] = 1  # of what losses of networks for images may differ by
 
     def batches(self) -> tuple[int, ...]:
         """Images a call, where no option says so: few on a CPU, where all peers of a case are in memory."""
@@ -52,12 +53,10 @@ class _TimedSuite(Suite):
     def cases(self) -> list[Case]:
         found = []
         for name in self.options.models or FAMILY:
-            with torch.device("meta"):
-                small = takes_small_images(_build(10, name))
-            size = self.options.size or (32 if small else 224 if self.gpu else 128)
+            size = self.pixels(name)
             batches = (self.options.batch,) if self.options.batch else self.batches()
             found += [
-                Case(partial(_build, name=name), batch, size, dtype, {"model": name})
+                Case(partial(build_model, name), batch, size, dtype, {"model": name})
                 for batch in batches
                 for dtype in self.options.dtypes
             ]
@@ -75,12 +74,15 @@ class _TimedSuite(Suite):
             },
         }
         for case in self.cases():
-            size, build = case.size, case.build
-            flops = flops_per_image(lambda build=build: plain(build(10)), size, self.training)  # type: ignore[misc]
+            flops = self.flops(case)
             rows: list[Row] = []
             for group in [[p] for p in self.peers] if self.gpu else [self.peers]:
                 release()
                 self.time(case, group, flops * case.batch, rows)
+
+    def flops(self, case: Case) -> int:
+        """The call's operations for an image."""
+        return flops_per_image(lambda: plain(case.build(10)), (3, case.size, case.size), self.training)
 
     def time(self, case: Case, peers: list[Peer], flops: int, rows: list[Row]) -> None:
         """Time some of a case's peers together; adds to ``rows``, its rows so far."""
@@ -97,7 +99,7 @@ class _TimedSuite(Suite):
                 row["measures"]["flops"] = flops
                 count = count or calls_per_sample(call, self.device)
                 calls[peer.name] = call, row
-        mark_disagreement(rows, self.results["peers"], LOSS_TOLERANCE[case.dtype])
+        mark_disagreement(rows, self.results["peers"], self.tolerance * LOSS_TOLERANCE[case.dtype])
         timed = {name: call for name, (call, row) in calls.items() if row["failure"] is None}
         entries = {name: calls[name][1] for name in timed}
         for row in entries.values():

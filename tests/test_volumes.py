@@ -1,0 +1,256 @@
+"""Volumes, [N, C, D, H, W]: MONAI's three-dimensional DenseNets and blocks of other shapes, against eager."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from monai.networks.nets import DenseNet
+from torch import Tensor, nn
+
+import dense_ext
+from dense_ext.benchmark.memory import saved_bytes
+
+from .helpers import (
+    assert_equal,
+    assert_trains_alike,
+    eager_block,
+    eager_transition,
+    in_three_dimensions,
+    randomize,
+    twin,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def network(**options: Any) -> nn.Module:
+    """Two blocks, in float64."""
+    options = {"init_features": 10, "growth_rate": 5, "block_config": (2, 3), "bn_size": 3} | options
+    net = randomize(DenseNet(3, 2, 4, **options)).double()
+    with torch.no_grad():  # or no window's maximum is cut off by ReLU, and the gradient of this bias is 0
+        if isinstance(net.features.norm0, nn.BatchNorm3d):
+            net.features.norm0.bias.sub_(1.5)
+    return net
+
+
+def volumes(*size: int, channels: int = 2) -> Tensor:
+    return torch.randn(3, channels, *(size or (24, 36, 28)), dtype=torch.float64)
+
+
+def test_a_network_trains_as_eager(backend: str, recompute: str) -> None:
+    ours, eager = twin(network(), lambda m: dense_ext.swap(m, recompute=recompute, strict=True))
+    rows = dense_ext.report(ours).rows
+    assert [row.kind for row in rows] == ["stem", "dense block", "transition", "dense block"]
+    assert {row.runs for row in rows} == {"fused"}
+    assert all(row.detail.endswith("PyTorch (3x3x3, pools)") for row in rows)
+    assert_trains_alike(ours, eager, volumes())
+    for model in (ours, eager):
+        model.eval()
+    x = volumes(33, 26, 31)
+    assert_equal(ours(x), eager(x), "output in eval mode")
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+def test_memory_formats(memory_format: torch.memory_format, recompute: str) -> None:
+    ours, eager = twin(network(), lambda m: dense_ext.swap(m, recompute=recompute))
+    ours.to(memory_format=memory_format)  # type: ignore[call-overload]
+    assert_trains_alike(ours, eager, volumes().contiguous(memory_format=memory_format), steps=1)
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (1, 5, 3), (4, 1, 2), (3, 2, 1)])
+@pytest.mark.parametrize("bn_size", [2, None])
+def test_blocks(size: tuple[int, ...], bn_size: int | None, recompute: str) -> None:
+    """With and without bottleneck, with sides of a single pixel."""
+    block = dense_ext.DenseBlock(3, 6, 5, bn_size, recompute=recompute)
+    ours = in_three_dimensions(block)
+    eager = dense_ext.modules.EagerDenseBlock(dict(ours.items()))
+    x = volumes(*size, channels=6)
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [module(leaf) for module, leaf in zip((ours, eager), leaves, strict=True)]
+    assert_equal(outputs[0], outputs[1], "output")
+    assert outputs[0].is_contiguous(memory_format=torch.channels_last_3d)
+    grad = torch.randn_like(x[:, :1]) * torch.randn_like(outputs[1])
+    gradients = []
+    for y, leaf in zip(outputs, leaves, strict=True):
+        gradients.append(torch.autograd.grad(y, [leaf, *eager.parameters()], grad))
+    for a, b in zip(*gradients, strict=True):
+        assert_equal(a, b, "gradient", 1e-8)
+
+
+@pytest.mark.parametrize("size", [(2, 2, 2), (3, 5, 4), (2, 7, 3)])
+def test_transitions(size: tuple[int, ...]) -> None:
+    """Odd sides, of which the pool leaves the last plane out."""
+    ours, eager = twin(in_three_dimensions(eager_transition()), dense_ext.swap)
+    assert_trains_alike(ours, eager, volumes(*size, channels=6), steps=2)
+
+
+def frozen(net: nn.Module) -> None:
+    for norm in net.modules():
+        if isinstance(norm, nn.BatchNorm3d):
+            norm.eval()
+
+
+def without_running_statistics(net: nn.Module) -> None:
+    for norm in net.modules():
+        if isinstance(norm, nn.BatchNorm3d):
+            norm.track_running_stats = False
+            norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+
+
+def cumulative(net: nn.Module) -> None:
+    for norm in net.modules():
+        if isinstance(norm, nn.BatchNorm3d):
+            norm.momentum = None
+
+
+@pytest.mark.parametrize("setting", [frozen, without_running_statistics, cumulative])
+def test_batch_norm_settings(setting: Callable[[nn.Module], None]) -> None:
+    ours, eager = twin(network(), dense_ext.swap)
+    for model in (ours, eager):
+        setting(model)
+    assert_trains_alike(ours, eager, volumes(), steps=2)
+
+
+def test_dropout_drops_elements() -> None:
+    """The same elements in backward as in forward; torchvision's dropout, as MONAI's drops channels."""
+    block = in_three_dimensions(eager_block(drop_rate=0.5))
+    dense_ext.swap(block, recompute="block")
+    x = volumes(4, 5, 3, channels=6).requires_grad_()
+
+    def run(scaled: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return block(scaled)
+
+    y = run(x)
+    assert 0.3 < float((y[:, 6:] == 0).double().mean()) < 0.7
+    direction = torch.randn_like(x)
+    (slope,) = torch.autograd.grad((y.square().sum()), x)
+    with torch.no_grad():
+        step = 1e-6
+        change = run(x + step * direction).square().sum() - run(x - step * direction).square().sum()
+    assert float((slope * direction).sum()) == pytest.approx(float(change) / (2 * step), rel=1e-5)
+
+
+def test_memory_is_linear_in_depth() -> None:
+    def kept(layers: int, swapped: bool) -> int:
+        block = in_three_dimensions(eager_block(layers, growth_rate=8)).float()
+        if swapped:
+            dense_ext.swap(block)
+        x = torch.randn(2, 6, 4, 6, 5)
+        return saved_bytes(block, lambda: block(x).sum())
+
+    ours = [kept(layers, True) for layers in (4, 8, 16)]
+    assert ours[2] - ours[1] == pytest.approx(2 * (ours[1] - ours[0]), rel=0.01)
+    assert kept(16, False) > 12 * ours[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_no_less_exact_than_eager_in_16_bits(dtype: torch.dtype) -> None:
+    """A block, as PyTorch has no 16-bit pools for volumes on a CPU; averaged as in test_operators."""
+    ratios = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        truth = in_three_dimensions(eager_block(4, growth_rate=8))
+        # Start from values the storage type represents, so that only the computation differs.
+        truth.load_state_dict({k: v.to(dtype).to(v.dtype) for k, v in truth.state_dict().items()})
+        x = volumes(6, 8, 7, channels=6).to(dtype)
+        ours, eager = (copy.deepcopy(truth).to(dtype) for _ in range(2))
+        dense_ext.swap(ours, strict=True)
+        exact, *others = (
+            tensors_of_a_step(m, x.to(next(m.parameters()).dtype)) for m in (truth, ours, eager)
+        )
+        errors = [
+            statistics.median(float((a - e).norm() / e.norm()) for a, e in zip(found, exact, strict=True))
+            for found in others
+        ]
+        ratios.append(errors[0] / errors[1])
+    assert statistics.geometric_mean(ratios) <= 1.15, ratios
+
+
+def tensors_of_a_step(module: nn.Module, x: Tensor) -> list[Tensor]:
+    """The output, the input's gradient and the parameters'."""
+    leaf = x.clone().requires_grad_()
+    y = module(leaf)
+    gradients = torch.autograd.grad(y.double().square().sum(), [leaf, *module.parameters()])
+    return [tensor.detach().double() for tensor in (y, *gradients)]
+
+
+def test_under_autocast() -> None:
+    ours, eager = twin(network().float(), dense_ext.swap)
+    x = volumes().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = ours(x), eager(x)
+    assert y.dtype == expected.dtype
+    y.float().sum().backward()
+    assert all(p.grad is not None for p in ours.parameters())
+    assert float((y - expected).norm() / expected.norm()) < 0.1
+
+
+def test_compiled() -> None:
+    ours, eager = twin(network(), dense_ext.swap)
+    compiled = torch.compile(ours, fullgraph=True)
+    x = volumes()
+    assert_equal(compiled(x), eager(x), "output")
+
+
+def test_operators_are_what_the_compiler_takes_them_for() -> None:
+    block = dense_ext.swap(in_three_dimensions(eager_block(2)))
+    seen: list[tuple[Any, ...]] = []
+    operator = torch.ops.dense_ext.dense_block.default
+
+    class Noting(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if func is operator:
+                seen.append(args)
+            return func(*args, **(kwargs or {}))
+
+    with Noting(), torch.no_grad():
+        block(volumes(3, 4, 2, channels=6))
+    torch.library.opcheck(operator, seen[0])
+
+
+def test_an_empty_batch() -> None:
+    block = dense_ext.swap(in_three_dimensions(eager_block()))
+    x = torch.empty(0, 6, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    y = block(x)
+    assert y.shape == (0, 21, 3, 4, 5)
+    y.sum().backward()
+    assert x.grad is not None
+
+
+def test_an_image_for_volumes_is_refused() -> None:
+    block = dense_ext.swap(in_three_dimensions(eager_block()))
+    with pytest.raises(ValueError, match=r"must be 5-D \[N, 6, D, H, W\], got shape \(2, 6, 4, 4\)"):
+        block(torch.randn(2, 6, 4, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dropout_prob": 0.1}, "its children are .*dropout"),
+        ({"norm": "instance"}, "norm1 is InstanceNorm3d, not BatchNorm"),
+        ({"act": "prelu"}, "relu1 is PReLU, not ReLU"),
+    ],
+)
+def test_what_cannot_be_served_stays(options: dict[str, Any], reason: str) -> None:
+    net = network(**options)
+    with pytest.warns(UserWarning, match=reason):
+        ours, eager = twin(net, dense_ext.swap)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        actual = ours(volumes())
+    assert actual.shape == eager(volumes()).shape
+
+
+def test_no_plan_for_volumes() -> None:
+    with pytest.raises(ValueError, match="input_shape="):
+        dense_ext.swap(network(), recompute="auto", input_shape=(2, 2, 24, 24, 24), memory="1GiB")
+    with pytest.raises(ValueError, match="no two-dimensional convolutions"):
+        dense_ext.swap(network(), recompute="auto", input_shape=(2, 2, 24, 24), memory="1GiB")
