@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -303,6 +304,15 @@ def test_no_speed_without_agreement(losses: list[float]) -> None:
 def test_peers_are_checked(names: list[str], policies: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         peers.choose(names, policies)
+
+
+def test_json_of_what_is_not_finite(tmp_path: Path) -> None:
+    """Losses may be; not every reader of JSON takes NaN."""
+    path = tmp_path / "results.json"
+    results.write_json(path, {"losses": [math.nan, 1.5, math.inf], "options": {"depths": (1, 2)}})
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {
+        "losses": [None, 1.5, None], "options": {"depths": [1, 2]},
+    }  # fmt: skip
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

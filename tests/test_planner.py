@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from dense_ext.memory import (
     TrackedStep,
     device_memory,
     estimate,
-    largest_batch,
+    largest,
     parse_bytes,
 )
 from dense_ext.memory.step import OPTIMIZERS
@@ -231,8 +232,11 @@ def test_a_tracked_step_finds_gradients_and_the_optimizers_state() -> None:
     assert peak["adamw"] == pytest.approx(4 * parameters + 2 * largest, rel=1e-3)  # in its update
 
 
+# --- the search for the largest that fits ---------------------------------------------------------------
+
+
 @pytest.mark.parametrize("first", [1, 7, 64, 5000])
-def test_the_largest_batch_of_a_line_with_a_kink(first: int) -> None:
+def test_the_largest_of_a_line_with_a_kink(first: int) -> None:
     looked: list[int] = []
 
     def peak(batch: int) -> int:
@@ -241,9 +245,38 @@ def test_the_largest_batch_of_a_line_with_a_kink(first: int) -> None:
 
     for budget in (30_000, 30_099, 30_100, 99_999, 100_000, 1_000_000):
         looked.clear()
-        largest = largest_batch(peak, budget, first)
+        found = largest(peak, budget, first)
         assert len(looked) <= 6
-        assert largest == sum(peak(batch) <= budget for batch in range(1, 10_000))
+        assert found == sum(peak(batch) <= budget for batch in range(1, 10_000))
+
+
+SHAPES: dict[str, Callable[[int], float]] = {
+    "line": lambda n: 7 * n,
+    "parabola": lambda n: n * n,
+    "flat, then a step": lambda n: 10 if n < 40 else 10**6,
+    "out of memory": lambda n: n if n < 30 else math.inf,
+    "all but flat": lambda n: 1000 + n / 1000,
+    "steep at first": lambda n: 100 * math.log(n + 1),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("first", [1, 3, 64, 1000])
+@pytest.mark.parametrize("at_most", [1, 50, 10**6])
+def test_the_largest_of_other_shapes(shape: str, first: int, at_most: int) -> None:
+    for budget in (0, 5, 10, 99, 100, 450, 1001):
+        looked: list[int] = []
+
+        def nbytes(n: int, looked: list[int] = looked) -> float:
+            looked.append(n)
+            return SHAPES[shape](n)
+
+        n = largest(nbytes, budget, first, at_most)
+        assert n == 0 or SHAPES[shape](n) <= budget
+        assert n == at_most or SHAPES[shape](n + 1) > budget
+        assert len(set(looked)) == len(looked) <= 40
+        assert min(looked) >= 1
+        assert max(looked) <= at_most
 
 
 # --- sizes and bad input ------------------------------------------------------------------------------

@@ -20,12 +20,14 @@ pytest.importorskip("jinja2")
 
 from PIL import Image, ImageStat
 
+from dense_ext.benchmark.results import HEAD
 from dense_ext.benchmark.suites.base import new_row
 from dense_ext.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PHONE, DESK = 390, 1200
+BARE = json.dumps(dict.fromkeys(HEAD) | {"kind": "step"}).encode()
 
 
 def suite_result(kind: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -171,6 +173,7 @@ def test_a_result_of_unknown_kind(
         ("binary.json", bytes(range(256)), "binary.json is no result file: "),
         ("list.json", b"[]", "list.json is no result file of dense-ext"),
         ("plan.json", b'{"kind": "step", "rows": []}', "plan.json is no result file of dense-ext"),
+        ("bare.json", BARE, "bare.json is a result of 'step' without peers, rows"),
     ],
 )
 def test_what_is_no_result(

@@ -26,13 +26,11 @@ import jsonschema
 
 from dense_ext.backends.base import primitive_of
 from dense_ext.benchmark import bench, peers, suites
-from dense_ext.benchmark.errors import UnavailableError
 from dense_ext.benchmark.graphs import GraphedStep
-from dense_ext.benchmark.memory import largest, step_peaks
+from dense_ext.benchmark.memory import step_peaks
 from dense_ext.benchmark.networks import small_densenet
 from dense_ext.benchmark.primitives import model_cases
 from dense_ext.benchmark.suites.base import new_row
-from dense_ext.benchmark.suites.memory import deepest_expected
 from dense_ext.benchmark.suites.speed import mark_disagreement
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -314,32 +312,6 @@ def test_quick_run_with_a_failing_peer(tmp_path: Path, capsys: pytest.CaptureFix
     assert results["peers"]["graph"]["failure"] == "CUDA graphs need a GPU"
     assert list(results["speed"]["seconds"]) == ["eager", "dense_ext-bottleneck"]
     assert "not measured" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("limit", [0, 1, 5, 8, 63, 100])
-@pytest.mark.parametrize("guess", [1, 5, 40, 64, 1000])
-def test_largest(limit: int, guess: int) -> None:
-    asked: list[int] = []
-
-    def fits(n: int) -> bool:
-        asked.append(n)
-        return n <= limit
-
-    assert largest(fits, 64, guess) == min(limit, 64)
-    assert len(set(asked)) == len(asked) <= 14
-    assert set(asked) <= set(range(1, 65))
-    if guess == limit:
-        assert len(asked) == 2, "a right guess and its successor"
-
-
-def test_the_deepest_network_is_expected_where_the_parabola_meets_the_budget() -> None:
-    rows = [new_row({"vary": "depth", "depth": d, "dtype": "float32"}, "eager") for d in (10, 22, 40, 58)]
-    for row in rows:
-        row["measures"] = {"peak_bytes": row["case"]["depth"] ** 2, "lasting_bytes": 7}
-    assert 6 * deepest_expected(rows, 100**2 + 8, 1000) + 4 == 100
-    assert deepest_expected(rows, 100**2 + 8, 12) == 12
-    with pytest.raises(UnavailableError, match="2 depths were measured, a parabola needs 3"):
-        deepest_expected(rows[:2], 10**4, 1000)
 
 
 # --- peers ---------------------------------------------------------------------------------------------

@@ -82,28 +82,6 @@ def lasting_bytes(step: TrainStep) -> int:
     return sum(t.nbytes for t in tensors if isinstance(t, Tensor))
 
 
-def largest(fits: Callable[[int], bool], at_most: int, guess: int = 1) -> int:
-    """The greatest n from 1 to ``at_most`` that fits, 0 if none does.
-
-    By steps that double, up or down from a guess, then bisection: two calls if the guess is right.
-    ``fits`` must not hold again once it has not.
-    """
-    low, high, step = 0, at_most + 1, 1
-    n = min(max(guess, 1), at_most)
-    while low < n < high:
-        if fits(n):
-            low, n = n, n + step
-        else:
-            high, n = n, n - step
-        if low > 0 and high <= at_most:
-            break
-        step *= 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
 def allocation_levels(run: Callable[[], object]) -> list[int]:
     """Bytes ``run`` holds on the CPU after each of its allocations and releases; its result stays alive."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silent where there is no GPU to trace

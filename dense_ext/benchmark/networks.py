@@ -79,6 +79,8 @@ def timm_twin(model: DenseNet) -> nn.Module:
     except ImportError as error:
         raise UnavailableError(f"timm is not installed: {error}") from error
     shapes = _shapes(model)
+    if "features.denseblock1.denselayer1.conv2.weight" not in shapes:
+        raise UnavailableError("timm has no DenseNet without bottleneck layers")
     growth, bottleneck = shapes["features.denseblock1.denselayer1.conv2.weight"][:2]
     init_features, in_channels = shapes["features.conv0.weight"][:2]
     with torch.device("meta"):

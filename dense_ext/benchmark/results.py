@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -19,8 +20,10 @@ from .machine import commit, machine, versions
 
 Results = dict[str, Any]
 
-# What every file has.
+# What every file has, and what one of its kind has beside that; those not named are a suite's.
 HEAD = {"kind", "date", "machine", "versions", "commit", "options", "interrupted"}
+_CONTENT = {"bench": {"peers"}, "models": {"models"}, "train": {"runs"}}
+_OF_A_SUITE = {"peers", "rows"}
 
 
 def new_results(kind: str, options: dict[str, Any]) -> Results:
@@ -48,7 +51,20 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, results: Results) -> None:
-    write_atomically(path, lambda p: p.write_text(json.dumps(results, indent=1) + "\n"))
+    write_atomically(path, lambda p: p.write_text(as_json(results) + "\n"))
+
+
+def as_json(results: Results) -> str:
+    """The text of a result, which any reader of JSON takes: what is not finite is null."""
+    return json.dumps(_finite(results), indent=1, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def saving(tick: Callable[[str], None], results: Results, path: Path, every: float) -> Callable[[str], None]:
@@ -84,6 +100,8 @@ def read_results(path: Path) -> Results:
         raise UsageError(f"{path} is no result file: {error}") from error
     if not isinstance(results, dict) or not results.keys() >= HEAD:
         raise UsageError(f"{path} is no result file of dense-ext")
+    if missing := _CONTENT.get(str(results["kind"]), _OF_A_SUITE) - results.keys():
+        raise UsageError(f"{path} is a result of {results['kind']!r} without {', '.join(sorted(missing))}")
     return results
 
 

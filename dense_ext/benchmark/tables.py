@@ -131,12 +131,16 @@ def _models(results: Results) -> list[Table]:
 
 def _train(results: Results) -> list[Table]:
     rows = [
-        (name, str(len(h)), f"{h[-1]['test_accuracy']:.2%}", f"{h[-1]['test_loss']:.3f}",
+        (name, str(len(h)), f"{h[-1]['test_accuracy']:.2%}", _loss(h[-1]["test_loss"]),
          f"{sum(epoch['seconds'] for epoch in h):.0f}")
         for name, run in results["runs"].items() if (h := run["history"])
     ]  # fmt: skip
     title = f"training {results['options']['model']} on {results['data']}"
     return [Table(title, ("network", "epochs", "test accuracy", "test loss", "seconds"), rows)]
+
+
+def _loss(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3f}"
 
 
 # --- suites --------------------------------------------------------------------------------------------

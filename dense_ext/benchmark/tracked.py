@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..memory import TrackedStep, largest_batch
+from ..memory import TrackedStep, largest
 from ..models import DenseNet
 from .errors import reason
 from .peers import OTHERS
@@ -72,6 +72,6 @@ def track_peers(
                 return step.peak(batch)
 
             row["peak_bytes"] = peak(batch)
-            row["largest_batch"] = largest_batch(peak, budget, batch)
+            row["largest_batch"] = largest(peak, budget, batch)
         except Exception as error:
             row["failure"] = reason(error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,9 @@ _WIDE = 200  # columns
 
 
 def print_json(results: dict[str, Any]) -> None:
-    print(json.dumps(results, indent=1))
+    from ..benchmark.results import as_json
+
+    print(as_json(results))
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:

@@ -6,9 +6,10 @@ what for; :class:`Planner` does so for any batch and policy, and finds what fits
 """
 
 from .plan import Estimate, Planner, estimate
-from .tracker import TrackedStep, largest_batch
+from .search import largest
+from .tracker import TrackedStep
 from .units import device_memory, parse_bytes
 
 __all__ = [
-    "Estimate", "Planner", "TrackedStep", "device_memory", "estimate", "largest_batch", "parse_bytes"
+    "Estimate", "Planner", "TrackedStep", "device_memory", "estimate", "largest", "parse_bytes"
 ]  # fmt: skip

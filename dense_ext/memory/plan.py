@@ -13,6 +13,7 @@ from ..backends import BACKENDS, requested, select
 from ..backends.base import PRIMITIVES, STORAGE_DTYPES, Backend
 from ..schedule import RECOMPUTE
 from .network import BlockShape, network_of
+from .search import largest
 from .step import OPTIMIZERS, PARTS, Setting, Step
 from .units import parse_bytes
 
@@ -114,17 +115,7 @@ class Planner:
 
     def largest_batch(self, memory: int | str, recompute: str | Sequence[str] = "bottleneck") -> int:
         """The largest batch whose peak is within ``memory`` (bytes, or as ``"80GiB"``); 0 if none is."""
-        budget = parse_bytes(memory)
-        fits, too_many = 0, 1
-        while self.estimate(too_many, recompute).peak <= budget:
-            fits, too_many = too_many, 2 * too_many
-        while too_many - fits > 1:
-            middle = (fits + too_many) // 2
-            if self.estimate(middle, recompute).peak <= budget:
-                fits = middle
-            else:
-                too_many = middle
-        return fits
+        return largest(lambda batch: self.estimate(batch, recompute).peak, parse_bytes(memory))
 
     def choose(self, batch: int, memory: int | str) -> Estimate | None:
         """The policies, block by block, that compute least again and fit; None if nothing fits.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -73,29 +73,3 @@ class TrackedStep:
         with tracker:
             self._step(images, labels)
         return max(snapshot["Total"] for snapshot in tracker.get_tracker_snapshot("peak").values())
-
-
-def largest_batch(peak: Callable[[int], int], budget: int, first: int) -> int:
-    """The largest batch whose peak is within ``budget`` bytes, while one more's is not; 0 if none is.
-
-    Peaks are nearly in line, so each look is where the line through the last two leads: three or four do.
-
-    Args:
-        peak: of a batch, in bytes; grows with it.
-        budget: bytes.
-        first: batch to look at first.
-    """
-    fits, too_many = 0, None
-    at, nbytes, batch = 0, 0, first
-    while too_many is None or too_many - fits > 1:
-        before, nbytes_before = at, nbytes
-        at, nbytes = batch, peak(batch)
-        if nbytes <= budget:
-            fits = at
-        else:
-            too_many = at
-        batch = at + (budget - nbytes) * (at - before) // (nbytes - nbytes_before)
-        batch = max(batch, fits + 1)
-        if too_many is not None:
-            batch = min(batch, too_many - 1)
-    return fits

@@ -8,11 +8,11 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from numpy.polynomial import Polynomial
 
+from ...memory import largest
 from ...models import DenseNet
 from ..errors import UnavailableError
-from ..memory import largest, lasting_bytes, saved_bytes, step_peaks
+from ..memory import lasting_bytes, saved_bytes, step_peaks
 from ..networks import small_densenet
 from ..peers import Peer
 from ..results import Results
@@ -21,7 +21,8 @@ from .base import Case, Row, Suite, SuiteOptions, build_model, failing_into, new
 _SIZE = 32
 _MOST_IMAGES = 2**16  # a search for the largest batch ends here
 _DEEPEST = 60_004  # and one for the deepest network here
-_FIRST_BATCHES = (2, 4)  # with which such a search begins; one image may be one value a channel
+_FIRST_LAYERS = 20  # a block, with which that begins
+_FIRST_BATCH = 2  # with which such a search begins; one image may be one value a channel
 GROWTH_RATE = 12  # of the paper's networks
 
 
@@ -121,10 +122,7 @@ class MemorySuite(_CountedSuite):
                 self.count(case, peer)
 
     def search(self, case: Case, peer: Peer) -> None:
-        """A row of the largest batch whose step fits the budget, by running it.
-
-        The search begins where the line through two small batches meets the budget.
-        """
+        """A row of the largest batch whose step fits the budget, by running it."""
         self.tick(f"{peer.name}: largest batch in {self.budget / 1e9:g} GB")
         labels = {k: v for k, v in case.as_json().items() if k != "batch"}
         row = new_row({**labels, "budget_bytes": self.budget}, peer.name)
@@ -134,9 +132,7 @@ class MemorySuite(_CountedSuite):
             return self.needed(replace(case, batch=batch), peer)
 
         with failing_into(row):
-            (a, low), (b, high) = ((batch, needed(batch)) for batch in _FIRST_BATCHES)
-            guess = a + int((self.budget - low) / (high - low) * (b - a)) if low < high < math.inf else 1
-            found = largest(lambda batch: needed(batch) <= self.budget, _MOST_IMAGES, guess)
+            found = largest(needed, self.budget, _FIRST_BATCH, _MOST_IMAGES)
             if found == _MOST_IMAGES:
                 raise UnavailableError(f"{found} images fit, and no more were tried")
             row["measures"] = {"largest_batch": found}
@@ -161,52 +157,32 @@ class PaperSuite(_CountedSuite):
 
     def measure(self) -> None:
         for dtype in self.options.dtypes:
-            counted: dict[str, list[Row]] = {peer.name: [] for peer in self.peers}
             for case in self.cases(dtype):
                 release()
                 for peer in self.peers:
-                    counted[peer.name].append(self.count(case, peer))
+                    self.count(case, peer)
             for peer in self.peers:
-                self.search(counted[peer.name], peer)
+                self.search(case, peer)
 
-    def search(self, counted: list[Row], peer: Peer) -> None:
+    def search(self, case: Case, peer: Peer) -> None:
         """A row of the deepest network whose step fits the budget, by running it.
 
-        The search begins where the parabola through the bytes already counted meets the budget.
+        Args:
+            case: whose batch, size and dtype to take.
+            peer: what runs it.
         """
         self.tick(f"{peer.name}: deepest network in {self.budget / 1e9:g} GB")
-        batch, dtype = counted[0]["case"]["batch"], counted[0]["case"]["dtype"]
-        labels = {k: v for k, v in counted[0]["case"].items() if k not in ("vary", "depth")}
+        labels = {k: v for k, v in case.as_json().items() if k not in ("vary", "depth")}
         row = new_row({**labels, "budget_bytes": self.budget}, peer.name)
         self.rows.append(row)
 
-        def fits(layers: int) -> bool:
-            case = self.case("budget", 6 * layers + 4, GROWTH_RATE, batch, dtype)
-            return self.needed(case, peer) <= self.budget
+        def needed(layers: int) -> float:
+            sized = self.case("budget", 6 * layers + 4, GROWTH_RATE, case.batch, case.dtype)
+            return self.needed(sized, peer)
 
         with failing_into(row):
             most = (_DEEPEST - 4) // 6
-            layers = largest(fits, most, deepest_expected(counted, self.budget, most))
+            layers = largest(needed, self.budget, _FIRST_LAYERS, most)
             if layers == most:
                 raise UnavailableError(f"{_DEEPEST} layers fit, and no more were tried")
             row["measures"] = {"deepest": 6 * layers + 4}
-
-
-def deepest_expected(rows: list[Row], budget: int, most: int) -> int:
-    """Layers a block, of the paper's networks, at which the parabola through a peer's bytes meets the budget.
-
-    Args:
-        rows: those of some depths, 6n + 4.
-        budget: bytes.
-        most: not to be exceeded.
-
-    Raises:
-        UnavailableError: fewer than three of the rows have bytes.
-    """
-    measured = [row for row in rows if row["failure"] is None]
-    if len(measured) < 3:
-        raise UnavailableError(f"{len(measured)} depths were measured, a parabola needs 3")
-    layers = [(row["case"]["depth"] - 4) // 6 for row in measured]
-    needed = [row["measures"]["peak_bytes"] + row["measures"]["lasting_bytes"] for row in measured]
-    parabola = Polynomial.fit(layers, needed, 2)
-    return largest(lambda n: bool(parabola(n) <= budget), most)
