@@ -113,8 +113,9 @@ def depth_table(results: Results) -> str:
 
 def volumes_table(results: Results) -> str:
     """A step's bytes and time on volumes, by peer."""
-    rows = [row for row in results["rows"] if row["seconds"]]
+    rows = [row for row in results["rows"] if row["seconds"] and "saved_bytes" in row["measures"]]
     case, (reference, among) = rows[0]["case"], next(iter(references(results).items()))
+    rows = [row for row in rows if row["case"] == case]
     least = fastest(results, case, among)
     cells = (
         (
@@ -190,6 +191,7 @@ def deepest_table(results: Results) -> str:
 
 def _fitting(results: Results, measure: str, what: str) -> str:
     fits = [row for row in results["rows"] if measure in row["measures"]]
+    fits = [row for row in fits if row["case"] == fits[0]["case"]]
     rows = ((_label(results, row["peer"]), str(row["measures"][measure])) for row in fits)
     case = fits[0]["case"]
     return _captioned(

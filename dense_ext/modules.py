@@ -52,6 +52,11 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(x.device.type)
 
 
+def _autocast_pools_in_float32(x: Tensor) -> bool:
+    """Whether autocast is on and takes pools to float32: for volumes on a CPU."""
+    return x.dim() == 5 and x.device.type == "cpu" and _autocast_dtype(x) is not None
+
+
 def _as_autocast_concatenates(x: Tensor) -> Tensor:
     """The tensor in the dtype eager's concatenation with autocast features would have: the wider of both."""
     dtype = _autocast_dtype(x)
@@ -260,7 +265,7 @@ class FusedTransition(Fused):
         args = _arguments("transition", x, [norm], [conv], self.backend)
         y, stats = ops.run_transition(x, args)
         update_running_stats([norm], stats, [0], values_per_channel(x))
-        return y.to(_autocast_dtype(y) or y.dtype)
+        return y.float() if _autocast_pools_in_float32(y) else y.to(_autocast_dtype(y) or y.dtype)
 
 
 class Transition(FusedTransition, nn.Sequential):
@@ -335,4 +340,4 @@ class FusedFeatures(Fused, nn.Sequential):
         args = _arguments("stem", x, [norm], [], self.backend)
         y, stats = torch.ops.dense_ext.stem(x, *args)
         update_running_stats([norm], stats, [0], values_per_channel(x))
-        return y
+        return y.float() if _autocast_pools_in_float32(y) else y

@@ -88,6 +88,13 @@ def test_measures_without_samples(measure: str, old: float, new: float, worse: b
     assert [change.worse for change in found.changes] == ([] if worse is None else [worse])
 
 
+def test_an_error_that_is_not_finite_is_worse() -> None:
+    old, new = result(1.0, relative_error=1e-7), result(1.0, relative_error=None)
+    (change,) = compare(old, new).regressions
+    assert (change.measure, change.old, change.new) == ("relative_error", 1e-7, "not finite")
+    assert compare(new, new).changes == []
+
+
 def test_a_row_that_fails_now() -> None:
     old = result(1.0)
     new = copy.deepcopy(old)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 from PIL import Image, ImageChops
@@ -13,36 +13,31 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def render() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("render", ROOT / "benchmarks" / "render.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def render(benchmark_script: Callable[[str], Any]) -> Any:
+    return benchmark_script("render")
 
 
-def test_tables_say_what_the_results_say(render: ModuleType) -> None:
+def test_tables_say_what_the_results_say(render: Any) -> None:
     text = (ROOT / "README.md").read_text()
     assert text.count("<!-- end -->") == 9
     assert render.rendered(text) == text, "run: python benchmarks/render.py"
 
 
-def test_a_changed_number_shows(render: ModuleType) -> None:
+def test_a_changed_number_shows(render: Any) -> None:
     text = (ROOT / "README.md").read_text()
     changed = text.replace("| 130.4 |", "| 13.04 |", 1)
     assert changed != text
     assert render.rendered(changed) == text
 
 
-def test_every_figure_belongs_to_a_result(render: ModuleType) -> None:
+def test_every_figure_belongs_to_a_result(render: Any) -> None:
     figures = [path.stem for path in (ROOT / "benchmarks" / "figures").glob("*.png")]
     of = {name: {f for f in figures if f.startswith(f"{name}-")} for name in render.committed()}
     assert set().union(*of.values()) == set(figures)
     assert all(of.values()), of
 
 
-def test_figures_show_what_the_results_say(render: ModuleType, tmp_path: Path) -> None:
+def test_figures_show_what_the_results_say(render: Any, tmp_path: Path) -> None:
     """Each committed figure is what is drawn of its result now, but for the smoothing of edges."""
     for name, path in render.committed().items():
         for drawn in render.draw_all(render.read_json(path), tmp_path, f"{name}-"):
@@ -55,7 +50,7 @@ def test_figures_show_what_the_results_say(render: ModuleType, tmp_path: Path) -
 
 
 def test_a_gpus_results_are_in_its_folder(
-    render: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    render: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(render, "RESULTS", tmp_path)
     (tmp_path / "h100-sxm").mkdir()

@@ -147,6 +147,28 @@ def test_volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert (tmp_path / "volumes-throughput.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--peers", "timm"], "volumes have eager, eager-cl, graph and graph-cl; got none"),
+        (["--size", "8"], "volumes of side 8 are too small"),
+        (["--data", "."], "volumes are made of noise"),
+    ],
+)
+def test_volumes_that_cannot_be_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert main(["bench", "--suite", "volumes", *options, "--out", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_volumes_without_monai(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "monai.networks.nets.densenet", None)
+    assert main(["bench", "--suite", "volumes", "--out", str(tmp_path)]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_inference(tmp_path: Path) -> None:
     rows = by_peer(run("inference", tmp_path, "--model", "tiny", "--peers", "eager-cl"))
     eager, ours = (rows[peer][0] for peer in ("eager-cl", "dense_ext-bottleneck"))

@@ -4,7 +4,8 @@ Conventions, the same for every primitive and every backend:
 
 * Activations are NHWC *views* ``[N, H, W, C]`` with unit stride along C. The pixel stride may be
   larger than C (a slice of a wider concatenation buffer); H and W are dense, that is, the strides
-  are ``(H*W*s, W*s, s, 1)`` with ``s >= C``. M = N*H*W is the number of pixels.
+  are ``(H*W*s, W*s, s, 1)`` with ``s >= C``. M = N*H*W is the number of pixels. Volumes
+  ``[N, D, H, W, C]`` are served by :mod:`dense_ext.backends.volume`.
 * Convolution weights have PyTorch's shapes ``[out, in, kh, kw]`` and any strides, and the
   activations' dtype. So have their gradients.
 * Per-channel vectors (``mean``, ``var``, ``scale``, ``shift``, ``weight``, ``bias``, ``u``, ``v``,

@@ -62,7 +62,7 @@ def _mask_and_sum(g: Tensor, activation: Tensor, x: Tensor, mean: Tensor, sums: 
 class ReferenceBackend(Backend):
     """Every primitive as the formula in :mod:`dense_ext.backends.base`, step by step.
 
-    Written for any number of spatial dimensions; :mod:`dense_ext.backends.volume` has three.
+    For images and, through :mod:`dense_ext.backends.volume`, for volumes.
     """
 
     name = "reference"
@@ -79,7 +79,7 @@ class ReferenceBackend(Backend):
     def scratch_bytes(
         self, primitive: str, pixels: int, in_channels: int, out_channels: int, dtype: torch.dtype
     ) -> int:
-        """Counted from the formulas below; c and k are a pixel's in and out channels, widened.
+        """Counted from the formulas below for images; c and k are a pixel's in and out channels, widened.
 
         Widening copies 16-bit activations, which shows where nothing larger is alive.
         """

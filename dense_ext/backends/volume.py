@@ -1,8 +1,8 @@
 """Volumes, activations [N, D, H, W, C]: what a backend does for images serves them, as far as it can.
 
-What looks at each pixel by itself, the 1x1 convolutions, statistics and sums, sees a volume as an image of
-D*H rows and runs on the backend. The 3x3x3 convolution and the pools are PyTorch's own operators, over an
-activation made for the call: memory is linear in depth all the same.
+What looks at each pixel by itself, a layer's 1x1x1 convolution, statistics and sums, sees a volume as an
+image of D*H rows and runs on the backend. The 3x3x3 convolution, the transition and the stem are PyTorch's
+own operators, over an activation made for the call: memory is linear in depth all the same.
 """
 
 from __future__ import annotations

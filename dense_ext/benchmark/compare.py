@@ -197,6 +197,8 @@ def _measures_changed(old: Row, new: Row) -> Iterator[Change]:
         yield Change(*where, "failure", old["failure"], new["failure"], new["failure"] is not None)
     for name, share in NOISE.items():
         before, now = old["measures"].get(name), new["measures"].get(name)
+        if before is not None and now is None and name in new["measures"]:
+            yield Change(*where, name, before, "not finite", True)
         if before is None or now is None:
             continue
         high, low = max(before, now), min(before, now)

@@ -25,9 +25,14 @@ class UnavailableError(Exception):
     exit_code = 2
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU or the machine had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def reason(error: Exception) -> str:
     """What went wrong, in a line: for the row of a peer that failed."""
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return "out of memory"
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if isinstance(error, UnavailableError | UsageError):  # ours: they say all there is to say

@@ -19,7 +19,11 @@ def references(results: Results) -> dict[str, list[str]]:
     some were compiled or recorded as a graph. Peers without samples are left out, and so is dense_ext.
     """
     timed = {row["peer"] for row in rows_of(results) if row["seconds"]}
-    modes = {name: p["mode"] for name, p in results["peers"].items() if name in timed and not p["ours"]}
+    modes = {
+        name: p.get("mode", "eager")
+        for name, p in results["peers"].items()
+        if name in timed and not p["ours"]
+    }
     eager = [name for name, mode in modes.items() if mode == "eager"]
     found = {"fastest eager": eager} if eager else {}
     return {**found, "fastest other": list(modes)} if len(modes) > len(eager) else found

@@ -131,7 +131,7 @@ def _models(results: Results) -> list[Table]:
 
 def _train(results: Results) -> list[Table]:
     rows = [
-        (name, str(len(h)), f"{h[-1]['test_accuracy']:.2%}", _loss(h[-1]["test_loss"]),
+        (name, str(len(h)), f"{h[-1]['test_accuracy']:.2%}", _finite(h[-1]["test_loss"], ".3f"),
          f"{sum(epoch['seconds'] for epoch in h):.0f}")
         for name, run in results["runs"].items() if (h := run["history"])
     ]  # fmt: skip
@@ -139,8 +139,9 @@ def _train(results: Results) -> list[Table]:
     return [Table(title, ("network", "epochs", "test accuracy", "test loss", "seconds"), rows)]
 
 
-def _loss(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.3f}"
+def _finite(value: float | None, spec: str) -> str:
+    """A number, or that it was none."""
+    return "not finite" if value is None else format(value, spec)
 
 
 # --- suites --------------------------------------------------------------------------------------------
@@ -221,9 +222,10 @@ def _primitives(results: Results) -> list[Table]:
     peers, work = results["peers"], results.get("work", {})
     timed = _measured(results, "seconds")
     unfused: dict[str, float] = {}
+    aten_name = next((name for name, peer in peers.items() if not peer["ours"]), None)  # the first
     for row in timed:
-        if not peers[row["peer"]]["ours"]:  # the first; what is compiled comes after
-            unfused.setdefault(str(row["case"]), statistics.median(row["seconds"]))
+        if row["peer"] == aten_name:
+            unfused[str(row["case"])] = statistics.median(row["seconds"])
     rows = []
     for row in timed:
         case, measures, median = row["case"], row["measures"], statistics.median(row["seconds"])
@@ -237,7 +239,7 @@ def _primitives(results: Results) -> list[Table]:
             f"{aten / median:.2f}" if aten else "-",
             f"{bandwidth / 1e9:.3g}", f"{bandwidth / work['copy_bytes_per_second']:.0%}",
             f"{rate / 1e9:.4g}", f"{rate / work['matmul_flops_per_second'][case['dtype']]:.0%}",
-            f"{measures['relative_error']:.1e}",
+            _finite(measures["relative_error"], ".1e"),
         ))  # fmt: skip
     header = ("primitive", "where", "dtype", "by", "median us", "min to max us", "ATen = 1",
               "GB/s at least", "of copy", "GFLOP/s", "of matmul", "error")  # fmt: skip

@@ -81,11 +81,11 @@ def bench(
 ) -> None:
     """Memory and speed, dense_ext beside torchvision's DenseNet and other remedies, in one run.
 
-    quick: a training step of one network. memory: bytes against depth, growth rate and batch. step:
-    training over the family. inference. volumes: training MONAI's network in three dimensions.
-    primitives: each kernel beside the machine's ceilings. paper: the comparison of arXiv 1707.06990.
-    Every peer starts from the same weights and sees the same images; no speed is reported unless
-    dense_ext's results are the eager network's. --compare ends
+    quick: a training step of one network. memory: the largest batch that fits; bytes against depth,
+    growth rate and batch. step: training over the family. inference. volumes: training MONAI's network
+    in three dimensions. primitives: each kernel beside the machine's ceilings. paper: the comparison of
+    arXiv 1707.06990. Every peer starts from the same weights and sees the same images; no speed is
+    reported unless dense_ext's results are the eager network's. --compare ends
     with code 1 if something got worse beyond noise, or rows of dense_ext are missing.
     """
     if compare is not None:

@@ -176,8 +176,8 @@ def estimate(
     """The peak memory of one training step of dense_ext, without running it or allocating anything.
 
     It counts what PyTorch's allocator hands out; fragmentation, a GPU's context and what cuDNN or
-    oneDNN take for themselves come on top. So does the scratch of the GPU backends: some 20 MB at the
-    most, whatever the batch, and mostly not where the peak is. Gradients count throughout the step.
+    oneDNN take for themselves come on top. So does the scratch of the GPU backends: mostly it is not held
+    where the peak is, and adds some 20 MB to it at the most. Gradients count throughout the step.
 
     Args:
         input_shape: N, C, H, W of the images.

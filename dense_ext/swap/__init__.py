@@ -51,7 +51,7 @@ def swap(
             contains one or is built on its blocks.
         recompute: as :class:`dense_ext.DenseBlock`; or ``"auto"``: for each block what computes least
             again while a training step with AdamW's state still fits
-            (:meth:`dense_ext.memory.Planner.choose`). The model is then itself a DenseNet.
+            (:meth:`dense_ext.memory.Planner.choose`). The model is then itself a DenseNet, for images.
         backend: as :class:`dense_ext.DenseBlock`.
         strict: raise, before anything is changed, if a part cannot be served.
         input_shape: for ``"auto"``, N, C, H, W of the images of a step.

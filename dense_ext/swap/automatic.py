@@ -19,6 +19,8 @@ def policies_that_fit(
     backend: str,
 ) -> dict[str, str]:
     """Each block's policy by its name in the model; arguments and errors as :func:`dense_ext.swap`."""
+    if any(isinstance(module, nn.Conv3d) for module in model.modules()):
+        raise ValueError('recompute="auto" plans for images, not for volumes')
     if input_shape is None or len(input_shape) != 4:
         got = None if input_shape is None else list(input_shape)
         raise ValueError(f'recompute="auto" needs input_shape=[N, C, H, W] of the images, got {got}')

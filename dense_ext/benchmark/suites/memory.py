@@ -11,7 +11,7 @@ import torch
 
 from ...memory import largest
 from ...models import DenseNet
-from ..errors import UnavailableError
+from ..errors import UnavailableError, is_out_of_memory
 from ..memory import lasting_bytes, saved_bytes, step_peaks
 from ..networks import small_densenet
 from ..peers import Peer
@@ -19,6 +19,7 @@ from ..results import Results
 from .base import Case, Row, Suite, SuiteOptions, build_model, failing_into, new_row, release
 
 _SIZE = 32
+_LOOKS = 4  # of a search, about
 _MOST_IMAGES = 2**16  # a search for the largest batch ends here
 _DEEPEST = 60_004  # and one for the deepest network here
 _FIRST_LAYERS = 20  # a block, with which that begins
@@ -68,13 +69,16 @@ class _CountedSuite(Suite):
 
     def needed(self, case: Case, peer: Peer) -> float:
         """Bytes that training holds at most: a step's, what lasts, and the images; infinite if too many."""
+        self.tick(f"{peer.name}: {case}")
         release()
         try:
             step, images, labels = self.training_step(case, peer)
             peak = step_peaks(step, images, labels)["peak_bytes"]
             return peak + lasting_bytes(step) + images.nbytes
-        except torch.OutOfMemoryError:
-            return math.inf
+        except Exception as error:
+            if is_out_of_memory(error):
+                return math.inf
+            raise
 
 
 class MemorySuite(_CountedSuite):
@@ -110,7 +114,7 @@ class MemorySuite(_CountedSuite):
         return found
 
     def ticks(self) -> int:
-        return (len(self.cases()) + len(self.searches())) * len(self.peers)
+        return (len(self.cases()) + _LOOKS * len(self.searches())) * len(self.peers)
 
     def measure(self) -> None:
         for case in self.searches():
@@ -123,7 +127,6 @@ class MemorySuite(_CountedSuite):
 
     def search(self, case: Case, peer: Peer) -> None:
         """A row of the largest batch whose step fits the budget, by running it."""
-        self.tick(f"{peer.name}: largest batch in {self.budget / 1e9:g} GB")
         labels = {k: v for k, v in case.as_json().items() if k != "batch"}
         row = new_row({**labels, "budget_bytes": self.budget}, peer.name)
         self.rows.append(row)
@@ -153,7 +156,7 @@ class PaperSuite(_CountedSuite):
         return [self.case("depth", depth, GROWTH_RATE, batch, dtype) for depth in depths]
 
     def ticks(self) -> int:
-        return sum(len(self.cases(dtype)) + 1 for dtype in self.options.dtypes) * len(self.peers)
+        return sum(len(self.cases(dtype)) + _LOOKS for dtype in self.options.dtypes) * len(self.peers)
 
     def measure(self) -> None:
         for dtype in self.options.dtypes:
@@ -171,7 +174,6 @@ class PaperSuite(_CountedSuite):
             case: whose batch, size and dtype to take.
             peer: what runs it.
         """
-        self.tick(f"{peer.name}: deepest network in {self.budget / 1e9:g} GB")
         labels = {k: v for k, v in case.as_json().items() if k not in ("vary", "depth")}
         row = new_row({**labels, "budget_bytes": self.budget}, peer.name)
         self.rows.append(row)

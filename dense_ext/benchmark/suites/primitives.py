@@ -103,7 +103,8 @@ def _copied(value: Any) -> Any:
 def relative_error(got: list[Tensor], expected: list[Tensor]) -> float:
     """The largest relative L2 error of the tensors."""
     pairs = zip(got, expected, strict=True)
-    return max(float((a.double() - b).norm() / b.norm().clamp_min(1e-300)) for a, b in pairs)
+    errors = [(a.double() - b).norm() / b.norm().clamp_min(1e-300) for a, b in pairs]
+    return float(torch.stack(errors).max())  # NaN if one is
 
 
 def backend_error(backend: str, case: PrimitiveCase, tensors: Arguments) -> float:

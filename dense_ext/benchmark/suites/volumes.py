@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ...swap import swap
-from ..errors import UnavailableError
+from ..errors import UnavailableError, UsageError
 from ..flops import flops_per_image
 from ..peers import Peer
 from ..results import Results
@@ -36,6 +36,10 @@ class VolumeSuite(StepSuite):
 
     Of the peers, those that MONAI's network has: eager in both memory formats, and dense_ext; plain or as
     CUDA graphs.
+
+    Raises:
+        UnavailableError: MONAI is not installed.
+        UsageError: none of the other peers is served, the volumes are too small, or images are asked for.
     """
 
     name = "volumes"
@@ -43,8 +47,21 @@ class VolumeSuite(StepSuite):
 
     def __init__(self, options: SuiteOptions, peers: list[Peer], results: Results) -> None:
         served = [peer for peer in peers if peer.source == "eager" and peer.mode in ("eager", "graph")]
+        if all(peer.ours for peer in served):
+            raise UsageError(
+                "of the peers, volumes have eager, eager-cl, graph and graph-cl; got none of them"
+            )
+        if options.data is not None:
+            raise UsageError("volumes are made of noise; --data has images")
         super().__init__(options, served, results)
         results["data"] = "noise"
+        case = self.cases()[0]
+        try:
+            self.operations = flops_per_image(
+                lambda: case.build(_CLASSES), (1, *[case.size] * 3), self.training
+            )
+        except (RuntimeError, ValueError) as error:
+            raise UsageError(f"volumes of side {case.size} are too small for the network: {error}") from error
 
     def cases(self) -> list[Case]:
         batch = self.options.batch or (8 if self.gpu else 4)
@@ -53,7 +70,7 @@ class VolumeSuite(StepSuite):
         return [Case(monai_densenet121, batch, size, dtype, labels) for dtype in self.options.dtypes]
 
     def flops(self, case: Case) -> int:
-        return flops_per_image(lambda: monai_densenet121(_CLASSES), (1, *[case.size] * 3), self.training)
+        return self.operations
 
     def network(self, case: Case, peer: Peer, classes: int, training: bool = True) -> nn.Module:
         peer.check(self.device, DTYPES[case.dtype])
