@@ -23,7 +23,7 @@ MACHINE = {"cpu": "one", "threads": 2, "gpu": None}
 
 
 def result(
-    median: float, samples: int = 15, seed: int = 0, rows: int = 1, **measures: float
+    median: float, samples: int = 15, seed: int = 0, rows: int = 1, **measures: float | None
 ) -> dict[str, Any]:
     """A step suite's result with samples 3 % to either side of a median."""
     generator = random.Random(seed)
