@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,38 @@ def test_a_small_difference_is_left_to_what_runs_differ_by() -> None:
     old, new = result(1.0), result(1.04, seed=1)
     assert compare(old, new).changes == []
     assert len(compare(old, new, threshold=0.02).changes) == 1
+
+
+def with_eager(results: dict[str, Any], seconds: list[float]) -> dict[str, Any]:
+    """The result with a row of eager beside dense_ext's."""
+    row = results["rows"][0]
+    results["peers"]["eager"] = {"label": "eager", "ours": False, "mode": "eager"}
+    results["rows"].append({**row, "peer": "eager", "seconds": seconds, "measures": {}})
+    return results
+
+
+def test_a_slower_machine_is_no_regression() -> None:
+    """All peers took half as long again, round by round; dense_ext beside them as long as before."""
+    old, new = result(1.0), result(1.5, seed=1)
+    eager = [1.4 * s for s in result(1.0, seed=2)["rows"][0]["seconds"]]
+    slower = [2.1 * s for s in result(1.0, seed=3)["rows"][0]["seconds"]]
+    found = compare(with_eager(old, eager), with_eager(new, slower))
+    assert found.changes == []
+    assert any(re.search(r"they take 1\.[45]\d times as long", text) for text in found.differences)
+
+
+def test_slower_beside_others_on_a_faster_machine() -> None:
+    old, new = result(1.0), result(0.9, seed=1)
+    eager = result(1.4, seed=2)["rows"][0]["seconds"]
+    (change,) = compare(with_eager(old, eager), with_eager(new, [0.7 * s for s in eager])).regressions
+    assert change.measure == "time beside others"
+    assert change.ratio == pytest.approx(0.9 / 0.7, rel=0.05)
+
+
+def test_others_of_other_rounds_are_not_set_beside() -> None:
+    eager = result(1.4, seed=2)["rows"][0]["seconds"]
+    (change,) = compare(with_eager(result(1.0), eager), with_eager(result(1.2, seed=1), eager[:-1])).changes
+    assert change.measure == "seconds"
 
 
 def test_too_few_samples_say_nothing() -> None:

@@ -1,9 +1,11 @@
 """Two runs of the same benchmark: what got worse by more than noise explains.
 
-Times: the samples of both runs differ by the two-sided Mann-Whitney rank test, at a false discovery
-rate of 1 % over all rows (Benjamini and Hochberg), and their medians by more than a threshold, since
-the rank test knows the noise within a run but not that between two. Bytes, counts and errors have no
-samples: each has a share that it may change by.
+Times are dense_ext's beside those of the other peers in the same round, for a machine is faster on one day
+than on another, and all peers with it; without peers in common they are compared as they are. They changed
+if the samples of both runs differ by the two-sided Mann-Whitney rank test, at a false discovery rate of 1 %
+over all rows (Benjamini and Hochberg), and their medians by more than a threshold, since the rank test knows
+the noise within a run but not that between two. Bytes, counts and errors have no samples: each has a share
+that it may change by.
 """
 
 from __future__ import annotations
@@ -36,9 +38,9 @@ class Change:
     """One measure of one row that changed beyond noise.
 
     Args:
-        case, peer, measure: what it is; "seconds" for the median of the samples, "failure" for a row
-            that has none any more. What dense_ext's rows lost without a failure is "missing": all
-            "samples", all "measures", or the "row" itself.
+        case, peer, measure: what it is; "time beside others" or "seconds" for the median of the samples,
+            "failure" for a row that has none any more. What dense_ext's rows lost without a failure is
+            "missing": all "samples", all "measures", or the "row" itself.
         old, new: its values.
         worse: whether this is a regression.
     """
@@ -65,7 +67,7 @@ class Comparison:
     Args:
         changes: beyond noise, regressions first.
         compared: rows that both runs have.
-        undecided: rows with too few samples to tell their times apart.
+        undecided: rows of dense_ext with too few samples to tell their times apart.
         only_old, only_new: rows that one run lacks.
         differences: what else differs between the runs, e.g. the machine, or that one was interrupted.
     """
@@ -154,29 +156,69 @@ def compare(old: Results, new: Results, threshold: float = THRESHOLD) -> Compari
     ours = [key for key, row in before.items() if old["peers"][row["peer"]]["ours"]]
     changes += [change for key in ours for change in _missing(before[key], now.get(key))]
     timed = [(a, b) for a, b in both if a["seconds"] and b["seconds"]]
-    decided = [p for p in timed if min(len(row["seconds"]) for row in p) >= FEWEST_SAMPLES]
-    changes += _times_changed(decided, threshold)
+    others = [pair for pair in timed if not old["peers"][pair[0]["peer"]]["ours"]]
+    mine = [pair for pair in timed if old["peers"][pair[0]["peer"]]["ours"]]
+    decided = [p for p in mine if min(len(row["seconds"]) for row in p) >= FEWEST_SAMPLES]
+    changes += _times_changed([_timing(pair, others) for pair in decided], threshold)
     return Comparison(
         sorted(changes, key=lambda change: not change.worse),
         len(both),
-        len(timed) - len(decided),
+        len(mine) - len(decided),
         [key for key in before if key not in now],
         [key for key in now if key not in before],
-        list(_differences(old, new)),
+        [*_differences(old, new), *_drift(others, threshold)],
     )
 
 
-def _times_changed(pairs: list[tuple[Row, Row]], threshold: float) -> list[Change]:
-    if not pairs:
+@dataclass(frozen=True)
+class _Timing:
+    """The samples of one of dense_ext's rows, in both runs and by the same measure."""
+
+    row: Row
+    measure: str
+    old: list[float]
+    new: list[float]
+
+
+def _timing(pair: tuple[Row, Row], others: list[tuple[Row, Row]]) -> _Timing:
+    """A row's samples over the geometric mean of the others' in the same round, where there are some."""
+    row = pair[0]
+    rounds = [len(one["seconds"]) for one in pair]
+    beside = [
+        other for other in others
+        if other[0]["case"] == row["case"] and [len(one["seconds"]) for one in other] == rounds
+    ]  # fmt: skip
+    if not beside:
+        return _Timing(row, "seconds", *(one["seconds"] for one in pair))
+    relative = (
+        [
+            seconds / statistics.geometric_mean(in_round)
+            for seconds, *in_round in zip(one["seconds"], *(o["seconds"] for o in of_others), strict=True)
+        ]
+        for one, *of_others in zip(pair, *beside, strict=True)
+    )
+    return _Timing(row, "time beside others", *relative)
+
+
+def _drift(others: list[tuple[Row, Row]], threshold: float) -> Iterator[str]:
+    """That the machine, or PyTorch, has another speed."""
+    ratios = [statistics.median(b["seconds"]) / statistics.median(a["seconds"]) for a, b in others]
+    if ratios and abs((ratio := statistics.median(ratios)) - 1) > threshold:
+        yield f"speed of the other peers: they take {ratio:.2f} times as long"
+
+
+def _times_changed(timings: list[_Timing], threshold: float) -> list[Change]:
+    if not timings:
         return []
     from scipy.stats import false_discovery_control, mannwhitneyu  # tables are made without it
 
-    p_values = [float(mannwhitneyu(a["seconds"], b["seconds"]).pvalue) for a, b in pairs]
+    p_values = [float(mannwhitneyu(timing.old, timing.new).pvalue) for timing in timings]
     changes = []
-    for (a, b), p in zip(pairs, false_discovery_control(p_values), strict=True):
-        old, new = statistics.median(a["seconds"]), statistics.median(b["seconds"])
+    for timing, p in zip(timings, false_discovery_control(p_values), strict=True):
+        old, new = statistics.median(timing.old), statistics.median(timing.new)
         if p < FALSE_DISCOVERY_RATE and abs(new / old - 1) > threshold:
-            changes.append(Change(case_text(a["case"]), a["peer"], "seconds", old, new, new > old))
+            where = case_text(timing.row["case"]), timing.row["peer"]
+            changes.append(Change(*where, timing.measure, old, new, new > old))
     return changes
 
 
