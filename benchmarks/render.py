@@ -91,6 +91,29 @@ def speed_table(results: Results) -> str:
     )
 
 
+def peers_table(results: Results) -> str:
+    """Bytes and time of a step, beside all kinds of peers."""
+    speed, memory, options = speeds(results), results["memory"], results["options"]
+    rows = (
+        (
+            _label(results, name),
+            *(f"{memory[name][f'{what}_bytes_per_image'] / 1e6:.1f}" for what in ("saved", "peak")),
+            f"{s['median']:.3f}",
+            f"{s['min']:.3f} to {s['max']:.3f}",
+            *(f"{ratio:.2f}" for ratio in s["ratios"].values()),
+        )
+        for name, s in speed.items()
+    )
+    against = [f"{name} = 1" for name in references(results)]
+    header = ("MB an image", "kept for backward", "peak of a step", "median s", "min to max", *against)
+    return _captioned(
+        _table(header, rows),
+        setting(results, options["batch"], options["size"]),
+        f"PyTorch {results['versions']['torch']}, timm {results['versions']['timm']}",
+        f"{options['rounds']} rounds",
+    )
+
+
 def depth_table(results: Results) -> str:
     """The lines through memory against depth."""
     depth, block = results["depth"]["peers"], results["depth"]["block"]
@@ -224,6 +247,7 @@ KINDS = {
     "memory": memory_table,
     "speed": speed_table,
     "depth": depth_table,
+    "peers": peers_table,
     "inference": inference_table,
     "volumes": volumes_table,
     "steps": steps_table,

@@ -19,7 +19,7 @@ def render(benchmark_script: Callable[[str], Any]) -> Any:
 
 def test_tables_say_what_the_results_say(render: Any) -> None:
     text = (ROOT / "README.md").read_text()
-    assert text.count("<!-- end -->") == 9
+    assert text.count("<!-- end -->") == 10
     assert render.rendered(text) == text, "run: python benchmarks/render.py"
 
 
