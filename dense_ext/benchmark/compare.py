@@ -130,7 +130,7 @@ def _differences(old: Results, new: Results) -> Iterator[str]:
         before, now = old["machine"].get(name), new["machine"].get(name)
         if before != now:
             yield f"machine's {name}: {before}, now {now}"
-    for name in ("torch", "torchvision", "timm", "triton", "cuda"):
+    for name in ("torch", "torchvision", "timm", "monai", "triton", "cuda"):
         before, now = old["versions"].get(name), new["versions"].get(name)
         if before != now:
             yield f"version of {name}: {before}, now {now}"

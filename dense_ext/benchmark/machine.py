@@ -14,7 +14,7 @@ import torch
 from ..version import __version__
 from .timing import best_seconds
 
-_PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy", "scikit-learn")
+_PACKAGES = ("torch", "torchvision", "timm", "monai", "triton", "numpy", "scikit-learn")
 
 
 def versions() -> dict[str, str | None]:
