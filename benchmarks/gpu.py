@@ -149,6 +149,7 @@ def run_part(part: Part, seconds: float, out: Path) -> list[str]:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # so that what it starts can be ended with it
+                preexec_fn=_heed_interrupts,
             )
         running.append(Running(command, process, log))
     try:
@@ -160,6 +161,11 @@ def run_part(part: Part, seconds: float, out: Path) -> list[str]:
             each.process.wait()
         lines = _merge_logs(part, running, out)
     return lines
+
+
+def _heed_interrupts() -> None:
+    """Take an interrupt also where a shell that put this program in the background had it ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _wait(running: list[Running], seconds: float) -> None:
@@ -262,10 +268,10 @@ def main() -> int:
     parser.add_argument("--batch", type=int, help="with --suite: images a step")
     parser.add_argument("--backend", default="auto", help="with --suite: dense_ext's")
     options = parser.parse_args()
+    _heed_interrupts()
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     if options.suite:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         models = tuple(filter(None, options.model.split(",")))
         path = out / f"{options.name}.json"
         run_suite(options.suite, options.name, models, options.batch, path, backend=options.backend)
