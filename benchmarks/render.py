@@ -19,7 +19,7 @@ from dense_ext.benchmark.figures import draw_all
 from dense_ext.benchmark.plot_style import machine_name, setting
 from dense_ext.benchmark.relative import fastest, references, speeds
 from dense_ext.benchmark.results import read_json
-from dense_ext.benchmark.tables import sides
+from dense_ext.benchmark.tables import ratio_cells, ratio_columns, sides
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -72,13 +72,12 @@ def speed_table(results: Results) -> str:
             f"{s['median']:.3f}",
             f"{s['min']:.3f} to {s['max']:.3f}",
             f"{s['images_per_second']:.1f}",
-            *(f"{ratio:.2f}" for ratio in s["ratios"].values()),
+            *ratio_cells(s["ratios"]),
             f"{s['matmul_share']:.0%}",
         )
         for name, s in speeds(results).items()
     )
-    against = [f"{name} = 1" for name in references(results)]
-    header = ("", "median s", "min to max", "images/s", *against, "of matmul rate")
+    header = ("", "median s", "min to max", "images/s", *ratio_columns(results), "of matmul rate")
     options, work = results["options"], results["work"]
     return _captioned(
         _table(header, rows),
@@ -100,12 +99,18 @@ def peers_table(results: Results) -> str:
             *(f"{memory[name][f'{what}_bytes_per_image'] / 1e6:.1f}" for what in ("saved", "peak")),
             f"{s['median']:.3f}",
             f"{s['min']:.3f} to {s['max']:.3f}",
-            *(f"{ratio:.2f}" for ratio in s["ratios"].values()),
+            *ratio_cells(s["ratios"]),
         )
         for name, s in speed.items()
     )
-    against = [f"{name} = 1" for name in references(results)]
-    header = ("MB an image", "kept for backward", "peak of a step", "median s", "min to max", *against)
+    header = (
+        "MB an image",
+        "kept for backward",
+        "peak of a step",
+        "median s",
+        "min to max",
+        *ratio_columns(results),
+    )
     return _captioned(
         _table(header, rows),
         setting(results, options["batch"], options["size"]),

@@ -16,6 +16,7 @@ import torch
 
 import dense_ext
 from dense_ext.backends import BACKENDS, select
+from dense_ext.backends.triton import configs
 
 ROOT = Path(__file__).resolve().parent.parent
 AVAILABLE = dense_ext.available_backends("cpu")
@@ -102,6 +103,15 @@ def benchmark_script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
         return importlib.import_module(name)
 
     return load
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A table of Triton configurations of the user's own, not written yet."""
+    path = tmp_path / "own" / "triton.json"
+    monkeypatch.setenv(configs.ENVIRONMENT_VARIABLE, str(path))
+    configs.forget_tables()
+    return path
 
 
 @pytest.fixture

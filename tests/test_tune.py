@@ -22,7 +22,7 @@ from dense_ext.benchmark import tune as tuning
 from dense_ext.benchmark.primitives import PrimitiveCase
 from dense_ext.cli import main
 
-pytestmark = pytest.mark.usefixtures("tiny_model")
+pytestmark = pytest.mark.usefixtures("tiny_model", "table")
 
 FORWARD, BACKWARD = (("bn_relu_conv3x3_" + name, "sm_90", "16bit", "8x8") for name in ("forward", "backward"))
 # The places of the table that are looked up here.
@@ -70,15 +70,6 @@ class Clock:
         key = PLACES[self.called]
         self.measured.append((key, find_config(*key)))
         return [self.seconds(*self.measured[-1])] * count
-
-
-@pytest.fixture(autouse=True)
-def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A table of the user's own, not written yet."""
-    path = tmp_path / "own" / "triton.json"
-    monkeypatch.setenv(configs.ENVIRONMENT_VARIABLE, str(path))
-    configs.forget_tables()
-    return path
 
 
 @pytest.fixture

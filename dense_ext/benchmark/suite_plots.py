@@ -90,11 +90,7 @@ def speed_dots(results: Results, path: Path) -> None:
         axes.set_yticks(range(len(cases)), labels)
         axes.set_ylim(len(cases) - 0.5, -0.5)
         _legend(figure, axes)
-        title(
-            figure,
-            _TITLES[results["kind"]],
-            machine_name(results),
-        )
+        title(figure, _TITLES[results["kind"]], machine_name(results))
 
     save(path, 9, 1.8 + (0.3 + 0.06 * len(style)) * len(cases) + 0.12 * len(style), draw)
 

@@ -76,14 +76,14 @@ def _speed(results: Results) -> Table:
     images = f"{options['batch']} images of {options['size']}x{options['size']}"
     return Table(
         f"speed of a training step: {options['model']}, {images}, {options['dtype']}",
-        ("peer", "seconds", "min to max", "images/s", *_ratio_columns(results), "of matmul rate"),
+        ("peer", "seconds", "min to max", "images/s", *ratio_columns(results), "of matmul rate"),
         [
             (
                 results["peers"][name]["label"],
                 f"{s['median']:.4g}",
                 f"{s['min']:.4g} to {s['max']:.4g}",
                 f"{s['images_per_second']:.4g}",
-                *_ratio_cells(s["ratios"]),
+                *ratio_cells(s["ratios"]),
                 f"{s['matmul_share']:.0%}",
             )
             for name, s in speeds(results).items()
@@ -91,11 +91,13 @@ def _speed(results: Results) -> Table:
     )
 
 
-def _ratio_columns(results: Results) -> list[str]:
+def ratio_columns(results: Results) -> list[str]:
+    """The headings of what speeds are set against."""
     return [f"{name} = 1" for name in references(results)]
 
 
-def _ratio_cells(found: dict[str, float | None]) -> list[str]:
+def ratio_cells(found: dict[str, float | None]) -> list[str]:
+    """The cells below them, from :func:`dense_ext.benchmark.relative.ratios`."""
     return ["-" if ratio is None else f"{ratio:.2f}" for ratio in found.values()]
 
 
@@ -208,12 +210,12 @@ def _timed(results: Results) -> list[Table]:
             f"{median:.4g}",
             f"{min(row['seconds']):.4g} to {max(row['seconds']):.4g}",
             f"{case['batch'] / median:.4g}",
-            *_ratio_cells(ratios(results, case, median)),
+            *ratio_cells(ratios(results, case, median)),
             f"{measures['flops'] / median / rates[case['dtype']]:.0%}",
             *(f"{measures[n] / 1e6:.1f}" if n in measures else "-" for n in ("saved_bytes", "peak_bytes")),
         ))  # fmt: skip
     what = {"step": "training steps", "inference": "inference", "volumes": "training steps on volumes"}
-    header = ("network", "peer", "seconds", "min to max", "images/s", *_ratio_columns(results),
+    header = ("network", "peer", "seconds", "min to max", "images/s", *ratio_columns(results),
               "of matmul rate", "kept, MB", "peak, MB")  # fmt: skip
     return [Table(f"speed of {what[results['kind']]}", header, rows, left=2)]
 

@@ -11,16 +11,8 @@ from dense_ext.backends.triton.configs import Config, Row, find_config, read_row
 from dense_ext.cli import main
 
 KEY = ("bn_relu_conv1x1_forward", "sm_90", "16bit")
+pytestmark = pytest.mark.usefixtures("table")
 OTHER = Config({"BLOCK_M": 32, "BLOCK_B": 32, "BLOCK_C": 32}, num_warps=4)
-
-
-@pytest.fixture(autouse=True)
-def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A table of the user's own, not written yet."""
-    path = tmp_path / "own" / "triton.json"
-    monkeypatch.setenv(configs.ENVIRONMENT_VARIABLE, str(path))
-    configs.forget_tables()
-    return path
 
 
 def test_a_row_of_the_users_own_goes_before_the_shipped_one(table: Path) -> None:

@@ -22,8 +22,8 @@ _SIZE = 32
 _LOOKS = 4  # of a search, about
 _MOST_IMAGES = 2**16  # a search for the largest batch ends here
 _DEEPEST = 60_004  # and one for the deepest network here
-_FIRST_LAYERS = 20  # a block, with which that begins
-_FIRST_BATCH = 2  # with which such a search begins; one image may be one value a channel
+_FIRST_BATCH = 2  # with which the one begins; one image may be one value a channel
+_FIRST_LAYERS = 20  # a block, with which the other does
 GROWTH_RATE = 12  # of the paper's networks
 
 
