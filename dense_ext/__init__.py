@@ -5,6 +5,7 @@ Swap the dense blocks of an existing model with :func:`swap`, or build with :cla
 
 from . import memory
 from .backends import available_backends, use_backend
+from .eligibility import fused_export
 from .models import (
     DenseNet,
     densenet121,
@@ -19,7 +20,7 @@ from .models import (
     densenet_bc_250_24,
 )
 from .modules import DenseBlock, DenseLayer, Transition
-from .swap import report, restore, swap
+from .swap import report, restore, restored, swap
 from .version import __version__
 
 __all__ = [
@@ -39,9 +40,11 @@ __all__ = [
     "densenet_bc_100_12",
     "densenet_bc_190_40",
     "densenet_bc_250_24",
+    "fused_export",
     "memory",
     "report",
     "restore",
+    "restored",
     "swap",
     "use_backend",
 ]

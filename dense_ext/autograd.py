@@ -47,11 +47,6 @@ def register(
         return outputs
 
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "dense_ext has no second derivatives: backward with create_graph=True is not supported; "
-                "dense_ext.restore(model) gives back modules that have them"
-            )
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         grad_x, *groups = formula(ctx, grad)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +28,25 @@ def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-def uses_batch_stats(norm: nn.BatchNorm2d) -> bool:
-    """Whether ``norm`` normalises by the batch's statistics, as :class:`torch.nn.BatchNorm2d` decides it."""
-    return norm.training or (norm.running_mean is None and norm.running_var is None)
+def constant(module: nn.Module, name: str) -> Any:
+    """A module's parameter, buffer or plain tensor ``name``; None if it has none.
+
+    As the attribute of that name, in a fifth of the time: each step asks for hundreds.
+    """
+    for tensors in (module._parameters, module._buffers, module.__dict__):
+        if name in tensors:
+            return tensors[name]
+    return None
+
+
+def uses_batch_stats(norm: nn.Module) -> bool:
+    """Whether ``norm`` normalises by the batch's statistics, as :class:`torch.nn.BatchNorm2d` decides it.
+
+    A norm of another class, such as torchvision's FrozenBatchNorm2d, has fixed statistics.
+    """
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        return False
+    return norm.training or (constant(norm, "running_mean") is None and constant(norm, "running_var") is None)
 
 
 def values_per_channel(x: Tensor) -> int:
@@ -41,12 +58,17 @@ def affine_parameters(
     norm: nn.BatchNorm2d, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """``norm``'s weight and bias, [C] each; ones and zeros of ``dtype`` where it has none."""
-    weight, bias = norm.weight, norm.bias
+    weight, bias = constant(norm, "weight"), constant(norm, "bias")
     if weight is None:
         weight = torch.ones(norm.num_features, dtype=dtype, device=device)
     if bias is None:
         bias = torch.zeros(norm.num_features, dtype=dtype, device=device)
     return weight, bias
+
+
+def num_features(norm: nn.Module) -> int:
+    """C of a norm, also of one that does not say it."""
+    return norm.num_features if hasattr(norm, "num_features") else len(constant(norm, "running_mean"))
 
 
 @torch.no_grad()
@@ -65,8 +87,13 @@ def update_running_stats(
     tracked = [
         (norm, norm._buffers["running_mean"], norm._buffers["running_var"], start)
         for norm, start in zip(norms, starts, strict=True)
-        if norm.training and norm.track_running_stats
+        if norm.training and isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats
     ]
+    if len({norm for norm, *_ in tracked}) < len(tracked):
+        # A norm that several layers share takes one update after the other, in their order.
+        for norm, _, _, start in tracked:
+            update_running_stats([norm], stats, [start], count)
+        return
     steps = [norm._buffers["num_batches_tracked"] for norm, *_ in tracked]
     counters = [counter for counter in steps if counter is not None]
     if counters:

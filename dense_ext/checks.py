@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from .backends import check_backend_name
 from .backends.base import STORAGE_DTYPES
-from .batch_norm import values_per_channel
+from .batch_norm import num_features, values_per_channel
 from .schedule import RECOMPUTE
 
 
@@ -34,7 +36,7 @@ def check_input(where: str, x: Tensor, norm: nn.BatchNorm2d, minimum_size: int =
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{where}: input must be a torch.Tensor, got {type(x).__name__}")
-    shape, channels = tuple(x.shape), norm.num_features
+    shape, channels = tuple(x.shape), num_features(norm)
     if x.dtype not in STORAGE_DTYPES:
         expected = ", ".join(str(d).removeprefix("torch.") for d in STORAGE_DTYPES)
         raise TypeError(f"{where}: input {shape} has dtype {x.dtype}, expected one of {expected}")
@@ -58,8 +60,8 @@ def check_batch(where: str, x: Tensor, training: bool) -> None:
         )
 
 
-def check_parameter(where: str, name: str, parameter: Tensor, x: Tensor) -> None:
-    """Refuse a parameter on another device than x, or of a dtype that does not go with it.
+def check_parameters(where: str, name: str, parameters: Sequence[Tensor], x: Tensor) -> None:
+    """Refuse parameters on another device than x, or of a dtype that does not go with it.
 
     A convolution's weight has x's dtype. A norm's may also be float32 beside 16-bit activations.
 
@@ -67,6 +69,12 @@ def check_parameter(where: str, name: str, parameter: Tensor, x: Tensor) -> None
         TypeError: the dtypes do not go together.
         ValueError: the devices differ.
     """
+    # Hundreds of parameters a step have one device and one dtype: look at each combination once.
+    for parameter in {(p.device, p.dtype): p for p in parameters}.values():
+        _check_parameter(where, name, parameter, x)
+
+
+def _check_parameter(where: str, name: str, parameter: Tensor, x: Tensor) -> None:
     if parameter.device != x.device:
         raise ValueError(
             f"{where}: {name} {tuple(parameter.shape)} is on {parameter.device}, "

@@ -76,12 +76,11 @@ class DenseNet(nn.Module):
         if not 0 < compression <= 1:
             raise ValueError(f"compression must be in (0, 1], got {compression}")
 
+        self.features = FusedFeatures()
+        self.features.backend = backend
         if small_inputs:
-            self.features = nn.Sequential()
             self.features.conv0 = nn.Conv2d(in_channels, num_init_features, 3, padding=1, bias=False)
         else:
-            self.features = FusedFeatures()
-            self.features.backend = backend
             self.features.conv0 = nn.Conv2d(
                 in_channels, num_init_features, 7, stride=2, padding=3, bias=False
             )

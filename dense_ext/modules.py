@@ -1,9 +1,12 @@
 """Dense blocks, transitions and the stem as modules, with torchvision's parameters under its names.
 
 ``FusedDenseBlock`` and ``FusedTransition`` are mixins that replace a module's ``forward`` by one fused
-operator, ``FusedFeatures`` runs the stem so. What the fusion cannot serve at the moment (hooks on an
-inner module, an inner module exchanged for another kind) runs through the class behind the mixin,
-layer by layer, so results never depend on being fused.
+operator; ``FusedFeatures`` is the Sequential around them and runs the stem the same way. What the gate in
+:mod:`dense_ext.eligibility` does not vouch for runs through the class behind the mixin, layer by layer.
+
+A block's output X is also what its backward reads. Inside :class:`FusedFeatures` it goes to the
+transition behind it together with what the block knows of it (:class:`ops.Carried`); anybody else who
+may write into it is given a copy.
 """
 
 from __future__ import annotations
@@ -18,9 +21,16 @@ from torch import Tensor, nn
 from . import ops  # registers the operators
 from .arguments import Arguments, BlockOptions
 from .backends.base import accumulate_dtype
-from .batch_norm import affine_parameters, update_running_stats, uses_batch_stats, values_per_channel
-from .checks import check_batch, check_input, check_options, check_parameter
-from .fused import LISTENED_TO, Fused, listened_to
+from .batch_norm import (
+    affine_parameters,
+    constant,
+    num_features,
+    update_running_stats,
+    uses_batch_stats,
+    values_per_channel,
+)
+from .checks import check_batch, check_input, check_options, check_parameters
+from .eligibility import Fused, interference, mode_reason, names_of
 from .schedule import norm_starts
 
 
@@ -33,16 +43,31 @@ def _arguments(
     weights, biases = zip(*(affine_parameters(norm, dtype, x.device) for norm in norms), strict=True)
     # Under autocast the convolutions compute in x's dtype, as the caller has chosen it.
     autocast = ops.autocast_enabled(x)
-    conv_weights = [conv.weight.to(x.dtype) if autocast else conv.weight for conv in convs]
+    conv_weights = [constant(conv, "weight") for conv in convs]
+    if autocast:
+        conv_weights = [weight.to(x.dtype) for weight in conv_weights]
     running = [norm for norm, batch in zip(norms, batch_stats, strict=True) if not batch]
-    means = [norm.running_mean for norm in running if norm.running_mean is not None]
-    variances = [norm.running_var for norm in running if norm.running_var is not None]
+    means = [mean for norm in running if (mean := constant(norm, "running_mean")) is not None]
+    variances = [var for norm in running if (var := constant(norm, "running_var")) is not None]
     groups = (list(weights), list(biases), conv_weights, means, variances)
     names = ("norm weight", "norm bias", "convolution weight", "running mean", "running variance")
     for name, group in zip(names, groups, strict=True):
-        for parameter in group:
-            check_parameter(where, name, parameter, x)
+        check_parameters(where, name, group, x)
     return Arguments(*groups, [norm.eps for norm in norms], batch_stats, backend)
+
+
+def _written_by_hooks(module: nn.Module) -> bool:
+    """Whether a forward hook may write into what the module returns; those of FSDP do not."""
+    for hook in module._forward_hooks.values():
+        function = getattr(hook, "func", hook)  # of a functools.partial
+        if not str(getattr(function, "__module__", "")).startswith("torch.distributed."):
+            return True
+    return False
+
+
+def _own_memory(x: Tensor, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
+    """``x`` for somebody who may write into it: a copy if a backward will read x itself."""
+    return x.clone(memory_format=memory_format) if x.requires_grad else x
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -79,11 +104,14 @@ class DenseLayer(nn.Module):
     Source: arXiv 1608.06993, section 3; parameter names as in torchvision.
     """
 
+    __constants__: ClassVar = ["has_bottleneck"]
+
     def __init__(
         self, num_input_features: int, growth_rate: int, bn_size: int | None = 4, drop_rate: float = 0.0
     ) -> None:
         super().__init__()
         inner = growth_rate if bn_size is None else bn_size * growth_rate
+        self.has_bottleneck = bn_size is not None
         self.norm1 = nn.BatchNorm2d(num_input_features)
         self.relu1 = nn.ReLU(inplace=True)
         if bn_size is None:
@@ -95,10 +123,11 @@ class DenseLayer(nn.Module):
             self.conv2 = nn.Conv2d(inner, growth_rate, kernel_size=3, padding=1, bias=False)
         self.drop_rate = float(drop_rate)
 
-    def forward(self, input: Tensor | list[Tensor]) -> Tensor:
-        x = input if isinstance(input, Tensor) else torch.cat(input, 1)
-        x = self.conv1(self.relu1(self.norm1(x)))
-        if "conv2" in self._modules:
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting() and isinstance(input, list):
+            input = torch.cat(input, 1)
+        x = self.conv1(self.relu1(self.norm1(input)))
+        if self.has_bottleneck:
             x = self.conv2(self.relu2(self.norm2(x)))
         return F.dropout(x, self.drop_rate, self.training) if self.drop_rate > 0 else x
 
@@ -109,10 +138,10 @@ class EagerDenseBlock(nn.ModuleDict):
     _version = 2
 
     def forward(self, init_features: Tensor) -> Tensor:
-        features = [init_features]
+        features = init_features
         for layer in self.values():
-            features.append(layer(features))
-        return torch.cat(features, 1)
+            features = torch.cat([features, layer(features)], 1)
+        return features
 
 
 class FusedDenseBlock(Fused):
@@ -142,9 +171,9 @@ class FusedDenseBlock(Fused):
             return "it has no layers"
         for name, layer in children.items():
             if type(layer) is not cls.layer_type:
-                return f"{name} is {type(layer).__name__}, not {cls.layer_type.__name__}"
-            if listened_to(layer):
-                return f"{name} {LISTENED_TO}"
+                return "{} is {}, not {}".format(name, *names_of(type(layer), cls.layer_type))
+            if (reason := interference(layer)) is not None:
+                return f"{name} {reason}"
             layers[name] = inner = cls.inner(layer)
             if reason := cls.reason(inner, names if "conv2" in inner else names[: len(names) // 2]):
                 return f"{name}: {reason}"
@@ -156,8 +185,19 @@ class FusedDenseBlock(Fused):
         return _widths_reason(layers)
 
     def forward(self, init_features: Tensor) -> Tensor:
-        if self.unfusable() is not None:
-            return super().forward(init_features)  # type: ignore[misc]
+        if not torch.jit.is_scripting():
+            return self.run_or_fall_back(init_features)
+        return self.original_forward(init_features)
+
+    def run_or_fall_back(self, x: Tensor) -> Tensor:
+        """The block's output, fused or by the original's forward."""
+        if self.why_eager(x) is not None:
+            return self.original_forward(x)
+        out, _ = self.run(x)
+        return _own_memory(out) if _written_by_hooks(self) else out
+
+    def run(self, init_features: Tensor) -> tuple[Tensor, ops.Carried]:
+        """The fused operator: X [N, Ct, H, W], and what a transition may be told of it."""
         first, *_ = self._modules.values()
         inner = [self.inner(layer) for layer in self._modules.values()]
         check_input("dense block", init_features, inner[0]["norm1"])
@@ -167,25 +207,24 @@ class FusedDenseBlock(Fused):
         x = _as_autocast_concatenates(init_features)
         args = _arguments("dense block", x, norms, convs, self.backend)
         drop_rate = getattr(first, "drop_rate", 0.0) if first.training else 0.0
-        seeds = torch.randint(2**63 - 1, (len(inner),)) if drop_rate else None
+        seeds = torch.randint(2**63 - 1, (len(inner),), device="cpu") if drop_rate else None
         # Without a backward there is nothing to keep z for.
         recompute = self.recompute if torch.is_grad_enabled() else "bottleneck"
         out, stats, _ = torch.ops.dense_ext.dense_block(x, *args, *BlockOptions(seeds, drop_rate, recompute))
-        if any(args.batch_stats[:: len(names)]):  # of a norm that reads X
-            ops.remember_statistics(out, stats[:, : out.shape[1]])
         starts = norm_starts(len(norms), out.shape[1], convs[0].out_channels if len(names) == 2 else 0)
         update_running_stats(norms, stats, starts, values_per_channel(x))
-        return out
+        of_x = any(args.batch_stats[:: len(names)])  # whether a norm took statistics of X
+        return out, ops.Carried(stats[:, : out.shape[1]] if of_x else None, ops.block_node(out))
 
 
 def _widths_reason(layers: dict[str, dict[str, Any]]) -> str | None:
-    """None if every layer reads all channels before it, by the same bottleneck, and adds the same number."""
+    """None if each layer reads all channels before it through an equal bottleneck and adds equally many."""
     channels = growth = bottleneck = 0
     for name, layer in layers.items():
         conv1, last = layer["conv1"], layer.get("conv2", layer["conv1"])
-        widths = [layer["norm1"].num_features, conv1.in_channels, conv1.out_channels]
+        widths = [num_features(layer["norm1"]), conv1.in_channels, conv1.out_channels]
         if last is not conv1:
-            widths += [layer["norm2"].num_features, last.in_channels, last.out_channels]
+            widths += [num_features(layer["norm2"]), last.in_channels, last.out_channels]
         if not channels:
             channels, bottleneck, growth = widths[0], conv1.out_channels, last.out_channels
         expected = [channels, channels, *([bottleneck] * 3 if last is not conv1 else []), growth]
@@ -217,8 +256,7 @@ class DenseBlock(FusedDenseBlock, EagerDenseBlock):
             in forward, an input of another rank, channel count or device, with empty height or
             width, or in training with one value per channel.
         TypeError: in forward, an input that is not floating or not of the parameters' dtype.
-        RuntimeError: in forward, a backend asked for by name cannot run here; in backward,
-            ``create_graph=True``.
+        RuntimeError: in forward, a backend asked for by name cannot run here.
 
     Source: arXiv 1608.06993, section 3; memory after arXiv 1707.06990.
     """
@@ -257,13 +295,21 @@ class FusedTransition(Fused):
         return cls.reason(module._modules, cls.parts)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.unfusable() is not None:
-            return super().forward(input)  # type: ignore[misc]
+        if not torch.jit.is_scripting():
+            return self.run_or_fall_back(input)
+        return self.original_forward(input)
+
+    def run_or_fall_back(self, x: Tensor) -> Tensor:
+        """The transition's output, fused or by the original's forward."""
+        return self.run(x) if self.why_eager(x) is None else self.original_forward(x)
+
+    def run(self, input: Tensor, carried: ops.Carried = ops.NOTHING_CARRIED) -> Tensor:
+        """The fused operator; ``carried`` is what the block that has just made ``input`` knows of it."""
         norm, conv = self._modules["norm"], self._modules["conv"]
         check_input("transition", input, norm, minimum_size=2)
         x = _as_autocast_concatenates(input)
         args = _arguments("transition", x, [norm], [conv], self.backend)
-        y, stats = ops.run_transition(x, args)
+        y, stats = ops.run_transition(x, args, carried if x is input else ops.NOTHING_CARRIED)
         update_running_stats([norm], stats, [0], values_per_channel(x))
         return y.float() if _autocast_pools_in_float32(y) else y.to(_autocast_dtype(y) or y.dtype)
 
@@ -294,29 +340,43 @@ class Transition(FusedTransition, nn.Sequential):
 
 
 class FusedFeatures(Fused, nn.Sequential):
-    """A DenseNet's ``features``: called, it runs its stem, the norm, ReLU and max pool, as one operator.
+    """A DenseNet's ``features``: runs its stem as one operator, and its dense blocks and transitions.
 
-    The children themselves stay what they are, so that who calls them one by one, as an encoder does
-    that wants what lies between, gets what they compute. A slice that has the whole stem runs it so too.
+    The stem is a norm, a ReLU and a max pool in a row. All children stay what they are: calling them one
+    by one, as an encoder does, returns the intermediate results. Inside, activations are in channels_last
+    memory; fed contiguous images, it returns contiguous features, as eager PyTorch does.
     """
 
     parts: ClassVar = {"norm0": nn.BatchNorm2d, "relu0": nn.ReLU, "pool0": nn.MaxPool2d}
     backend = "auto"
 
     @classmethod
-    def stem(cls, features: nn.Sequential) -> slice:
-        """Which children are the stem; none of a slice that has only some of them."""
-        names = list(features._modules)
-        end = names.index("pool0") if "pool0" in names else 0
-        start = end - ("relu0" in cls.parts) - 1
-        return slice(start, end + 1) if start >= 0 else slice(0, 0)
+    def stem(cls, features: nn.Module) -> slice:
+        """Which children are the stem: those that end with the first max pool."""
+        for i, child in enumerate(features._modules.values()):
+            if isinstance(child, (nn.MaxPool2d, nn.MaxPool3d)) and i + 1 >= len(cls.parts):
+                return slice(i + 1 - len(cls.parts), i + 1)
+        return slice(0, 0)
+
+    @classmethod
+    def has_stem(cls, features: nn.Module) -> bool:
+        """Whether any children are the stem."""
+        return cls.stem(features).stop > 0
+
+    def runs_stem(self) -> bool:
+        """Whether there is a stem, and it was to be fused when the network was swapped or built."""
+        return self.part_name is not None and self.has_stem(self)
+
+    @classmethod
+    def inspected(cls, module: Any) -> list[Any]:
+        return list(module._modules.values())[cls.stem(module)]
 
     @classmethod
     def why_not(cls, module: Any) -> str | None:
-        stem = dict(list(module._modules.items())[cls.stem(module)])
-        if not stem or not cls.parts.keys() >= stem.keys():
+        stem = cls.inspected(module)
+        if not stem:
             return "it has no norm, ReLU and max pool in a row"
-        return cls.reason(stem, stem)
+        return cls.reason(dict(zip(cls.parts, stem, strict=True)), cls.parts)
 
     def __getitem__(self, idx: Any) -> Any:
         found: Any = super().__getitem__(idx)
@@ -325,15 +385,50 @@ class FusedFeatures(Fused, nn.Sequential):
         return found
 
     def forward(self, input: Tensor) -> Tensor:
-        children = list(self._modules.values())
-        stem = self.stem(self) if self.unfusable() is None else slice(0, 0)
-        for child in children[: stem.start]:
-            input = child(input)
-        if stem.stop:
-            input = self._run_stem(children[stem.start], input)
-        for child in children[stem.stop :]:
-            input = child(input)
-        return input
+        if not torch.jit.is_scripting():
+            return self.run_or_fall_back(input)
+        return self.original_forward(input)
+
+    def run_or_fall_back(self, x: Tensor) -> Tensor:
+        """The features; the stem, each block and each transition run fused where they may."""
+        if mode_reason() is not None:
+            return self.original_forward(x)
+        children, stem = list(self._modules.values()), self.stem(self)
+        contiguous: bool | None = None  # what the first fused part was given
+        carried: ops.Carried | None = None  # while x is a block's X that nobody else has seen
+        i = 0
+        while i < len(children):
+            child = children[i]
+            if contiguous is None and (isinstance(child, Fused) or i == stem.start < stem.stop):
+                contiguous = isinstance(x, Tensor) and x.is_contiguous()
+            if i == stem.start < stem.stop and self.why_eager(x) is None:
+                x, i = self._run_stem(child, x), stem.stop
+                continue
+            if carried is not None and isinstance(child, FusedTransition) and self._fuses(child, x):
+                x, carried = child.run(x, carried), None
+            else:
+                if carried is not None and not self._only_reads(child):
+                    x = _own_memory(x)
+                carried = None
+                if isinstance(child, FusedDenseBlock) and self._fuses(child, x):
+                    x, carried = child.run(x)
+                else:
+                    x = child(x)
+            i += 1
+        if carried is not None:
+            x = _own_memory(x)
+        return x.contiguous() if contiguous and isinstance(x, Tensor) else x
+
+    @staticmethod
+    def _fuses(child: Fused, x: Tensor) -> bool:
+        """Whether a call of a block or transition is nothing but its fused operator."""
+        return interference(child) is None and child.why_eager(x) is None  # type: ignore[arg-type]
+
+    @classmethod
+    def _only_reads(cls, child: nn.Module) -> bool:
+        """Whether a child leaves its input as it is."""
+        norms = (nn.BatchNorm2d, nn.BatchNorm3d, cls.parts["norm0"])
+        return type(child) in norms and interference(child) is None
 
     def _run_stem(self, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
         check_input("stem", x, norm)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import schedule, transition
+from . import differentiable, schedule, transition
 from .arguments import (
     Arguments,
     BlockOptions,
@@ -32,6 +32,8 @@ from .ownership import is_exclusive
 from .schedule import Block, Layer, Norm
 
 _LIBRARY = torch.library.Library("dense_ext", "FRAGMENT")
+# What ``torch.autograd.grad(is_grads_batched=True)`` gives its gradients.
+_LEGACY_BATCHED = torch._C._dispatch_key_parse("Batched")
 
 
 _ARGUMENTS = (
@@ -78,6 +80,11 @@ def _primitives(x: Tensor, args: Arguments) -> Primitives:
     return for_volumes(primitives) if x.dim() == 5 else primitives
 
 
+def _vector(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A per-channel vector as primitives take it: dense, in the accumulation dtype."""
+    return in_dtype(x, dtype).contiguous()
+
+
 def _norms(x: Tensor, args: Arguments) -> list[Norm]:
     dtype = accumulate_dtype(x.dtype)
     running = iter(zip(args.running_means, args.running_vars, strict=True))
@@ -88,8 +95,8 @@ def _norms(x: Tensor, args: Arguments) -> list[Norm]:
         frozen = None
         if not batch:
             mean, var = next(running)
-            frozen = in_dtype(mean, dtype), in_dtype(var, dtype)
-        norms.append(Norm(in_dtype(weight, dtype), in_dtype(bias, dtype), eps, frozen))
+            frozen = _vector(mean, dtype), _vector(var, dtype)
+        norms.append(Norm(_vector(weight, dtype), _vector(bias, dtype), eps, frozen))
     return norms
 
 
@@ -119,22 +126,6 @@ def _channels_last(x: Tensor) -> Tensor:
     if _is_channels_last(x):
         return x
     return torch.empty_like(x, memory_format=schedule.channels_last(x)).copy_(x)
-
-
-def remember_statistics(x: Tensor, stats: Tensor) -> None:
-    """Let the batch statistics [2, C] of x travel with it, to a transition that reads x as it is now.
-
-    Not in compiled code: the compiler may put other values into x's memory and leave its version. Not
-    with a subclass of Tensor: some hand their attributes on to whatever is computed from them.
-    """
-    if type(x) is Tensor and not torch.compiler.is_compiling() and not x.is_inference():
-        x._dense_ext_statistics = stats, x._version  # type: ignore[attr-defined]
-
-
-def known_statistics(x: Tensor) -> Tensor | None:
-    """The statistics remembered for x, unless x has been written since."""
-    stats, version = getattr(x, "_dense_ext_statistics", (None, None))
-    return stats if stats is not None and x._version == version else None
 
 
 # --- dense block: (x) -> (X, batch statistics, z) ----------------------------------------------------
@@ -168,9 +159,12 @@ def _dense_block_backward_(grad: Tensor, output: Tensor, stats: Tensor, z: Tenso
     in_channels, needs_conv_grad = rest[11:]
     if grad.shape[0] == 0:
         return zero_gradients(grad.new_empty(0, in_channels, *grad.shape[2:]), args)
+    output, stats, z = _channels_last(output), stats.contiguous(), z.contiguous()
     block = _block(output, in_channels, args, options)
     with _without_autocast(output):
-        g = schedule.backward(_primitives(output, args), block, grad, output, z, stats, needs_conv_grad)
+        g = schedule.backward(
+            _primitives(output, args), block, _channels_last(grad), output, z, stats, needs_conv_grad
+        )
     return in_parameter_dtypes(args, g.x, g.norm_weights, g.norm_biases, g.convs)
 
 
@@ -196,44 +190,69 @@ def _dense_block_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     x, args, options = inputs[0], Arguments(*inputs[1:9]), BlockOptions(*inputs[9:])
     out, stats, z = output
     ctx.in_channels = x.shape[1]
-    ctx.recomputed = ctx.loaded = None
+    ctx.recomputed = None
     kept = x if options.recompute == "block" else out
     save(ctx, args, kept, stats, z, options.dropout_seeds)
     ctx.options = options._replace(dropout_seeds=None)
 
 
 def _dense_block_formula(ctx: Any, grad: Tensor) -> Gradients:
-    recomputed = recomputed_output(ctx) if ctx.options.recompute == "block" else None
-    args, kept, stats, z, seeds = ctx.loaded or load(ctx)
-    output = kept if recomputed is None else recomputed
-    ctx.recomputed = ctx.loaded = None
+    if ctx.options.recompute == "block":
+        saved, output = recomputed_output(ctx)
+        ctx.recomputed = None
+        args, _, stats, z, seeds = saved
+    else:
+        args, output, stats, z, seeds = load(ctx)
+    options, needed = ctx.options._replace(dropout_seeds=seeds), needs_conv_grad(ctx)
+    if differentiates_inside(grad):
+        return differentiable.dense_block_backward(grad, output, args, options, ctx.in_channels)
     # The schedule accumulates into the gradient it is given; where others may see it, into a copy.
     backward = torch.ops.dense_ext.dense_block_backward
     if is_exclusive(grad, _probe_ownership) and _is_channels_last(grad):
         backward = torch.ops.dense_ext.dense_block_backward_
-    options = ctx.options._replace(dropout_seeds=seeds)
-    return backward(grad, output, stats, z, *args, *options, ctx.in_channels, needs_conv_grad(ctx))
+    return backward(grad, output, stats, z, *args, *options, ctx.in_channels, needed)
 
 
-def recomputed_output(ctx: Any) -> Tensor:
-    """X of a block that kept only its input, computed again; kept on ``ctx`` for its own backward.
+def differentiates_inside(grad: Tensor) -> bool:
+    """Whether a backward is to be differentiated again, or to take a batch of gradients at once.
 
-    What was saved is loaded once, since checkpointing around the block allows no second time.
+    Kernels can do neither; :mod:`dense_ext.differentiable` computes the same by PyTorch's operators.
     """
-    if ctx.recomputed is None:
-        args, x, _, _, seeds = ctx.loaded = load(ctx)
-        options = BlockOptions(seeds, ctx.options.drop_rate, "bottleneck")
-        with torch.no_grad():
-            ctx.recomputed, _, _ = torch.ops.dense_ext.dense_block(x, *args, *options)
+    if torch.is_grad_enabled() or torch._C._functorch.is_batchedtensor(grad):
+        return True
+    return torch._C._dispatch_keys(grad).has(_LEGACY_BATCHED)  # type: ignore[attr-defined]
+
+
+def recomputed_output(ctx: Any) -> tuple[tuple[Any, ...], Tensor]:
+    """What a block that kept only its input saved, and X computed again.
+
+    Both are kept for the rest of the running backward pass: for the block's own backward, and since
+    checkpointing around the block allows what was saved to be loaded only once. A later pass computes
+    anew from what it loads, where autograd checks that nobody has written into it.
+    """
+    if ctx.recomputed is not None:
+        return ctx.recomputed
+    saved = args, x, _, _, seeds = load(ctx)
+    options = BlockOptions(seeds, ctx.options.drop_rate, "bottleneck")
+    # Where the backward is differentiated again, so is the path from X to the input and the parameters.
+    output, _, _ = torch.ops.dense_ext.dense_block(x, *args, *options)
+    try:
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: setattr(ctx, "recomputed", None))
+    except RuntimeError:  # somebody looks at what is saved outside a backward pass
+        return saved, output
+    ctx.recomputed = saved, output
     return ctx.recomputed
 
 
 def _probe_ownership() -> None:
     """A one-layer block's backward with a gradient that nobody else holds."""
     with torch.enable_grad():
-        x = torch.ones(1, 1, 1, 1, requires_grad=True)
-        one, zero = torch.ones(1), torch.zeros(1)
-        args = Arguments([one], [zero], [torch.ones(1, 1, 3, 3)], [zero], [one], [1.0], [False], "reference")
+        x, weight = (
+            torch.ones(1, 1, 1, 1, device="cpu", requires_grad=True),
+            torch.ones(1, 1, 3, 3, device="cpu"),
+        )
+        one, zero = torch.ones(1, device="cpu"), torch.zeros(1, device="cpu")
+        args = Arguments([one], [zero], [weight], [zero], [one], [1.0], [False], "reference")
         out, _, _ = torch.ops.dense_ext.dense_block(x, *args, None, 0.0, "bottleneck")
         (out * 2).sum().backward()
 
@@ -246,14 +265,14 @@ def _norm_and_conv(x: Tensor, args: Arguments) -> tuple[Norm, Tensor | None]:
 
 
 def _pooling_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    args = Arguments(*rest)
+    """``rest`` is Arguments, then for a transition the batch statistics of x if they are known."""
+    args, known = Arguments(*rest[:8]), rest[8] if len(rest) > 8 else None
     with _without_autocast(x):
-        known = known_statistics(x)
         return transition.forward(_primitives(x, args), *_norm_and_conv(x, args), _channels_last(x), known)
 
 
 def _pooling_fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return transition.empty_outputs(_norm_and_conv(x, Arguments(*rest))[1], x)
+    return transition.empty_outputs(_norm_and_conv(x, Arguments(*rest[:8]))[1], x)
 
 
 def _pooling_backward(grad: Tensor, x: Tensor, stats: Tensor, *rest: Any) -> Gradients:
@@ -268,7 +287,7 @@ def _pooling_backward(grad: Tensor, x: Tensor, stats: Tensor, *rest: Any) -> Gra
             conv,
             _channels_last(grad),
             _channels_last(x),
-            stats,
+            stats.contiguous(),
             any(needs_conv_grad),
         )
     convs = [] if conv is None else [grad_conv]
@@ -281,20 +300,22 @@ def _pooling_backward_fake(grad: Tensor, x: Tensor, stats: Tensor, *rest: Any) -
 
 
 def _pooling_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, args = inputs[0], Arguments(*inputs[1:])
+    x, args = inputs[0], Arguments(*inputs[1:9])
     save(ctx, args, x, output[1])
 
 
 def _pooling_formula(backward: str) -> Callable[[Any, Tensor], Gradients]:
     def formula(ctx: Any, grad: Tensor) -> Gradients:
         args, x, stats = load(ctx)
+        if differentiates_inside(grad):
+            return differentiable.pooling_backward(grad, x, args)
         return getattr(torch.ops.dense_ext, backward)(grad, x, stats, *args, needs_conv_grad(ctx))
 
     return formula
 
 
-for _name in ("transition", "stem"):
-    _operator(f"{_name}(Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor)")(_pooling_forward)
+for _name, _more in (("transition", ", Tensor? known_stats"), ("stem", "")):
+    _operator(f"{_name}(Tensor x, {_ARGUMENTS}{_more}) -> (Tensor, Tensor)")(_pooling_forward)
     _fake(_name)(_pooling_fake)
     _operator(
         f"{_name}_backward(Tensor grad, Tensor x, Tensor stats, {_ARGUMENTS}, bool[] needs_conv_grad) "
@@ -305,20 +326,35 @@ for _name in ("transition", "stem"):
 register(_LIBRARY, "dense_block", _dense_block_setup, _dense_block_formula)
 
 
-# --- a transition after a block that keeps only its input ----------------------------------------------
+# --- a transition right behind its block ------------------------------------------------------------------
 
 
-def run_transition(x: Tensor, args: Arguments) -> tuple[Tensor, Tensor]:
-    """The operator ``transition``; after a block with ``recompute="block"`` it does not keep x.
+class Carried(NamedTuple):
+    """What a block knows of its output X, for a transition that gets X before anybody else sees it."""
+
+    stats: Tensor | None  # X's batch statistics [2, Ct]
+    node: Any  # the block's node in the graph if it keeps only its input, else None
+
+
+NOTHING_CARRIED = Carried(None, None)
+
+
+def block_node(out: Tensor) -> Any:
+    """The node of a block with ``recompute="block"`` that has made ``out``, or None."""
+    node = None if torch.compiler.is_compiling() else out.grad_fn
+    options = getattr(node, "options", None)
+    return node if isinstance(options, BlockOptions) and options.recompute == "block" else None
+
+
+def run_transition(x: Tensor, args: Arguments, carried: Carried) -> tuple[Tensor, Tensor]:
+    """The operator ``transition``; behind a block with ``recompute="block"`` it does not keep x.
 
     It would keep the very buffer that the block lets go. Instead its backward has the block compute
     x again, and leaves it for the block's own backward, which comes next.
     """
-    operator = torch.ops.dense_ext.transition
-    node = None if torch.compiler.is_compiling() else x.grad_fn
-    options = getattr(node, "options", None)
-    if not isinstance(options, BlockOptions) or options.recompute != "block":
-        return operator(x, *args)
+    operator, (stats, node) = torch.ops.dense_ext.transition, carried
+    if node is None:
+        return operator(x, *args, stats)
     # The hooks live as long as the graph: what pack compares with must not.
     output = [x.detach()]
 
@@ -326,9 +362,9 @@ def run_transition(x: Tensor, args: Arguments) -> tuple[Tensor, Tensor]:
         return None if tensor.is_set_to(output[0]) else tensor
 
     def unpack(packed: Tensor | None) -> Tensor:
-        return recomputed_output(node) if packed is None else packed
+        return recomputed_output(node)[1] if packed is None else packed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        result = operator(x, *args)
+        result = operator(x, *args, stats)
     output.clear()
     return result

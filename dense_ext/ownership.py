@@ -11,6 +11,7 @@ without these counters, means "not exclusive": then the caller copies.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 
 import torch
@@ -18,8 +19,10 @@ from torch import Tensor
 
 Counts = tuple[int, int, int]
 
+# The counts of a gradient known to be exclusive, once a thread has taken them.
 _exclusive: Counts | None = None
-_probed = False
+_calibration = threading.Lock()
+_probing = threading.local()
 
 
 def _counts(tensor: Tensor) -> Counts:
@@ -28,21 +31,34 @@ def _counts(tensor: Tensor) -> Counts:
     return sys.getrefcount(tensor), tensor_uses, torch._C._storage_Use_Count(storage._cdata)
 
 
+def _counts_are_exact() -> bool:
+    """Whether this PyTorch has the counters and this Python counts references as they come."""
+    with_gil = getattr(sys, "_is_gil_enabled", lambda: True)()
+    return hasattr(torch._C, "_storage_Use_Count") and with_gil
+
+
 def is_exclusive(grad: Tensor, probe: Callable[[], None]) -> bool:
     """Whether nobody but the calling backward can see ``grad``.
 
     Args:
         grad: the gradient, as the caller received it.
-        probe: runs a backward that reaches this very call with a gradient nobody else holds.
-            Called once in the life of the process.
+        probe: runs a backward that reaches this very call, in the same thread, with a gradient nobody
+            else holds. While one thread probes, the others' gradients count as shared.
     """
-    global _exclusive, _probed
-    if type(grad) is not Tensor or not hasattr(torch._C, "_storage_Use_Count"):
+    global _exclusive
+    if type(grad) is not Tensor or not _counts_are_exact():
         return False
-    if not _probed:
-        _probed = True
-        probe()
-    counts = _counts(grad)
-    if _exclusive is None:  # this is the probe's own call
-        _exclusive = counts
-    return counts == _exclusive
+    if getattr(_probing, "active", False):  # this is the probe's own call
+        _probing.counts = _counts(grad)
+        return True
+    if _exclusive is None:
+        if not _calibration.acquire(blocking=False):
+            return False
+        try:
+            _probing.active, _probing.counts = True, None
+            probe()
+            _exclusive = _probing.counts
+        finally:
+            _probing.active = False
+            _calibration.release()
+    return _counts(grad) == _exclusive

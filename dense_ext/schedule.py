@@ -227,16 +227,21 @@ class Pass:
             var,
         )
 
-    def dropout_mask(self, index: int) -> Tensor:
-        """Layer ``index``'s dropout factors [N, H, W, K], 0 or 1/(1-p); the same whenever asked for."""
-        seeds, keep = self.block.dropout_seeds, 1.0 - self.block.drop_rate
-        if seeds is None:
-            raise ValueError("dropout needs one seed a layer")
-        generator = torch.Generator(device=self.x.device)
-        generator.manual_seed(int(seeds[index]))
-        mask = self.x.new_empty(*self.x.shape[:-1], self.block.growth_rate)
-        mask.bernoulli_(keep, generator=generator)
-        return mask.div_(keep) if keep > 0 else mask
+    def dropout_mask(self, index: int, y: Tensor) -> Tensor:
+        """Layer ``index``'s dropout factors, like y [N, H, W, K]."""
+        return dropout_mask(self.block.dropout_seeds, index, self.block.drop_rate, y)
+
+
+def dropout_mask(seeds: Tensor | None, index: int, drop_rate: float, y: Tensor) -> Tensor:
+    """Layer ``index``'s dropout factors, 0 or 1/(1-p), like y [N, H, W, K]; the same whenever asked for."""
+    if seeds is None:
+        raise ValueError("dropout needs one seed a layer")
+    keep = 1.0 - drop_rate
+    generator = torch.Generator(device=y.device)
+    generator.manual_seed(int(seeds[index]))
+    mask = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    mask.bernoulli_(keep, generator=generator)
+    return mask.div_(keep) if keep > 0 else mask
 
 
 def forward(ops: Primitives, block: Block, x: Tensor, keep_bottleneck: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -286,7 +291,7 @@ def _layer_forward(run: Pass, index: int, wants_stats: bool, frozen: bool) -> No
     written = y_stats if wants_stats and not dropout else (None, None)
     ops.bn_relu_conv3x3_forward(source, last.scale, last.shift, layer.convs[-1], y, *written)
     if dropout:
-        y.mul_(run.dropout_mask(index))
+        y.mul_(run.dropout_mask(index, y))
         if wants_stats:
             ops.channel_stats(y, *y_stats)
 
@@ -329,7 +334,7 @@ class BackwardPass(Pass):
             # Dropout lies between the convolution and X: give the convolution its own gradient.
             grad = self.x.new_empty(y.shape)
             self.ops.affine_gradient(self.g_parts[k], y, u, v, grad)
-            grad.mul_(self.dropout_mask(index))
+            grad.mul_(self.dropout_mask(index, y))
             u, v = torch.zeros_like(u), torch.zeros_like(v)
         sums = self.mean.new_empty(2, z.shape[-1])
         weight = self.block.layers[index].convs[-1]

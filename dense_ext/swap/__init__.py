@@ -9,18 +9,20 @@ served by the original's forward.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from torch import nn
 
 from ..checks import check_options
-from .adapter import Adapter, Candidate, adapters
+from ..eligibility import Fused
+from .adapter import ADDED, Adapter, Candidate, adapters
 from .automatic import policies_that_fit
 from .report import Report, Row, served_by
 
-__all__ = ["Report", "Row", "report", "restore", "swap"]
+__all__ = ["Report", "Row", "report", "restore", "restored", "swap"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -75,7 +77,7 @@ def swap(
             f'input_shape, memory and dtype go with recompute="auto", got recompute={recompute!r}'
         )
     found = _candidates(model)
-    if not found:
+    if not any(candidate.kind == "dense block" for _, candidate in found):
         raise ValueError(f"{type(model).__name__} contains no dense block that dense_ext knows")
     refused = [f"{c.name}: {c.reason}" for _, c in found if c.reason is not None]
     if refused:
@@ -86,8 +88,7 @@ def swap(
         warnings.warn(f"dense_ext.swap: {message}", stacklevel=2)
     policies = policies_that_fit(model, input_shape, memory, dtype, backend) if automatic else {}
     for adapter, candidate in found:
-        if candidate.reason is None:
-            adapter.swap(candidate, policies.get(candidate.name, recompute), backend)
+        adapter.swap(candidate, policies.get(candidate.name, recompute), backend)
     return model
 
 
@@ -96,6 +97,28 @@ def restore(model: Model) -> Model:
     for adapter in adapters():
         adapter.restore(model)
     return model
+
+
+@contextmanager
+def restored(model: Model) -> Iterator[Model]:
+    """The original model inside the context, the swapped one with its options behind it.
+
+    For tools that need the original's classes: ``with dense_ext.restored(model): tool(model)``. Tracing,
+    scripting and exporting do not: they see the original's operators anyway.
+    """
+    own = (*ADDED, "forward")
+    swapped = [
+        (module, type(module), {name: module.__dict__[name] for name in own if name in module.__dict__})
+        for module in model.modules()
+        if isinstance(module, Fused)
+    ]
+    restore(model)
+    try:
+        yield model
+    finally:
+        for module, kind, attributes in swapped:
+            module.__class__ = kind
+            module.__dict__.update(attributes)
 
 
 def report(model: nn.Module) -> Report:
@@ -107,5 +130,5 @@ def report(model: nn.Module) -> Report:
     return Report([*served_by(model), *(
         Row(c.name, c.kind, "eager", "", c.reason or "not swapped")
         for _, c in _candidates(model)
-        if not c.swapped
+        if not c.swapped and c.kind != "features"
     )])  # fmt: skip

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
+import types
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from ..eligibility import Fused
 from ..modules import FusedDenseBlock, FusedFeatures, FusedTransition
 
 # Library -> the adapter's module; loaded only if the process has imported the library itself.
@@ -21,7 +24,7 @@ _LIBRARIES = {
     "torchxrayvision.models": "torchxrayvision",
 }
 # Attributes a swap adds and a restore takes away.
-_ADDED = ("recompute", "backend")
+ADDED = ("recompute", "backend", "part_name")
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Candidate:
     """A part of a model that an adapter knows by its class."""
 
     name: str  # dotted, in the model
-    kind: str  # "dense block", "transition" or "stem"
+    kind: str  # "dense block", "transition" or "stem"; "features" for a Sequential of blocks without a stem
     module: Any
     reason: str | None  # why it cannot be swapped, None if it can
     swapped: bool
@@ -43,7 +46,8 @@ class SwappedFeatures(FusedFeatures):
 class Adapter:
     """A library's classes, and those that take their place: each inherits from both sides.
 
-    Parts are found by class. A stem belongs to a Sequential that also has a dense block.
+    Parts are found by class. A Sequential that has a dense block is a network's features; its stem is
+    served by the Sequential itself.
     """
 
     block: type[nn.Module]
@@ -53,52 +57,151 @@ class Adapter:
     fused_features: type[SwappedFeatures] = SwappedFeatures
 
     @property
-    def _classes(self) -> dict[str, tuple[type[nn.Module], Any]]:
-        """Each kind's class, and what a swap makes of it."""
+    def _classes(self) -> dict[type[nn.Module], type[Fused]]:
+        """Each original class, and what a swap makes of it."""
         return {
-            "dense block": (self.block, self.fused_block),
-            "transition": (self.transition, self.fused_transition),
-            "stem": (nn.Sequential, self.fused_features),
+            self.block: self.fused_block,
+            self.transition: self.fused_transition,
+            nn.Sequential: self.fused_features,
         }
 
     def candidates(self, model: nn.Module) -> Iterator[Candidate]:
         """The model's dense parts, in order."""
+        one_by_one = dict(_called_one_by_one(model))
         for name, module in model.named_modules():
-            kind = self._kind(module)
-            if kind is None:
+            found = self._kind(module)
+            if found is None:
                 continue
-            original, fused = self._classes[kind]
-            swapped, reason = isinstance(module, fused), None
-            if not swapped:
-                other = f"{type(module).__name__} is a subclass with a forward of its own"
-                reason = fused.why_not(module) if type(module) is original else other
-            yield Candidate(name, kind, module, reason, swapped)
+            kind, original, fused = found
+            swapped = isinstance(module, fused) and (kind != "stem" or module.part_name is not None)
+            reason = one_by_one.get(module)
+            if reason is None and not swapped:
+                reason = _why_not_swapped(module, original, fused)
+            yield Candidate(name, kind, module, reason, swapped and reason is None)
 
     def swap(self, candidate: Candidate, recompute: str, backend: str) -> None:
-        """Swap a candidate that has no reason against it: its class changes, the object stays."""
-        module = candidate.module
+        """Swap a candidate: its class changes, the object stays.
+
+        One with a reason against it stays as it is. But the Sequential around blocks and transitions is
+        swapped whatever its stem is, to hand activations from one to the other.
+        """
+        module, kind = candidate.module, candidate.kind
+        around = kind in ("stem", "features")
+        original, fused = self._kind(module)[1:]  # type: ignore[index]
+        if candidate.reason is not None and not (around and swapped_class(type(module), original, fused)):
+            return
         module.backend = backend
-        if candidate.kind == "dense block":
+        module.part_name = candidate.name if candidate.reason is None else None
+        if kind == "dense block":
             module.recompute = recompute
-        _, module.__class__ = self._classes[candidate.kind]
+        if isinstance(module, fused):
+            return
+        forward = rebound_forward(module, original.forward, fused.forward)
+        module.__class__ = swapped_class(type(module), original, fused)
+        if forward is not None:
+            module.__dict__["forward"] = forward
 
     def restore(self, model: nn.Module) -> None:
         """Undo every swap in the model."""
-        originals = {fused: original for original, fused in self._classes.values()}
         for module in model.modules():
-            if original := originals.get(type(module)):
-                module.__class__ = original
-                for attribute in _ADDED:
+            for original, fused in self._classes.items():
+                kind = swapped_class(type(module), fused, original)
+                if kind is None:
+                    continue
+                forward = rebound_forward(module, fused.forward, original.forward)
+                module.__class__ = kind
+                if forward is not None:
+                    module.__dict__["forward"] = forward
+                for attribute in ADDED:
                     module.__dict__.pop(attribute, None)
 
-    def _kind(self, module: nn.Module) -> str | None:
+    def _kind(self, module: nn.Module) -> tuple[str, type[nn.Module], type[Fused]] | None:
+        """What a module is, its original class and the fused one; None if it is no dense part."""
         if isinstance(module, self.block):
-            return "dense block"
+            return "dense block", self.block, self.fused_block
         if isinstance(module, self.transition):
-            return "transition"
-        children = module._modules if isinstance(module, nn.Sequential) else {}
-        is_stem = "pool0" in children and any(isinstance(child, self.block) for child in children.values())
-        return "stem" if is_stem else None
+            return "transition", self.transition, self.fused_transition
+        children = list(module._modules.values()) if isinstance(module, nn.Sequential) else []
+        if not any(isinstance(child, self.block) for child in children):
+            return None
+        kind = "stem" if self.fused_features.has_stem(module) else "features"
+        return kind, nn.Sequential, self.fused_features
+
+
+def _why_not_swapped(module: nn.Module, original: type[nn.Module], fused: type[Fused]) -> str | None:
+    """Why a part cannot be swapped, or None."""
+    kind = type(module)
+    if swapped_class(kind, original, fused) is None:
+        own = (
+            "with a forward of its own" if kind.forward is not original.forward else "dense_ext does not know"
+        )
+        return f"{kind.__name__} is a subclass {own}"
+    if "forward" in module.__dict__ and rebound_forward(module, original.forward, fused.forward) is None:
+        return "it carries a forward of its own"
+    if issubclass(fused, FusedFeatures) and not fused.has_stem(module):
+        return None
+    return fused.why_not(module)
+
+
+@functools.cache
+def swapped_class(kind: type, before: type, after: type) -> type | None:
+    """``kind`` with ``after`` in place of ``before``; None if that cannot be had.
+
+    ``fully_shard`` makes a class of its own of a module's and ``FSDPModule``; that stays around the other.
+    """
+    if kind is before:
+        return after
+    if len(kind.__bases__) == 2 and kind.__bases__[1] is before and _shards(kind.__bases__[0]):
+        own = {k: v for k, v in kind.__dict__.items() if k not in ("__dict__", "__weakref__")}
+        return type(kind.__name__, (kind.__bases__[0], after), own)
+    return None
+
+
+def _shards(kind: type) -> bool:
+    return kind.__module__.startswith("torch.distributed.") and kind.__name__ == "FSDPModule"
+
+
+def rebound_forward(module: nn.Module, before: Any, after: Any) -> Any:
+    """A module's own ``forward`` that goes on to the method ``before``, going on to ``after`` instead.
+
+    ``block.forward = functools.partial(checkpoint, block.forward)`` holds the original's method. None if
+    the module has no forward of its own, or one that is not made of partials of that method.
+    """
+
+    def rebound(function: Any) -> Any:
+        if (
+            isinstance(function, types.MethodType)
+            and function.__self__ is module
+            and function.__func__ is before
+        ):
+            return types.MethodType(after, module)
+        if isinstance(function, functools.partial):
+            found = [rebound(part) for part in (function.func, *function.args)]
+            if any(part is not None for part in found):
+                parts = (function.func, *function.args)
+                new = [part if other is None else other for part, other in zip(parts, found, strict=True)]
+                return functools.partial(*new, **function.keywords)
+        return None
+
+    return rebound(module.__dict__.get("forward"))
+
+
+def _called_one_by_one(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Stems and transitions whose children the network's own forward calls by name, with the reason.
+
+    Encoders of U-Nets want the activations before each pool. Their forward names what it calls.
+    """
+    for network in model.modules():
+        features = network._modules.get("features")
+        names = set(getattr(getattr(type(network).forward, "__code__", None), "co_names", ()))
+        if not isinstance(features, nn.Sequential) or not names & features._modules.keys():
+            continue
+        reason = f"{type(network).__name__}.forward calls its modules one by one"
+        if "pool0" in names:
+            yield features, reason
+        for name, child in features._modules.items():
+            if name in names and {"norm", "conv"} <= names & child._modules.keys():
+                yield child, reason
 
 
 def adapters() -> list[Adapter]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from monai.data import MetaTensor
 from monai.networks.nets.densenet import _DenseBlock, _DenseLayer, _Transition
 from torch import nn
 
-from ..fused import listened_to
+from ..eligibility import VOUCHED_TENSORS, interference
 from ..modules import FusedDenseBlock, FusedTransition
 from .adapter import Adapter
 
@@ -24,11 +25,14 @@ class SwappedDenseBlock(FusedDenseBlock, _DenseBlock):
     @staticmethod
     def inner(layer: Any) -> dict[str, Any]:
         layers = layer._modules.get("layers")
-        return layers._modules if type(layers) is nn.Sequential and not listened_to(layers) else {}
+        return layers._modules if type(layers) is nn.Sequential and interference(layers) is None else {}
 
 
 class SwappedTransition(FusedTransition, _Transition):
     """MONAI's transition, run as one operator."""
 
+
+# It carries metadata beside its values, and PyTorch hands the metadata on.
+VOUCHED_TENSORS.add(MetaTensor)
 
 ADAPTER = Adapter(_DenseBlock, _Transition, SwappedDenseBlock, SwappedTransition)

@@ -47,7 +47,7 @@ def served_by(model: nn.Module) -> Iterator[Row]:
     kinds = ((FusedDenseBlock, "dense block"), (FusedTransition, "transition"), (FusedFeatures, "stem"))
     for name, module in model.named_modules():
         kind = next((k for cls, k in kinds if isinstance(module, cls)), None)
-        if kind is None:
+        if kind is None or (isinstance(module, FusedFeatures) and not module.runs_stem()):
             continue
         recompute = getattr(module, "recompute", "")
         if (reason := module.unfusable()) is not None:

@@ -8,7 +8,7 @@ from timm.layers.norm_act import BatchNormAct2d
 from timm.models.densenet import DenseBlock, DenseLayer, DenseTransition
 from torch import nn
 
-from ..fused import Fused
+from ..eligibility import Fused
 from ..modules import FusedDenseBlock, FusedTransition
 from .adapter import Adapter
 from .adapter import SwappedFeatures as _SwappedFeatures
@@ -37,9 +37,9 @@ class SwappedTransition(_OfNormsThatActivate, FusedTransition, DenseTransition):
 
 
 class SwappedFeatures(_OfNormsThatActivate, _SwappedFeatures):
-    """timm's features: the norm before the pool is norm0, or norm2 of a deep stem."""
+    """timm's features: the stem is the norm that activates before the pool, and the pool."""
 
-    parts: ClassVar = {"norm0": BatchNormAct2d, "norm2": BatchNormAct2d, "pool0": nn.MaxPool2d}
+    parts: ClassVar = {"norm0": BatchNormAct2d, "pool0": nn.MaxPool2d}
 
 
 ADAPTER = Adapter(DenseBlock, DenseTransition, SwappedDenseBlock, SwappedTransition, SwappedFeatures)

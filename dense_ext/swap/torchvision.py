@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from torchvision.models.densenet import _DenseBlock, _DenseLayer, _Transition
+from torchvision.ops import FrozenBatchNorm2d
 
+from ..eligibility import FIXED_NORMS
 from ..modules import FusedDenseBlock, FusedTransition
 from .adapter import Adapter
 
@@ -17,5 +19,7 @@ class SwappedDenseBlock(FusedDenseBlock, _DenseBlock):
 class SwappedTransition(FusedTransition, _Transition):
     """torchvision's transition, run as one operator."""
 
+
+FIXED_NORMS.add(FrozenBatchNorm2d)
 
 ADAPTER = Adapter(_DenseBlock, _Transition, SwappedDenseBlock, SwappedTransition)

@@ -1,0 +1,417 @@
+"""Whether a fused operator may stand in for a module's own forward: one gate, asked at every call.
+
+The gate looks at PyTorch's mode (:func:`mode_reason`), at the input (:func:`input_reason`) and at the
+modules (:meth:`Fused.unfusable`). Whatever it does not vouch for runs the original's forward.
+
+A full check of the modules takes about a millisecond. A :class:`Snapshot` keeps what it found; later
+calls compare that with the modules as they are now, and repeat the full check only after a difference.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from operator import attrgetter, itemgetter
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.nn.modules import module as torch_module
+
+from .batch_norm import constant, uses_batch_stats
+
+# --- PyTorch's mode ----------------------------------------------------------------------------------
+
+_GLOBAL_HOOKS = (
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+)
+# What a call of an eager module goes through, as PyTorch defines it; others replace these to see inside.
+_CALL_PATH = {
+    (owner, name): getattr(owner, name)
+    for owner, names in (
+        (nn.Module, ("__call__", "_call_impl")),
+        (F, ("batch_norm", "relu", "conv2d", "conv3d", "avg_pool2d", "avg_pool3d", "dropout")),
+    )
+    for name in names
+    if hasattr(owner, name)
+}
+_export_fused = False
+
+
+@contextmanager
+def fused_export() -> Iterator[None]:
+    """Keep the fused operators in graphs that ``torch.export`` makes inside this context.
+
+    By default a swapped network exports as the standard PyTorch operators of its original, which load
+    anywhere. A graph with fused operators needs dense_ext wherever it is loaded or compiled.
+    """
+    global _export_fused
+    before, _export_fused = _export_fused, True
+    try:
+        yield
+    finally:
+        _export_fused = before
+
+
+def mode_reason() -> str | None:
+    """Why PyTorch's present mode needs the original's forward, or None."""
+    if torch.compiler.is_compiling():
+        exports = torch.compiler.is_exporting() and not _export_fused
+        return "torch.export records standard operators" if exports else None
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace records standard operators"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform differentiates or batches the operators inside"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation passes through the operators inside"
+    if get_proxy_mode() is not None:
+        return "make_fx records standard operators"
+    if any(_GLOBAL_HOOKS):
+        return "a global module hook is registered"
+    for (owner, name), function in _CALL_PATH.items():
+        if getattr(owner, name) is not function:
+            return f"{owner.__name__}.{name} has been replaced"
+    return None
+
+
+# --- the input ----------------------------------------------------------------------------------------
+
+# Tensor classes whose values the operators read as they are. Adapters add their library's.
+VOUCHED_TENSORS: set[type] = {Tensor, nn.Parameter, FakeTensor}
+
+
+def input_reason(x: Any) -> str | None:
+    """Why an input needs the original's forward, or None."""
+    if not _vouched(x):
+        return f"the input is a {qualified_name(type(x))}"
+    if x.layout is not torch.strided:
+        return f"the input has layout {x.layout}"
+    return None
+
+
+def _vouched(x: Any) -> bool:
+    """Whether the operators read x as it is; the compiler has classes of its own, and checks them."""
+    return torch.compiler.is_compiling() or type(x) in VOUCHED_TENSORS
+
+
+def qualified_name(kind: type) -> str:
+    """A class's name with its module, to tell classes of one name apart."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def names_of(found: type, expected: type) -> tuple[str, str]:
+    """The names of two classes, with their modules where the bare names are equal."""
+    if found.__name__ == expected.__name__:
+        return qualified_name(found), qualified_name(expected)
+    return found.__name__, expected.__name__
+
+
+# --- classes -------------------------------------------------------------------------------------------
+
+# Methods that a module's call reaches and that others replace on a class.
+_METHODS = ("forward", "_conv_forward", "bn_function", "call_checkpoint_bottleneck", "_check_input_dim")
+
+
+# The methods of each class when it was first looked at and had none from elsewhere.
+_known_methods: dict[type, dict[str, Any]] = {}
+
+
+def patched_method(kind: type) -> str | None:
+    """The name of a method of the class that somebody has replaced, or None."""
+    methods = {name: getattr(kind, name) for name in _METHODS if hasattr(kind, name)}
+    if kind not in _known_methods:
+        for name in methods:
+            if _comes_from_elsewhere(kind, name):
+                return name
+        _known_methods[kind] = methods
+    known = _known_methods[kind]
+    return next((name for name in _METHODS if methods.get(name) is not known.get(name)), None)
+
+
+def _comes_from_elsewhere(kind: type, name: str) -> bool:
+    """Whether a method's code lies in another file than the class that has it."""
+    owner = next(base for base in kind.__mro__ if name in base.__dict__)
+    file = getattr(sys.modules.get(owner.__module__), "__file__", None) or ""
+    code = getattr(owner.__dict__[name], "__code__", None)
+    # Without sources (an interactive session, a frozen application) there is nothing to compare.
+    return file.endswith(".py") and code is not None and code.co_filename != file
+
+
+# --- settings -------------------------------------------------------------------------------------------
+
+_CONV = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+# Of a plain convolution, by its class and size: stride 1, same size, one group.
+_PLAIN = {
+    (kind, size): ((size,) * d, (1,) * d, (size // 2,) * d, (1,) * d, 1, "zeros")
+    for kind, d in ((nn.Conv2d, 2), (nn.Conv3d, 3))
+    for size in (1, 3)
+}
+_CONVS = (nn.Conv2d, nn.Conv3d)
+_AVERAGE = {"kernel_size": 2, "stride": 2, "padding": 0, "ceil_mode": False, "divisor_override": None}
+_MAXIMUM = {
+    "kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1, "ceil_mode": False, "return_indices": False,
+}  # fmt: skip
+_POOLS: dict[type[nn.Module], dict[str, Any]] = {
+    nn.AvgPool2d: _AVERAGE, nn.AvgPool3d: _AVERAGE, nn.MaxPool2d: _MAXIMUM, nn.MaxPool3d: _MAXIMUM,
+}  # fmt: skip
+# What stands for the classes of `Fused.parts` in a network for volumes.
+_OF_VOLUMES: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm2d: nn.BatchNorm3d, nn.Conv2d: nn.Conv3d, nn.AvgPool2d: nn.AvgPool3d,
+    nn.MaxPool2d: nn.MaxPool3d,
+}  # fmt: skip
+_VOLUMES = frozenset(_OF_VOLUMES.values())
+# Norms with fixed statistics, served in place of a batch norm. Adapters add their library's.
+FIXED_NORMS: set[type[nn.Module]] = set()
+
+
+class Fused:
+    """A module, or a mixin for one, that computes what its inner modules would, if they are as expected."""
+
+    # The inner modules' classes by name, in the order they run, for images; and those of a norm's own
+    # children.
+    parts: ClassVar[Mapping[str, type[nn.Module]]]
+    parts_of_norm: ClassVar[Mapping[str, type[nn.Module]]] = {}
+    # The forward that runs where the fused operator may not.
+    original_forward: ClassVar[Callable[..., Tensor]]
+    # The module's dotted name in the model that was swapped, for messages; None for the stem of features
+    # that were swapped although their stem stays as it is.
+    part_name: str | None = ""
+    backend: str
+    _modules: dict[str, Any]
+    # TorchScript compiles the original's forward, which knows none of these.
+    __jit_ignored_attributes__: ClassVar = ["backend", "part_name", "recompute"]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Find the forward that the class would have without being fused."""
+        super().__init_subclass__(**kwargs)
+        for base in cls.__mro__:
+            if not issubclass(base, Fused) and "forward" in base.__dict__:
+                cls.original_forward = _renamed(base.__dict__["forward"], "original_forward")
+                return
+
+    @classmethod
+    def why_not(cls, module: Any) -> str | None:
+        """The full check: why a module's own forward has to run, or None."""
+        raise NotImplementedError
+
+    @classmethod
+    def inspected(cls, module: Any) -> list[Any]:
+        """The children that the check looks at."""
+        return list(module._modules.values())
+
+    def unfusable(self) -> str | None:
+        """Why the module's own forward has to run because of its inner modules, or None."""
+        if torch.compiler.is_compiling():  # the compiler guards what it reads
+            return self.why_not(self)
+        snapshot = _snapshots.get(self)
+        if snapshot is None or not snapshot.holds(self.inspected(self)):
+            if (reason := self.why_not(self)) is not None:
+                return reason
+            _snapshots[self] = Snapshot(self.inspected(self))
+        return None
+
+    def why_eager(self, x: Any) -> str | None:
+        """The gate: why a call with the input ``x`` has to run the original's forward, or None."""
+        if (reason := mode_reason() or input_reason(x)) is not None:
+            return reason
+        if (reason := self.unfusable()) is not None:
+            self._warn_once(reason)
+        return reason
+
+    def _warn_once(self, reason: str) -> None:
+        """Tell the user once that this part, swapped as one to be fused, has stopped being fused."""
+        if torch.compiler.is_compiling() or self.part_name is None or _warned.get(self) == reason:
+            return
+        _warned[self] = reason
+        name = self.part_name or type(self).__name__
+        warnings.warn(f"dense_ext: {name} runs its original forward: {reason}", stacklevel=2)
+
+    @classmethod
+    def reason(cls, modules: Mapping[str, Any], names: Iterable[str]) -> str | None:
+        """Why modules have to be called one by one, or None; ``names`` are expected, in this order."""
+        if list(modules) != list(names):
+            return f"its children are {', '.join(modules) or 'none'}, expected {', '.join(names)}"
+        of_three = "conv2" if "conv2" in modules else "conv1"
+        parts = cls.parts
+        if not _VOLUMES.isdisjoint([type(module) for module in modules.values()]):
+            parts = {name: _OF_VOLUMES.get(part, part) for name, part in parts.items()}
+        for name, module in modules.items():
+            if wrong := cls._part_reason(module, parts[name], 3 if name == of_three else 1):
+                return f"{name} {wrong}"
+        return None
+
+    @classmethod
+    def _part_reason(cls, module: Any, expected: type[nn.Module], size: int) -> str | None:
+        kind = type(module)
+        if expected in _NORMS and (kind in FIXED_NORMS or kind is nn.SyncBatchNorm):
+            if kind is nn.SyncBatchNorm and uses_batch_stats(module):
+                return "is SyncBatchNorm in training mode, which takes statistics over processes"
+        elif kind is not expected:
+            return "is {}, not {}".format(*names_of(kind, expected))
+        if (reason := interference(module)) is not None:
+            return reason
+        if expected in _CONVS:
+            return _conv_reason(module, size)
+        if expected in _POOLS:
+            return _pool_reason(module)
+        return cls._own_reason(module) if module._modules or cls.parts_of_norm else None
+
+    @classmethod
+    def _own_reason(cls, module: nn.Module) -> str | None:
+        """What is wrong with a norm's or activation's own children, or None."""
+        expected = cls.parts_of_norm if isinstance(module, _NORMS) else {}
+        found = {name: type(child) for name, child in module._modules.items()}
+        if found != expected:
+            shown = (", ".join(f"{n} ({t.__name__})" for n, t in of.items()) for of in (found, expected))
+            return "has {}, expected {}".format(*(text or "nothing inside" for text in shown))
+        for name, child in module.named_children():
+            if (reason := interference(child)) is not None:
+                return f"has {name} that {reason}"
+        return None
+
+
+def _renamed(function: Any, name: str) -> Any:
+    """A copy of a function under another name, for TorchScript goes by the name in the function."""
+    copy = types.FunctionType(
+        function.__code__, function.__globals__, name, function.__defaults__, function.__closure__
+    )
+    copy.__annotations__, copy.__kwdefaults__ = function.__annotations__, function.__kwdefaults__
+    return copy
+
+
+_NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def interference(module: nn.Module) -> str | None:
+    """What a call of ``module`` does beside its class's own forward, or None."""
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return "carries a hook, which a fused call would pass over"
+    own = module.__dict__
+    if not torch.compiler.is_compiling() and (name := patched_method(type(module))):
+        return f"has a class whose {name} has been replaced"
+    for name in _METHODS:
+        if name in own:
+            return f"carries a {name} of its own"
+    return None
+
+
+def _conv_reason(conv: Any, size: int) -> str | None:
+    """What is other than in a plain convolution without bias."""
+    settings = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+    plain = _PLAIN[type(conv), size]
+    if settings != plain:
+        pairs = zip(_CONV, settings, plain, strict=True)
+        return next(f"has {name} {got}, expected {right}" for name, got, right in pairs if got != right)
+    if constant(conv, "bias") is not None:
+        return "has a bias, expected none"
+    weight = constant(conv, "weight")
+    if not _vouched(weight):
+        return f"has a weight of type {qualified_name(type(weight))}"
+    expected = (conv.out_channels, conv.in_channels, *conv.kernel_size)
+    if tuple(weight.shape) != expected:
+        return f"has a weight of shape {tuple(weight.shape)}, expected {expected}"
+    return None
+
+
+def _pool_reason(pool: nn.Module) -> str | None:
+    for name, right in _POOLS[type(pool)].items():
+        got = getattr(pool, name)
+        if got != right and not (isinstance(got, tuple) and set(got) == {right}):
+            return f"has {name} {got}, expected {right}"
+    return None
+
+
+# --- what a check found ------------------------------------------------------------------------------------
+
+_children = attrgetter("_modules")
+_attributes = attrgetter("__dict__")
+_hooks = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_conv_settings = itemgetter(*_CONV)
+_parameters, _buffers, _training = itemgetter("_parameters"), itemgetter("_buffers"), itemgetter("training")
+_weight_and_bias = itemgetter("weight", "bias")
+_drop_rate = attrgetter("drop_rate")
+
+
+class Snapshot:
+    """The modules a full check has passed, in a form that is compared in microseconds.
+
+    The comparison runs in built-in functions over flat lists: a frame of Python for each of the 400
+    modules of a DenseNet-121 would take longer than some of its blocks.
+    """
+
+    def __init__(self, top: list[Any]) -> None:
+        self.top = top
+        self.parents = [m for t in top for m in t.modules() if m._modules]
+        self.modules = self._flat()
+        self.types = list(map(type, self.modules))
+        # A new attribute of an instance hides a method of its class, or a parameter.
+        self.attributes = list(map(_attributes, self.modules))
+        self.lengths = list(map(len, self.attributes))
+        convs = [m for m in self.modules if type(m) in _CONVS]
+        self.convs = list(map(_attributes, convs))
+        self.settings = list(map(_conv_settings, self.convs))
+        self.shapes = [conv.weight.shape for conv in convs]
+        self.pools = [(m, _pool_settings(m)) for m in self.modules if type(m) in _POOLS]
+        self.fixed = [m for m in self.modules if type(m) is nn.SyncBatchNorm]
+        self.dropping = [m for m in top if hasattr(m, "drop_rate")]
+        self.drop_rates = list(map(_drop_rate, self.dropping))
+        self.dropping_layers = list(map(_attributes, self.dropping)) if any(self.drop_rates) else []
+        self.methods = [
+            (kind, name, function)
+            for kind in set(self.types)
+            for name, function in _known_methods.get(kind, {}).items()
+        ]
+
+    def _flat(self) -> list[Any]:
+        below = chain.from_iterable(map(dict.values, map(_children, self.parents)))
+        return [*self.top, *below]
+
+    def holds(self, top: list[Any]) -> bool:
+        """Whether the modules still are what the check passed."""
+        try:
+            return top == self.top and self._flat() == self.modules and self._unchanged()
+        except (KeyError, AttributeError, RuntimeError):  # an attribute is gone, or changes meanwhile
+            return False
+
+    def _unchanged(self) -> bool:
+        weights = [_weight_and_bias(p) for p in map(_parameters, self.convs)]
+        return (
+            list(map(type, self.modules)) == self.types
+            and list(map(len, self.attributes)) == self.lengths
+            and not any(chain.from_iterable(map(_hooks, self.attributes)))
+            and list(map(_conv_settings, self.convs)) == self.settings
+            and not any(map(_buffers, self.convs))
+            and all(bias is None and type(weight) in VOUCHED_TENSORS for weight, bias in weights)
+            and [weight.shape for weight, _ in weights] == self.shapes
+            and list(map(_drop_rate, self.dropping)) == self.drop_rates
+            and len(set(map(_training, self.dropping_layers))) < 2
+            and all(_pool_settings(pool) == settings for pool, settings in self.pools)
+            and not any(uses_batch_stats(norm) for norm in self.fixed)
+            and all(getattr(kind, name) is function for kind, name, function in self.methods)
+        )
+
+
+def _pool_settings(pool: nn.Module) -> list[Any]:
+    return [getattr(pool, name) for name in _POOLS[type(pool)]]
+
+
+# By module, weakly: copies and pickles of a module have none, and a module's own attributes stay its own.
+_snapshots: weakref.WeakKeyDictionary[Any, Snapshot] = weakref.WeakKeyDictionary()
+_warned: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
