@@ -21,7 +21,7 @@ from ..primitives import test_bn_relu_pool_conv1x1 as transition
 from ..primitives import test_channel_stats as channel_stats
 from ..primitives.common import MakeCase, Size
 from ..primitives.harness import Maker
-from .cases import CPU
+from ..sanitizers import CPU
 
 NARROW, WIDE = 2, 4  # bytes of an activation or a weight, and of the float32 of vectors and sums
 SECTOR = 32

@@ -6,7 +6,6 @@ Each is a text of a source replaced by another. The same cases pass with the sou
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,15 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from ..compiling import plant
 from ..emulator import Emulator
-from ..emulator.build import CUDA, build
+from ..emulator.build import build
 from ..primitives import test_bn_relu_conv1x1 as conv1x1
 from ..primitives import test_bn_relu_conv3x3 as conv3x3
 from ..primitives import test_bn_relu_maxpool as maxpool
 from ..primitives import test_channel_stats as channel_stats
 from ..primitives.common import MakeCase, Size
 from ..primitives.harness import ALIGNED, Maker, check_values
-from .cases import CPU, run_sanitized
+from ..sanitizers import CPU
+from .cases import run_sanitized
 from .test_schedules import SCHEDULES
 
 
@@ -47,12 +48,7 @@ class Fault:
 
     def plant(self, folder: Path) -> Path:
         """A copy of csrc/cuda with it."""
-        shutil.copytree(CUDA.parent, folder, ignore=shutil.ignore_patterns("cpu"))
-        path = folder / "cuda" / self.path
-        source = path.read_text()
-        assert source.count(self.text) == 1, f"{self.path} has changed: plant the fault anew"
-        path.write_text(source.replace(self.text, self.replacement))
-        return folder / "cuda"
+        return plant(folder, f"cuda/{self.path}", self.text, self.replacement) / "cuda"
 
     def run(self, gpu: Emulator) -> None:
         """Some faults show only where a certain warp runs ahead: try several orders."""

@@ -13,7 +13,7 @@ from ..primitives import test_bn_relu_conv1x1 as conv1x1
 from ..primitives import test_bn_relu_conv3x3 as conv3x3
 from ..primitives.common import MakeCase, Size
 from ..primitives.harness import ALIGNED, Case, Maker, base_of, check_values, equal_bits
-from .cases import CPU
+from ..sanitizers import CPU
 
 # Several tiles, and with one multiprocessor several a block, the last of them partly filled.
 CONVOLUTIONS = {

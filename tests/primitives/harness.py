@@ -101,7 +101,7 @@ class Maker:
     def _slice(self, values: Tensor) -> Tensor:
         """The values in the middle of a wider tensor of random numbers."""
         wide = self._normal(*values.shape[:-1], values.shape[-1] + 2 * self.guard)
-        inside = slice(self.guard, -self.guard)
+        inside = slice(self.guard, self.guard + values.shape[-1])
         wide[..., inside] = values
         return wide.to(self.device, self.dtype)[..., inside]
 

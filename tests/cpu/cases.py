@@ -1,0 +1,78 @@
+"""Every primitive's cases, and networks; as a program, through a sanitized build of the CPU's kernels."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from dense_ext.backends.compiled import CompiledBackend, Library
+from dense_ext.backends.cpu import CPUBackend
+
+from ..compiling import CSRC, ROOT, STABLE, compile_source, compiler_with, link
+from ..sanitizers import Sanitizer, put_in_place, run_cases, train_a_network
+
+NAMESPACE = "dense_ext_cpu_sanitized"
+# No instruction set beyond the compiler's default: a masked vector is loaded value by value, where
+# a sanitizer sees each. -Og: compiling takes longer than running.
+FLAGS = (STABLE, "-Og")
+THREADS = 4
+
+
+def build(sanitizer: Sanitizer, csrc: Path = CSRC, kernels: str = "*.cpp") -> Path:
+    """Compile what has changed, under build/sanitized: these files of csrc/cpu, on threads of our own."""
+    command = compiler_with([*FLAGS, *sanitizer.flags])
+    headers = [*sorted(csrc.glob("*.h")), *sorted((csrc / "cpu").glob("*.h"))]
+    results = ROOT / "build" / "sanitized"
+    results.mkdir(parents=True, exist_ok=True)
+    compiled = partial(
+        compile_source, command=command, namespace=NAMESPACE, headers=headers, folders=(), results=results
+    )
+    sources = [*sorted((csrc / "cpu").glob(kernels)), csrc / "ops.cpp", Path(__file__).parent / "threads.cpp"]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, sources))
+    # Else a call to PyTorch's threads would find those of libtorch first.
+    return link("_cpu.so", objects, [*command, "-Wl,-Bsymbolic-functions"], results)
+
+
+def run_sanitized(
+    sanitizer: Sanitizer,
+    dtypes: Sequence[torch.dtype],
+    primitives: str = "",
+    csrc: Path = CSRC,
+    kernels: str = "*.cpp",
+) -> subprocess.CompletedProcess[str]:
+    """Run the cases of the primitives whose names begin so through a build of these files."""
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    return sanitizer.run(__name__, str(build(sanitizer, csrc, kernels)), primitives, *names)
+
+
+class SanitizedBackend(CPUBackend):
+    """The CPU backend of a library other than the installed one."""
+
+    def __init__(self, library: Path) -> None:
+        CompiledBackend.__init__(self, Library([library], NAMESPACE, "it is not built"))
+
+
+def main(library: str, primitives: str, *dtypes: str) -> None:
+    torch.set_num_threads(THREADS)
+    backend = SanitizedBackend(Path(library))
+    assert backend.library.reason is None, backend.library.reason
+    # No pixel has a neighbour's or a guard's channel after its last: what is read there shows.
+    run_cases(backend, [getattr(torch, name) for name in dtypes], primitives, guard=0)
+    if not primitives:
+        from ..test_threads import train_together  # as late as what it imports with torchvision
+
+        put_in_place(backend)
+        train_together(backend.name)
+        train_a_network(backend)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,140 @@
+"""Compiled kernels under the compiler's sanitizers: every primitive's cases and sizes, and a network.
+
+A sanitizer ends the process at the first thing it finds, hence a process for it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import dense_ext
+from dense_ext.backends import BACKENDS, select
+from dense_ext.backends.base import Backend
+
+from .compiling import COMPILER, ROOT
+from .primitives import test_batch_norm
+from .primitives.common import MakeCase
+from .primitives.groups import GROUPS
+from .primitives.harness import ALIGNED, GUARD, Maker, check_values
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Sanitizer:
+    """A sanitizer of the compiler's.
+
+    Attributes:
+        flags: with which it builds a library.
+        runtime: the libraries that must be in the process before all others.
+        options: environment variables for them.
+    """
+
+    flags: tuple[str, ...]
+    runtime: tuple[str, ...]
+    options: dict[str, str]
+
+    def run(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run a module that loads a library built with it."""
+        environment = {**os.environ, **self.options, "LD_PRELOAD": " ".join(map(_found, self.runtime))}
+        return subprocess.run(
+            [sys.executable, "-m", program, *arguments],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            preexec_fn=_fix_addresses,
+        )
+
+    def is_here(self) -> bool:
+        """Whether there is a compiler that has it."""
+        return shutil.which(COMPILER) is not None and all(
+            os.path.isabs(_found(name)) for name in self.runtime
+        )
+
+
+# Undefined behaviour ends the program with what it was and where, as an invalid access does.
+ADDRESS = Sanitizer(
+    ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
+    ("libasan.so", "libstdc++.so"),
+    {
+        # Python leaves memory to its end; fibers have no fake stacks.
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    },
+)
+# Nothing is suppressed: what PyTorch and Python do is not compiled to be watched, so what they call
+# of the C library isn't either.
+THREAD = Sanitizer(
+    ("-fsanitize=thread",),
+    ("libtsan.so",),
+    {"TSAN_OPTIONS": "halt_on_error=1:ignore_noninstrumented_modules=1"},
+)
+
+
+def _found(library: str) -> str:
+    """Where the compiler's library of this name is; the bare name where it has none."""
+    return subprocess.check_output([COMPILER, f"-print-file-name={library}"], text=True).strip()
+
+
+def _fix_addresses() -> None:
+    """ThreadSanitizer gives up where the kernel puts memory at very random addresses: ask it not to."""
+    no_randomness = 0x0040000  # ADDR_NO_RANDOMIZE
+    ctypes.CDLL(None).personality(no_randomness)
+
+
+def run_cases(
+    backend: Backend, dtypes: Sequence[torch.dtype], primitives: str = "", guard: int = GUARD
+) -> None:
+    """The cases of the primitives whose names begin so.
+
+    Small ones of ragged slices with a ``guard``, and one of several tiles.
+    """
+    cases: list[tuple[MakeCase, Any, int]] = [
+        *((case, size, guard) for group in GROUPS for case in group.cases for size in group.sizes),
+        *((case, group.large, ALIGNED) for group in GROUPS for case in group.cases),
+        *((case, size, 0) for case in test_batch_norm.CASES for size in test_batch_norm.CHANNELS),
+    ]
+    for dtype in dtypes:
+        for make, size, around in cases:
+            torch.backends.cudnn.allow_tf32 = around == ALIGNED  # each way of multiplying float32
+            case = make(Maker(dtype, CPU, guard=around), size)
+            if case.primitive.startswith(primitives):
+                print(case.primitive, dtype, size, flush=True)
+                check_values(backend, case)
+
+
+def put_in_place(backend: Backend) -> None:
+    """Let it serve as the backend of its name."""
+    BACKENDS[backend.name] = backend
+    select.cache_clear()
+
+
+def train_a_network(backend: Backend) -> None:
+    """Two steps of a whole swapped DenseNet, in 16 bits, recomputing as much as can be."""
+    from .helpers import small_densenet  # and with it torchvision, which takes longer than some runs
+
+    put_in_place(backend)
+    model = dense_ext.swap(small_densenet(growth_rate=6).half(), recompute="block", backend=backend.name)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    for _ in range(2):
+        print("a training step", flush=True)
+        optimizer.zero_grad()
+        model(torch.randn(2, 3, 33, 32, dtype=torch.float16)).float().square().sum().backward()
+        optimizer.step()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def assert_passed(ran: subprocess.CompletedProcess[str]) -> None:
+    """A run of all cases and the network found nothing."""
+    assert ran.returncode == 0, f"after {ran.stdout.splitlines()[-1:]}:\n{ran.stderr}"
+    assert ran.stdout.splitlines()[-1:] == ["a training step"], ran.stderr
