@@ -255,10 +255,8 @@ class Fused:
     @classmethod
     def _part_reason(cls, module: Any, expected: type[nn.Module], size: int) -> str | None:
         kind = type(module)
-        if expected in _NORMS and (kind in FIXED_NORMS or kind is nn.SyncBatchNorm):
-            if kind is nn.SyncBatchNorm and uses_batch_stats(module):
-                return "is SyncBatchNorm in training mode, which takes statistics over processes"
-        elif kind is not expected:
+        fixed = kind in FIXED_NORMS or (kind is nn.SyncBatchNorm and not uses_batch_stats(module))
+        if kind is not expected and not (fixed and expected in _NORMS):
             return "is {}, not {}".format(*names_of(kind, expected))
         if (reason := interference(module)) is not None:
             return reason
@@ -305,7 +303,7 @@ def interference(module: nn.Module) -> str | None:
         return "carries a hook, which a fused call would pass over"
     own = module.__dict__
     if not torch.compiler.is_compiling() and (name := patched_method(type(module))):
-        return f"has a class whose {name} has been replaced"
+        return f"is of a class whose {name} has been replaced"
     for name in _METHODS:
         if name in own:
             return f"carries a {name} of its own"

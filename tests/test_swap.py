@@ -170,7 +170,8 @@ def _hook(model: nn.Module) -> None:
 
 def _subclass(model: nn.Module) -> None:
     class Mine(_DenseBlock):
-        pass
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
 
     model.features.denseblock2.__class__ = Mine
 
@@ -193,7 +194,7 @@ class TestRefusals:
             (_dilated, r"denselayer1: conv2 has padding \(2, 2\), expected \(1, 1\)"),
             (_activation, "denselayer1: relu1 is SiLU, not ReLU"),
             (_sync_norm, "denselayer1: norm1 is SyncBatchNorm, not BatchNorm2d"),
-            (_hook, r"denselayer1: norm1 carries a hook or a forward of its own"),
+            (_hook, "denselayer1: norm1 carries a hook"),
             (_subclass, "Mine is a subclass with a forward of its own"),
             (_narrower, "denselayer2 has channels 15, 15, 15, 15, 15, 5, expected 14, 14, 15, 15, 15, 5"),
             (_drop_rates, "its layers have different drop rates"),
