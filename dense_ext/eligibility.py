@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.modules import module as torch_module
 
 from .batch_norm import constant, uses_batch_stats
@@ -76,7 +75,7 @@ def mode_reason() -> str | None:
         return "a torch.func transform differentiates or batches the operators inside"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation passes through the operators inside"
-    if get_proxy_mode() is not None:
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
         return "make_fx records standard operators"
     if any(_GLOBAL_HOOKS):
         return "a global module hook is registered"
@@ -207,6 +206,11 @@ class Fused:
         raise NotImplementedError
 
     @classmethod
+    def why_not_at_rest(cls, module: Any) -> str | None:
+        """The same outside a call, for a swap or a report."""
+        return cls.why_not(module) or weights_reason(cls.inspected(module), at_rest=True)
+
+    @classmethod
     def inspected(cls, module: Any) -> list[Any]:
         """The children that the check looks at."""
         return list(module._modules.values())
@@ -217,14 +221,18 @@ class Fused:
             return self.why_not(self)
         snapshot = _snapshots.get(self)
         if snapshot is None or not snapshot.holds(self.inspected(self)):
-            if (reason := self.why_not(self)) is not None:
+            if (reason := self.why_not(self) or weights_reason(self.inspected(self))) is not None:
                 return reason
             _snapshots[self] = Snapshot(self.inspected(self))
         return None
 
     def why_eager(self, x: Any) -> str | None:
         """The gate: why a call with the input ``x`` has to run the original's forward, or None."""
-        if (reason := mode_reason() or input_reason(x)) is not None:
+        return mode_reason() or self.why_not_fused(x)
+
+    def why_not_fused(self, x: Any) -> str | None:
+        """The same, once PyTorch's mode is known to be no obstacle."""
+        if (reason := input_reason(x)) is not None:
             return reason
         if (reason := self.unfusable()) is not None:
             self._warn_once(reason)
@@ -319,12 +327,25 @@ def _conv_reason(conv: Any, size: int) -> str | None:
         return next(f"has {name} {got}, expected {right}" for name, got, right in pairs if got != right)
     if constant(conv, "bias") is not None:
         return "has a bias, expected none"
-    weight = constant(conv, "weight")
-    if not _vouched(weight):
-        return f"has a weight of type {qualified_name(type(weight))}"
-    expected = (conv.out_channels, conv.in_channels, *conv.kernel_size)
-    if tuple(weight.shape) != expected:
-        return f"has a weight of shape {tuple(weight.shape)}, expected {expected}"
+    return None
+
+
+def weights_reason(modules: Iterable[nn.Module], at_rest: bool = False) -> str | None:
+    """What is wrong with the weight of a convolution inside ``modules``, or None.
+
+    At rest, outside a call, FSDP has them sharded.
+    """
+    for top in modules:
+        for name, conv in top.named_modules():
+            if type(conv) not in _CONVS:
+                continue
+            weight = constant(conv, "weight")
+            sharded = at_rest and qualified_name(type(weight)) == "torch.distributed.tensor.DTensor"
+            if not (_vouched(weight) or sharded):
+                return f"{name or 'conv'} has a weight of type {qualified_name(type(weight))}"
+            expected = (conv.out_channels, conv.in_channels, *conv.kernel_size)  # type: ignore[misc]
+            if tuple(weight.shape) != expected:
+                return f"{name or 'conv'} has a weight of shape {tuple(weight.shape)}, expected {expected}"
     return None
 
 
@@ -338,20 +359,15 @@ def _pool_reason(pool: nn.Module) -> str | None:
 
 # --- what a check found ------------------------------------------------------------------------------------
 
-_children = attrgetter("_modules")
-_attributes = attrgetter("__dict__")
-_hooks = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_conv_settings = itemgetter(*_CONV)
-_parameters, _buffers, _training = itemgetter("_parameters"), itemgetter("_buffers"), itemgetter("training")
-_weight_and_bias = itemgetter("weight", "bias")
-_drop_rate = attrgetter("drop_rate")
+_children, _attributes = attrgetter("_modules"), attrgetter("__dict__")
+_settings_of_conv = itemgetter(*_CONV)
 
 
 class Snapshot:
     """The modules a full check has passed, in a form that is compared in microseconds.
 
-    The comparison runs in built-in functions over flat lists: a frame of Python for each of the 400
-    modules of a DenseNet-121 would take longer than some of its blocks.
+    A DenseNet-121 has 400 modules and is to be looked at in 150 us. So the comparison is by identity, in
+    flat lists, with little Python for each module; whatever is not the same object is checked in full.
     """
 
     def __init__(self, top: list[Any]) -> None:
@@ -362,15 +378,13 @@ class Snapshot:
         # A new attribute of an instance hides a method of its class, or a parameter.
         self.attributes = list(map(_attributes, self.modules))
         self.lengths = list(map(len, self.attributes))
-        convs = [m for m in self.modules if type(m) in _CONVS]
-        self.convs = list(map(_attributes, convs))
-        self.settings = list(map(_conv_settings, self.convs))
-        self.shapes = [conv.weight.shape for conv in convs]
+        convs = [m.__dict__ for m in self.modules if type(m) in _CONVS]
+        # Weights are not kept alive: in a functional call they are not the module's own.
+        self.convs = [(conv, _settings_of_conv(conv), id(conv["_parameters"]["weight"])) for conv in convs]
         self.pools = [(m, _pool_settings(m)) for m in self.modules if type(m) in _POOLS]
         self.fixed = [m for m in self.modules if type(m) is nn.SyncBatchNorm]
-        self.dropping = [m for m in top if hasattr(m, "drop_rate")]
-        self.drop_rates = list(map(_drop_rate, self.dropping))
-        self.dropping_layers = list(map(_attributes, self.dropping)) if any(self.drop_rates) else []
+        self.dropping = [(m.__dict__, m.drop_rate) for m in top if hasattr(m, "drop_rate")]
+        self.drops = any(rate for _, rate in self.dropping)
         self.methods = [
             (kind, name, function)
             for kind in set(self.types)
@@ -384,25 +398,50 @@ class Snapshot:
     def holds(self, top: list[Any]) -> bool:
         """Whether the modules still are what the check passed."""
         try:
-            return top == self.top and self._flat() == self.modules and self._unchanged()
+            return (
+                top == self.top
+                and self._flat() == self.modules
+                and list(map(type, self.modules)) == self.types
+                and list(map(len, self.attributes)) == self.lengths
+                and self._no_hooks()
+                and self._same_settings()
+                and all(getattr(kind, name) is function for kind, name, function in self.methods)
+            )
         except (KeyError, AttributeError, RuntimeError):  # an attribute is gone, or changes meanwhile
             return False
 
-    def _unchanged(self) -> bool:
-        weights = [_weight_and_bias(p) for p in map(_parameters, self.convs)]
-        return (
-            list(map(type, self.modules)) == self.types
-            and list(map(len, self.attributes)) == self.lengths
-            and not any(chain.from_iterable(map(_hooks, self.attributes)))
-            and list(map(_conv_settings, self.convs)) == self.settings
-            and not any(map(_buffers, self.convs))
-            and all(bias is None and type(weight) in VOUCHED_TENSORS for weight, bias in weights)
-            and [weight.shape for weight, _ in weights] == self.shapes
-            and list(map(_drop_rate, self.dropping)) == self.drop_rates
-            and len(set(map(_training, self.dropping_layers))) < 2
-            and all(_pool_settings(pool) == settings for pool, settings in self.pools)
-            and not any(uses_batch_stats(norm) for norm in self.fixed)
-            and all(getattr(kind, name) is function for kind, name, function in self.methods)
+    def _no_hooks(self) -> bool:
+        for own in self.attributes:
+            if (
+                own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or own["_backward_hooks"]
+                or own["_backward_pre_hooks"]
+            ):
+                return False
+        return True
+
+    def _same_settings(self) -> bool:
+        for conv, (size, stride, padding, dilation, groups, mode), weight in self.convs:
+            tensors = conv["_parameters"]
+            if (
+                id(tensors["weight"]) != weight
+                or tensors["bias"] is not None
+                or conv["_buffers"]
+                or conv["kernel_size"] is not size
+                or conv["padding"] is not padding
+                or conv["stride"] is not stride
+                or conv["dilation"] is not dilation
+                or conv["groups"] is not groups
+                or conv["padding_mode"] is not mode
+            ):
+                return False
+        if any(layer["drop_rate"] != rate for layer, rate in self.dropping):
+            return False
+        if self.drops and len({layer["training"] for layer, _ in self.dropping}) > 1:
+            return False
+        return all(_pool_settings(pool) == settings for pool, settings in self.pools) and not any(
+            map(uses_batch_stats, self.fixed)
         )
 
 

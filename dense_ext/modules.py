@@ -401,7 +401,7 @@ class FusedFeatures(Fused, nn.Sequential):
             child = children[i]
             if contiguous is None and (isinstance(child, Fused) or i == stem.start < stem.stop):
                 contiguous = isinstance(x, Tensor) and x.is_contiguous()
-            if i == stem.start < stem.stop and self.why_eager(x) is None:
+            if i == stem.start < stem.stop and self.why_not_fused(x) is None:
                 x, i = self._run_stem(child, x), stem.stop
                 continue
             if carried is not None and isinstance(child, FusedTransition) and self._fuses(child, x):
@@ -422,7 +422,7 @@ class FusedFeatures(Fused, nn.Sequential):
     @staticmethod
     def _fuses(child: Fused, x: Tensor) -> bool:
         """Whether a call of a block or transition is nothing but its fused operator."""
-        return interference(child) is None and child.why_eager(x) is None  # type: ignore[arg-type]
+        return interference(child) is None and child.why_not_fused(x) is None  # type: ignore[arg-type]
 
     @classmethod
     def _only_reads(cls, child: nn.Module) -> bool:

@@ -28,6 +28,7 @@ from .backends import Primitives, requested, select
 from .backends.base import accumulate_dtype
 from .backends.volume import for_volumes
 from .batch_norm import in_dtype, values_per_channel
+from .flops import register_formulas
 from .ownership import is_exclusive
 from .schedule import Block, Layer, Norm
 
@@ -368,3 +369,6 @@ def run_transition(x: Tensor, args: Arguments, carried: Carried) -> tuple[Tensor
         result = operator(x, *args, stats)
     output.clear()
     return result
+
+
+register_formulas()

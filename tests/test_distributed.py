@@ -1,56 +1,136 @@
-"""DistributedDataParallel over a swapped model, two processes on the CPU."""
+"""DistributedDataParallel and fully_shard with a swapped model, two processes on the CPU."""
 
 from __future__ import annotations
 
+import copy
 import datetime
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from monai.networks.nets import DenseNet
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import dense_ext
+from dense_ext import eligibility
+from dense_ext.eligibility import Fused
 
-from .helpers import assert_same_state, small_densenet
+from .helpers import assert_equal, assert_same_state, randomize, small_densenet
 
 WORLD = 2
 
 
-def _worker(rank: int, folder: str, recompute: str) -> None:
-    """Three steps of swapped and eager side by side, each rank on its own half of the batch."""
+@contextmanager
+def _process_group(rank: int, folder: str) -> Iterator[None]:
+    """This process in the group; a file says that it got to the end."""
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=120)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD, timeout=timeout
     )
     try:
-        torch.manual_seed(0)
-        eager = small_densenet()
-        ours = small_densenet()
-        ours.load_state_dict(eager.state_dict())
-        models = [dense_ext.swap(ours, recompute=recompute), eager]
-        parallel = [DistributedDataParallel(model, broadcast_buffers=False) for model in models]
-        optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in models]
-        torch.manual_seed(1)
-        for _ in range(3):
-            x = torch.randn(2 * WORLD, 3, 40, 40, dtype=torch.float64)[2 * rank : 2 * rank + 2]
-            for model, optimizer in zip(parallel, optimizers, strict=True):
-                optimizer.zero_grad()
-                model(x).square().sum().backward()
-                optimizer.step()
-            assert_same_state(models[0], models[1])
+        yield
         Path(folder, f"done-{rank}").touch()
     finally:
         dist.destroy_process_group()
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+def _run(worker: Callable[..., None], folder: Path, *args: object) -> None:
+    mp.spawn(worker, args=(str(folder), *args), nprocs=WORLD)
+    assert sorted(p.name for p in folder.glob("done-*")) == ["done-0", "done-1"]
+
+
+def _twins(build: Callable[[], nn.Module] = small_densenet) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    eager = build()
+    torch.manual_seed(1)
+    return copy.deepcopy(eager), eager
+
+
+def _monai_densenet() -> nn.Module:
+    """Its blocks are Sequentials, which fully_shard takes; torchvision's are ModuleDicts, which it refuses."""
+    options = {"init_features": 10, "growth_rate": 5, "block_config": (2, 3, 2), "bn_size": 3}
+    return randomize(DenseNet(2, 3, 4, **options)).double()
+
+
+def _images(rank: int) -> Tensor:
+    """This rank's half of a batch."""
+    return torch.randn(2 * WORLD, 3, 40, 40, dtype=torch.float64)[2 * rank : 2 * rank + 2]
+
+
+def _train_in_parallel(rank: int, folder: str, recompute: str) -> None:
+    """Three steps of swapped and eager side by side, each rank on its own half of the batch."""
+    with _process_group(rank, folder):
+        ours, eager = _twins()
+        models = [dense_ext.swap(ours, recompute=recompute), eager]
+        parallel = [DistributedDataParallel(model, broadcast_buffers=False) for model in models]
+        optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in models]
+        for _ in range(3):
+            x = _images(rank)
+            for model, optimizer in zip(parallel, optimizers, strict=True):
+                optimizer.zero_grad()
+                model(x).square().sum().backward()
+                optimizer.step()
+            assert_same_state(models[0], models[1])
+
+
+def _train_sharded(rank: int, folder: str, recompute: str) -> None:
+    """Swap before and after sharding, each beside eager in DistributedDataParallel; then restored."""
+    with _process_group(rank, folder):
+        mesh = init_device_mesh("cpu", (WORLD,))
+        for first in ("shard", "swap"):
+            ours, eager = _twins(_monai_densenet)
+            if first == "swap":
+                dense_ext.swap(ours, recompute=recompute)
+            for name, child in ours.features.named_children():
+                if "denseblock" in name:
+                    fully_shard(child, mesh=mesh)
+            fully_shard(ours, mesh=mesh)
+            if first == "shard":
+                dense_ext.swap(ours, recompute=recompute, strict=True)
+            parallel = DistributedDataParallel(eager, broadcast_buffers=False)
+            optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in (ours, eager)]
+            for _ in range(3):
+                x = _images(rank)
+                outputs = []
+                for model, optimizer in zip((ours, parallel), optimizers, strict=True):
+                    optimizer.zero_grad()
+                    outputs.append(model(x))
+                    outputs[-1].square().sum().backward()
+                    optimizer.step()
+                assert_equal(outputs[0], outputs[1], f"output, {first} first")
+            for (name, a), e in zip(ours.named_parameters(), eager.parameters(), strict=True):
+                assert_equal(a.full_tensor().detach(), e.detach(), name)
+            assert {row.runs for row in dense_ext.report(ours).rows} == {"fused"}
+            assert all(m in eligibility._snapshots for m in ours.modules() if isinstance(m, Fused)), (
+                "ran fused"
+            )
+            dense_ext.restore(ours)
+            assert not any(isinstance(module, Fused) for module in ours.modules())
+            assert isinstance(ours.features.denseblock2, FSDPModule)
+            ours.eval(), eager.eval()
+            assert_equal(ours(x), eager(x), "output of the restored network")
+
+
+needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+
+
+@needs_gloo
 @pytest.mark.parametrize("recompute", ["bottleneck", "block"])
 def test_two_processes_train_as_eager(tmp_path: Path, recompute: str) -> None:
-    mp.spawn(_worker, args=(str(tmp_path), recompute), nprocs=WORLD)
-    assert sorted(p.name for p in tmp_path.glob("done-*")) == ["done-0", "done-1"]
+    _run(_train_in_parallel, tmp_path, recompute)
+
+
+@needs_gloo
+def test_fsdp2_shards_before_or_after_the_swap(tmp_path: Path, recompute: str) -> None:
+    _run(_train_sharded, tmp_path, recompute)
 
 
 def test_data_parallel_on_one_device_is_the_module_itself() -> None:

@@ -174,7 +174,9 @@ def test_what_is_changed_after_the_swap_runs_as_it_is(
     reason = change(ours.features.denseblock2)
     change(eager.features.denseblock2)
     assert re.search(reason, ours.features.denseblock2.unfusable())
-    with pytest.warns(UserWarning, match=rf"features\.denseblock2 runs its original forward: .*{reason}") as caught:
+    with pytest.warns(
+        UserWarning, match=rf"features\.denseblock2 runs its original forward: .*{reason}"
+    ) as caught:
         assert_trains_alike(ours, eager, images(), steps=1)
     assert len(caught) == 1
 
@@ -345,7 +347,9 @@ def test_segmentation_encoder() -> None:
     """A U-Net over torchvision's DenseNet, whose stem and transitions it calls child by child."""
     torch.manual_seed(0)
     model = segmentation_models_pytorch.Unet("densenet121", encoder_weights=None)
-    with pytest.warns(UserWarning, match=r"transition1: DenseNetEncoder\.forward calls its modules one by one"):
+    with pytest.warns(
+        UserWarning, match=r"transition1: DenseNetEncoder\.forward calls its modules one by one"
+    ):
         ours, eager = twin(randomize(model).double(), dense_ext.swap)
     runs = {(row.kind, row.runs) for row in dense_ext.report(ours).rows}
     assert runs == {("dense block", "fused"), ("transition", "eager"), ("stem", "eager")}

@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ BACKENDS: dict[str, Backend] = {b.name: b for b in (CPU, TritonBackend(), CUDA, 
 
 ENVIRONMENT_VARIABLE = "DENSE_EXT_BACKEND"
 
-_forced: str | None = None
+_forced: ContextVar[str | None] = ContextVar("dense_ext_backend", default=None)
 
 
 class Primitives:
@@ -65,7 +66,7 @@ def check_backend_name(name: str) -> None:
 def requested(name: str = "auto") -> str:
     """What is asked for: ``name``, unless "auto" defers to `use_backend` or the environment."""
     if name == "auto":
-        name = _forced or os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+        name = _forced.get() or os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
     check_backend_name(name)
     return name
 
@@ -108,20 +109,20 @@ def select(name: str, device_type: str, dtype: torch.dtype, pixels: int = 0) -> 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Make ``name`` the backend of every module built with ``backend="auto"``, process-wide.
+    """Make ``name`` the backend of every module with ``backend="auto"``, in this thread.
 
-    A forward decides for its own backward, also when that runs after the context has ended.
+    Threads that are started meanwhile, such as DataParallel's, choose as outside; the environment variable
+    ``DENSE_EXT_BACKEND`` is for all. A forward decides for its own backward, also when that runs after the context has ended.
 
     Raises:
         ValueError: no such backend.
     """
-    global _forced
     check_backend_name(name)
-    before, _forced = _forced, name
+    token = _forced.set(name)
     try:
         yield
     finally:
-        _forced = before
+        _forced.reset(token)
 
 
 def unavailable_reasons(

@@ -140,7 +140,7 @@ def _why_not_swapped(module: nn.Module, original: type[nn.Module], fused: type[F
         return "it carries a forward of its own"
     if issubclass(fused, FusedFeatures) and not fused.has_stem(module):
         return None
-    return fused.why_not(module)
+    return fused.why_not_at_rest(module)
 
 
 @functools.cache

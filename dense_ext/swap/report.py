@@ -50,7 +50,7 @@ def served_by(model: nn.Module) -> Iterator[Row]:
         if kind is None or (isinstance(module, FusedFeatures) and not module.runs_stem()):
             continue
         recompute = getattr(module, "recompute", "")
-        if (reason := module.unfusable()) is not None:
+        if (reason := module.why_not_at_rest(module)) is not None:
             yield Row(name, kind, "eager", recompute, reason)
             continue
         parameter = next(module.parameters(), None)

@@ -1,0 +1,63 @@
+"""FLOPs of the operators for :class:`torch.utils.flop_counter.FlopCounterMode`: 2 a multiply-add of products.
+
+They are counted as executed: a transition convolves after its pool, a quarter of eager's products; a
+backward counts the bottlenecks it computes again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from .arguments import Arguments
+
+Shape = Sequence[int]
+
+
+def _products(pixels: Shape, weights: Sequence[Shape]) -> list[int]:
+    """FLOPs of each convolution at ``pixels`` [N, C, *sizes], of weights [K, C, *window]."""
+    return [2 * pixels[0] * math.prod(pixels[2:]) * math.prod(weight) for weight in weights]
+
+
+def _gradients(products: Sequence[int], needed: Sequence[bool]) -> int:
+    """A data gradient takes a convolution's FLOPs once, and so does a weight gradient."""
+    return sum(flops * (1 + wanted) for flops, wanted in zip(products, needed, strict=True))
+
+
+def _dense_block(x: Shape, *rest: Any, out_shape: Any = None, **_: Any) -> int:
+    return sum(_products(x, Arguments(*rest[:8]).conv_weights))
+
+
+def _dense_block_backward(
+    grad: Shape, output: Shape, stats: Shape, z: Shape, *rest: Any, out_shape: Any = None, **_: Any
+) -> int:
+    products = _products(output, Arguments(*rest[:8]).conv_weights)
+    has_bottleneck = len(products) > 1 and Arguments(*rest[:8]).conv_weights[0][-1] == 1
+    again = sum(products[::2]) if has_bottleneck and math.prod(z) == 0 else 0
+    return again + _gradients(products, rest[-1])
+
+
+def _pooling(x: Shape, *rest: Any, out_shape: Any = None, **_: Any) -> int:
+    return sum(_products(out_shape[0], Arguments(*rest[:8]).conv_weights))
+
+
+def _pooling_backward(
+    grad: Shape, x: Shape, stats: Shape, *rest: Any, out_shape: Any = None, **_: Any
+) -> int:
+    return _gradients(_products(grad, Arguments(*rest[:8]).conv_weights), rest[8])
+
+
+def register_formulas() -> None:
+    """Make the operators known to PyTorch's FLOP counter."""
+    ops = torch.ops.dense_ext
+    for names, formula in (
+        (["dense_block"], _dense_block),
+        (["dense_block_backward", "dense_block_backward_"], _dense_block_backward),
+        (["transition", "stem"], _pooling),
+        (["transition_backward", "stem_backward"], _pooling_backward),
+    ):
+        register_flop_formula([getattr(ops, name) for name in names])(formula)
