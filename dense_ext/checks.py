@@ -70,7 +70,7 @@ def check_parameters(where: str, name: str, parameters: Sequence[Tensor], x: Ten
         ValueError: the devices differ.
     """
     # Hundreds of parameters a step have one device and one dtype: look at each combination once.
-    for parameter in {(p.device, p.dtype): p for p in parameters}.values():
+    for parameter in {(p.device, p.dtype): p for p in reversed(parameters)}.values():
         _check_parameter(where, name, parameter, x)
 
 

@@ -93,6 +93,8 @@ VOUCHED_TENSORS: set[type] = {Tensor, nn.Parameter, FakeTensor}
 
 def input_reason(x: Any) -> str | None:
     """Why an input needs the original's forward, or None."""
+    if not isinstance(x, (Tensor, torch.fx.Proxy)):
+        return None  # no input for eager either; what checks the fused operator's input says so
     if not _vouched(x):
         return f"the input is a {qualified_name(type(x))}"
     if x.layout is not torch.strided:

@@ -29,7 +29,7 @@ WORLD = 2
 
 @contextmanager
 def _process_group(rank: int, folder: str) -> Iterator[None]:
-    """This process in the group; a file says that it got to the end."""
+    """Join the group of processes; a file says that the process got to the end."""
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=120)
     dist.init_process_group(
@@ -55,13 +55,13 @@ def _twins(build: Callable[[], nn.Module] = small_densenet) -> tuple[nn.Module, 
 
 
 def _monai_densenet() -> nn.Module:
-    """Its blocks are Sequentials, which fully_shard takes; torchvision's are ModuleDicts, which it refuses."""
+    """Its blocks are Sequentials, which fully_shard takes; it refuses ModuleDicts as torchvision's."""
     options = {"init_features": 10, "growth_rate": 5, "block_config": (2, 3, 2), "bn_size": 3}
     return randomize(DenseNet(2, 3, 4, **options)).double()
 
 
 def _images(rank: int) -> Tensor:
-    """This rank's half of a batch."""
+    """The half of a batch that belongs to a rank."""
     return torch.randn(2 * WORLD, 3, 40, 40, dtype=torch.float64)[2 * rank : 2 * rank + 2]
 
 

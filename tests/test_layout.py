@@ -14,8 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "dense_ext"
 
 # Lower layers first; a module imports from its own layer or a lower one.
-LAYERS = ["backends", "batch_norm", "ownership", "schedule", "transition", "arguments",
-          "differentiable", "flops", "ops", "checks", "eligibility", "modules", "models", "memory", "swap", "benchmark", "cli"]  # fmt: skip
+LAYERS = ["backends", "batch_norm", "ownership", "schedule", "transition", "arguments", "differentiable",
+          "flops", "ops", "checks", "eligibility", "modules", "models", "memory", "swap", "benchmark",
+          "cli"]  # fmt: skip
 
 
 def registered(path: Path) -> list[str]:

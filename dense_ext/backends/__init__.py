@@ -111,8 +111,9 @@ def select(name: str, device_type: str, dtype: torch.dtype, pixels: int = 0) -> 
 def use_backend(name: str) -> Iterator[None]:
     """Make ``name`` the backend of every module with ``backend="auto"``, in this thread.
 
-    Threads that are started meanwhile, such as DataParallel's, choose as outside; the environment variable
-    ``DENSE_EXT_BACKEND`` is for all. A forward decides for its own backward, also when that runs after the context has ended.
+    Threads that start inside the context, such as DataParallel's, choose as outside of it; the environment
+    variable ``DENSE_EXT_BACKEND`` holds for all. A forward decides for its own backward, also for one that
+    runs after the context has ended.
 
     Raises:
         ValueError: no such backend.

@@ -77,7 +77,7 @@ def swap(
             f'input_shape, memory and dtype go with recompute="auto", got recompute={recompute!r}'
         )
     found = _candidates(model)
-    if not any(candidate.kind == "dense block" for _, candidate in found):
+    if not any(candidate.kind != "features" for _, candidate in found):
         raise ValueError(f"{type(model).__name__} contains no dense block that dense_ext knows")
     refused = [f"{c.name}: {c.reason}" for _, c in found if c.reason is not None]
     if refused:
