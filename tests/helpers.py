@@ -142,3 +142,15 @@ class BackwardBuffers(TorchDispatchMode):
         if func is torch.ops.dense_ext.dense_block_backward_.default:
             self.pointers.append(args[0].data_ptr())
         return func(*args, **(kwargs or {}))
+
+
+class BlocksRun(TorchDispatchMode):
+    """Counts the dense blocks that run fused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += func is torch.ops.dense_ext.dense_block.default
+        return func(*args, **(kwargs or {}))
