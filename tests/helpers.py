@@ -144,13 +144,14 @@ class BackwardBuffers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class BlocksRun(TorchDispatchMode):
-    """Counts the dense blocks that run fused."""
+class Calls(TorchDispatchMode):
+    """Notes the names of dense_ext's operators that are called."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.names: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.count += func is torch.ops.dense_ext.dense_block.default
+        if func.namespace == "dense_ext":
+            self.names.append(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
