@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all_modules
 from torch.utils.checkpoint import checkpoint
-from torchvision.models.densenet import _DenseLayer
+from torchvision.models.densenet import _DenseBlock, _DenseLayer
 from torchvision.ops import FrozenBatchNorm2d
 
 import dense_ext
@@ -131,10 +131,11 @@ def halved(function: Any) -> Any:
 
 
 REPLACED = [
-    (_DenseLayer, "forward"), (_DenseLayer, "bn_function"), (nn.ReLU, "forward"),
-    (nn.BatchNorm2d, "forward"), (nn.Conv2d, "forward"), (nn.Conv2d, "_conv_forward"),
-    (nn.AvgPool2d, "forward"), (nn.MaxPool2d, "forward"), (nn.Module, "__call__"),
-    (F, "relu"), (F, "batch_norm"), (F, "conv2d"), (F, "avg_pool2d"), (F, "max_pool2d"),
+    (_DenseBlock, "forward"), (nn.Sequential, "forward"), (_DenseLayer, "forward"),
+    (_DenseLayer, "bn_function"), (nn.ReLU, "forward"), (nn.BatchNorm2d, "forward"),
+    (nn.Conv2d, "forward"), (nn.Conv2d, "_conv_forward"), (nn.AvgPool2d, "forward"),
+    (nn.MaxPool2d, "forward"), (nn.Module, "__call__"), (F, "relu"), (F, "batch_norm"),
+    (F, "conv2d"), (F, "avg_pool2d"), (F, "max_pool2d"),
 ]  # fmt: skip
 
 
@@ -142,7 +143,7 @@ REPLACED = [
     ("owner", "name", "when"),
     [
         *((*what, "after the swap") for what in REPLACED),
-        *((*what, "before the swap") for what in REPLACED[:2] + REPLACED[-1:]),
+        *((*what, "before the swap") for what in REPLACED[:4] + REPLACED[-1:]),
     ],
     ids=lambda value: getattr(value, "__name__", value).rpartition(".")[2],
 )
