@@ -41,7 +41,8 @@ _CALL_PATH = {
     (owner, name): getattr(owner, name)
     for owner, names in (
         (nn.Module, ("__call__", "_call_impl")),
-        (F, ("batch_norm", "relu", "conv2d", "conv3d", "avg_pool2d", "avg_pool3d", "dropout")),
+        (F, ("batch_norm", "relu", "conv2d", "conv3d", "dropout")),
+        (F, ("avg_pool2d", "avg_pool3d", "max_pool2d", "max_pool3d")),
     )
     for name in names
     if hasattr(owner, name)

@@ -142,3 +142,16 @@ class BackwardBuffers(TorchDispatchMode):
         if func is torch.ops.dense_ext.dense_block_backward_.default:
             self.pointers.append(args[0].data_ptr())
         return func(*args, **(kwargs or {}))
+
+
+class Calls(TorchDispatchMode):
+    """Notes the names of dense_ext's operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.namespace == "dense_ext":
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,280 @@
+"""How tensors lie in memory changes no result: saved ones that come back otherwise, parameters, images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+
+import dense_ext
+
+from .helpers import (
+    assert_equal,
+    assert_same_state,
+    assert_trains_alike,
+    eager_block,
+    eager_transition,
+    in_three_dimensions,
+    small_densenet,
+    twin,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def images(height: int = 33, width: int = 32) -> Tensor:
+    return torch.randn(2, 3, height, width, dtype=torch.float64)
+
+
+# --- saved tensors that come back in another layout --------------------------------------------------
+
+
+def on_cpu(folder: Path) -> AbstractContextManager[Any]:
+    return save_on_cpu()
+
+
+def in_pinned_memory(folder: Path) -> AbstractContextManager[Any]:
+    return save_on_cpu(pin_memory=True)
+
+
+def as_contiguous_copies(folder: Path) -> AbstractContextManager[Any]:
+    return saved_tensors_hooks(lambda t: t.detach().clone(memory_format=torch.contiguous_format), lambda t: t)
+
+
+def as_strided_views(folder: Path) -> AbstractContextManager[Any]:
+    return saved_tensors_hooks(lambda t: torch.stack([t.detach()] * 2, -1), lambda t: t[..., 1])
+
+
+def as_numpy_arrays(folder: Path) -> AbstractContextManager[Any]:
+    return saved_tensors_hooks(lambda t: t.detach().contiguous().numpy().copy(), torch.from_numpy)
+
+
+def on_disk(folder: Path) -> AbstractContextManager[Any]:
+    def pack(tensor: Tensor) -> Path:
+        path = folder / f"{len(list(folder.iterdir()))}.pt"
+        torch.save(tensor.detach(), path)
+        return path
+
+    return saved_tensors_hooks(pack, torch.load)
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [on_cpu, in_pinned_memory, as_contiguous_copies, as_strided_views, as_numpy_arrays, on_disk],
+    ids=lambda f: f.__name__,
+)
+def test_saved_tensors_may_come_back_in_another_layout(
+    backend: str, recompute: str, keep: Callable[[Path], AbstractContextManager[Any]], tmp_path: Path
+) -> None:
+    ours, eager = twin(small_densenet(), lambda m: dense_ext.swap(m, recompute=recompute))
+    x = images()
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    with keep(tmp_path):
+        y = ours(leaves[0])
+    y.square().sum().backward()
+    eager(leaves[1]).square().sum().backward()
+    assert_equal(leaves[0].grad, leaves[1].grad, "input gradient")
+    assert_same_state(ours, eager)
+
+
+def test_saved_tensors_of_volumes_in_another_layout(recompute: str, tmp_path: Path) -> None:
+    network = in_three_dimensions(nn.Sequential(eager_block(2), eager_transition(16, 4)))
+    ours, eager = twin(network, lambda m: dense_ext.swap(m, recompute=recompute))
+    x = torch.randn(2, 6, 2, 5, 4, dtype=torch.float64)
+    with as_contiguous_copies(tmp_path):
+        y = ours(x)
+    y.square().sum().backward()
+    eager(x).square().sum().backward()
+    assert_same_state(ours, eager)
+
+
+# --- parameters and statistics that lie otherwise ---------------------------------------------------------
+
+
+def norms(model: nn.Module) -> list[nn.BatchNorm2d]:
+    """All but the last, which stays PyTorch's own: with strided vectors that is wrong in some layouts."""
+    return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)][:-1]
+
+
+def convolutions(model: nn.Module) -> list[nn.Conv2d]:
+    return [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+
+
+def norm_vectors_as_columns(model: nn.Module) -> None:
+    for norm in norms(model):
+        table = torch.stack([norm.weight.detach(), norm.bias.detach()], 1)
+        norm.weight, norm.bias = nn.Parameter(table[:, 0]), nn.Parameter(table[:, 1])
+
+
+def statistics_as_columns(model: nn.Module) -> None:
+    for norm in norms(model):
+        table = torch.stack([norm.running_mean, norm.running_var], 1)
+        norm.running_mean, norm.running_var = table.unbind(1)
+
+
+def one_number_for_all_channels(model: nn.Module) -> None:
+    for norm in norms(model):
+        number = torch.full((1,), 0.7, dtype=torch.float64)
+        norm.weight = nn.Parameter(number.expand(norm.num_features), requires_grad=False)
+
+
+def weights_permuted(model: nn.Module) -> None:
+    """As kernels of other frameworks come: height, width, in, out."""
+    for conv in convolutions(model):
+        kernel = conv.weight.detach().permute(2, 3, 1, 0).contiguous()
+        conv.weight = nn.Parameter(kernel.permute(3, 2, 0, 1))
+
+
+def assigned_from_a_state_dict(model: nn.Module) -> None:
+    state = {
+        k: v.clone().T.contiguous().T if v.dim() == 2 else v.clone() for k, v in model.state_dict().items()
+    }
+    for name, value in state.items():
+        if value.dim() == 4:
+            state[name] = value.transpose(0, 1).contiguous().transpose(0, 1)
+    model.load_state_dict(state, assign=True)
+
+
+def weights_expanded(model: nn.Module) -> None:
+    conv = model.features.denseblock1.denselayer1.conv1
+    conv.weight = nn.Parameter(conv.weight.detach().mean(1, keepdim=True).expand_as(conv.weight))
+    conv = model.features.denseblock2.denselayer2.conv2
+    conv.weight = nn.Parameter(conv.weight.detach().mean((2, 3), keepdim=True).expand_as(conv.weight))
+
+
+def weights_in_channels_last(model: nn.Module) -> None:
+    model.to(memory_format=torch.channels_last)
+
+
+def all_in_one_vector(model: nn.Module) -> None:
+    vector = nn.utils.parameters_to_vector(model.parameters()).detach()
+    nn.utils.vector_to_parameters(vector, model.parameters())
+
+
+def each_an_element_off(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        storage = torch.empty(parameter.numel() + 1, dtype=parameter.dtype)
+        parameter.data = storage[1:].view_as(parameter).copy_(parameter.data)
+
+
+PARAMETERS = [
+    norm_vectors_as_columns, statistics_as_columns, one_number_for_all_channels, weights_permuted,
+    assigned_from_a_state_dict, weights_expanded, weights_in_channels_last, all_in_one_vector,
+    each_an_element_off,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", PARAMETERS, ids=lambda f: f.__name__)
+def test_parameters_may_lie_anyhow(backend: str, change: Callable[[nn.Module], None]) -> None:
+    """As if they lay as usual."""
+    ours, eager = small_densenet(), small_densenet()
+    change(ours)
+    eager.load_state_dict(ours.state_dict())
+    for mine, theirs in zip(ours.parameters(), eager.parameters(), strict=True):
+        theirs.requires_grad_(mine.requires_grad)
+    dense_ext.swap(ours, strict=True)
+    x = images()
+    results = []
+    for model in (ours, eager):
+        leaf = x.clone().requires_grad_()
+        model(leaf).square().sum().backward()
+        results.append(leaf.grad)
+        model.eval()
+    assert_equal(*results, "input gradient")
+    assert_same_state(ours, eager)
+    assert_equal(ours(x), eager(x), "output in eval mode")
+    assert all(row.runs == "fused" for row in dense_ext.report(ours).rows)
+
+
+@pytest.mark.parametrize(
+    "change", [norm_vectors_as_columns, statistics_as_columns, weights_permuted], ids=lambda f: f.__name__
+)
+def test_gradients_of_parameters_that_lie_otherwise_in_float32(
+    backend: str, change: Callable[[nn.Module], None]
+) -> None:
+    """The bits are those of parameters that lie as usual."""
+    usual = dense_ext.swap(small_densenet().float())
+    strided, _ = twin(usual, change)
+    x = images().float()
+    for model in (usual, strided):
+        model(x).square().sum().backward()
+    for (name, one), other in zip(usual.named_parameters(), strided.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad), name
+
+
+# --- images and features ---------------------------------------------------------------------------------
+
+
+def own(growth_rate: int = 5) -> nn.Module:
+    return dense_ext.DenseNet(growth_rate, (2, 3), 8, 3, num_classes=4).double()
+
+
+def swapped() -> nn.Module:
+    return dense_ext.swap(small_densenet())
+
+
+def with_blocks_only() -> nn.Module:
+    """Features whose stem has no max pool."""
+    model = small_densenet()
+    del model.features.pool0
+    return dense_ext.swap(model)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("make", [own, swapped, with_blocks_only], ids=lambda f: f.__name__)
+def test_features_leave_in_the_layout_of_the_images(
+    backend: str, make: Callable[[], nn.Module], training: bool
+) -> None:
+    features = make().train(training).features
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        found = features(images(64, 64).contiguous(memory_format=memory_format))
+        assert found.is_contiguous(memory_format=memory_format)
+        assert min(found.shape[1:]) > 1, "one layout told from the other"
+        if memory_format is torch.contiguous_format:
+            found.view(found.shape[0], -1)
+
+
+def test_features_up_to_any_child_leave_in_the_layout_of_the_images() -> None:
+    features = swapped().features
+    for end in range(1, len(features) + 1):
+        assert features[:end](images()).is_contiguous(), f"up to {end}"
+
+
+def test_images_may_lie_anyhow(backend: str) -> None:
+    ours, eager = twin(small_densenet(), dense_ext.swap)
+    x = images()
+    for other in (x.transpose(2, 3).contiguous().transpose(2, 3), torch.stack([x, x], -1)[..., 1], x.flip(3)):
+        assert_trains_alike(ours, eager, other, steps=1)
+    assert_equal(ours(x[:1].expand(3, -1, -1, -1)), eager(x[:1].expand(3, -1, -1, -1)), "expanded images")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda g: g.contiguous(),
+        lambda g: g.contiguous(memory_format=torch.channels_last),
+        lambda g: g[:1, :, :1, :1].expand_as(g),
+        lambda g: torch.stack([g, g], -1)[..., 0],
+        lambda g: g.transpose(0, 1).contiguous().transpose(0, 1),
+    ],
+    ids=["contiguous", "channels_last", "expanded", "strided", "transposed"],
+)
+def test_gradients_may_come_in_any_layout(
+    backend: str, recompute: str, layout: Callable[[Tensor], Tensor]
+) -> None:
+    """And the caller's gradient stays what it was."""
+    network = nn.Sequential(eager_block(2), eager_transition(16, 4), eager_block(1, 4))
+    ours, eager = twin(network, lambda m: dense_ext.swap(m, recompute=recompute))
+    x = torch.randn(2, 6, 5, 4, dtype=torch.float64)
+    grad = layout(torch.randn(2, 9, 2, 2, dtype=torch.float64))
+    before = grad.clone()
+    for model in (ours, eager):
+        model(x).backward(grad)
+    assert_same_state(ours, eager)
+    assert torch.equal(grad, before)

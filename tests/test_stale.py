@@ -1,0 +1,204 @@
+"""A backward computes from what its forward saw, or raises; and it writes into nothing that others hold."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dense_ext
+
+from .helpers import assert_equal, assert_same_state, small_densenet, twin
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def images() -> Tensor:
+    return torch.randn(2, 3, 33, 32, dtype=torch.float64)
+
+
+def pair(recompute: str) -> tuple[nn.Module, nn.Module]:
+    return twin(small_densenet(), lambda m: dense_ext.swap(m, recompute=recompute))
+
+
+def gradient_of_the_transition(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A loss whose graph stays, and the gradient of one weight behind the first block."""
+    loss = model(x).square().sum()
+    (found,) = torch.autograd.grad(loss, model.features.transition1.conv.weight, retain_graph=True)
+    return loss, found
+
+
+def test_gradients_of_parts_first_then_of_all(backend: str, recompute: str) -> None:
+    ours, eager = pair(recompute)
+    x = images()
+    found = []
+    for model in (ours, eager):
+        loss, first = gradient_of_the_transition(model, x)
+        weight = model.features.transition3.conv.weight
+        found.append([first, *torch.autograd.grad(loss, weight, retain_graph=True)])
+        loss.backward()
+    for mine, theirs in zip(*found, strict=True):
+        assert_equal(mine, theirs, "gradient of a transition's weight")
+    assert_same_state(ours, eager)
+
+
+WRITTEN: dict[str, Callable[[nn.Module], Tensor]] = {
+    "a convolution's weight": lambda m: m.features.denseblock1.denselayer1.conv2.weight,
+    "a norm's weight": lambda m: m.features.denseblock1.denselayer2.norm1.weight,
+    "a transition's weight": lambda m: m.features.transition1.conv.weight,
+    "a transition's norm": lambda m: m.features.transition1.norm.weight,
+    "the stem's norm": lambda m: m.features.norm0.weight,
+}
+
+
+@pytest.mark.parametrize("what", WRITTEN)
+def test_a_write_into_a_parameter_before_backward_is_an_error(recompute: str, what: str) -> None:
+    """As in eager."""
+    for model in pair(recompute):
+        loss = model(images()).square().sum()
+        with torch.no_grad():
+            WRITTEN[what](model).mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("what", WRITTEN)
+def test_a_write_into_a_parameter_between_two_backwards_is_an_error(recompute: str, what: str) -> None:
+    """Also where the first has computed the block's output again already."""
+    for model in pair(recompute):
+        loss, _ = gradient_of_the_transition(model, images())
+        with torch.no_grad():
+            WRITTEN[what](model).mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_write_into_the_input_is_an_error(recompute: str, training: bool) -> None:
+    block = dense_ext.swap(small_densenet(), recompute=recompute).features.denseblock1.train(training)
+    x = torch.randn(2, 8, 5, 4, dtype=torch.float64)
+    y = block(x)
+    (x if recompute == "block" else y).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_running_statistics_may_change_before_backward_in_training(recompute: str) -> None:
+    """A second forward writes them; in training mode backward does not read them."""
+    ours, eager = pair(recompute)
+    x, other = images(), images()
+    for model in (ours, eager):
+        loss = model(x).square().sum()
+        with torch.no_grad():
+            model(other)
+        loss.backward()
+    assert_same_state(ours, eager)
+
+
+def living(shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The shapes of living tensors that are among these."""
+    gc.collect()
+    return [tuple(o.shape) for o in gc.get_objects() if type(o) is Tensor and tuple(o.shape) in shapes]
+
+
+def fail(gradient: Tensor) -> None:
+    raise KeyError
+
+
+@pytest.mark.parametrize("failing", [False, True], ids=["of a part", "that failed"])
+def test_what_was_computed_again_is_not_kept_after_a_backward(failing: bool) -> None:
+    model = dense_ext.swap(small_densenet(), recompute="block")
+    shapes: list[tuple[int, ...]] = []
+    for i in (1, 2, 3):
+        block = model.features.get_submodule(f"denseblock{i}")
+        block.register_forward_hook(lambda m, a, y: shapes.append(tuple(y.shape)))
+    model(images())
+    for block in model.features:
+        block._forward_hooks.clear()
+    if failing:
+        loss = model(images()).square().sum()
+        model.features.transition1.conv.weight.register_hook(fail)
+        with pytest.raises(KeyError):
+            loss.backward(retain_graph=True)
+    else:
+        loss, _ = gradient_of_the_transition(model, images())
+    assert living(shapes) == []
+    assert loss.grad_fn is not None, "and the graph is still there"
+
+
+def test_a_write_after_a_backward_that_failed_is_an_error(recompute: str) -> None:
+    """A backward that ends between a transition and its block leaves nothing behind for the next."""
+    for model in pair(recompute):
+        loss = model(images()).square().sum()
+        handle = model.features.transition1.conv.weight.register_hook(fail)
+        with pytest.raises(KeyError):
+            loss.backward(retain_graph=True)
+        handle.remove()
+        with torch.no_grad():
+            WRITTEN["a convolution's weight"](model).mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+MANY_THREADS = """
+import sys, threading, time
+import torch, dense_ext
+from dense_ext import ops
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.setswitchinterval(1e-6)
+torch.set_num_threads(1)
+probe = ops._probe_ownership
+
+def slow_probe():
+    time.sleep(0.1)
+    probe()
+    time.sleep(0.1)
+
+ops._probe_ownership = slow_probe
+THREADS, STEPS = 16, 4
+start, wrong = threading.Barrier(THREADS), []
+
+class InPlace(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.dense_ext.dense_block_backward_.default
+        return func(*args, **(kwargs or {}))
+
+def backward(hold):
+    block = dense_ext.DenseBlock(2, 6, 5, 2).double()
+    y = block(torch.randn(2, 6, 4, 4, dtype=torch.float64, requires_grad=True))
+    weight, held = torch.randn_like(y), []
+    if hold:
+        y.register_hook(held.append)
+    loss = (y * weight).sum()
+    with InPlace() as found:
+        loss.backward()
+    if hold and not torch.equal(held[0], weight):
+        wrong.append("a gradient that a hook holds was overwritten")
+    return found.count
+
+def work(i):
+    start.wait()
+    for step in range(STEPS):
+        backward(hold=(i + step) % 2)
+
+threads = [threading.Thread(target=work, args=(i,)) for i in range(THREADS)]
+[t.start() for t in threads]
+[t.join() for t in threads]
+assert not wrong, wrong
+assert backward(hold=False) == 1, "an exclusive gradient is reused"
+assert backward(hold=True) == 0 and not wrong
+"""
+
+
+def test_first_backwards_in_many_threads_overwrite_no_gradient_that_is_held() -> None:
+    """While the counts of an exclusive gradient are being taken, slowly, in one of them."""
+    done = subprocess.run([sys.executable, "-c", MANY_THREADS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
