@@ -68,7 +68,7 @@ def affine_parameters(
 
 def num_features(norm: nn.Module) -> int:
     """C of a norm, also of one that does not say it."""
-    return norm.num_features if hasattr(norm, "num_features") else len(constant(norm, "running_mean"))
+    return int(norm.__dict__.get("num_features") or len(constant(norm, "running_mean")))
 
 
 @torch.no_grad()

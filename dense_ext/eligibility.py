@@ -185,7 +185,10 @@ class Fused:
     # children.
     parts: ClassVar[Mapping[str, type[nn.Module]]]
     parts_of_norm: ClassVar[Mapping[str, type[nn.Module]]] = {}
-    # The forward that runs where the fused operator may not.
+    # The class whose forward runs where the fused operator may not, that forward when the class was made,
+    # and a copy of it for TorchScript.
+    original: ClassVar[Any]
+    known_forward: ClassVar[Any]
     original_forward: ClassVar[Callable[..., Tensor]]
     # The module's dotted name in the model that was swapped, for messages; None for the stem of features
     # that were swapped although their stem stays as it is.
@@ -200,8 +203,13 @@ class Fused:
         super().__init_subclass__(**kwargs)
         for base in cls.__mro__:
             if not issubclass(base, Fused) and "forward" in base.__dict__:
-                cls.original_forward = _renamed(base.__dict__["forward"], "original_forward")
+                cls.original, cls.known_forward = base, base.__dict__["forward"]
+                cls.original_forward = _renamed(cls.known_forward, "original_forward")
                 return
+
+    def run_original(self, x: Any) -> Any:
+        """The module's own forward, as its class has it now."""
+        return self.original.forward(self, x)
 
     @classmethod
     def why_not(cls, module: Any) -> str | None:
@@ -222,6 +230,8 @@ class Fused:
         """Why the module's own forward has to run because of its inner modules, or None."""
         if torch.compiler.is_compiling():  # the compiler guards what it reads
             return self.why_not(self)
+        if self.original.forward is not type(self).known_forward:
+            return f"{self.original.__name__}.forward has been replaced"
         snapshot = _snapshots.get(self)
         if snapshot is None or not snapshot.holds(self.inspected(self)):
             if (reason := self.why_not(self) or weights_reason(self.inspected(self))) is not None:
@@ -346,7 +356,7 @@ def weights_reason(modules: Iterable[nn.Module], at_rest: bool = False) -> str |
             sharded = at_rest and qualified_name(type(weight)) == "torch.distributed.tensor.DTensor"
             if not (_vouched(weight) or sharded):
                 return f"{name or 'conv'} has a weight of type {qualified_name(type(weight))}"
-            expected = (conv.out_channels, conv.in_channels, *conv.kernel_size)  # type: ignore[misc]
+            expected = (conv.out_channels, conv.in_channels, *conv.kernel_size)
             if tuple(weight.shape) != expected:
                 return f"{name or 'conv'} has a weight of shape {tuple(weight.shape)}, expected {expected}"
     return None
@@ -383,7 +393,9 @@ class Snapshot:
         self.lengths = list(map(len, self.attributes))
         convs = [m.__dict__ for m in self.modules if type(m) in _CONVS]
         # Weights are not kept alive: in a functional call they are not the module's own.
-        self.convs = [(conv, _settings_of_conv(conv), id(conv["_parameters"]["weight"])) for conv in convs]
+        self.convs = [
+            (conv, _settings_of_conv(conv), id(conv["_parameters"].get("weight"))) for conv in convs
+        ]
         self.pools = [(m, _pool_settings(m)) for m in self.modules if type(m) in _POOLS]
         self.fixed = [m for m in self.modules if type(m) is nn.SyncBatchNorm]
         self.dropping = [(m.__dict__, m.drop_rate) for m in top if hasattr(m, "drop_rate")]

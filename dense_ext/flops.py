@@ -23,32 +23,37 @@ def _products(pixels: Shape, weights: Sequence[Shape]) -> list[int]:
     return [2 * pixels[0] * math.prod(pixels[2:]) * math.prod(weight) for weight in weights]
 
 
+def _weights(rest: Sequence[Any]) -> Sequence[Shape]:
+    """The shapes of the convolutions' weights, of an operator's arguments after its activations."""
+    return Arguments(*rest[:8]).conv_weights  # type: ignore[return-value]  # shapes stand for the tensors
+
+
 def _gradients(products: Sequence[int], needed: Sequence[bool]) -> int:
     """A data gradient takes a convolution's FLOPs once, and so does a weight gradient."""
     return sum(flops * (1 + wanted) for flops, wanted in zip(products, needed, strict=True))
 
 
 def _dense_block(x: Shape, *rest: Any, out_shape: Any = None, **_: Any) -> int:
-    return sum(_products(x, Arguments(*rest[:8]).conv_weights))
+    return sum(_products(x, _weights(rest)))
 
 
 def _dense_block_backward(
     grad: Shape, output: Shape, stats: Shape, z: Shape, *rest: Any, out_shape: Any = None, **_: Any
 ) -> int:
-    products = _products(output, Arguments(*rest[:8]).conv_weights)
-    has_bottleneck = len(products) > 1 and Arguments(*rest[:8]).conv_weights[0][-1] == 1
+    products = _products(output, _weights(rest))
+    has_bottleneck = len(products) > 1 and _weights(rest)[0][-1] == 1
     again = sum(products[::2]) if has_bottleneck and math.prod(z) == 0 else 0
     return again + _gradients(products, rest[-1])
 
 
 def _pooling(x: Shape, *rest: Any, out_shape: Any = None, **_: Any) -> int:
-    return sum(_products(out_shape[0], Arguments(*rest[:8]).conv_weights))
+    return sum(_products(out_shape[0], _weights(rest)))
 
 
 def _pooling_backward(
     grad: Shape, x: Shape, stats: Shape, *rest: Any, out_shape: Any = None, **_: Any
 ) -> int:
-    return _gradients(_products(grad, Arguments(*rest[:8]).conv_weights), rest[8])
+    return _gradients(_products(grad, _weights(rest)), rest[8])
 
 
 def register_formulas() -> None:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_scripting  # type: ignore[attr-defined]  # absent from torch's stubs
 
 from . import ops  # registers the operators
 from .arguments import Arguments, BlockOptions
@@ -124,7 +125,7 @@ class DenseLayer(nn.Module):
         self.drop_rate = float(drop_rate)
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.jit.is_scripting() and isinstance(input, list):
+        if not is_scripting() and isinstance(input, list):
             input = torch.cat(input, 1)
         x = self.conv1(self.relu1(self.norm1(input)))
         if self.has_bottleneck:
@@ -185,16 +186,16 @@ class FusedDenseBlock(Fused):
         return _widths_reason(layers)
 
     def forward(self, init_features: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
+        if not is_scripting():
             return self.run_or_fall_back(init_features)
         return self.original_forward(init_features)
 
     def run_or_fall_back(self, x: Tensor) -> Tensor:
         """The block's output, fused or by the original's forward."""
         if self.why_eager(x) is not None:
-            return self.original_forward(x)
+            return self.run_original(x)
         out, _ = self.run(x)
-        return _own_memory(out) if _written_by_hooks(self) else out
+        return _own_memory(out) if _written_by_hooks(self) else out  # type: ignore[arg-type]
 
     def run(self, init_features: Tensor) -> tuple[Tensor, ops.Carried]:
         """The fused operator: X [N, Ct, H, W], and what a transition may be told of it."""
@@ -295,13 +296,13 @@ class FusedTransition(Fused):
         return cls.reason(module._modules, cls.parts)
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
+        if not is_scripting():
             return self.run_or_fall_back(input)
         return self.original_forward(input)
 
     def run_or_fall_back(self, x: Tensor) -> Tensor:
         """The transition's output, fused or by the original's forward."""
-        return self.run(x) if self.why_eager(x) is None else self.original_forward(x)
+        return self.run(x) if self.why_eager(x) is None else self.run_original(x)
 
     def run(self, input: Tensor, carried: ops.Carried = ops.NOTHING_CARRIED) -> Tensor:
         """The fused operator; ``carried`` is what the block that has just made ``input`` knows of it."""
@@ -385,14 +386,14 @@ class FusedFeatures(Fused, nn.Sequential):
         return found
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
+        if not is_scripting():
             return self.run_or_fall_back(input)
         return self.original_forward(input)
 
     def run_or_fall_back(self, x: Tensor) -> Tensor:
         """The features; the stem, each block and each transition run fused where they may."""
-        if mode_reason() is not None:
-            return self.original_forward(x)
+        if mode_reason() is not None or self.original.forward is not type(self).known_forward:
+            return self.run_original(x)
         children, stem = list(self._modules.values()), self.stem(self)
         contiguous: bool | None = None  # what the first fused part was given
         carried: ops.Carried | None = None  # while x is a block's X that nobody else has seen

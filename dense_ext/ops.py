@@ -7,6 +7,8 @@ return the batch's, so that a recomputation cannot count a step twice.
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -199,8 +201,7 @@ def _dense_block_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _dense_block_formula(ctx: Any, grad: Tensor) -> Gradients:
     if ctx.options.recompute == "block":
-        saved, output = recomputed_output(ctx)
-        ctx.recomputed = None
+        saved, output = recomputed_output(ctx, last=True)
         args, _, stats, z, seeds = saved
     else:
         args, output, stats, z, seeds = load(ctx)
@@ -221,28 +222,44 @@ def differentiates_inside(grad: Tensor) -> bool:
     """
     if torch.is_grad_enabled() or torch._C._functorch.is_batchedtensor(grad):
         return True
-    return torch._C._dispatch_keys(grad).has(_LEGACY_BATCHED)  # type: ignore[attr-defined]
+    return torch._C._dispatch_keys(grad).has(_LEGACY_BATCHED)
 
 
-def recomputed_output(ctx: Any) -> tuple[tuple[Any, ...], Tensor]:
+class _Recomputed:
+    """What a block loaded and X computed again from it, once in a backward pass."""
+
+    def __init__(self, saved: tuple[Any, ...], output: Tensor) -> None:
+        self.value: tuple[tuple[Any, ...], Tensor] | None = (saved, output)
+
+    def keep(self) -> None:
+        """Called by the engine when the pass ends; that it may be called keeps the object until then."""
+
+
+def recomputed_output(ctx: Any, last: bool = False) -> tuple[tuple[Any, ...], Tensor]:
     """What a block that kept only its input saved, and X computed again.
 
-    Both are kept for the rest of the running backward pass: for the block's own backward, and since
-    checkpointing around the block allows what was saved to be loaded only once. A later pass computes
-    anew from what it loads, where autograd checks that nobody has written into it.
+    The running backward pass owns both: for the block's own backward, the ``last`` to ask, and since
+    checkpointing around the block allows what was saved to be loaded only once. When the pass ends or
+    fails they go; another pass loads anew, and autograd checks that nobody has written meanwhile.
     """
-    if ctx.recomputed is not None:
-        return ctx.recomputed
-    saved = args, x, _, _, seeds = load(ctx)
-    options = BlockOptions(seeds, ctx.options.drop_rate, "bottleneck")
-    # Where the backward is differentiated again, so is the path from X to the input and the parameters.
-    output, _, _ = torch.ops.dense_ext.dense_block(x, *args, *options)
-    try:
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: setattr(ctx, "recomputed", None))
-    except RuntimeError:  # somebody looks at what is saved outside a backward pass
-        return saved, output
-    ctx.recomputed = saved, output
-    return ctx.recomputed
+    kept: _Recomputed | None = ctx.recomputed and ctx.recomputed()
+    if kept is None or kept.value is None:
+        saved = args, x, _, _, seeds = load(ctx)
+        options = BlockOptions(seeds, ctx.options.drop_rate, "bottleneck")
+        # Where the backward is differentiated again, so is the path from X to the input and the parameters.
+        output, _, _ = torch.ops.dense_ext.dense_block(x, *args, *options)
+        if last:
+            return saved, output
+        kept = _Recomputed(saved, output)
+        # Outside a backward pass, where somebody looks at what is saved, nothing is kept.
+        with contextlib.suppress(RuntimeError):
+            torch.autograd.Variable._execution_engine.queue_callback(kept.keep)
+            ctx.recomputed = weakref.ref(kept)
+    value = kept.value
+    assert value is not None
+    if last:
+        kept.value = None
+    return value
 
 
 def _probe_ownership() -> None:
@@ -359,11 +376,19 @@ def run_transition(x: Tensor, args: Arguments, carried: Carried) -> tuple[Tensor
     # The hooks live as long as the graph: what pack compares with must not.
     output = [x.detach()]
 
-    def pack(tensor: Tensor) -> Tensor | None:
-        return None if tensor.is_set_to(output[0]) else tensor
+    def pack(tensor: Tensor) -> tuple[Tensor, int] | None:
+        return None if tensor.is_set_to(output[0]) else (tensor, tensor._version)
 
-    def unpack(packed: Tensor | None) -> Tensor:
-        return recomputed_output(node)[1] if packed is None else packed
+    def unpack(packed: tuple[Tensor, int] | None) -> Tensor:
+        if packed is None:
+            return recomputed_output(node)[1]
+        tensor, version = packed
+        if tensor._version != version:  # autograd itself looks only at what no hook has packed
+            raise RuntimeError(
+                f"a tensor {tuple(tensor.shape)} of a transition, needed for gradient computation, has been "
+                f"modified by an inplace operation: it is at version {tensor._version}, expected {version}"
+            )
+        return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         result = operator(x, *args, stats)

@@ -7,13 +7,12 @@ import importlib
 import sys
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from ..eligibility import Fused
 from ..modules import FusedDenseBlock, FusedFeatures, FusedTransition
 
 # Library -> the adapter's module; loaded only if the process has imported the library itself.
@@ -57,7 +56,7 @@ class Adapter:
     fused_features: type[SwappedFeatures] = SwappedFeatures
 
     @property
-    def _classes(self) -> dict[type[nn.Module], type[Fused]]:
+    def _classes(self) -> dict[Any, Any]:
         """Each original class, and what a swap makes of it."""
         return {
             self.block: self.fused_block,
@@ -87,7 +86,7 @@ class Adapter:
         """
         module, kind = candidate.module, candidate.kind
         around = kind in ("stem", "features")
-        original, fused = self._kind(module)[1:]  # type: ignore[index]
+        _, original, fused = self._kind(module)  # type: ignore[misc]
         if candidate.reason is not None and not (around and swapped_class(type(module), original, fused)):
             return
         module.backend = backend
@@ -115,7 +114,7 @@ class Adapter:
                 for attribute in ADDED:
                     module.__dict__.pop(attribute, None)
 
-    def _kind(self, module: nn.Module) -> tuple[str, type[nn.Module], type[Fused]] | None:
+    def _kind(self, module: nn.Module) -> tuple[str, Any, Any] | None:
         """What a module is, its original class and the fused one; None if it is no dense part."""
         if isinstance(module, self.block):
             return "dense block", self.block, self.fused_block
@@ -128,7 +127,7 @@ class Adapter:
         return kind, nn.Sequential, self.fused_features
 
 
-def _why_not_swapped(module: nn.Module, original: type[nn.Module], fused: type[Fused]) -> str | None:
+def _why_not_swapped(module: nn.Module, original: type[nn.Module], fused: Any) -> str | None:
     """Why a part cannot be swapped, or None."""
     kind = type(module)
     if swapped_class(kind, original, fused) is None:
@@ -144,7 +143,7 @@ def _why_not_swapped(module: nn.Module, original: type[nn.Module], fused: type[F
 
 
 @functools.cache
-def swapped_class(kind: type, before: type, after: type) -> type | None:
+def _swapped_class(kind: Any, before: Any, after: Any) -> Any:
     """``kind`` with ``after`` in place of ``before``; None if that cannot be had.
 
     ``fully_shard`` makes a class of its own of a module's and ``FSDPModule``; that stays around the other.
@@ -155,6 +154,10 @@ def swapped_class(kind: type, before: type, after: type) -> type | None:
         own = {k: v for k, v in kind.__dict__.items() if k not in ("__dict__", "__weakref__")}
         return type(kind.__name__, (kind.__bases__[0], after), own)
     return None
+
+
+# Typed anew: to mypy, a class is not hashable.
+swapped_class: Callable[[Any, Any, Any], Any] = _swapped_class
 
 
 def _shards(kind: type) -> bool:
@@ -179,8 +182,10 @@ def rebound_forward(module: nn.Module, before: Any, after: Any) -> Any:
             found = [rebound(part) for part in (function.func, *function.args)]
             if any(part is not None for part in found):
                 parts = (function.func, *function.args)
-                new = [part if other is None else other for part, other in zip(parts, found, strict=True)]
-                return functools.partial(*new, **function.keywords)
+                new: list[Any] = [
+                    part if other is None else other for part, other in zip(parts, found, strict=True)
+                ]
+                return functools.partial(new[0], *new[1:], **function.keywords)
         return None
 
     return rebound(module.__dict__.get("forward"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from monai.data import MetaTensor
+from monai.data.meta_tensor import MetaTensor
 from monai.networks.nets.densenet import _DenseBlock, _DenseLayer, _Transition
 from torch import nn
 
