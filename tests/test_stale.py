@@ -161,7 +161,7 @@ def slow_probe():
     time.sleep(0.1)
 
 ops._probe_ownership = slow_probe
-THREADS, STEPS = 16, 4
+THREADS, STEPS = 8, 2
 start, wrong = threading.Barrier(THREADS), []
 
 class InPlace(TorchDispatchMode):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -172,3 +172,55 @@ def test_eval_and_dropout(device: torch.device, backend: str) -> None:
     ours, model = dense_ext.swap(copy.deepcopy(model).eval(), backend=backend), model.eval()
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         torch.testing.assert_close(ours(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def strided_norm_vectors(model: nn.Module) -> None:
+    """As columns of a table: weight, bias and the running statistics."""
+    for norm in [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]:
+        table = torch.stack([norm.weight, norm.bias, norm.running_mean, norm.running_var], 1).detach()
+        norm.weight, norm.bias = nn.Parameter(table[:, 0]), nn.Parameter(table[:, 1])
+        norm.running_mean, norm.running_var = table[:, 2], table[:, 3]
+
+
+def permuted_weights(model: nn.Module) -> None:
+    for conv in [m for m in model.modules() if isinstance(m, nn.Conv2d)]:
+        conv.weight = nn.Parameter(conv.weight.detach().permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1))
+
+
+def unchanged(model: nn.Module) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("change", "recompute", "training"),
+    [
+        (strided_norm_vectors, "bottleneck", True),
+        (strided_norm_vectors, "bottleneck", False),
+        (permuted_weights, "bottleneck", True),
+        (unchanged, "none", True),  # X and z come back in contiguous memory
+        (unchanged, "bottleneck", True),
+        (unchanged, "block", True),  # here the block's input
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_layouts_change_no_bits(
+    device: torch.device, backend: str, change: Callable[[nn.Module], None], recompute: str, training: bool
+) -> None:
+    """Of parameters, statistics and saved tensors, which hooks bring back in contiguous memory."""
+    parts = nn.Sequential(eager_block(2, 8, 8, bn_size=2), eager_transition(24, 8)).float().to(device)
+    usual = dense_ext.swap(parts.train(training), recompute=recompute, backend=backend)
+    strided = copy.deepcopy(usual)
+    change(strided)
+    x = torch.randn(2, 8, 6, 5, device=device)
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    usual(leaves[0]).square().sum().backward()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.detach().clone(memory_format=torch.contiguous_format), lambda t: t
+    ):
+        y = strided(leaves[1])
+    y.square().sum().backward()
+    found, expected = (
+        [leaf.grad, *(p.grad for p in model.parameters()), *model.buffers()]
+        for model, leaf in zip((strided, usual), leaves[::-1], strict=True)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
