@@ -397,3 +397,9 @@ def run_transition(x: Tensor, args: Arguments, carried: Carried) -> tuple[Tensor
 
 
 register_formulas()
+
+# PyTorch makes these objects when they are first asked for, which is not safe in several threads at once.
+for _name in ("dense_block", "transition", "stem"):
+    for _suffix in ("", "_backward"):
+        getattr(torch.ops.dense_ext, _name + _suffix).default  # noqa: B018
+torch.ops.dense_ext.dense_block_backward_.default  # noqa: B018
