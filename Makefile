@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 OUT    ?= runs/bench
 JOBS   ?= auto
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
-FORMATTED := $(SOURCES) $(wildcard tests/emulator/*.cpp tests/emulator/*.h)
+FORMATTED := $(SOURCES) $(wildcard tests/emulator/*.cpp tests/emulator/*.h tests/cpu/*.cpp)
 
 .PHONY: help setup bench test gpu wheel-check lint format clean
 
