@@ -68,7 +68,7 @@ def fused_export() -> Iterator[None]:
 def mode_reason() -> str | None:
     """Why PyTorch's present mode needs the original's forward, or None."""
     if torch.compiler.is_compiling():
-        exports = torch.compiler.is_exporting() and not _export_fused
+        exports = torch.compiler._is_exporting_flag and not _export_fused
         return "torch.export records standard operators" if exports else None
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace records standard operators"

@@ -48,8 +48,9 @@ def _arguments(
     if autocast:
         conv_weights = [weight.to(x.dtype) for weight in conv_weights]
     running = [norm for norm, batch in zip(norms, batch_stats, strict=True) if not batch]
-    means = [mean for norm in running if (mean := constant(norm, "running_mean")) is not None]
-    variances = [var for norm in running if (var := constant(norm, "running_var")) is not None]
+    # Without a walrus: the compiler cannot trace one in a comprehension.
+    means = [mean for mean in [constant(norm, "running_mean") for norm in running] if mean is not None]
+    variances = [var for var in [constant(norm, "running_var") for norm in running] if var is not None]
     groups = (list(weights), list(biases), conv_weights, means, variances)
     names = ("norm weight", "norm bias", "convolution weight", "running mean", "running variance")
     for name, group in zip(names, groups, strict=True):
