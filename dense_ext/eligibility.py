@@ -380,7 +380,9 @@ class Snapshot:
         self.lengths = list(map(len, self.attributes))
         convs = [m.__dict__ for m in self.modules if type(m) in _CONVS]
         # Weights are not kept alive: in a functional call they are not the module's own.
-        self.convs = [(conv, _settings_of_conv(conv), id(conv["_parameters"]["weight"])) for conv in convs]
+        self.convs = [
+            (conv, _settings_of_conv(conv), id(conv["_parameters"].get("weight"))) for conv in convs
+        ]
         self.pools = [(m, _pool_settings(m)) for m in self.modules if type(m) in _POOLS]
         self.fixed = [m for m in self.modules if type(m) is nn.SyncBatchNorm]
         self.dropping = [(m.__dict__, m.drop_rate) for m in top if hasattr(m, "drop_rate")]
