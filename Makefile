@@ -5,14 +5,17 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= runs/bench
 JOBS   ?= auto
+CASES  ?= 10000
+SEED   ?= 0
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 FORMATTED := $(SOURCES) $(wildcard tests/emulator/*.cpp tests/emulator/*.h tests/cpu/*.cpp)
 
-.PHONY: help setup bench test gpu wheel-check lint format clean
+.PHONY: help setup bench test fuzz gpu wheel-check lint format clean
 
 help:
 	@echo "make bench    memory and speed of a training step beside torchvision's (OUT=$(OUT))"
 	@echo "make test     the whole test suite; Triton kernels in Triton's interpreter, CUDA kernels in an emulator"
+	@echo "make fuzz     fused beside eager over networks, changes and calls drawn at random (CASES=$(CASES))"
 	@echo "make gpu      tests and measurements on this machine's GPU, with its own python3 (OUT=$(OUT))"
 	@echo "make wheel-check  one wheel in several Pythons and PyTorches: slow, downloads gigabytes"
 	@echo "make lint     ruff, mypy and clang-format"
@@ -39,6 +42,11 @@ test: setup
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n $(JOBS)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests/primitives tests/gpu tests/triton
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --device emulator tests/primitives tests/gpu tests/cuda
+
+# A line for each hundred cases.
+fuzz: setup
+	HYPOTHESIS_PROFILE=fuzz CASES=$(CASES) SEED=$(SEED) OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -n $(JOBS) -v tests/test_campaign.py
 
 # Installs nothing: for a machine that has PyTorch, Triton, torchvision and pytest.
 gpu:

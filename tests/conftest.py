@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import dense_ext
 from dense_ext.backends import BACKENDS, select
@@ -22,6 +23,12 @@ ROOT = Path(__file__).resolve().parent.parent
 AVAILABLE = dense_ext.available_backends("cpu")
 
 DEVICES = ("cpu", "cuda", "emulator")
+
+# For tests/test_campaign.py: a few cases, the same ones every time, or many with `make fuzz`.
+_ANY = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("few", max_examples=300, derandomize=True, **_ANY)
+settings.register_profile("fuzz", print_blob=True, **_ANY)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "few"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

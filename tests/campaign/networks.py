@@ -1,0 +1,177 @@
+"""The networks and images the campaign draws, and how a network's dense parts are fused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from monai.networks.nets import DenseNet as MonaiDenseNet
+from timm.models.densenet import DenseNet as TimmDenseNet
+from torch import Tensor, nn
+from torchvision.models.densenet import DenseNet as TorchvisionDenseNet
+from torchxrayvision.models import DenseNet as XrayDenseNet
+
+import dense_ext
+from dense_ext.modules import DenseBlock, EagerDenseBlock, FusedDenseBlock, FusedFeatures, Transition
+
+from ..helpers import randomize
+
+CLASSES = 3
+
+
+@dataclass(frozen=True)
+class Network:
+    """A small DenseNet of one of the libraries."""
+
+    library: str = "torchvision"
+    growth: int = 2
+    blocks: tuple[int, ...] = (1,)
+    bn_size: int | None = 1
+    init: int = 2
+    small_inputs: bool = False
+
+    def build(self) -> nn.Module:
+        """The network in float64, as its library runs it; the same weights every time."""
+        torch.manual_seed(0)
+        return randomize(_as_its_library_runs_it(_LIBRARIES[self.library](self))).double()
+
+    @property
+    def dimensions(self) -> int:
+        """2 for images, 3 for volumes."""
+        return 3 if self.library == "monai 3-D" else 2
+
+
+def _torchvision(of: Network) -> nn.Module:
+    return TorchvisionDenseNet(of.growth, of.blocks, of.init, of.bn_size or 1, num_classes=CLASSES)
+
+
+def _timm(of: Network) -> nn.Module:
+    return TimmDenseNet(of.growth, of.blocks, num_classes=CLASSES, bn_size=of.bn_size or 1)
+
+
+def _xray(of: Network) -> nn.Module:
+    return XrayDenseNet(of.growth, of.blocks, of.init, of.bn_size or 1, num_classes=CLASSES, in_channels=3)
+
+
+def _monai(dimensions: int) -> Callable[[Network], nn.Module]:
+    def build(of: Network) -> nn.Module:
+        options = {"init_features": of.init, "growth_rate": of.growth, "block_config": of.blocks}
+        return MonaiDenseNet(dimensions, 3, CLASSES, bn_size=of.bn_size or 1, **options)
+
+    return build
+
+
+def _own(of: Network) -> nn.Module:
+    options: Any = {"num_classes": CLASSES, "small_inputs": of.small_inputs}
+    return dense_ext.DenseNet(of.growth, of.blocks, of.init, of.bn_size, **options)
+
+
+_LIBRARIES: dict[str, Callable[[Network], nn.Module]] = {
+    "torchvision": _torchvision,
+    "timm": _timm,
+    "xray": _xray,
+    "monai": _monai(2),
+    "own": _own,
+    "monai 3-D": _monai(3),
+}
+_EAGER = {DenseBlock: EagerDenseBlock, Transition: nn.Sequential, FusedFeatures: nn.Sequential}
+
+
+def _as_its_library_runs_it(model: nn.Module) -> nn.Module:
+    """dense_ext's own network layer by layer; the others are that already."""
+    for module in model.modules():
+        if type(module) in _EAGER:
+            module.__class__ = _EAGER[type(module)]
+    return model
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the dense parts are fused: a policy for each block in turn, and a backend."""
+
+    recompute: tuple[str, ...] = ("bottleneck",)
+    backend: str = "auto"
+
+    def fuse(self, model: nn.Module) -> None:
+        """Fuse the dense parts in place."""
+        if isinstance(model, dense_ext.DenseNet):
+            for module in model.modules():
+                fused = next((f for f, eager in _EAGER.items() if type(module) is eager), None)
+                if fused is FusedFeatures and module is not model.features:
+                    fused = Transition if type(module) is nn.Sequential else None
+                if fused is not None:
+                    module.__class__ = FusedFeatures if module is model.features else fused
+                    module.backend, module.recompute = self.backend, self.recompute[0]
+        else:
+            dense_ext.swap(model, recompute=self.recompute[0], backend=self.backend)
+        blocks = [m for m in model.modules() if isinstance(m, FusedDenseBlock)]
+        for i, block in enumerate(blocks):
+            block.recompute = self.recompute[i % len(self.recompute)]
+
+
+@dataclass(frozen=True)
+class Images:
+    """A batch, its layout in memory, and whether its gradient is asked for."""
+
+    batch: int = 2
+    sizes: tuple[int, ...] = (16, 16)
+    layout: str = "contiguous"
+    requires_grad: bool = True
+
+    def make(self) -> Tensor:
+        """The images, a leaf."""
+        shape = (self.batch, 3, *self.sizes)
+        x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        return LAYOUTS[self.layout](x).requires_grad_(self.requires_grad)
+
+
+def _strided(x: Tensor) -> Tensor:
+    return x.repeat_interleave(2, -1)[..., ::2]
+
+
+def _offset(x: Tensor) -> Tensor:
+    return x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.contiguous(
+        memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    ),
+    "transposed": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "strided": _strided,
+    "offset": _offset,
+    "expanded": lambda x: x[:1].expand_as(x),
+    "channels first in memory": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+}
+
+networks = st.builds(
+    Network,
+    library=st.sampled_from(list(_LIBRARIES)),
+    growth=st.integers(1, 5),
+    blocks=st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple),
+    bn_size=st.sampled_from([1, 2, 3, None]),
+    init=st.integers(1, 6),
+    small_inputs=st.booleans(),
+)
+options = st.builds(
+    Options,
+    recompute=st.lists(st.sampled_from(["bottleneck", "none", "block"]), min_size=1, max_size=3).map(tuple),
+    backend=st.sampled_from(["auto", "reference", "cpu"]),
+)
+
+
+def images_for(network: Network) -> st.SearchStrategy[Images]:
+    """Images large enough for the network's pools, but for a few."""
+    enough = 2 ** (len(network.blocks) + 1) + 1
+    sizes = st.integers(-1, 15).map(lambda more: max(1, enough + more if more >= 0 else enough // 2))
+    return st.builds(
+        Images,
+        batch=st.sampled_from([2, 1, 3, 4]),
+        sizes=st.tuples(*[sizes] * network.dimensions),
+        layout=st.sampled_from(list(LAYOUTS)),
+        requires_grad=st.sampled_from([True, True, True, False]),
+    )
