@@ -112,7 +112,7 @@ def update_running_stats(
             in_dtype(means[channels], running_mean.dtype),
             in_dtype(variances[channels], running_var.dtype),
         ]
-        counts += [step, step]
+        counts += [step, step]  # type: ignore[list-item]  # read where momentum is None, and then it is there
     for momentum, (running, batch, counts) in by_momentum.items():
         if momentum is not None:
             torch._foreach_lerp_(running, batch, float(momentum))
