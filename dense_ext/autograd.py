@@ -58,7 +58,9 @@ def register(
     function: Any = type(f"dense_ext_{name}", (torch.autograd.Function,), methods)
 
     def differentiable(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        lists = rest[:TENSOR_LISTS]
+        # AOTInductor calls with None for an empty list.
+        lists = [group or [] for group in rest[:TENSOR_LISTS]]
+        rest = (*lists, *rest[TENSOR_LISTS:])
         tensors = [tensor for group in lists for tensor in group]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *tensors)):
             return function.apply(x, [len(group) for group in lists], rest[TENSOR_LISTS:], *tensors)
