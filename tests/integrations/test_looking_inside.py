@@ -32,6 +32,12 @@ class TestGradCAM:
         # The library computes its maps in float32.
         assert_equal(maps[0], self._map(eager, layer, x), "map", 2**-20)
 
+    def test_grad_cam_of_the_last_norm(self) -> None:
+        """The network's own ReLU then writes in place into what the hook has seen."""
+        ours, eager = swapped_and_eager()
+        x, layer = images(), "features.norm5"
+        assert_equal(self._map(ours, layer, x), self._map(eager, layer, x), "map", 2**-20)
+
     def test_grad_cam_inside_a_block(self) -> None:
         ours, eager = swapped_and_eager()
         x, layer = images(), "features.denseblock2.denselayer2.conv2"
