@@ -67,6 +67,10 @@ def _written_by_hooks(module: nn.Module) -> bool:
     return False
 
 
+def _has_forward_hook(module: nn.Module) -> bool:
+    return any(inner._forward_hooks for inner in module.modules())
+
+
 def _own_memory(x: Tensor, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
     """``x`` for somebody who may write into it: a copy if a backward will read x itself."""
     return x.clone(memory_format=memory_format) if x.requires_grad else x
@@ -396,11 +400,21 @@ class FusedFeatures(Fused, nn.Sequential):
         if mode_reason() is not None or self.original.forward is not type(self).known_forward:
             return self.run_original(x)
         children, stem = list(self._modules.values()), self.stem(self)
+        behind = 1 + max((i for i, child in enumerate(children) if isinstance(child, Fused)), default=-1)
+        watched = any(_has_forward_hook(child) for child in children[behind:])
         contiguous: bool | None = None  # what the first fused part was given
         carried: ops.Carried | None = None  # while x is a block's X that nobody else has seen
         i = 0
         while i < len(children):
             child = children[i]
+            if i == behind and isinstance(x, Tensor) and x.dim() in (4, 5):
+                before = x
+                if contiguous and (watched or not ops.is_dense(x)):
+                    # What hooks see of the last norm shares memory with the features, as in eager.
+                    x = x.contiguous()
+                elif not ops.is_dense(x):
+                    x = ops.dense_channels_last(x)
+                carried = carried if x is before else None
             if contiguous is None and (isinstance(child, Fused) or i == stem.start < stem.stop):
                 contiguous = isinstance(x, Tensor) and x.is_contiguous()
             if i == stem.start < stem.stop and self.why_not_fused(x) is None:

@@ -124,7 +124,15 @@ def _is_channels_last(x: Tensor) -> bool:
     return x.stride() == (strides.pop(), 1, *reversed(strides))
 
 
-def _channels_last(x: Tensor) -> Tensor:
+def is_dense(x: Tensor) -> bool:
+    """Whether x lies in dense memory of either format, with the strides that go with its sizes.
+
+    A view of one image may have others, with which PyTorch's batch norm on a CPU computes wrong gradients.
+    """
+    return x.is_contiguous() or _is_channels_last(x)
+
+
+def dense_channels_last(x: Tensor) -> Tensor:
     """The tensor in dense channels_last memory; itself if it is."""
     if _is_channels_last(x):
         return x
@@ -162,11 +170,11 @@ def _dense_block_backward_(grad: Tensor, output: Tensor, stats: Tensor, z: Tenso
     in_channels, needs_conv_grad = rest[11:]
     if grad.shape[0] == 0:
         return zero_gradients(grad.new_empty(0, in_channels, *grad.shape[2:]), args)
-    output, stats, z = _channels_last(output), stats.contiguous(), z.contiguous()
+    output, stats, z = dense_channels_last(output), stats.contiguous(), z.contiguous()
     block = _block(output, in_channels, args, options)
     with _without_autocast(output):
         g = schedule.backward(
-            _primitives(output, args), block, _channels_last(grad), output, z, stats, needs_conv_grad
+            _primitives(output, args), block, dense_channels_last(grad), output, z, stats, needs_conv_grad
         )
     return in_parameter_dtypes(args, g.x, g.norm_weights, g.norm_biases, g.convs)
 
@@ -286,7 +294,9 @@ def _pooling_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """``rest`` is Arguments, then for a transition the batch statistics of x if they are known."""
     args, known = Arguments(*rest[:8]), rest[8] if len(rest) > 8 else None
     with _without_autocast(x):
-        return transition.forward(_primitives(x, args), *_norm_and_conv(x, args), _channels_last(x), known)
+        return transition.forward(
+            _primitives(x, args), *_norm_and_conv(x, args), dense_channels_last(x), known
+        )
 
 
 def _pooling_fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -303,8 +313,8 @@ def _pooling_backward(grad: Tensor, x: Tensor, stats: Tensor, *rest: Any) -> Gra
             _primitives(x, args),
             norm,
             conv,
-            _channels_last(grad),
-            _channels_last(x),
+            dense_channels_last(grad),
+            dense_channels_last(x),
             stats.contiguous(),
             any(needs_conv_grad),
         )

@@ -278,3 +278,13 @@ def test_gradients_may_come_in_any_layout(
         model(x).backward(grad)
     assert_same_state(ours, eager)
     assert torch.equal(grad, before)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_one_image_behind_a_backward_hook(memory_format: torch.memory_format) -> None:
+    """The hook hands on a view whose strides PyTorch's batch norm on a CPU computes wrong gradients with."""
+    ours, eager = twin(small_densenet(), dense_ext.swap)
+    for model in (ours, eager):
+        model.features.denseblock4.register_full_backward_hook(lambda *_: None)
+    x = torch.randn(1, 3, 70, 70, dtype=torch.float64).contiguous(memory_format=memory_format)
+    assert_trains_alike(ours, eager, x, steps=1)
