@@ -68,7 +68,7 @@ def _written_by_hooks(module: nn.Module) -> bool:
 
 
 def _has_forward_hook(module: nn.Module) -> bool:
-    return any(inner._forward_hooks for inner in module.modules())
+    return any([len(inner._forward_hooks) > 0 for inner in module.modules()])  # noqa: C419  # compiled
 
 
 def _own_memory(x: Tensor, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
@@ -400,8 +400,8 @@ class FusedFeatures(Fused, nn.Sequential):
         if mode_reason() is not None or self.original.forward is not type(self).known_forward:
             return self.run_original(x)
         children, stem = list(self._modules.values()), self.stem(self)
-        behind = 1 + max((i for i, child in enumerate(children) if isinstance(child, Fused)), default=-1)
-        watched = any(_has_forward_hook(child) for child in children[behind:])
+        behind = max([0, *[i + 1 for i, child in enumerate(children) if isinstance(child, Fused)]])
+        watched = any([_has_forward_hook(child) for child in children[behind:]])  # noqa: C419  # compiled
         contiguous: bool | None = None  # what the first fused part was given
         carried: ops.Carried | None = None  # while x is a block's X that nobody else has seen
         i = 0
