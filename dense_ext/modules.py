@@ -416,7 +416,8 @@ class FusedFeatures(Fused, nn.Sequential):
                     x = ops.dense_channels_last(x)
                 carried = carried if x is before else None
             if contiguous is None and (isinstance(child, Fused) or i == stem.start < stem.stop):
-                contiguous = isinstance(x, Tensor) and x.is_contiguous()
+                # As eager's operators: only what lies in channels_last memory stays there.
+                contiguous = isinstance(x, Tensor) and (x.is_contiguous() or not ops.is_dense(x))
             if i == stem.start < stem.stop and self.why_not_fused(x) is None:
                 x, i = self._run_stem(child, x), stem.stop
                 continue

@@ -89,7 +89,8 @@ def _outputs(function: Function, x: Tensor) -> tuple[list[Tensor], Found]:
     found: Found = {}
     for i, y in enumerate(ys):
         found[f"output {i}"] = y.detach().clone()
-        if len(ys) == 1:  # blocks and transitions called by themselves are free to choose
+        # What contiguous images give. Blocks and transitions called by themselves are free to choose.
+        if len(ys) == 1 and x.is_contiguous():
             found[f"memory format of output {i}"] = memory_formats(y)
         found[f"whether output {i} requires a gradient"] = y.requires_grad
     return ys, found

@@ -151,10 +151,11 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 networks = st.builds(
     Network,
     library=st.sampled_from(list(_LIBRARIES)),
-    growth=st.integers(1, 5),
+    # Not 1: a tensor of one channel is in both memory formats, and eager's concatenation picks either.
+    growth=st.integers(2, 5),
     blocks=st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple),
     bn_size=st.sampled_from([1, 2, 3, None]),
-    init=st.integers(1, 6),
+    init=st.integers(2, 6),
     small_inputs=st.booleans(),
 )
 options = st.builds(
