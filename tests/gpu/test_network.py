@@ -85,20 +85,24 @@ def test_blocks_and_transitions_of_volumes(device: torch.device, backend: str, r
 def test_trains_as_exactly_as_eager(device: torch.device, backend: str, recompute: str) -> None:
     """float32 with float32 products: off float64 no more than eager itself, as a median over tensors.
 
-    The ratio of two equally exact programs scatters with the rounding; twice is allowed.
+    The ratio of two equally exact programs scatters with the rounding, most of all in this network, whose
+    last norms are over two values; its mean over draws scatters less. Twice is allowed.
     """
-    torch.manual_seed(0)
-    exact = small_densenet(growth_rate=6).to(device)
-    eager = copy.deepcopy(exact).float()
-    ours = dense_ext.swap(copy.deepcopy(eager), recompute=recompute, backend=backend)
-    x = torch.randn(2, 3, 33, 32, device=device)
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        truth = train(exact, x.double())
-        mine, theirs = errors(train(ours, x), truth), errors(train(eager, x), truth)
-    assert all(row.runs == "fused" for row in dense_ext.report(ours).rows)
-    assert statistics.median(mine) <= 2 * statistics.median(theirs)
-    # A tensor much further off would be a mistake that the median hides.
-    assert max(mine) <= 10 * max(theirs)
+    ratios = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        exact = small_densenet(growth_rate=6).to(device)
+        eager = copy.deepcopy(exact).float()
+        ours = dense_ext.swap(copy.deepcopy(eager), recompute=recompute, backend=backend)
+        x = torch.randn(2, 3, 33, 32, device=device)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            truth = train(exact, x.double())
+            mine, theirs = errors(train(ours, x), truth), errors(train(eager, x), truth)
+        assert all(row.runs == "fused" for row in dense_ext.report(ours).rows)
+        ratios.append(statistics.median(mine) / statistics.median(theirs))
+        # A tensor much further off would be a mistake that the median hides.
+        assert max(mine) <= 10 * max(theirs)
+    assert statistics.geometric_mean(ratios) <= 2, ratios
 
 
 @pytest.mark.usefixtures("architecture")
