@@ -83,10 +83,10 @@ FAULTS = {
         WRONG_VALUES,
     ),
     "no wait for copies": forward_1x1(
-        "bn_relu_conv1x1.cu", "copy_async_wait<kStages - 2>();", "", WRONG_VALUES
+        "tile.cuh", "copy_async_wait<kStages - 2>();", "", WRONG_VALUES
     ),
     "a wait for one group too few": forward_1x1(
-        "bn_relu_conv1x1.cu",
+        "tile.cuh",
         "copy_async_wait<kStages - 2>();",
         "copy_async_wait<kStages - 1>();",
         WRONG_VALUES,
