@@ -23,6 +23,10 @@ import torch
 from torch import Tensor, nn
 
 
+# F.batch_norm refuses such a norm, too.
+ONE_STATISTIC = "a batch norm has only one of running_mean and running_var: it needs both or neither"
+
+
 def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x.to(dtype)``, without a call where there is nothing to do."""
     return x if x.dtype == dtype else x.to(dtype)
@@ -89,6 +93,8 @@ def update_running_stats(
         for norm, start in zip(norms, starts, strict=True)
         if norm.training and isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats
     ]
+    if any([(mean is None) != (var is None) for _, mean, var, _ in tracked]):  # noqa: C419  # compiled
+        raise ValueError(ONE_STATISTIC)
     if len({norm for norm, *_ in tracked}) < len(tracked):
         # A norm that several layers share takes one update after the other, in their order.
         for norm, _, _, start in tracked:
@@ -103,7 +109,7 @@ def update_running_stats(
     means, variances = stats[0], stats[1] * (count / max(count - 1, 1))
     by_momentum: dict[float | None, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
     for (norm, running_mean, running_var, start), step in zip(tracked, steps, strict=True):
-        if running_mean is None or running_var is None or (step is None and norm.momentum is None):
+        if running_mean is None or (step is None and norm.momentum is None):
             continue
         running, batch, counts = by_momentum.setdefault(norm.momentum, ([], [], []))
         running += [running_mean, running_var]

@@ -23,6 +23,7 @@ from . import ops  # registers the operators
 from .arguments import Arguments, BlockOptions
 from .backends.base import accumulate_dtype
 from .batch_norm import (
+    ONE_STATISTIC,
     affine_parameters,
     constant,
     num_features,
@@ -51,6 +52,8 @@ def _arguments(
     # Without a walrus: the compiler cannot trace one in a comprehension.
     means = [mean for mean in [constant(norm, "running_mean") for norm in running] if mean is not None]
     variances = [var for var in [constant(norm, "running_var") for norm in running] if var is not None]
+    if not len(means) == len(variances) == len(running):
+        raise ValueError(f"{where}: {ONE_STATISTIC}")
     groups = (list(weights), list(biases), conv_weights, means, variances)
     names = ("norm weight", "norm bias", "convolution weight", "running mean", "running variance")
     for name, group in zip(names, groups, strict=True):
@@ -71,9 +74,9 @@ def _has_forward_hook(module: nn.Module) -> bool:
     return any([len(inner._forward_hooks) > 0 for inner in module.modules()])  # noqa: C419  # compiled
 
 
-def _own_memory(x: Tensor, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
+def _own_memory(x: Tensor) -> Tensor:
     """``x`` for somebody who may write into it: a copy if a backward will read x itself."""
-    return x.clone(memory_format=memory_format) if x.requires_grad else x
+    return x.clone() if x.requires_grad else x
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

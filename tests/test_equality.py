@@ -143,6 +143,18 @@ def test_stop_tracking_but_keep_the_buffers(backend: str) -> None:
     assert_trains_alike(ours, eager, images())
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("missing", ["running_mean", "running_var"])
+def test_one_running_statistic_alone_is_refused(missing: str, training: bool) -> None:
+    for part in (eager_block(), eager_transition()):
+        for model in twin(part.train(training), dense_ext.swap):
+            for name, module in model.named_modules():
+                if name.endswith(("layer2.norm1", "norm")):
+                    setattr(module, missing, None)
+            with pytest.raises((ValueError, RuntimeError), match="running_(mean|var)"):
+                model(torch.randn(2, 6, 4, 4, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("size", [(1, 2), (2, 1), (1, 1), (5, 7)])
 def test_block_of_odd_sizes(backend: str, recompute: str, size: tuple[int, int]) -> None:
     ours, eager = twin(eager_block(), lambda m: dense_ext.swap(m, recompute=recompute))

@@ -144,9 +144,9 @@ class TestAOTInductor:
             program = _export(ours, x)
         package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
         served = torch._inductor.aoti_load_package(package)
-        for grad in (False, True):
-            with torch.set_grad_enabled(grad):
-                assert_equal(served(x), eager(x).detach(), "output")
+        for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            with mode():
+                assert_equal(served(x), eager(x).detach(), mode.__name__)
 
 
 class TestTorchScript:
