@@ -2,7 +2,9 @@
 
 They are shared libraries without Python in them (libtorch's stable ABI): one build serves every
 Python, and every PyTorch from 2.10 on, with CUDA or without. The CPU's is compiled once for each
-instruction set worth having; CUDA's, where nvcc is found, once for all of TORCH_CUDA_ARCH_LIST.
+instruction set worth having. CUDA's takes minutes for each architecture, so it is compiled for the
+GPUs of this machine: where there are none, there is no CUDA library. ``TORCH_CUDA_ARCH_LIST`` names
+other architectures; ``DENSE_EXT_CUDA=1`` compiles for all of them, as wheels need it.
 
 What can't be built is left out, and the package installs all the same. ``DENSE_EXT_BUILD=1`` makes
 a failed build an error, ``DENSE_EXT_BUILD=0`` skips building. ``DENSE_EXT_CUDA`` does so for the
@@ -34,7 +36,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     CPU_TARGETS |= {"_cpu_avx2": "-march=x86-64-v3", "_cpu_avx512": "-march=x86-64-v4"}
 
 # A chip runs the code for earlier ones of its generation, 9.0a's excepted; later ones need the PTX.
-ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
+ALL_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
 
 
 class BuildError(RuntimeError):
@@ -57,9 +59,25 @@ def cuda_home() -> Path | None:
     return Path(nvcc).parent.parent if nvcc else None
 
 
+def gpus() -> str:
+    """The architectures of this machine's GPUs, as TORCH_CUDA_ARCH_LIST would name them."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return ";".join(sorted({name.replace("9.0", "9.0a") for name in listed}))
+
+
+def architectures() -> str:
+    """Those to compile CUDA for; none where no GPU and no setting asks for any."""
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or (ALL_ARCHITECTURES if CUDA == "1" else gpus())
+
+
 def cuda_target() -> str:
+    """The flags of nvcc for the architectures."""
     flags = []
-    for name in ARCHITECTURES.replace(";", " ").split():
+    for name in architectures().replace(";", " ").split():
         number, _, ptx = name.replace(".", "").partition("+")
         codes = f"sm_{number},compute_{number}" if ptx else f"sm_{number}"
         if re.fullmatch(r"([89]|1\d)\d[af]?", number):  # not before 8.0, and no names
@@ -105,10 +123,14 @@ def extensions() -> list[Extension]:
         leave_out("the libraries", "it takes PyTorch, and GCC or Clang", BUILD == "1")
         return []
     if folders and (CUDA == "1" or (CUDA != "0" and os.path.exists(f"{TORCH}/lib/libtorch_cuda.so"))):
-        if cuda_home() and cuda_target():
+        every = "DENSE_EXT_CUDA=1 compiles for every architecture"
+        if not architectures():
+            print(f"dense_ext: no GPU here, so no CUDA library ({every})", file=sys.stderr)
+        elif cuda_home() and cuda_target():
+            print(f"dense_ext: CUDA for {architectures()} ({every})", file=sys.stderr)
             folders = {"_cuda": "cuda", **folders}  # what takes longest first
         else:
-            leave_out("_cuda", "no nvcc, or no GPU from 8.0 on in TORCH_CUDA_ARCH_LIST", CUDA == "1")
+            leave_out("_cuda", f"no nvcc, or no GPU from 8.0 on among {architectures()}", CUDA == "1")
     sources = {kind: sorted([*glob("csrc/*.cpp"), *glob(f"csrc/{kind}/*.c{end}")])
                for kind, end in (("cpu", "pp"), ("cuda", "u"))}  # fmt: skip
     return [Extension(f"dense_ext.{name}", sources[kind]) for name, kind in folders.items()]

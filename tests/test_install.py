@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from dense_ext.backends import CPU, CUDA
 from tests.wheel import unstable_symbols
@@ -106,6 +107,29 @@ def test_a_cuda_library_that_was_asked_for_may_not_fail(tmp_path: Path) -> None:
     compile, codes = f"'{nvcc}' -ccbin /nonexistent/c++", "-gencode=arch=compute_80,code=[sm_80]"
     assert compile in output
     assert f"{codes} -gencode=arch=compute_90a,code=[sm_90a,compute_90a]" in output
+
+
+def says(folder: Path, nvidia_smi: str) -> str:
+    """What a build prints where ``nvidia-smi`` is this script; it compiles nothing."""
+    program = folder / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\n{nvidia_smi}\n")
+    program.chmod(0o755)
+    path = os.pathsep.join([str(program.parent), os.environ["PATH"]])
+    settings = {"DENSE_EXT_BUILD": "", "TORCH_CUDA_ARCH_LIST": "", "PATH": path}
+    result = build(copy_of_the_sources(folder), **NO_COMPILER | settings)
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is without CUDA")
+def test_cuda_is_compiled_for_the_gpus_of_the_machine(tmp_path: Path) -> None:
+    (tmp_path / "two").mkdir()
+    output = says(tmp_path / "two", "echo 9.0; echo 8.6; echo 9.0")
+    assert "CUDA for 8.6;9.0a" in output or "no nvcc, or no GPU from 8.0 on among 8.6;9.0a" in output
+    (tmp_path / "none").mkdir()
+    output = says(tmp_path / "none", "exit 6")
+    assert "no GPU here, so no CUDA library (DENSE_EXT_CUDA=1 compiles for every architecture)" in output
 
 
 @pytest.mark.parametrize("path", [CPU.library.path, CUDA.library.path], ids=["cpu", "cuda"])

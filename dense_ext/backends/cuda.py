@@ -40,8 +40,8 @@ class CUDABackend(CompiledBackend):
         device_type: str = "cuda",
     ) -> None:
         absent = (
-            f"the CUDA library is not built: {library.name} is not in {library.parent}; installing "
-            "compiles it where there is nvcc (DENSE_EXT_CUDA=1: or says why it can't)"
+            f"the CUDA library is not built: {library.name} is not in {library.parent}; installing compiles "
+            "it for the GPUs of the machine, where there is nvcc (DENSE_EXT_CUDA=1: for all, or says why not)"
         )
         super().__init__(Library([library], namespace, absent, (*OPS, HAS_CODE)))
         self.device_type = device_type
