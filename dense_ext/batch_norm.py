@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 # F.batch_norm refuses such a norm, too.
 ONE_STATISTIC = "a batch norm has only one of running_mean and running_var: it needs both or neither"
 
@@ -109,7 +108,7 @@ def update_running_stats(
     means, variances = stats[0], stats[1] * (count / max(count - 1, 1))
     by_momentum: dict[float | None, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
     for (norm, running_mean, running_var, start), step in zip(tracked, steps, strict=True):
-        if running_mean is None or (step is None and norm.momentum is None):
+        if running_mean is None or running_var is None or (step is None and norm.momentum is None):
             continue
         running, batch, counts = by_momentum.setdefault(norm.momentum, ([], [], []))
         running += [running_mean, running_var]

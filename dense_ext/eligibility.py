@@ -226,6 +226,11 @@ class Fused:
         """The children that the check looks at."""
         return list(module._modules.values())
 
+    @classmethod
+    def guarded(cls, module: Any) -> list[tuple[Any, str, Any]]:
+        """Other attributes that the check looks at: whose, name, value."""
+        return []
+
     def unfusable(self) -> str | None:
         """Why the module's own forward has to run because of its inner modules, or None."""
         if torch.compiler.is_compiling():  # the compiler guards what it reads
@@ -236,7 +241,7 @@ class Fused:
         if snapshot is None or not snapshot.holds(self.inspected(self)):
             if (reason := self.why_not(self) or weights_reason(self.inspected(self))) is not None:
                 return reason
-            _snapshots[self] = Snapshot(self.inspected(self))
+            _snapshots[self] = Snapshot(self.inspected(self), self.guarded(self))
         return None
 
     def why_eager(self, x: Any) -> str | None:
@@ -383,8 +388,8 @@ class Snapshot:
     flat lists, with little Python for each module; whatever is not the same object is checked in full.
     """
 
-    def __init__(self, top: list[Any]) -> None:
-        self.top = top
+    def __init__(self, top: list[Any], guarded: list[tuple[Any, str, Any]]) -> None:
+        self.top, self.guarded = top, guarded
         self.parents = [m for t in top for m in t.modules() if m._modules]
         self.modules = self._flat()
         self.types = list(map(type, self.modules))
@@ -421,6 +426,7 @@ class Snapshot:
                 and self._no_hooks()
                 and self._same_settings()
                 and all(getattr(kind, name) is function for kind, name, function in self.methods)
+                and all(getattr(of, name) is value for of, name, value in self.guarded)
             )
         except (KeyError, AttributeError, RuntimeError):  # an attribute is gone, or changes meanwhile
             return False

@@ -11,7 +11,7 @@ may write into it is given a copy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -36,7 +36,7 @@ from .eligibility import Fused, interference, mode_reason, names_of
 from .schedule import norm_starts
 
 
-def _arguments(
+def read_arguments(
     where: str, x: Tensor, norms: Sequence[nn.BatchNorm2d], convs: Sequence[nn.Conv2d], backend: str
 ) -> Arguments:
     """The operators' constants, read from the modules now; checked against x."""
@@ -61,7 +61,7 @@ def _arguments(
     return Arguments(*groups, [norm.eps for norm in norms], batch_stats, backend)
 
 
-def _written_by_hooks(module: nn.Module) -> bool:
+def written_by_hooks(module: nn.Module) -> bool:
     """Whether a forward hook may write into what the module returns; those of FSDP do not."""
     for hook in module._forward_hooks.values():
         function = getattr(hook, "func", hook)  # of a functools.partial
@@ -74,12 +74,12 @@ def _has_forward_hook(module: nn.Module) -> bool:
     return any([len(inner._forward_hooks) > 0 for inner in module.modules()])  # noqa: C419  # compiled
 
 
-def _own_memory(x: Tensor) -> Tensor:
+def own_memory(x: Tensor) -> Tensor:
     """``x`` for somebody who may write into it: a copy if a backward will read x itself."""
     return x.clone() if x.requires_grad else x
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype autocast would convolve x in, None where it leaves x alone."""
     if x.dtype == torch.float64 or not ops.autocast_enabled(x):
         return None
@@ -88,13 +88,76 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def _autocast_pools_in_float32(x: Tensor) -> bool:
     """Whether autocast is on and takes pools to float32: for volumes on a CPU."""
-    return x.dim() == 5 and x.device.type == "cpu" and _autocast_dtype(x) is not None
+    return x.dim() == 5 and x.device.type == "cpu" and autocast_dtype(x) is not None
 
 
 def _as_autocast_concatenates(x: Tensor) -> Tensor:
     """The tensor in the dtype eager's concatenation with autocast features would have: the wider of both."""
-    dtype = _autocast_dtype(x)
+    dtype = autocast_dtype(x)
     return x if dtype is None else x.to(torch.promote_types(x.dtype, dtype))
+
+
+def run_dense_block(
+    x: Tensor,
+    norms: Sequence[Any],
+    convs: Sequence[Any],
+    drop_rate: float,
+    recompute: str,
+    backend: str,
+    reorder: Callable[[Arguments], Arguments] | None = None,
+    update: Callable[[Tensor, Sequence[int]], None] | None = None,
+) -> tuple[Tensor, ops.Carried]:
+    """The operator of a dense block, and the update of its norms' running statistics.
+
+    Args:
+        x: [N, c0, H, W].
+        norms, convs: those of all layers in the order they run, one or two of each a layer.
+        drop_rate: 0 in eval mode.
+        recompute, backend: as :class:`DenseBlock`.
+        reorder: changes the operator's constants before it runs.
+        update: called with the batch statistics and each norm's first channel in them, in place of the
+            update of the norms.
+
+    Returns:
+        X [N, Ct, H, W], and what a transition may be told of it.
+    """
+    check_input("dense block", x, norms[0])
+    per_layer = 2 if convs[0].kernel_size[0] == 1 else 1
+    x = _as_autocast_concatenates(x)
+    args = read_arguments("dense block", x, norms, convs, backend)
+    if reorder is not None:
+        args = reorder(args)
+    seeds = torch.randint(2**63 - 1, (len(norms) // per_layer,), device="cpu") if drop_rate else None
+    # Without a backward there is nothing to keep z for.
+    recompute = recompute if torch.is_grad_enabled() else "bottleneck"
+    out, stats, _ = torch.ops.dense_ext.dense_block(x, *args, *BlockOptions(seeds, drop_rate, recompute))
+    starts = norm_starts(len(norms), out.shape[1], convs[0].out_channels if per_layer == 2 else 0)
+    if update is None:
+        update_running_stats(norms, stats, starts, values_per_channel(x))
+    else:
+        update(stats, starts)
+    of_x = any(args.batch_stats[::per_layer])  # whether a norm took statistics of X
+    return out, ops.Carried(stats[:, : out.shape[1]] if of_x else None, ops.block_node(out))
+
+
+def run_transition(input: Tensor, norm: Any, conv: Any, backend: str, carried: ops.Carried) -> Tensor:
+    """The operator of a transition, and the update of its norm's running statistics.
+
+    Args:
+        input: [N, C, H, W].
+        norm, conv: the transition's.
+        backend: as :class:`DenseBlock`.
+        carried: what the block that has just made ``input`` knows of it.
+
+    Returns:
+        [N, K, H//2, W//2].
+    """
+    check_input("transition", input, norm, minimum_size=2)
+    x = _as_autocast_concatenates(input)
+    args = read_arguments("transition", x, [norm], [conv], backend)
+    y, stats = ops.run_transition(x, args, carried if x is input else ops.NOTHING_CARRIED)
+    update_running_stats([norm], stats, [0], values_per_channel(x))
+    return y.float() if _autocast_pools_in_float32(y) else y.to(autocast_dtype(y) or y.dtype)
 
 
 class DenseLayer(nn.Module):
@@ -203,27 +266,17 @@ class FusedDenseBlock(Fused):
         if self.why_eager(x) is not None:
             return self.run_original(x)
         out, _ = self.run(x)
-        return _own_memory(out) if _written_by_hooks(self) else out  # type: ignore[arg-type]
+        return own_memory(out) if written_by_hooks(self) else out  # type: ignore[arg-type]
 
     def run(self, init_features: Tensor) -> tuple[Tensor, ops.Carried]:
         """The fused operator: X [N, Ct, H, W], and what a transition may be told of it."""
         first, *_ = self._modules.values()
         inner = [self.inner(layer) for layer in self._modules.values()]
-        check_input("dense block", init_features, inner[0]["norm1"])
         names = ("1", "2") if "conv2" in inner[0] else ("1",)
         norms = [modules["norm" + i] for modules in inner for i in names]
         convs = [modules["conv" + i] for modules in inner for i in names]
-        x = _as_autocast_concatenates(init_features)
-        args = _arguments("dense block", x, norms, convs, self.backend)
         drop_rate = getattr(first, "drop_rate", 0.0) if first.training else 0.0
-        seeds = torch.randint(2**63 - 1, (len(inner),), device="cpu") if drop_rate else None
-        # Without a backward there is nothing to keep z for.
-        recompute = self.recompute if torch.is_grad_enabled() else "bottleneck"
-        out, stats, _ = torch.ops.dense_ext.dense_block(x, *args, *BlockOptions(seeds, drop_rate, recompute))
-        starts = norm_starts(len(norms), out.shape[1], convs[0].out_channels if len(names) == 2 else 0)
-        update_running_stats(norms, stats, starts, values_per_channel(x))
-        of_x = any(args.batch_stats[:: len(names)])  # whether a norm took statistics of X
-        return out, ops.Carried(stats[:, : out.shape[1]] if of_x else None, ops.block_node(out))
+        return run_dense_block(init_features, norms, convs, drop_rate, self.recompute, self.backend)
 
 
 def _widths_reason(layers: dict[str, dict[str, Any]]) -> str | None:
@@ -315,12 +368,7 @@ class FusedTransition(Fused):
     def run(self, input: Tensor, carried: ops.Carried = ops.NOTHING_CARRIED) -> Tensor:
         """The fused operator; ``carried`` is what the block that has just made ``input`` knows of it."""
         norm, conv = self._modules["norm"], self._modules["conv"]
-        check_input("transition", input, norm, minimum_size=2)
-        x = _as_autocast_concatenates(input)
-        args = _arguments("transition", x, [norm], [conv], self.backend)
-        y, stats = ops.run_transition(x, args, carried if x is input else ops.NOTHING_CARRIED)
-        update_running_stats([norm], stats, [0], values_per_channel(x))
-        return y.float() if _autocast_pools_in_float32(y) else y.to(_autocast_dtype(y) or y.dtype)
+        return run_transition(input, norm, conv, self.backend, carried)
 
 
 class Transition(FusedTransition, nn.Sequential):
@@ -428,7 +476,7 @@ class FusedFeatures(Fused, nn.Sequential):
                 x, carried = child.run(x, carried), None
             else:
                 if carried is not None and not self._only_reads(child):
-                    x = _own_memory(x)
+                    x = own_memory(x)
                 carried = None
                 if isinstance(child, FusedDenseBlock) and self._fuses(child, x):
                     x, carried = child.run(x)
@@ -436,7 +484,7 @@ class FusedFeatures(Fused, nn.Sequential):
                     x = child(x)
             i += 1
         if carried is not None:
-            x = _own_memory(x)
+            x = own_memory(x)
         return x.contiguous() if contiguous and isinstance(x, Tensor) else x
 
     @staticmethod
@@ -452,7 +500,7 @@ class FusedFeatures(Fused, nn.Sequential):
 
     def _run_stem(self, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
         check_input("stem", x, norm)
-        args = _arguments("stem", x, [norm], [], self.backend)
+        args = read_arguments("stem", x, [norm], [], self.backend)
         y, stats = torch.ops.dense_ext.stem(x, *args)
         update_running_stats([norm], stats, [0], values_per_channel(x))
         return y.float() if _autocast_pools_in_float32(y) else y

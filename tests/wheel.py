@@ -106,7 +106,9 @@ def build(out: Path) -> Path:
 def main() -> int:
     """Print a line for each environment; 1 if one of them fails."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="an empty folder for sdist and wheel; else they are not kept")
+    parser.add_argument(
+        "--out", type=Path, help="an empty folder for sdist and wheel; else they are not kept"
+    )
     parser.add_argument("--python", action="append", help=f"instead of {', '.join(PYTHONS)}")
     parser.add_argument("--torch", action="append", help=f"instead of {', '.join(TORCHES)}")
     arguments = parser.parse_args()

@@ -20,6 +20,7 @@ from ..checks import check_options
 from ..eligibility import Fused
 from .adapter import ADDED, Adapter, Candidate, adapters
 from .automatic import policies_that_fit
+from .recognition import Recognition, restore_recognised
 from .report import Report, Row, served_by
 
 __all__ = ["Report", "Row", "report", "restore", "restored", "swap"]
@@ -27,9 +28,26 @@ __all__ = ["Report", "Row", "report", "restore", "restored", "swap"]
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def _candidates(model: nn.Module) -> list[tuple[Adapter, Candidate]]:
-    """Every part of the model that is, or looks like, something an adapter can swap."""
-    return [(adapter, candidate) for adapter in adapters() for candidate in adapter.candidates(model)]
+def _candidates(model: nn.Module, recognise: bool) -> list[tuple[Adapter | Recognition, Candidate]]:
+    """Every part of the model that is, or looks like, something that can be swapped.
+
+    Recognition looks at what adapters do not know, and at what they refuse.
+    """
+    found: list[tuple[Adapter | Recognition, Candidate]] = [
+        (adapter, candidate) for adapter in adapters() for candidate in adapter.candidates(model)
+    ]
+    if not recognise:
+        return found
+    served = {candidate.module for _, candidate in found if candidate.reason is None}
+    recognition = Recognition(model, served - {c.module for _, c in found if c.kind in ("features", "stem")})
+    more = list(recognition.candidates(model))
+    recognised = {candidate.module for candidate in more if candidate.reason is None}
+    # An adapter's reason is the better one.
+    refused = {candidate.module for _, candidate in found} - recognised
+    return [
+        *((adapter, c) for adapter, c in found if c.module not in recognised),
+        *((recognition, c) for c in more if not refused & set(c.module.modules())),
+    ]
 
 
 def swap(
@@ -38,6 +56,7 @@ def swap(
     recompute: str = "bottleneck",
     backend: str = "auto",
     strict: bool = False,
+    recognise: bool = True,
     input_shape: Sequence[int] | None = None,
     memory: int | str | None = None,
     dtype: torch.dtype | None = None,
@@ -49,13 +68,16 @@ def swap(
     :func:`report` say why. Swapping again changes the options.
 
     Args:
-        model: a DenseNet of torchvision, timm, MONAI (2-D, 3-D) or TorchXRayVision, or a model that
-            contains one or is built on its blocks.
+        model: any densely connected network. Classes of torchvision, timm, MONAI (2-D, 3-D) and
+            TorchXRayVision are known; other modules are recognised by what their forward computes.
         recompute: as :class:`dense_ext.DenseBlock`; or ``"auto"``: for each block what computes least
             again while a training step with AdamW's state still fits
             (:meth:`dense_ext.memory.Planner.choose`). The model is then itself a DenseNet, for images.
         backend: as :class:`dense_ext.DenseBlock`.
         strict: raise, before anything is changed, if a part cannot be served.
+        recognise: trace modules whose classes are unknown, and fuse those that compute dense blocks or
+            transitions; False for known classes only. A recognised module has been compared with its
+            original in float64, which takes seconds, once.
         input_shape: for ``"auto"``, N, C, H, W of the images of a step.
         memory: for ``"auto"``, the bytes to fit into, also as ``"80GiB"``; None for what the model's
             device has for this process.
@@ -76,9 +98,11 @@ def swap(
         raise ValueError(
             f'input_shape, memory and dtype go with recompute="auto", got recompute={recompute!r}'
         )
-    found = _candidates(model)
+    # What the planner follows is a DenseNet of known classes.
+    found = _candidates(model, recognise and not automatic)
     if not any(candidate.kind != "features" for _, candidate in found):
-        raise ValueError(f"{type(model).__name__} contains no dense block that dense_ext knows")
+        how = "knows or recognises" if recognise and not automatic else "knows"
+        raise ValueError(f"{type(model).__name__} contains no dense block that dense_ext {how}")
     refused = [f"{c.name}: {c.reason}" for _, c in found if c.reason is not None]
     if refused:
         message = "left as they are: " + "; ".join(refused)
@@ -96,6 +120,7 @@ def restore(model: Model) -> Model:
     """Undo :func:`swap`, in place; returns ``model``. What was never swapped stays as it is."""
     for adapter in adapters():
         adapter.restore(model)
+    restore_recognised(model)
     return model
 
 
@@ -129,6 +154,6 @@ def report(model: nn.Module) -> Report:
     """
     return Report([*served_by(model), *(
         Row(c.name, c.kind, "eager", "", c.reason or "not swapped")
-        for _, c in _candidates(model)
+        for _, c in _candidates(model, recognise=True)
         if not c.swapped and c.kind != "features"
     )])  # fmt: skip

@@ -23,7 +23,7 @@ _LIBRARIES = {
     "torchxrayvision.models": "torchxrayvision",
 }
 # Attributes a swap adds and a restore takes away.
-ADDED = ("recompute", "backend", "part_name")
+ADDED = ("recompute", "backend", "part_name", "plan", "kinds", "returns_copy")
 
 
 @dataclass(frozen=True)

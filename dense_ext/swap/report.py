@@ -10,6 +10,7 @@ from torch import nn
 from ..backends import requested, select
 from ..backends.volume import for_volumes
 from ..modules import FusedDenseBlock, FusedFeatures, FusedTransition
+from ..recognise import Recognised
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,11 @@ def served_by(model: nn.Module) -> Iterator[Row]:
     kinds = ((FusedDenseBlock, "dense block"), (FusedTransition, "transition"), (FusedFeatures, "stem"))
     for name, module in model.named_modules():
         kind = next((k for cls, k in kinds if isinstance(module, cls)), None)
+        if isinstance(module, Recognised):
+            kind = module.plan.kind
         if kind is None or (isinstance(module, FusedFeatures) and not module.runs_stem()):
             continue
-        recompute = getattr(module, "recompute", "")
+        recompute = "" if kind == "transition" else getattr(module, "recompute", "")
         if (reason := module.why_not_at_rest(module)) is not None:
             yield Row(name, kind, "eager", recompute, reason)
             continue

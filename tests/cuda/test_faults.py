@@ -82,9 +82,7 @@ FAULTS = {
         "  }\n  if (args.moments) {\n",
         WRONG_VALUES,
     ),
-    "no wait for copies": forward_1x1(
-        "tile.cuh", "copy_async_wait<kStages - 2>();", "", WRONG_VALUES
-    ),
+    "no wait for copies": forward_1x1("tile.cuh", "copy_async_wait<kStages - 2>();", "", WRONG_VALUES),
     "a wait for one group too few": forward_1x1(
         "tile.cuh",
         "copy_async_wait<kStages - 2>();",

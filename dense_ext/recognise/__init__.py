@@ -1,0 +1,174 @@
+"""Recognition of densely connected modules that no library adapter knows, by what their forward computes.
+
+The forward is traced in every mode and read as dense blocks and transitions (:mod:`description`). The
+modules in it are checked as those of known classes are. Then the fused operators are compared with the
+original by numbers (:mod:`proof`). A module that one of these steps refuses stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from .description import CONVS, NORMS, Plan, describe
+from .fused import Recognised, changes, original_class, recognised_base, unsupported
+from .proof import install, prove
+from .tracing import RefusedError, graph_of, is_torchs
+
+__all__ = [
+    "Found",
+    "Plan",
+    "Recognised",
+    "RefusedError",
+    "find",
+    "install",
+    "original_class",
+    "recognise",
+    "recognised_base",
+    "wants_copies",
+]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A module that is a run of dense blocks and transitions, or looks like one and is refused."""
+
+    name: str  # dotted, in the model
+    module: nn.Module
+    plan: Plan | None
+    reason: str | None  # why it is refused, None if it has a plan
+
+
+def find(model: nn.Module, known: set[nn.Module]) -> list[Found]:
+    """The outermost modules of a model that are recognised, and the refused ones that concatenate.
+
+    Args:
+        model: looked at, not changed.
+        known: modules that are not to be looked at, with all inside them.
+    """
+    found: list[Found] = []
+    _visit(model, "", known, found)
+    return found
+
+
+def _visit(module: nn.Module, name: str, known: set[nn.Module], found: list[Found]) -> bool:
+    """Look at a module, then at those inside it; whether any was recognised."""
+    if module in known or is_torchs(module) or not _may_be_dense(module):
+        return False
+    reason, holds_known = None, not known.isdisjoint(module.modules())
+    if holds_known:
+        pass
+    elif type(module).forward is not nn.Module.forward and not isinstance(
+        module, (nn.ModuleList, nn.ModuleDict)
+    ):
+        try:
+            plan = recognise(module)
+        except RefusedError as refused:
+            reason = str(refused)
+        else:
+            found.append(Found(name, module, plan, None))
+            return True
+    before = len(found)
+    recognised = [
+        _visit(child, f"{name}.{child_name}" if name else child_name, known, found)
+        for child_name, child in module.named_children()
+    ]
+    if holds_known or any(recognised):
+        return True
+    if reason is not None and _concatenates(module):
+        del found[before:]  # the outermost says it
+        found.append(Found(name, module, None, reason))
+    return False
+
+
+def _may_be_dense(module: nn.Module) -> bool:
+    kinds = {type(inner) for inner in module.modules()}
+    return any(issubclass(kind, NORMS) for kind in kinds) and any(issubclass(kind, CONVS) for kind in kinds)
+
+
+def _concatenates(module: nn.Module) -> bool:
+    """Whether a module's own forward, or that of every child of a container, names ``torch.cat``."""
+    names = getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
+    if {"cat", "concat", "concatenate"} & set(names):
+        return True
+    children = list(module.children())
+    return isinstance(module, nn.Sequential) and len(children) > 1 and all(map(_concatenates, children))
+
+
+def recognise(module: nn.Module) -> Plan:
+    """The plan of a module, proven.
+
+    Raises:
+        RefusedError: why there is none.
+    """
+    plan = describe(module)
+    if len(plan.blocks) == len(plan.steps) == 1 and len(plan.blocks[0].layers) < 2:
+        raise RefusedError("it is a single layer")
+    kinds = {path: type(m) for path, m in module.named_modules() if m is not module}
+    if (reason := changes(module, kinds, plan) or unsupported(module, plan)) is not None:
+        raise RefusedError(reason)
+    prove(module, plan)
+    return plan
+
+
+# --- what the network does with a part's result -------------------------------------------------------
+
+# They need the memory layout that eager's result has.
+_LAYOUT = {"view", "view_as", "as_strided", "stride", "is_contiguous", "data_ptr", "numpy", "unfold"}
+
+
+def wants_copies(model: nn.Module, parts: dict[str, nn.Module]) -> set[str]:
+    """The parts whose result has to be contiguous memory of its own, by name.
+
+    A part's result lies in channels_last memory, and its backward reads it. So a network that makes a view
+    of it, writes into it or returns it gets a copy. What cannot be traced might do any of these.
+    """
+    if "" in parts:
+        return {""}
+    modules = set(parts.values())
+    try:
+        graph = graph_of(model, lambda m: m in modules)
+    except RefusedError:
+        return set(parts)
+    names = {module: name for name, module in parts.items()}
+    return {
+        names[model.get_submodule(str(node.target))]
+        for node in graph.nodes
+        if node.op == "call_module" and str(node.target) in parts and _needs_copy(node, model, modules)
+    }
+
+
+def _needs_copy(node: fx.Node, model: nn.Module, parts: set[nn.Module]) -> bool:
+    fresh = {node}  # values that may share the part's memory or layout
+    for user in _downstream(node):
+        if not fresh & set(user.all_input_nodes):
+            continue
+        if user.op == "output":
+            return True
+        if user.op == "call_module":
+            module = model.get_submodule(str(user.target))
+            if module in parts:
+                continue
+            if getattr(module, "inplace", False) and node in user.all_input_nodes:
+                return True
+        name = str(getattr(user.target, "__name__", user.target))
+        if name in _LAYOUT:
+            return True
+        writes = (
+            (name.endswith("_") and not name.endswith("__"))
+            or name == "setitem"
+            or user.kwargs.get("inplace")
+        )
+        if writes and node in user.all_input_nodes:
+            return True
+        fresh.add(user)
+    return False
+
+
+def _downstream(node: fx.Node) -> Iterator[fx.Node]:
+    following = node.next
+    while following.op != "root":
+        yield following
+        following = following.next

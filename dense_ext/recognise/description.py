@@ -1,0 +1,429 @@
+"""What a traced forward computes: dense blocks and transitions, whatever its modules are called.
+
+The graph is read over groups of channels. A group is what the input, a convolution or a pool makes; a value
+is a tuple of groups, which ``torch.cat`` joins, and perhaps a norm and a ReLU on top of them. What cannot be
+said in these words is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from .tracing import Guards, RefusedError, traces
+
+NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
+CONVS = (nn.Conv2d, nn.Conv3d)
+POOLS = (nn.AvgPool2d, nn.AvgPool3d)
+
+
+@dataclass(frozen=True)
+class DenseLayer:
+    """The dotted names of a layer's norms and convolutions, one or two of each, in the order they run."""
+
+    norms: tuple[str, ...]
+    convs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Dense layers that read all features before them.
+
+    Attributes:
+        newest_first: a layer's features come before the older ones, not behind them.
+        only_new: the block returns what its layers add, without its input.
+        drop_rate: of the dropout behind each layer, in training.
+    """
+
+    layers: tuple[DenseLayer, ...]
+    newest_first: bool
+    only_new: bool
+    drop_rate: float = 0.0
+
+
+@dataclass(frozen=True)
+class Transition:
+    """Norm, ReLU, 1x1 convolution and 2x2 average pool."""
+
+    norm: str
+    conv: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a module computes, step by step, while the guards hold."""
+
+    steps: tuple[Block | Transition, ...]
+    guards: Guards
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The steps that are blocks."""
+        return [step for step in self.steps if isinstance(step, Block)]
+
+    @property
+    def kind(self) -> str:
+        """What it is, in one word or two."""
+        if len(self.steps) > 1:
+            return "stage"
+        return "dense block" if self.blocks else "transition"
+
+    @property
+    def norms(self) -> list[str]:
+        """The names of all norms, in the order they run."""
+        return [name for step in self.steps for name in _names(step)[0]]
+
+    @property
+    def convs(self) -> list[str]:
+        """The names of all convolutions, in the order they run."""
+        return [name for step in self.steps for name in _names(step)[1]]
+
+
+def _names(step: Block | Transition) -> tuple[list[str], list[str]]:
+    if isinstance(step, Transition):
+        return [step.norm], [step.conv]
+    norms, convs = (
+        [name for layer in step.layers for name in getattr(layer, kind)] for kind in ("norms", "convs")
+    )
+    return norms, convs
+
+
+def describe(module: nn.Module) -> Plan:
+    """The plan of a module.
+
+    Raises:
+        RefusedError: it computes something else, or something else in another mode.
+    """
+    plans, guards = [], Guards()
+    for training, graph, read in traces(module):
+        plans.append((training, Plan(tuple(_Reading(module, graph, training).steps()), Guards())))
+        guards |= read
+    (_, first), *others = plans
+    for training, plan in others:
+        if plan.steps != (first if training else without_dropout(first)).steps:
+            raise RefusedError("its forward computes something else in another mode")
+    modules = [module.get_submodule(name) for name in (*first.norms, *first.convs)]
+    if len(set(modules)) < len(modules):
+        raise RefusedError("a norm or convolution is used more than once")
+    return replace(first, guards=guards)
+
+
+def without_dropout(plan: Plan) -> Plan:
+    """The plan as it is in eval mode."""
+    steps = [replace(step, drop_rate=0.0) if isinstance(step, Block) else step for step in plan.steps]
+    return replace(plan, steps=tuple(steps))
+
+
+# --- values of a graph --------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Group:
+    """Channels that one operation makes."""
+
+    width: int | None  # None while it is the input's and no module has said it
+    sources: tuple[_Group, ...] = ()
+    norm: str = ""  # the names of the modules that make it; a pool's are its convolution's
+    relu: bool = False
+    conv: str = ""
+    drop_rate: float = 0.0
+    pooled: _Group | None = None  # the convolution's group that this is the pool of
+    readers: list[_Group] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Value:
+    groups: tuple[_Group, ...]
+    norm: str = ""
+    relu: bool = False
+
+    @property
+    def features(self) -> bool:
+        """Whether it is channels as they were made, not yet normalised or activated."""
+        return not self.norm and not self.relu
+
+
+def _width(groups: tuple[_Group, ...]) -> int | None:
+    widths = [group.width for group in groups]
+    return None if None in widths else sum(filter(None, widths))
+
+
+class _Reading:
+    """One graph, read node by node."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph, training: bool) -> None:
+        self.module, self.training = module, training
+        self.values: dict[fx.Node, _Value] = {}
+        self.input: _Group | None = None
+        self.output: _Value | None = None
+        self.made: list[_Group] = []  # by convolutions and pools
+        self.used: list[str] = []  # names of norms and convolutions called
+        for node in graph.nodes:
+            getattr(self, f"_{node.op}")(node)
+
+    # Nodes by kind.
+
+    def _placeholder(self, node: fx.Node) -> None:
+        if self.input is not None:
+            raise RefusedError("it takes more than one input")
+        self.input = _Group(None)
+        self.values[node] = _Value((self.input,))
+
+    def _get_attr(self, node: fx.Node) -> None:
+        raise RefusedError(f"it uses {node.target} itself")
+
+    def _output(self, node: fx.Node) -> None:
+        (result,) = node.args
+        if not isinstance(result, fx.Node):
+            raise RefusedError("it does not return one tensor")
+        self.output = self._value(result)
+
+    def _call_module(self, node: fx.Node) -> None:
+        name = str(node.target)
+        module = self.module.get_submodule(name)
+        if len(node.args) != 1 or node.kwargs:
+            raise RefusedError(f"{name} is called with more than one argument")
+        source, kind = node.args[0], type(module)
+        if kind in NORMS:
+            self.values[node] = self._normalised(source, name, module)
+        elif kind in CONVS:
+            self.values[node] = self._convolved(source, name, module)
+        elif kind is nn.ReLU:
+            self.values[node] = self._activated(source, module.inplace)
+        elif kind is nn.Dropout:
+            self.values[node] = self._dropped(source, module.p if module.training else 0.0)
+        elif kind in POOLS:
+            self.values[node] = self._averaged(
+                source,
+                module.kernel_size,
+                module.stride,
+                module.padding,
+                module.ceil_mode,
+                module.divisor_override,
+            )
+        elif kind is nn.Identity:
+            self.values[node] = self._value(source)
+        else:
+            raise RefusedError(f"{name} is {_article(kind.__name__)}")
+
+    def _call_function(self, node: fx.Node) -> None:
+        handler = _FUNCTIONS.get(node.target)  # type: ignore[arg-type]
+        if handler is None:
+            raise RefusedError(f"it calls {getattr(node.target, '__name__', node.target)}")
+        self.values[node] = handler(self, *node.args, **node.kwargs)
+
+    def _call_method(self, node: fx.Node) -> None:
+        if node.target == "relu":
+            self.values[node] = self._activated(node.args[0])
+        elif node.target == "relu_":
+            self.values[node] = self._activated(node.args[0], True)
+        elif node.target == "contiguous" and len(node.args) == 1 and not node.kwargs:
+            self.values[node] = self._value(node.args[0])
+        else:
+            raise RefusedError(f"it calls Tensor.{node.target}")
+
+    # Values by what is done to them.
+
+    def _value(self, source: Any) -> _Value:
+        if not isinstance(source, fx.Node):
+            raise RefusedError("a constant stands where features are expected")
+        return self.values[source]
+
+    def _features(self, source: Any, what: str) -> _Value:
+        value = self._value(source)
+        if not value.features:
+            raise RefusedError(f"{what} of what a norm or ReLU returns")
+        return value
+
+    def _reads(self, groups: tuple[_Group, ...], channels: int, name: str) -> None:
+        if len(groups) == 1 and groups[0].width is None:
+            groups[0].width = channels
+        if _width(groups) != channels:
+            raise RefusedError(f"{name} is for {channels} channels and reads {_width(groups)}")
+
+    def _normalised(self, source: Any, name: str, norm: Any) -> _Value:
+        groups = self._features(source, "it takes a norm").groups
+        self._reads(groups, norm.num_features, name)
+        self.used.append(name)
+        return _Value(groups, norm=name)
+
+    def _activated(self, source: Any, inplace: Any = False) -> _Value:
+        value = self._value(source)
+        if not value.norm or value.relu:
+            raise RefusedError("it takes a ReLU of what no norm has made")
+        if inplace and len(source.users) != 1:
+            raise RefusedError("an in-place ReLU changes what others read")
+        return _Value(value.groups, value.norm, relu=True)
+
+    def _convolved(self, source: Any, name: str, conv: Any) -> _Value:
+        value = self._value(source)
+        if not value.norm or not value.relu:
+            raise RefusedError(f"{name} has no norm and ReLU before it")
+        self._reads(value.groups, conv.in_channels, name)
+        self.used.append(name)
+        group = _Group(conv.out_channels, value.groups, value.norm, True, name)
+        for read in value.groups:
+            read.readers.append(group)
+        self.made.append(group)
+        return _Value((group,))
+
+    def _dropped(self, source: Any, rate: Any = 0.5, training: Any = True, inplace: Any = False) -> _Value:
+        value = self._value(source)
+        if not training or not rate:
+            return value
+        if not self.training:
+            raise RefusedError("it drops out in eval mode, too")
+        group = value.groups[0]
+        if not value.features or len(value.groups) > 1 or not group.conv or group.pooled or group.drop_rate:
+            raise RefusedError("it drops out elsewhere than once behind a convolution")
+        if len(source.users) != 1:
+            raise RefusedError("somebody reads what a dropout will change")
+        group.drop_rate = float(rate)
+        return value
+
+    def _joined(self, tensors: Any, dim: Any = 0) -> _Value:
+        if dim != 1 or not isinstance(tensors, (list, tuple)):
+            raise RefusedError("it concatenates along another dimension than channels")
+        groups = [group for tensor in tensors for group in self._features(tensor, "it concatenates").groups]
+        return _Value(tuple(groups))
+
+    def _averaged(
+        self, source: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: Any = False,
+        divisor_override: Any = None, count_include_pad: Any = True,
+    ) -> _Value:  # fmt: skip
+        (group, *others) = self._features(source, "it takes a pool").groups
+        sizes = [
+            {size} if isinstance(size, int) else set(size) for size in (kernel_size, stride or kernel_size)
+        ]
+        if (
+            sizes != [{2}, {2}]
+            or {padding} not in ({0}, {(0, 0)}, {(0, 0, 0)})
+            or ceil_mode
+            or divisor_override
+        ):
+            raise RefusedError("its pool is not a 2x2 average")
+        if others or not group.conv or group.pooled or group.drop_rate:
+            raise RefusedError("it takes a pool of something else than a convolution's result")
+        pool = _Group(group.width, group.sources, group.norm, group.relu, group.conv, pooled=group)
+        group.readers.append(pool)
+        self.made.append(pool)
+        return _Value((pool,))
+
+    # Steps.
+
+    def steps(self) -> Iterator[Block | Transition]:
+        """The dense blocks and transitions that the values make up.
+
+        Raises:
+            RefusedError: they make up something else.
+        """
+        assert self.input is not None
+        assert self.output is not None
+        if not self.output.features:
+            raise RefusedError("it returns what a norm or ReLU makes")
+        base, layers, named = self.input, [], []  # type: ignore[var-annotated]
+        for group in self.made:
+            if self._is_bottleneck(group) or (group.pooled is None and any(r.pooled for r in group.readers)):
+                continue
+            named += self._modules_of(group)
+            if group.pooled is not None:
+                yield from self._closed(base, layers, group.sources)
+                yield Transition(group.norm, group.conv)
+                base, layers = group, []
+            else:
+                layers.append(group)
+        yield from self._closed(base, layers, self.output.groups)
+        if base is self.input and not layers:
+            raise RefusedError("it has no dense layer and no transition")
+        if sorted(named) != sorted(self.used):
+            raise RefusedError("a norm or convolution is used more than once, or for nothing")
+
+    def _is_bottleneck(self, group: _Group) -> bool:
+        """Whether one convolution reads the group by itself, and nobody else does."""
+        assert self.output is not None
+        if group.pooled or len(group.readers) != 1 or group in self.output.groups:
+            return False
+        (reader,) = group.readers
+        return reader.pooled is None and reader.sources == (group,) and bool(group.sources)
+
+    def _modules_of(self, group: _Group) -> list[str]:
+        inner = [source for source in group.sources if self._is_bottleneck(source)]
+        return [name for g in (*inner, group) for name in (g.norm, g.conv)]
+
+    def _closed(self, base: _Group, layers: list[_Group], read: tuple[_Group, ...]) -> Iterator[Block]:
+        """The block of these layers on top of ``base``, of which somebody then reads ``read``."""
+        if not layers:
+            if read != (base,):
+                raise RefusedError("it leaves out or repeats features")
+            return
+        described, drop_rates, newest_first = [], set(), None
+        for i, group in enumerate(layers):
+            inner, outer = group.sources, group
+            names = [(group.norm, group.conv)]
+            if len(inner) == 1 and self._is_bottleneck(inner[0]):
+                outer = inner[0]
+                names.insert(0, (outer.norm, outer.conv))
+                if outer.drop_rate:
+                    raise RefusedError("it drops out inside a layer")
+            order = _order((base, *layers[:i]), outer.sources)
+            newest_first = order if newest_first is None else newest_first
+            if i and order != newest_first:
+                raise RefusedError("its layers read the features in different orders")
+            described.append(DenseLayer(*map(tuple, zip(*names, strict=True))))
+            drop_rates.add(group.drop_rate)
+        if len(drop_rates) > 1:
+            raise RefusedError("its layers have different drop rates")
+        only_new = base not in read
+        order = _order(tuple(layers) if only_new else (base, *layers), read)
+        if newest_first is not None and order is not None and order != newest_first:
+            raise RefusedError("it returns the features in another order than its layers read them")
+        yield Block(
+            tuple(described), bool(order if newest_first is None else newest_first), only_new, *drop_rates
+        )
+
+
+def _order(made: tuple[_Group, ...], read: tuple[_Group, ...]) -> bool | None:
+    """Whether groups are read with the newest first; None for a single one."""
+    if read not in (made, made[::-1]):
+        raise RefusedError("its layers do not read all features before them, in one order")
+    return None if len(made) == 1 else read == made[::-1]
+
+
+def _article(name: str) -> str:
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+
+
+def _relu(reading: _Reading, input: Any, inplace: Any = False) -> _Value:
+    return reading._activated(input, inplace)
+
+
+def _relu_(reading: _Reading, input: Any) -> _Value:
+    return reading._activated(input, True)
+
+
+def _cat(reading: _Reading, tensors: Any, dim: Any = 0, axis: Any = None) -> _Value:
+    return reading._joined(tensors, dim if axis is None else axis)
+
+
+def _dropout(
+    reading: _Reading, input: Any, p: Any = 0.5, training: Any = True, inplace: Any = False, train: Any = None
+) -> _Value:
+    return reading._dropped(input, p, training if train is None else train, inplace)
+
+
+def _avg_pool(reading: _Reading, input: Any, *args: Any, **options: Any) -> _Value:
+    names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+    return reading._averaged(input, **dict(zip(names, args, strict=False)), **options)
+
+
+_FUNCTIONS: dict[Callable[..., Any], Callable[..., _Value]] = {
+    torch.cat: _cat, torch.concat: _cat, torch.concatenate: _cat,
+    F.relu: _relu, torch.relu: _relu, F.relu_: _relu_, torch.relu_: _relu_,
+    F.dropout: _dropout, torch.dropout: _dropout,
+    F.avg_pool2d: _avg_pool, F.avg_pool3d: _avg_pool,
+}  # fmt: skip

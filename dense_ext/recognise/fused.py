@@ -1,0 +1,276 @@
+"""A recognised module: its class becomes one that runs its plan through the fused operators."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..arguments import Arguments
+from ..batch_norm import update_running_stats, values_per_channel
+from ..eligibility import Fused, interference
+from ..modules import (
+    autocast_dtype,
+    own_memory,
+    run_dense_block,
+    run_transition,
+    written_by_hooks,
+)
+from .description import Block, Plan, Transition
+
+
+class Recognised(Fused):
+    """Mixin: a module whose plan is known runs it, as long as it is what was recognised.
+
+    Attributes:
+        plan: what it computes.
+        kinds: the class of every submodule by its dotted name, as recognised.
+        returns_copy: it returns contiguous memory of its own, for a network that relies on that.
+    """
+
+    plan: Plan
+    kinds: dict[str, type[nn.Module]]
+    recompute: str
+    returns_copy: bool
+    training: bool
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and self.why_eager(args[0]) is None:
+            out = self.run(args[0])
+            if self.returns_copy:
+                return out.clone(memory_format=torch.contiguous_format)
+            return own_memory(out) if written_by_hooks(self) else out  # type: ignore[arg-type]
+        return self.original.forward(self, *args, **kwargs)
+
+    def __getitem__(self, idx: Any) -> Any:
+        """As a Sequential's; a slice is another module, and not recognised."""
+        found = super().__getitem__(idx)  # type: ignore[misc]
+        if isinstance(idx, slice):
+            found.__class__ = original_class(type(self))
+        return found
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A pickle names the original's class, from which the recognised one is made again."""
+        return _new, (original_class(type(self)),), self.__getstate__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in its place: the original."""
+        original = _new_instance(original_class(type(self)))
+        original.__dict__.update(self.__dict__)
+        return original
+
+    def unfusable(self) -> str | None:
+        reason = super().unfusable()
+        if reason is None and any([block.drop_rate for block in self.plan.blocks]):  # noqa: C419  # compiled
+            modes = {m.training for m in self.modules() if not isinstance(m, nn.modules.batchnorm._BatchNorm)}  # type: ignore[attr-defined]
+            if len(modes) > 1:
+                return "some of its modules drop out and some do not"
+        return reason
+
+    @classmethod
+    def why_not(cls, module: Any) -> str | None:
+        return changes(module, module.kinds, module.plan) or unsupported(module, module.plan)
+
+    @classmethod
+    def guarded(cls, module: Any) -> list[tuple[Any, str, Any]]:
+        guards = module.plan.guards
+        attributes = [(_submodule(module, path), name, value) for path, name, value in guards.attributes]
+        return attributes + [(*_holder(path, name), value) for path, name, value in guards.variables]
+
+    def run(self, x: Tensor) -> Tensor:
+        """The module's output by the fused operators."""
+        carried = ops.NOTHING_CARRIED
+        for step in self.plan.steps:
+            if isinstance(step, Transition):
+                x = run_transition(x, self._find(step.norm), self._find(step.conv), self.backend, carried)
+                carried = ops.NOTHING_CARRIED
+            else:
+                x, carried = self._run_block(step, x)
+        return x
+
+    def _find(self, name: str) -> Any:
+        return _submodule(self, name)
+
+    def _run_block(self, step: Block, x: Tensor) -> tuple[Tensor, ops.Carried]:
+        norms = [self._find(name) for layer in step.layers for name in layer.norms]
+        convs = [self._find(name) for layer in step.layers for name in layer.convs]
+        drop_rate = step.drop_rate if self.training else 0.0
+        given = x
+        if not step.newest_first:
+            out, carried = run_dense_block(x, norms, convs, drop_rate, self.recompute, self.backend)
+            if not step.only_new:
+                return out, carried
+            out = out[:, x.shape[1] :]
+        else:
+            out = _run_newest_first(x, norms, convs, drop_rate, self.recompute, self.backend)
+            if step.only_new:
+                out = out[:, : -x.shape[1]]
+        if step.only_new:
+            out = out.to(autocast_dtype(given) or out.dtype)
+        return out, ops.NOTHING_CARRIED
+
+
+def _submodule(module: Any, name: str) -> Any:
+    for part in name.split(".") if name else ():
+        module = module._modules[part]
+    return module
+
+
+# --- features that come newest first ------------------------------------------------------------------
+
+
+def _reversed(x: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
+    """The parts of these sizes along a dimension in reversed order."""
+    return torch.cat(x.split(list(sizes), dim)[::-1], dim)
+
+
+def _run_newest_first(
+    x: Tensor, norms: Sequence[Any], convs: Sequence[Any], drop_rate: float, recompute: str, backend: str
+) -> Tensor:
+    """A block whose layers read [newest, ..., oldest, input], by the operator, which has them the other way.
+
+    So a layer's parameters are put in the buffer's order, and the result in the module's.
+    """
+    per_layer = 2 if convs[0].kernel_size[0] == 1 else 1
+    growth, width = convs[-1].out_channels, x.shape[1]
+    sizes = {i: [growth] * (i // per_layer) + [width] for i in range(0, len(norms), per_layer)}
+
+    def reorder(args: Arguments) -> Arguments:
+        vectors = [list(group) for group in (args.norm_weights, args.norm_biases)]
+        running = [list(args.running_means), list(args.running_vars)]
+        convolutions, fixed = list(args.conv_weights), 0
+        for i, batch in enumerate(args.batch_stats):
+            if i in sizes:
+                for group in vectors:
+                    group[i] = _reversed(group[i], sizes[i], 0)
+                convolutions[i] = _reversed(convolutions[i], sizes[i], 1)
+                if not batch:
+                    for group in running:
+                        group[fixed] = _reversed(group[fixed], sizes[i], 0)
+            fixed += not batch
+        return args._replace(
+            norm_weights=vectors[0], norm_biases=vectors[1], conv_weights=convolutions,
+            running_means=running[0], running_vars=running[1],
+        )  # fmt: skip
+
+    def update(stats: Tensor, starts: Sequence[int]) -> None:
+        parts, new_starts = [], [0]
+        for i, norm in enumerate(norms):
+            part = stats[:, starts[i] : starts[i] + norm.num_features]
+            # The buffer has the input first; reversed sizes are the buffer's.
+            parts.append(_reversed(part, sizes[i][::-1], 1) if i in sizes else part)
+            new_starts.append(new_starts[-1] + norm.num_features)
+        update_running_stats(norms, torch.cat(parts, 1), new_starts[:-1], values_per_channel(x))
+
+    out, _ = run_dense_block(x, norms, convs, drop_rate, recompute, backend, reorder, update)
+    layers = len(norms) // per_layer
+    return _reversed(out, [width] + [growth] * layers, 1)
+
+
+# --- checks -------------------------------------------------------------------------------------------
+
+
+def changes(module: Any, kinds: dict[str, type], plan: Plan) -> str | None:
+    """What is other than when the module was recognised, or None."""
+    if {name: type(m) for name, m in module.named_modules() if m is not module} != kinds:
+        return "its modules are others than those recognised"
+    for name in kinds:
+        if reason := interference(_submodule(module, name)):
+            return f"{name} {reason}"
+    for path, name, value in plan.guards.attributes:
+        holder = _submodule(module, path)
+        if not equal(getattr(holder, name, None), value):
+            return f"{path or 'its'} {name} has changed since it was recognised"
+    for path, name, value in plan.guards.variables:
+        holder, last = _holder(path, name)
+        if not equal(getattr(holder, last, None), value):
+            return f"{path}.{name} has changed since it was recognised"
+    return None
+
+
+def equal(found: Any, value: Any) -> bool:
+    """Whether a guard's value is there; True is not 1."""
+    return found is value or (type(found) is type(value) and found == value)
+
+
+def _holder(module: str, path: str) -> tuple[Any, str]:
+    """What has the last name of a dotted path in a Python module, and that name."""
+    found: Any = sys.modules.get(module)
+    *names, last = path.split(".")
+    for name in names:
+        found = getattr(found, name, None)
+    return found, last
+
+
+def unsupported(module: Any, plan: Plan) -> str | None:
+    """Why the operators do not compute the plan, or None."""
+    norm_types = {type(_submodule(module, name)) for name in plan.norms}
+    if len(norm_types) > 1:
+        return "it is for images and for volumes"
+    volumes = norm_types == {nn.BatchNorm3d}
+    norm_type, conv_type = (nn.BatchNorm3d, nn.Conv3d) if volumes else (nn.BatchNorm2d, nn.Conv2d)
+
+    def parts(norms: Sequence[str], convs: Sequence[str], last: int) -> Iterator[str]:
+        for name in norms:
+            if reason := Recognised._part_reason(_submodule(module, name), norm_type, 1):
+                yield f"{name} {reason}"
+        for i, name in enumerate(convs):
+            size = last if i == len(convs) - 1 else 1
+            if reason := Recognised._part_reason(_submodule(module, name), conv_type, size):
+                yield f"{name} {reason}"
+
+    for step in plan.steps:
+        if isinstance(step, Transition):
+            for reason in parts([step.norm], [step.conv], 1):
+                return reason
+            continue
+        for layer in step.layers:
+            for reason in parts(layer.norms, layer.convs, 3):
+                return reason
+        if len({len(layer.convs) for layer in step.layers}) > 1:
+            return "some of its layers have a bottleneck and some have none"
+        widths = {
+            tuple(_submodule(module, name).out_channels for name in layer.convs) for layer in step.layers
+        }
+        if len(widths) > 1:
+            return "its layers have different widths"
+    return None
+
+
+# --- classes ------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _recognised_class(kind: Any) -> Any:
+    own = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (Recognised, kind), own)
+
+
+# Typed anew: to mypy, a class is not hashable.
+recognised_class: Callable[[Any], Any] = _recognised_class
+
+
+def recognised_base(kind: type) -> Any:
+    """The recognised class in the ancestry of ``kind``, which ``fully_shard`` may have wrapped."""
+    return next(base for base in kind.__mro__ if Recognised in base.__bases__)
+
+
+def original_class(kind: type) -> Any:
+    """The class that a recognised class was made of."""
+    return recognised_base(kind).__bases__[1]
+
+
+def _new_instance(kind: Any) -> Any:
+    return kind.__new__(kind)
+
+
+def _new(kind: Any) -> Any:
+    return _new_instance(recognised_class(kind))

@@ -1,0 +1,113 @@
+"""Proof by numbers: a recognised module computes what its original does, in float64."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .description import Plan, Transition, without_dropout
+from .fused import Recognised, recognised_class
+from .tracing import RefusedError
+
+# Far above rounding in float64, far below any mistake.
+TOLERANCE = 1e-9
+_DROPOUTS = (F.dropout, torch.dropout, torch.native_dropout, torch.dropout_)
+
+
+class _WithoutDropout(TorchFunctionMode):
+    """Dropout returns its input: two networks draw different masks. Its place is known from the graph."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        return func(*args, **kwargs)
+
+
+def install(module: Any, plan: Plan, recompute: str, backend: str, name: str, returns_copy: bool) -> None:
+    """Make a module a recognised one, in place."""
+    kinds = {path: type(m) for path, m in module.named_modules() if m is not module}
+    module.__class__ = recognised_class(type(module))
+    module.plan, module.kinds, module.returns_copy = plan, kinds, returns_copy
+    module.recompute, module.backend, module.part_name = recompute, backend, name
+
+
+def prove(module: nn.Module, plan: Plan) -> None:
+    """Compare a module with its plan, run by the operators, on random parameters and inputs.
+
+    Compares outputs, input and parameter gradients and buffers, in training and eval mode.
+
+    Raises:
+        RefusedError: they differ, or cannot be compared.
+    """
+    try:
+        eager = copy.deepcopy(module)
+        if any(tensor.is_meta for tensor in (*eager.parameters(), *eager.buffers())):
+            eager = eager.to_empty(device="cpu")
+        eager = eager.to("cpu", torch.float64).requires_grad_()
+        ours: Any = copy.deepcopy(eager)
+    except Exception as error:
+        raise RefusedError(f"it cannot be copied to be compared: {type(error).__name__}: {error}") from error
+    generator = torch.Generator().manual_seed(0)
+    _randomize(eager, generator)
+    ours.load_state_dict(eager.state_dict())
+    for a, b in zip(ours.buffers(), eager.buffers(), strict=True):
+        a.copy_(b)  # also those that the state has not
+    install(ours, without_dropout(plan), "bottleneck", "auto", "", False)
+    first = eager.get_submodule(plan.norms[0])
+    dims = 3 if isinstance(first, nn.BatchNorm3d) else 2
+    poolings = sum(isinstance(step, Transition) for step in plan.steps)
+    sizes = [size * 2**poolings for size in (4, 3, 2)[:dims]]
+    x = torch.randn(2, first.num_features, *sizes, dtype=torch.float64, device="cpu", generator=generator)  # type: ignore[call-overload]
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        for training in (True, False):
+            results = [_results(m.train(training), x, generator.clone_state()) for m in (eager, ours)]
+            for (what, expected), (_, found) in zip(*results, strict=True):
+                _compare(what, found, expected)
+
+
+def _randomize(module: nn.Module, generator: torch.Generator) -> None:
+    """Values that hide nothing: no zeros, ones or symmetric weights."""
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            if not tensor.is_floating_point():
+                tensor.zero_()
+            elif tensor.dim() > 1:
+                tensor.normal_(std=(tensor.numel() / len(tensor)) ** -0.5, generator=generator)
+            else:
+                tensor.uniform_(0.3, 1.3, generator=generator)
+
+
+def _results(module: Any, x: Tensor, generator: torch.Generator) -> list[tuple[str, Tensor | None]]:
+    leaf = x.clone().requires_grad_()
+    with _WithoutDropout(), torch.autocast("cpu", enabled=False):
+        if isinstance(module, Recognised):
+            if (reason := module.why_eager(leaf)) is not None:
+                raise RefusedError(reason)
+            y = module.run(leaf)
+        else:
+            y = module(leaf)
+    cotangent = torch.randn(y.shape, dtype=y.dtype, device="cpu", generator=generator)
+    (y * cotangent).sum().backward()
+    found = [("output", y.detach()), ("input gradient", leaf.grad)]
+    found += [(f"gradient of {name}", parameter.grad) for name, parameter in module.named_parameters()]
+    found += [(name, buffer.clone()) for name, buffer in module.named_buffers()]
+    module.zero_grad()
+    return found
+
+
+def _compare(what: str, found: Tensor | None, expected: Tensor | None) -> None:
+    if found is None or expected is None:
+        same = found is expected
+    elif found.shape != expected.shape or found.dtype != expected.dtype:
+        same = False
+    else:
+        # NaN, too, is a difference.
+        same = bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max().clamp_min(1e-300))
+    if not same:
+        raise RefusedError(f"computed by its plan, its {what} differs")

@@ -1,0 +1,347 @@
+"""A module's forward as a graph, and everything besides its input that the graph depends on.
+
+``torch.fx`` traces the module with torch.nn's modules as leaves. A proxy has no truth value, so a forward
+that branches on its input cannot be traced. What remains is refused or guarded here: a forward may read
+plain attributes and globals, whose values are returned as guards; it may write nothing and draw no random
+numbers.
+"""
+
+from __future__ import annotations
+
+import dis
+import enum
+import os
+import random
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, fx, nn
+
+# Forwards outside torch may call these modules of the standard library; others may depend on the moment.
+_HARMLESS = {"builtins", "collections", "contextlib", "functools", "itertools", "math", "operator", "typing"}
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_LIBRARY = os.path.dirname(os.__file__) + os.sep
+_SITE = os.path.dirname(os.path.dirname(torch.__file__)) + os.sep
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.Size, enum.Enum)
+# What every module has: the tracer looks at these itself, and none is the forward's own state.
+_OF_EVERY_MODULE = frozenset([*dir(nn.Module()), "__class__", "__dict__"])
+
+
+class RefusedError(Exception):
+    """Why a module is not recognised."""
+
+
+@dataclass(frozen=True)
+class Guards:
+    """What a forward reads besides its input, and what it found: it does the same while these are equal.
+
+    Attributes:
+        attributes: submodule's dotted name, attribute, value.
+        variables: a Python module's name, a dotted name in it, value.
+    """
+
+    attributes: tuple[tuple[str, str, Any], ...] = ()
+    variables: tuple[tuple[str, str, Any], ...] = ()
+
+    def __or__(self, other: Guards) -> Guards:
+        """Both."""
+        attributes = dict.fromkeys((*self.attributes, *other.attributes))
+        return Guards(tuple(attributes), tuple(dict.fromkeys((*self.variables, *other.variables))))
+
+
+class _Proxy(fx.Proxy):
+    """Passes for a tensor in ``isinstance``, so that a forward takes the way it takes with tensors."""
+
+    requires_grad = True
+
+    __class__: Any = property(lambda self: Tensor)
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True
+
+    def __init__(self, needs_grad: bool, leaves: Callable[[nn.Module], bool]) -> None:
+        super().__init__()
+        self.kind = type("_Proxy", (_Proxy,), {"requires_grad": needs_grad})
+        self.leaves = leaves
+        self.ambient = _ambient()
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return self.kind(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _ambient() != self.ambient:
+            raise RefusedError("it changes gradient mode or autocast on its way")
+        return super().create_node(*args, **kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        # Before fx asks whether it is a tensor.
+        return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return self.leaves(m) or is_torchs(m)
+
+
+def is_torchs(module: nn.Module) -> bool:
+    """Whether a module's class is torch.nn's, containers excepted: their contents are traced."""
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    return type(module).__module__.startswith("torch.nn.") and not isinstance(module, containers)
+
+
+def _ambient() -> tuple[Any, ...]:
+    devices = ("cpu", "cuda")
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *(torch.is_autocast_enabled(device) for device in devices),
+        *(torch.get_autocast_dtype(device) for device in devices),
+    )
+
+
+def graph_of(module: nn.Module, leaves: Callable[[nn.Module], bool], needs_grad: bool = True) -> fx.Graph:
+    """The graph of a module's forward in its present mode; ``leaves`` says which modules to keep whole.
+
+    Raises:
+        RefusedError: it cannot be traced.
+    """
+    try:
+        return _Tracer(needs_grad, leaves).trace(module)
+    except RefusedError:
+        raise
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise RefusedError(f"its forward cannot be traced: {type(error).__name__}: {first[:120]}") from error
+
+
+# Training or not, gradients or not, autocast or not: a forward may look at each.
+_MODES = [
+    (training, grad, autocast)
+    for training in (True, False)
+    for grad, autocast in ((True, False), (False, False), (training, True))
+]
+
+
+def traces(module: nn.Module) -> Iterator[tuple[bool, fx.Graph, Guards]]:
+    """A graph of the forward in every mode: whether it is that of training, the graph, its guards.
+
+    Raises:
+        RefusedError: it cannot be traced, has side effects, or reads what cannot be guarded.
+    """
+    was = {m: m.training for m in module.modules()}
+    before, drawn = _state(module), _generators()
+    try:
+        for training, grad, autocast in _MODES:
+            module.train(training)
+            with ExitStack() as stack:
+                stack.enter_context(torch.inference_mode(False))
+                stack.enter_context(torch.set_grad_enabled(grad))
+                for device in ("cpu", "cuda"):
+                    stack.enter_context(_autocast(device, autocast))
+                stack.enter_context(_transparent_checkpoints())
+                read = stack.enter_context(_recorded_reads(module))
+                code = stack.enter_context(_recorded_code())
+                graph = graph_of(module, lambda _: False, grad)
+            yield training, graph, Guards(_attribute_guards(module, read), _variable_guards(code))
+    finally:
+        for m, mode in was.items():
+            m.training = mode
+        after = _state(module)
+        changed = [key for key in before.keys() | after.keys() if before.get(key) != after.get(key)]
+        for m, name in after.keys() - before.keys():
+            m.__dict__.pop(name, None)
+    if changed:
+        raise RefusedError(f"its forward writes {type(changed[0][0]).__name__}.{changed[0][1]}")
+    if _generators() != drawn:
+        raise RefusedError("its forward draws random numbers")
+
+
+@contextmanager
+def _autocast(device: str, enabled: bool) -> Iterator[None]:
+    """Autocast of a device switched, also of one that is not here."""
+    was = torch.is_autocast_enabled(device)
+    torch.set_autocast_enabled(device, enabled)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device, was)
+
+
+@contextmanager
+def _transparent_checkpoints() -> Iterator[None]:
+    """``checkpoint(f, *args)`` is ``f(*args)``: it changes when a forward runs, not what it computes."""
+
+    def checkpoint(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        kept = (
+            "use_reentrant",
+            "preserve_rng_state",
+            "context_fn",
+            "determinism_check",
+            "debug",
+            "early_stop",
+        )
+        return function(*args, **{k: v for k, v in options.items() if k not in kept})
+
+    real = torch.utils.checkpoint.checkpoint
+    holders = [module for module in sys.modules.values() if _has(module, "checkpoint", real)]
+    with ExitStack() as stack:
+        for holder in holders:
+            stack.enter_context(mock.patch.object(holder, "checkpoint", checkpoint))
+        yield
+
+
+def _has(module: Any, name: str, value: Any) -> bool:
+    return getattr(module, "__dict__", {}).get(name) is value
+
+
+# --- what it reads ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _recorded_reads(module: nn.Module) -> Iterator[list[tuple[nn.Module, str, Any]]]:
+    """The attributes that user-written modules are asked for inside the context, with their values."""
+    read: list[tuple[nn.Module, str, Any]] = []
+
+    def recording(kind: Any) -> Any:
+        def read_attribute(self: nn.Module, name: str) -> Any:
+            value = kind.__getattribute__(self, name)
+            if name not in _OF_EVERY_MODULE:
+                read.append((self, name, value))
+            return value
+
+        own = {"__getattribute__": read_attribute, "__module__": kind.__module__}
+        return type(kind.__name__, (kind,), own)
+
+    written = [(m, type(m)) for m in module.modules() if not type(m).__module__.startswith("torch.nn.")]
+    kinds = {kind: recording(kind) for kind in dict.fromkeys(kind for _, kind in written)}
+    try:
+        for m, kind in written:
+            m.__class__ = kinds[kind]
+        yield read
+    finally:
+        for m, kind in written:
+            m.__class__ = kind
+
+
+def _attribute_guards(
+    module: nn.Module, read: list[tuple[nn.Module, str, Any]]
+) -> tuple[tuple[str, str, Any], ...]:
+    names = {m: name for name, m in module.named_modules()}
+    found: dict[tuple[str, str, Any], None] = {}
+    for m, name, value in read:
+        if isinstance(value, nn.Module) or _is_code(value):
+            continue  # a module is in the graph; that methods stay as they are is checked by class
+        if not is_plain(value):
+            raise RefusedError(f"its forward reads {type(m).__name__}.{name}, a {type(value).__name__}")
+        found[names[m], name, value] = None
+    return tuple(found)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value cannot change in place, so that a guard need only compare it."""
+    return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(map(is_plain, value)))
+
+
+def _is_code(value: Any) -> bool:
+    kinds = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.MethodWrapperType, type)
+    return isinstance(value, (*kinds, type(torch.conv2d), type(Tensor.relu)))
+
+
+@contextmanager
+def _recorded_code() -> Iterator[dict[types.CodeType, types.FrameType]]:
+    """The code outside PyTorch and the standard library that runs inside the context."""
+    seen: dict[types.CodeType, Any] = {}
+
+    def profile(frame: types.FrameType, event: str, _: Any) -> None:
+        code = frame.f_code
+        if event == "call" and code not in seen and not _passed_over(code.co_filename):
+            free = {name: frame.f_locals.get(name) for name in code.co_freevars}
+            seen[code] = (frame.f_globals, free)
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        yield seen
+    finally:
+        sys.setprofile(before)
+
+
+def _passed_over(file: str) -> bool:
+    if file.startswith((_TORCH, os.path.dirname(__file__) + os.sep)):
+        return True
+    return file.startswith(_LIBRARY) and not file.startswith(_SITE)
+
+
+def _variable_guards(seen: dict[types.CodeType, Any]) -> tuple[tuple[str, str, Any], ...]:
+    """Guards for the globals that the code reads."""
+    found: dict[tuple[str, str, Any], None] = {}
+    made_inside = {c for code in seen for c in code.co_consts if isinstance(c, types.CodeType)}
+    for code, (variables, free) in seen.items():
+        for name, value in free.items():
+            if name != "__class__" and code not in made_inside and not _is_code(value):
+                raise RefusedError(f"{code.co_name} reads {name} from the function around it")
+        for path, value in _globals_read(code, variables):
+            if isinstance(value, types.ModuleType):
+                package = value.__name__.partition(".")[0]
+                if package == "numpy" or (package in sys.stdlib_module_names and package not in _HARMLESS):
+                    raise RefusedError(f"{code.co_name} uses {package}")
+            elif not _is_code(value):
+                if not is_plain(value):
+                    raise RefusedError(f"{code.co_name} reads the global {path}, a {type(value).__name__}")
+                found[variables["__name__"], path, value] = None
+    return tuple(found)
+
+
+def _globals_read(code: types.CodeType, variables: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The globals that code reads, and what it reads of modules and classes among them."""
+    path, value = "", None
+    for instruction in dis.get_instructions(code):
+        name = instruction.argval
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME") and name in variables:
+            path, value = name, variables[name]
+        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(
+            value, (types.ModuleType, type)
+        ):
+            if str(getattr(value, "__module__", None) or value.__name__).partition(".")[0] == "torch":
+                value = None  # its functions and constants; what others replace, the gate looks at
+                continue
+            try:
+                path, value = f"{path}.{name}", getattr(value, name)
+            except AttributeError:
+                value = None
+                continue
+        else:
+            value = None
+            continue
+        yield path, value
+
+
+# --- what it leaves behind ----------------------------------------------------------------------------
+
+
+def _state(module: nn.Module) -> dict[tuple[nn.Module, str], Any]:
+    """Every attribute's identity, and the contents of plain containers."""
+
+    def contents(value: Any) -> Any:
+        if isinstance(value, (list, tuple, set, frozenset)):
+            return [id(item) for item in value]
+        if isinstance(value, dict):
+            return [(id(key), id(item)) for key, item in value.items()]
+        return value._version if isinstance(value, Tensor) and not value.is_inference() else None
+
+    return {
+        (m, name): (id(value), contents(value))
+        for m in module.modules()
+        for name, value in m.__dict__.items()
+        if name != "training"
+    }
+
+
+def _generators() -> tuple[Any, ...]:
+    return random.getstate(), torch.get_rng_state().numpy().tobytes()

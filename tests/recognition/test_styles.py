@@ -1,0 +1,84 @@
+"""Networks in every style people write them in: recognised, fused, and equal to eager PyTorch."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import dense_ext
+from dense_ext.recognise import Recognised
+
+from ..helpers import Calls, assert_equal, assert_trains_alike, randomize, twin
+from .styles import STYLES
+
+
+def images(model: nn.Module) -> torch.Tensor:
+    volumes = any(isinstance(module, nn.Conv3d) for module in model.modules())
+    return torch.randn(2, 3, *((4, 8, 6) if volumes else (8, 8)), dtype=torch.float64)
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "drop_rate"):
+            module.drop_rate = 0.0
+    return model
+
+
+@pytest.fixture(params=STYLES)
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    torch.manual_seed(0)
+    return randomize(STYLES[request.param]()).double()
+
+
+def test_trains_as_eager(model: nn.Module, recompute: str) -> None:
+    ours, eager = twin(without_dropout(model), lambda m: dense_ext.swap(m, recompute=recompute))
+    x = images(model)
+    with Calls() as calls:
+        assert_trains_alike(ours, eager, x)
+    assert "dense_block" in calls.names
+    ours.eval()
+    eager.eval()
+    with torch.no_grad():
+        assert_equal(ours(x), eager(x), "output in eval mode")
+
+
+def test_state_and_restore(model: nn.Module) -> None:
+    kinds, state = [type(m) for m in model.modules()], list(model.state_dict())
+    attributes = [set(m.__dict__) for m in model.modules()]
+    dense_ext.swap(model)
+    assert list(model.state_dict()) == state
+    assert any(isinstance(m, Recognised) for m in model.modules())
+    dense_ext.restore(model)
+    assert [type(m) for m in model.modules()] == kinds
+    assert [set(m.__dict__) for m in model.modules()] == attributes
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, pickled])
+def test_copies_are_fused(how: Any, model: nn.Module) -> None:
+    ours = dense_ext.swap(model.eval())
+    other = how(ours)
+    x = images(model)
+    with Calls() as calls:
+        found = other(x)
+    assert "dense_block" in calls.names
+    assert torch.equal(found, ours(x))
+    rows = [(row.name, row.runs) for row in dense_ext.report(ours).rows]
+    assert [(row.name, row.runs) for row in dense_ext.report(other).rows] == rows
+
+
+def test_every_dense_part_is_fused(model: nn.Module) -> None:
+    dense_ext.swap(model, strict=True)
+    kinds = {row.kind for row in dense_ext.report(model).rows if row.runs == "fused"}
+    assert kinds & {"dense block", "stage"}
+    assert all(row.runs == "fused" for row in dense_ext.report(model).rows)
