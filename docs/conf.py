@@ -9,7 +9,7 @@ version = release = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "docs/index"
-include_patterns = ["docs/**.md", "benchmarks/README.md", "tests/emulator/README.md", "*.md"]
+include_patterns = ["*.md", "docs/**.md", "[a-z]*/README.md", "tests/emulator/README.md"]
 exclude_patterns = ["README.md", ".venv", "build", "runs"]  # docs/index.md stands for the README
 
 myst_heading_anchors = 3

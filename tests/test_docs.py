@@ -17,8 +17,8 @@ from mdit_py_plugins.anchors.index import slugify
 import dense_ext
 
 ROOT = Path(__file__).resolve().parent.parent
-_ELSEWHERE = ("benchmarks/README.md", "tests/emulator/README.md")
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *(ROOT / name for name in _ELSEWHERE)])
+_GLOBS = ("*.md", "docs/**/*.md", "[a-z]*/README.md", "tests/emulator/README.md")
+PAGES = sorted(page for pattern in _GLOBS for page in ROOT.glob(pattern))
 # Before a snippet that cannot run in a test.
 COMPILED_ONLY = re.compile(r"<!-- compiled only: .+ -->")
 
