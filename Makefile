@@ -11,11 +11,12 @@ WHEELS ?= dist
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 FORMATTED := $(SOURCES) $(wildcard tests/emulator/*.cpp tests/emulator/*.h tests/cpu/*.cpp)
 
-.PHONY: help setup bench test fuzz gpu wheel wheel-check lint format clean
+.PHONY: help setup bench test docs fuzz gpu wheel wheel-check lint format clean
 
 help:
 	@echo "make bench    memory and speed of a training step beside torchvision's (OUT=$(OUT))"
 	@echo "make test     the whole test suite; Triton kernels in Triton's interpreter, CUDA kernels in an emulator"
+	@echo "make docs     the documentation as a site in build/docs; a broken link is an error"
 	@echo "make fuzz     fused beside eager over networks, changes and calls drawn at random (CASES=$(CASES))"
 	@echo "make gpu      tests and measurements on this machine's GPU, with its own python3 (OUT=$(OUT))"
 	@echo "make wheel    sdist and wheel for a release, tried in a fresh environment (WHEELS=$(WHEELS))"
@@ -44,6 +45,9 @@ test: setup
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n $(JOBS)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests/primitives tests/gpu tests/triton
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --device emulator tests/primitives tests/gpu tests/cuda
+
+docs: setup
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -c docs . build/docs
 
 # A line for each hundred cases.
 fuzz: setup

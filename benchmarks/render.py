@@ -1,9 +1,9 @@
-"""Draw every committed result's figures and write the README's tables: ``python benchmarks/render.py``.
+"""Draw every committed result's figures and write the tables of ``PAGES``: ``python benchmarks/render.py``.
 
 ``results/NAME.json``, as ``dense-ext bench``, ``models`` and ``train`` write them, gives
-``figures/NAME-memory.png`` and so on; what ``results/GPU/NAME.json`` gives is named ``GPU-NAME``. In the
-README the text between ``<!-- NAME: KIND -->`` and ``<!-- end -->`` is replaced by what the result says;
-no number there is written by hand.
+``figures/NAME-memory.png`` and so on; figures of ``results/GPU/NAME.json`` are named ``GPU-NAME``. In each
+page the text between ``<!-- NAME: KIND -->`` and ``<!-- end -->`` is replaced by a table of that result; no
+number in a table is written by hand.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from dense_ext.benchmark.tables import ratio_cells, ratio_columns, sides
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-README = HERE.parent / "README.md"
+# The pages with tables.
+PAGES = (HERE.parent / "README.md", HERE.parent / "docs" / "benchmarks.md")
 
 Results = dict[str, Any]
 
@@ -42,6 +43,37 @@ def _captioned(table: str, *caption: str) -> str:
 def _label(results: Results, name: str) -> str:
     label = results["peers"][name]["label"]
     return f"**{label}**" if results["peers"][name]["ours"] else label
+
+
+def summary_table(results: Results) -> str:
+    """Memory and speed of a step by peer, each in its own setting."""
+    memory, options = results["memory"], results["options"]
+    eager = memory["eager"]["saved_bytes_per_image"]
+    rows = (
+        (
+            _label(results, name),
+            f"{memory[name]['saved_bytes_per_image'] / 1e6:.1f}",
+            f"{eager / memory[name]['saved_bytes_per_image']:.1f}",
+            f"{memory[name]['peak_bytes_per_image'] / 1e6:.1f}",
+            f"{s['images_per_second']:.1f}",
+            *ratio_cells(s["ratios"]),
+        )
+        for name, s in speeds(results).items()
+    )
+    header = (
+        "",
+        "kept for backward, MB an image",
+        "times less than eager",
+        "peak, MB an image",
+        "images/s",
+        *ratio_columns(results),
+    )
+    return _captioned(
+        _table(header, rows),
+        f"memory: {setting(results, options['memory_batch'], options['memory_size'])}",
+        f"speed: {options['batch']} images of {options['size']}x{options['size']}, medians of "
+        f"{options['rounds']} rounds, PyTorch {results['versions']['torch']}",
+    )
 
 
 def memory_table(results: Results) -> str:
@@ -249,6 +281,7 @@ def accuracy_table(results: Results) -> str:
 
 
 KINDS = {
+    "summary": summary_table,
     "memory": memory_table,
     "speed": speed_table,
     "depth": depth_table,
@@ -284,7 +317,8 @@ def main() -> None:
     for name, path in committed().items():
         for figure in draw_all(read_json(path), HERE / "figures", f"{name}-"):
             print(figure.relative_to(HERE))
-    README.write_text(rendered(README.read_text()))
+    for page in PAGES:
+        page.write_text(rendered(page.read_text()))
 
 
 if __name__ == "__main__":

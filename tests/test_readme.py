@@ -1,4 +1,4 @@
-"""The README's numbers are those of the committed results."""
+"""The numbers of README and docs/benchmarks.md are those of the committed results."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ def render(benchmark_script: Callable[[str], Any]) -> Any:
     return benchmark_script("render")
 
 
-def test_tables_say_what_the_results_say(render: Any) -> None:
-    text = (ROOT / "README.md").read_text()
-    assert text.count("<!-- end -->") == 10
+@pytest.mark.parametrize(("page", "tables"), [("README.md", 1), ("docs/benchmarks.md", 10)])
+def test_tables_say_what_the_results_say(render: Any, page: str, tables: int) -> None:
+    assert ROOT / page in render.PAGES
+    text = (ROOT / page).read_text()
+    assert text.count("<!-- end -->") == tables
     assert render.rendered(text) == text, "run: python benchmarks/render.py"
 
 

@@ -11,7 +11,7 @@ from .common import ROOT
 
 _ROWS = [
     [cell.strip() for cell in line.strip().strip("|").split("|")]
-    for line in (ROOT / "docs" / "deploy.md").read_text().splitlines()
+    for line in (ROOT / "docs" / "guides" / "deploy.md").read_text().splitlines()
     if line.startswith("| ") and not line.startswith("| tool |")
 ]
 
