@@ -151,7 +151,7 @@ def test_one_running_statistic_alone_is_refused(missing: str, training: bool) ->
             for name, module in model.named_modules():
                 if name.endswith(("layer2.norm1", "norm")):
                     setattr(module, missing, None)
-            with pytest.raises((ValueError, RuntimeError), match="running_(mean|var)"):
+            with pytest.raises((ValueError, RuntimeError), match=r"running_(mean|var)"):
                 model(torch.randn(2, 6, 4, 4, dtype=torch.float64))
 
 

@@ -1,4 +1,4 @@
-"""What is released, built and tried: ``make wheel``, and ``make wheel-check`` in several Pythons and PyTorches.
+"""Builds a release and tries it: ``make wheel``; in several Pythons and PyTorches, ``make wheel-check``.
 
 Builds an sdist, and from it a wheel that auditwheel tags by the C library it needs. Installs the wheel
 beside each PyTorch into a fresh environment of each Python, loads every library there, and compares a
