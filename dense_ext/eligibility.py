@@ -132,14 +132,29 @@ _known_methods: dict[type, dict[str, Any]] = {}
 
 def patched_method(kind: type) -> str | None:
     """The name of a method of the class that somebody has replaced, or None."""
-    methods = {name: getattr(kind, name) for name in _METHODS if hasattr(kind, name)}
+    methods = {name: getattr(kind, name) for name in _method_names(kind) if hasattr(kind, name)}
     if kind not in _known_methods:
-        for name in methods:
-            if _comes_from_elsewhere(kind, name):
+        for name in _METHODS:
+            if name in methods and _comes_from_elsewhere(kind, name):
                 return name
         _known_methods[kind] = methods
     known = _known_methods[kind]
-    return next((name for name in _METHODS if methods.get(name) is not known.get(name)), None)
+    return next((name for name in known if methods.get(name) is not known[name]), None)
+
+
+def known_methods(kind: type) -> dict[str, Any]:
+    """The methods of a class when it was first looked at."""
+    return _known_methods.get(kind, {})
+
+
+def _method_names(kind: type) -> list[str]:
+    """The methods that a call may reach: those above, and all of a class outside PyTorch."""
+    written = [base for base in kind.__mro__ if base.__module__.partition(".")[0] not in _PYTORCHS]
+    own = [n for base in written for n, value in vars(base).items() if isinstance(value, types.FunctionType)]
+    return list(dict.fromkeys((*_METHODS, *own)))
+
+
+_PYTORCHS = ("builtins", "dense_ext", "torch")
 
 
 def _comes_from_elsewhere(kind: type, name: str) -> bool:
@@ -196,7 +211,9 @@ class Fused:
     backend: str
     _modules: dict[str, Any]
     # TorchScript compiles the original's forward, which knows none of these.
-    __jit_ignored_attributes__: ClassVar = ["backend", "part_name", "recompute"]
+    __jit_ignored_attributes__: ClassVar = [
+        "backend", "kinds", "part_name", "plan", "recompute", "returns_copy",
+    ]  # fmt: skip
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Find the forward that the class would have without being fused."""
@@ -327,10 +344,13 @@ def interference(module: nn.Module) -> str | None:
         or module._backward_pre_hooks
     ):
         return "carries a hook, which a fused call would pass over"
-    own = module.__dict__
-    if not torch.compiler.is_compiling() and (name := patched_method(type(module))):
-        return f"is of a class whose {name} has been replaced"
-    for name in _METHODS:
+    own: dict[str, Any] = module.__dict__
+    names: Iterable[str] = _METHODS
+    if not torch.compiler.is_compiling():
+        if name := patched_method(type(module)):
+            return f"is of a class whose {name} has been replaced"
+        names = known_methods(type(module))
+    for name in names:
         if name in own:
             return f"carries a {name} of its own"
     return None

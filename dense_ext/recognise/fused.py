@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import sys
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.jit import is_scripting  # type: ignore[attr-defined]  # absent from torch's stubs
 
 from .. import ops
 from ..arguments import Arguments
 from ..batch_norm import update_running_stats, values_per_channel
-from ..eligibility import Fused, interference
+from ..eligibility import Fused, interference, known_methods, patched_method
 from ..modules import (
     autocast_dtype,
     own_memory,
@@ -39,13 +41,19 @@ class Recognised(Fused):
     returns_copy: bool
     training: bool
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and self.why_eager(args[0]) is None:
-            out = self.run(args[0])
-            if self.returns_copy:
-                return out.clone(memory_format=torch.contiguous_format)
-            return own_memory(out) if written_by_hooks(self) else out  # type: ignore[arg-type]
-        return self.original.forward(self, *args, **kwargs)
+    def forward(self, input: Tensor) -> Any:
+        if not is_scripting():
+            return self.run_or_fall_back(input)
+        return self.original_forward(input)
+
+    def run_or_fall_back(self, x: Any) -> Any:
+        """The module's output, fused or by the original's forward."""
+        if not isinstance(x, Tensor) or self.why_eager(x) is not None:
+            return self.run_original(x)
+        out = self.run(x)
+        if self.returns_copy:
+            return out.clone(memory_format=torch.contiguous_format)
+        return own_memory(out) if written_by_hooks(self) else out  # type: ignore[arg-type]
 
     def __getitem__(self, idx: Any) -> Any:
         """As a Sequential's; a slice is another module, and not recognised."""
@@ -60,12 +68,6 @@ class Recognised(Fused):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__.copy()
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        """What ``torch.jit.script`` compiles in its place: the original."""
-        original = _new_instance(original_class(type(self)))
-        original.__dict__.update(self.__dict__)
-        return original
 
     def unfusable(self) -> str | None:
         reason = super().unfusable()
@@ -83,7 +85,9 @@ class Recognised(Fused):
     def guarded(cls, module: Any) -> list[tuple[Any, str, Any]]:
         guards = module.plan.guards
         attributes = [(_submodule(module, path), name, value) for path, name, value in guards.attributes]
-        return attributes + [(*_holder(path, name), value) for path, name, value in guards.variables]
+        variables = [(*_holder(path, name), value) for path, name, value in guards.variables]
+        original = original_class(type(module))
+        return [*attributes, *variables, *((original, *item) for item in known_methods(original).items())]
 
     def run(self, x: Tensor) -> Tensor:
         """The module's output by the fused operators."""
@@ -182,6 +186,9 @@ def changes(module: Any, kinds: dict[str, type], plan: Plan) -> str | None:
     """What is other than when the module was recognised, or None."""
     if {name: type(m) for name, m in module.named_modules() if m is not module} != kinds:
         return "its modules are others than those recognised"
+    original = original_class(type(module)) if isinstance(module, Recognised) else type(module)
+    if not torch.compiler.is_compiling() and (name := patched_method(original)):
+        return f"its class's {name} has been replaced"
     for name in kinds:
         if reason := interference(_submodule(module, name)):
             return f"{name} {reason}"
@@ -251,6 +258,13 @@ def unsupported(module: Any, plan: Plan) -> str | None:
 @functools.cache
 def _recognised_class(kind: Any) -> Any:
     own = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    # The argument has the original's name, for calls by keyword.
+    code = Recognised.forward.__code__
+    _, name = kind.forward.__code__.co_varnames[:2]
+    own["forward"] = types.FunctionType(
+        code.replace(co_varnames=(code.co_varnames[0], name, *code.co_varnames[2:])),
+        Recognised.forward.__globals__,
+    )
     return type(kind.__name__, (Recognised, kind), own)
 
 
@@ -268,9 +282,6 @@ def original_class(kind: type) -> Any:
     return recognised_base(kind).__bases__[1]
 
 
-def _new_instance(kind: Any) -> Any:
-    return kind.__new__(kind)
-
-
 def _new(kind: Any) -> Any:
-    return _new_instance(recognised_class(kind))
+    fused = recognised_class(kind)
+    return fused.__new__(fused)

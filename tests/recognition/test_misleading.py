@@ -1,0 +1,485 @@
+"""Blocks that look like plain dense blocks and are not: refused, or exact all the same.
+
+Each changes one thing about a plain block. Those in ``REFUSED`` must not be recognised; those in ``GUARDED``
+may, and then a change of what their forward depends on must be noticed at the next call.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dense_ext
+from dense_ext.recognise import RefusedError, recognise
+
+from ..helpers import Calls, assert_equal, randomize, twin
+
+FLAG = False
+SCALES = [1.0]
+C, K = 6, 4
+
+
+class Layer(nn.Module):
+    def __init__(self, inputs: int, bottleneck: int = 8) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.BatchNorm2d(inputs), nn.Conv2d(inputs, bottleneck, 1, bias=False)
+        self.norm2, self.conv2 = (
+            nn.BatchNorm2d(bottleneck),
+            nn.Conv2d(bottleneck, K, 3, padding=1, bias=False),
+        )
+        self.relu = nn.ReLU()
+
+    def new(self, x: Tensor) -> Tensor:
+        return self.conv2(self.relu(self.norm2(self.conv1(self.relu(self.norm1(x))))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.new(x)], 1)
+
+
+class Plain(nn.Module):
+    layer: Any = Layer
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*[self.layer(C + i * K) for i in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+REFUSED: dict[str, Callable[[], nn.Module]] = {}
+
+
+def refused(made: Any) -> Any:
+    """Register a block, or a layer to be put into a plain one."""
+    if issubclass(made, Layer):
+        REFUSED[made.__name__] = type(made.__name__, (Plain,), {"layer": made})
+    else:
+        REFUSED[made.__name__] = made
+    return made
+
+
+# --- another way for some inputs ----------------------------------------------------------------------
+
+
+@refused
+class ClampsLarge(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.abs().max() > 100:
+            x = x.clamp(-100, 100)
+        return self.layers(x)
+
+
+@refused
+class SplitsBatches(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 8:
+            return torch.cat([self.layers(part) for part in x.split(8)])
+        return self.layers(x)
+
+
+@refused
+class LooksAtSize(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] > 64:
+            x = F.avg_pool2d(x, 2)
+        return self.layers(x)
+
+
+@refused
+class LooksAtDtype(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x * 2) if x.dtype == torch.bfloat16 else self.layers(x)
+
+
+@refused
+class LooksAtDevice(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x * 2) if x.is_cuda else self.layers(x)
+
+
+@refused
+class LooksForTensors(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Tensor):
+            x = x.clamp(-100, 100)
+        return self.layers(x)
+
+
+@refused
+class LooksForGradients(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x if torch.is_grad_enabled() else x * 1.5)
+
+
+@refused
+class LooksAtRequiresGrad(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x if x.requires_grad else x * 1.5)
+
+
+@refused
+class LooksAtTraining(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.new(x)], 1) if self.training else torch.cat([self.new(x), x], 1)
+
+
+@refused
+class LooksAtAutocast(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x * 2) if torch.is_autocast_enabled("cpu") else self.layers(x)
+
+
+@refused
+class AutocastInside(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return self.layers(x)
+
+
+@refused
+class NoGradInside(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.layers[0](x)
+        return self.layers[2](self.layers[1](x))
+
+
+@refused
+class ComparesABuffer(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("step", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x) if self.step < 100 else x
+
+
+# --- side effects -------------------------------------------------------------------------------------
+
+
+@refused
+class KeepsFeatures(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layers(x)
+        self.last = y
+        return y
+
+
+@refused
+class CountsCalls(Plain):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.layers(x)
+
+
+@refused
+class LogsCalls(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.log: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.log.append(1)
+        return self.layers(x)
+
+
+@refused
+class StochasticDepth(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and torch.rand(()) < 0.01:
+            return torch.cat([x, torch.zeros_like(x[:, :K])], 1)
+        return torch.cat([x, self.new(x)], 1)
+
+
+@refused
+class NumpyRandom(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x) if np.random.rand() < 2 else x
+
+
+@refused
+class WritesItsResult(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layers(x)
+        y[:, 0] = 0
+        return y
+
+
+@refused
+class MutableGlobal(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x) if SCALES[0] == 1.0 else x
+
+
+# --- other arithmetic ---------------------------------------------------------------------------------
+
+
+@refused
+class Scaled(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, 0.2 * self.new(x)], 1)
+
+
+@refused
+class Residual(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.new(x) + x[:, :K]], 1)
+
+
+@refused
+class ReluBeforeNorm(Layer):
+    def new(self, x: Tensor) -> Tensor:
+        return self.conv2(self.relu(self.norm2(self.conv1(self.norm1(self.relu(x))))))
+
+
+@refused
+class InPlaceOnFeatures(Layer):
+    def new(self, x: Tensor) -> Tensor:
+        return super().new(F.relu(x, inplace=True))
+
+
+@refused
+class NormUnused(Layer):
+    def new(self, x: Tensor) -> Tensor:
+        return self.conv2(self.relu(self.conv1(self.relu(self.norm1(x)))))
+
+
+@refused
+class NormForNothing(Layer):
+    def new(self, x: Tensor) -> Tensor:
+        self.norm1(x)
+        return super().new(x)
+
+
+@refused
+class Detached(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.new(x.detach())], 1)
+
+
+@refused
+class AlongTheHeight(Layer):
+    def __init__(self, inputs: int) -> None:
+        super().__init__(C)
+        self.conv2 = nn.Conv2d(8, C, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.new(x)], 2)
+
+
+@refused
+class OneLayerTwice(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.layers[0]
+        return torch.cat([x, first.new(x), first.new(x)], 1)
+
+
+@refused
+class SkipsALayer(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.layers[0].new(x)
+        b = self.layers[1].new(torch.cat([x, a], 1))
+        return torch.cat([x, b], 1)
+
+
+@refused
+class SwapsTwoLayers(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.layers[0].new(x)
+        b = self.layers[1].new(torch.cat([x, a], 1))
+        return torch.cat([x, b, a], 1)
+
+
+@refused
+class DropsOutAlways(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, F.dropout(self.new(x), 0.2)], 1)
+
+
+@refused
+class DropsOutTwice(Layer):
+    def __init__(self, inputs: int) -> None:
+        super().__init__(inputs)
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.drop(self.drop(self.new(x)))], 1)
+
+
+@refused
+class DropsOutChannels(Layer):
+    def __init__(self, inputs: int) -> None:
+        super().__init__(inputs)
+        self.drop = nn.Dropout2d(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.drop(self.new(x))], 1)
+
+
+@refused
+class DropsOutInside(Layer):
+    def new(self, x: Tensor) -> Tensor:
+        z = F.dropout(self.conv1(self.relu(self.norm1(x))), 0.2, self.training)
+        return self.conv2(self.relu(self.norm2(z)))
+
+
+@refused
+class Biased(Layer):
+    def __init__(self, inputs: int) -> None:
+        super().__init__(inputs)
+        self.conv2 = nn.Conv2d(8, K, 3, padding=1)
+
+
+@refused
+class Dilated(Layer):
+    def __init__(self, inputs: int) -> None:
+        super().__init__(inputs)
+        self.conv2 = nn.Conv2d(8, K, 3, padding=2, dilation=2, bias=False)
+
+
+@refused
+class Parametrized(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.nn.utils.parametrizations.weight_norm(self.layers[1].conv2)
+
+
+@refused
+class InnerHook(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[1].conv2.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+@refused
+class LayerHook(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[1].register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+@refused
+class OwnForward(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[1].conv1.forward = lambda x: F.conv2d(x, self.layers[1].conv1.weight * 2)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    block = REFUSED[name]()
+    attributes = [set(m.__dict__) for m in block.modules()]
+    with pytest.raises(RefusedError):
+        recognise(block)
+    assert [set(m.__dict__) for m in block.modules()] == attributes, "the block was changed"
+    assert all(module.training for module in block.modules())
+
+
+def test_the_plain_block_is_recognised() -> None:
+    assert recognise(Plain()).kind == "dense block"
+
+
+# --- changed after the swap ---------------------------------------------------------------------------
+
+
+class Guarded(Plain):
+    scale = False
+    mode: Any = "plain"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scale or FLAG:
+            x = x * 2
+        return self._result(self.layers(x))
+
+    def _result(self, y: Tensor) -> Tensor:
+        return y if self.mode == "plain" else -y
+
+
+def _set(path: str, value: Any) -> Callable[[Any, Any], None]:
+    def change(model: Any, monkeypatch: Any) -> None:
+        holder, _, name = path.rpartition(".")
+        for part in filter(None, holder.split(".")):
+            model = model[int(part)] if part.isdigit() else getattr(model, part)
+        setattr(model, name, value)
+
+    return change
+
+
+def _negate(self: Any, y: Tensor) -> Tensor:
+    return -y
+
+
+CHANGES: dict[str, Callable[[Any, Any], None]] = {
+    "an attribute": _set("scale", True),
+    "another attribute": _set("mode", "negative"),
+    "an attribute of the class": lambda model, patch: patch.setattr(Guarded, "scale", True),
+    "a global": lambda model, patch: patch.setattr(sys.modules[__name__], "FLAG", True),
+    "a method of the class": lambda model, patch: patch.setattr(Guarded, "_result", _negate),
+    "a method of the layers' class": lambda model, patch: patch.setattr(
+        Layer, "new", lambda self, x: self.conv2(x)
+    ),
+    "a forward": lambda model, patch: patch.setattr(
+        Layer, "forward", lambda self, x: torch.cat([self.new(x), x], 1)
+    ),
+    "the block's forward": lambda model, patch: patch.setattr(Guarded, "forward", lambda self, x: x * 2),
+    "a layer's forward": lambda model, patch: setattr(
+        model.layers[1], "forward", lambda x: torch.cat([x, x[:, :K]], 1)
+    ),
+    "a hook": lambda model, patch: model.layers[1].register_forward_hook(lambda m, i, o: o * 2),
+    "an activation": _set("layers.1.relu", nn.Tanh()),
+    "a dilation": lambda model, patch: (
+        _set("layers.1.conv2.dilation", (2, 2))(model, patch),
+        _set("layers.1.conv2.padding", (2, 2))(model, patch),
+    )[0],
+    "a bias": lambda model, patch: setattr(
+        model.layers[1].conv2, "bias", nn.Parameter(torch.ones(K, dtype=torch.float64))
+    ),
+    "a layer exchanged": lambda model, patch: setattr(
+        model, "layers", nn.Sequential(*list(model.layers)[:2])
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_after_the_swap_is_noticed(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    ours, eager = twin(randomize(Guarded()).double(), lambda m: dense_ext.swap(m, strict=True))
+    x = torch.randn(2, C, 6, 5, dtype=torch.float64)
+    with Calls() as calls:
+        assert_equal(ours(x), eager(x), "before")
+    assert calls.names == ["dense_block"]
+    for model in (ours, eager):
+        CHANGES[change](model, monkeypatch)
+    with Calls() as calls, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            expected = eager(x)
+        except RuntimeError as error:
+            with pytest.raises(RuntimeError, match=str(error)[:20]):
+                ours(x)
+        else:
+            assert_equal(ours(x), expected, "after")
+    assert calls.names == []
+    monkeypatch.undo()
+
+
+def test_some_modules_in_training_mode() -> None:
+    """With dropout, a layer alone in eval mode is not what was recognised; without, it is a frozen norm."""
+    ours, eager = twin(randomize(Plain()).double(), dense_ext.swap)
+    x = torch.randn(2, C, 6, 5, dtype=torch.float64)
+    for model in (ours, eager):
+        model.layers[1].eval()
+    with Calls() as calls:
+        assert_equal(ours(x), eager(x), "output")
+    assert calls.names == ["dense_block"]

@@ -1,0 +1,194 @@
+"""Recognised networks in the modes people use: compiled, exported, sliced, in 16 bits, under torch.func."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dense_ext
+from dense_ext.benchmark.memory import saved_bytes
+from dense_ext.recognise import Recognised
+
+from ..helpers import Calls, assert_equal, assert_trains_alike, randomize, twin
+from .styles import STYLES, CatFunctional, Classifier, OneForward, layers
+
+KINDS = ["module_list", "newest_first", "functional_transition", "settings_read_in_forward", "plain_layers"]
+
+
+def images(*size: int) -> Tensor:
+    return torch.randn(*(size or (2, 3, 8, 8)), dtype=torch.float64)
+
+
+def pair(kind: str = "functional_transition", **options: object) -> tuple[nn.Module, nn.Module]:
+    """A swapped network and its original, in float64."""
+    torch.manual_seed(0)
+    return twin(randomize(STYLES[kind]()).double(), lambda m: dense_ext.swap(m, **options))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_without_a_graph_break(kind: str) -> None:
+    ours, eager = pair(kind)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    x = images()
+    for model in (compiled, eager):
+        model(x).square().sum().backward()
+    for (name, a), b in zip(ours.named_parameters(), eager.parameters(), strict=True):
+        assert_equal(a.grad, b.grad, name)
+    for (name, a), b in zip(ours.named_buffers(), eager.buffers(), strict=True):
+        assert_equal(a, b, name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exports_the_operators_of_its_original(kind: str) -> None:
+    ours, eager = (model.eval() for model in pair(kind))
+    x = images()
+    program = torch.export.export(ours, (x,))
+    assert "dense_ext" not in str(program.graph)
+    assert_equal(program.module()(x), eager(x).detach(), "exported")
+    traced = torch.jit.trace(ours, x)
+    assert "dense_ext" not in str(traced.inlined_graph)
+    assert_equal(traced(x), eager(x), "traced")
+
+
+def test_scripts_its_original() -> None:
+    ours, eager = (model.eval() for model in pair("nested_sequentials"))
+    scripted = torch.jit.script(ours)
+    assert "dense_ext" not in str(scripted.inlined_graph)
+    x = images()
+    assert_equal(scripted(x), eager(x), "scripted")
+    assert any(isinstance(module, Recognised) for module in ours.modules())
+
+
+def test_called_by_keyword() -> None:
+    ours, eager = pair("module_list")
+    x = torch.randn(2, 6, 5, 4, dtype=torch.float64)
+    assert_equal(ours.body(x=x), eager.body(x=x), "output")
+    with pytest.raises(TypeError):
+        ours.body(images=x)
+
+
+def test_torch_func_and_second_derivatives() -> None:
+    ours, eager = (model.eval() for model in pair())
+    x, tangent = images(), images()
+    for model in (ours, eager):
+        model.zero_grad()
+    jvps = [torch.func.jvp(model, (x,), (tangent,))[1] for model in (ours, eager)]
+    assert_equal(*jvps, "jvp")
+    hessians = []
+    for model in (ours, eager):
+        leaf = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(model(leaf).square().sum(), leaf, create_graph=True)
+        grad.square().sum().backward()
+        hessians.append(leaf.grad)
+    assert_equal(*hessians, "second derivative")
+
+
+def test_save_and_load() -> None:
+    ours, _ = pair()
+    file = io.BytesIO()
+    torch.save(ours, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    x = images()
+    with Calls() as calls:
+        assert torch.equal(loaded.eval()(x), ours.eval()(x))
+    assert calls.names.count("dense_block") == 4
+    ours.load_state_dict(copy.deepcopy(ours).state_dict())
+
+
+def test_a_slice_is_the_originals() -> None:
+    block = randomize(nn.Sequential(*layers(CatFunctional))).double()
+    ours, eager = twin(block, dense_ext.swap)
+    x = torch.randn(2, 6, 5, 4, dtype=torch.float64)
+    assert type(ours[:2]) is nn.Sequential
+    assert_equal(ours[:2](x), eager[:2](x), "two layers")
+    assert_equal(ours(x), eager(x), "all layers")
+
+
+@pytest.mark.parametrize("kind", ["functional_transition", "newest_first", "only_the_new_features"])
+def test_autocast_is_no_less_exact(kind: str) -> None:
+    ours, eager = pair(kind)
+    exact = copy.deepcopy(eager)
+    x = images(4, 3, 16, 16)
+    expected = exact(x).detach()
+    ratios = []
+    for model in (ours.float(), eager.float()):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x.float())
+        assert y.dtype == torch.bfloat16
+        ratios.append(((y.double() - expected).norm() / expected.norm()).item())
+    # Both round activations to 8 bits some tens of times; twice covers the luck of one draw.
+    assert ratios[0] <= 2 * ratios[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "most"), [("plain_layers", 0.25), ("module_list", 0.2), ("newest_first", 0.3)]
+)
+def test_keeps_a_fraction_of_what_eager_keeps(kind: str, most: float) -> None:
+    """A deeper block of the style: eager keeps each layer's input, three to five times; fused one buffer."""
+    style = type(STYLES[kind]().body[0]) if kind != "module_list" else CatFunctional
+    body = nn.Sequential(*layers(style, 12))
+    ours, eager = twin(Classifier(body, 6 + 12 * 4), dense_ext.swap)
+    x = torch.randn(2, 3, 16, 16)
+    kept = [saved_bytes(model, lambda model=model: model(x).sum()) for model in (ours, eager)]
+    assert kept[0] < most * kept[1]
+
+
+def test_swap_again_changes_the_options_and_restored_gives_the_original() -> None:
+    ours, eager = pair()
+    dense_ext.swap(ours, recompute="block")
+    rows = dense_ext.report(ours).rows
+    assert {row.recompute for row in rows if row.kind != "transition"} == {"block"}
+    with dense_ext.restored(ours):
+        assert not any(isinstance(module, Recognised) for module in ours.modules())
+    assert_trains_alike(ours, eager, images(), steps=1)
+
+
+def test_recognition_can_be_left_out() -> None:
+    model = OneForward()
+    with pytest.raises(ValueError, match="contains no dense block that dense_ext knows$"):
+        dense_ext.swap(model, recognise=False)
+    with pytest.raises(ValueError, match="knows$"):
+        dense_ext.swap(model, recompute="auto", input_shape=(1, 3, 8, 8))
+
+
+def test_report_says_why_a_block_is_not_recognised() -> None:
+    block = nn.Sequential(*layers(CatFunctional))
+    block[1].conv2 = nn.Conv2d(8, 4, 3, padding=2, dilation=2, bias=False)
+    model = nn.Sequential(Classifier(nn.Sequential(*layers(CatFunctional)), 18), Classifier(block, 18))
+    with pytest.warns(UserWarning, match=r"1\.body: 1\.conv2 has padding \(2, 2\), expected \(1, 1\)"):
+        dense_ext.swap(model)
+    rows = {row.name: row for row in dense_ext.report(model).rows}
+    assert rows["0.body"].runs == "fused"
+    assert (rows["1.body"].runs, rows["1.body"].detail) == (
+        "eager",
+        "1.conv2 has padding (2, 2), expected (1, 1)",
+    )
+
+
+def test_a_model_on_the_meta_device_is_recognised() -> None:
+    with torch.device("meta"):
+        model = OneForward()
+    dense_ext.swap(model)
+    model.to_empty(device="cpu")
+    assert sum(isinstance(module, Recognised) for module in model.modules()) == 3
+
+
+def test_leaves_nothing_behind() -> None:
+    """Neither generators nor modes, buffers or gradients change."""
+    model = OneForward()
+    model.dense1.eval()
+    modes = [module.training for module in model.modules()]
+    state = copy.deepcopy(model.state_dict())
+    generator = torch.get_rng_state()
+    with torch.no_grad():
+        dense_ext.swap(model)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
