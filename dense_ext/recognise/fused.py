@@ -41,7 +41,7 @@ class Recognised(Fused):
     returns_copy: bool
     training: bool
 
-    def forward(self, input: Tensor) -> Any:
+    def forward(self, input: Tensor) -> Tensor:
         if not is_scripting():
             return self.run_or_fall_back(input)
         return self.original_forward(input)
@@ -257,14 +257,13 @@ def unsupported(module: Any, plan: Plan) -> str | None:
 
 @functools.cache
 def _recognised_class(kind: Any) -> Any:
-    own = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    names = ("__module__", "__qualname__", "__doc__", "__annotations__")  # TorchScript reads the last
+    own = {name: getattr(kind, name, {}) for name in names}
     # The argument has the original's name, for calls by keyword.
-    code = Recognised.forward.__code__
-    _, name = kind.forward.__code__.co_varnames[:2]
-    own["forward"] = types.FunctionType(
-        code.replace(co_varnames=(code.co_varnames[0], name, *code.co_varnames[2:])),
-        Recognised.forward.__globals__,
-    )
+    forward = Recognised.forward
+    (this, _, *others), (_, argument, *_) = forward.__code__.co_varnames, kind.forward.__code__.co_varnames
+    code = forward.__code__.replace(co_varnames=(this, argument, *others))
+    own["forward"] = types.FunctionType(code, forward.__globals__)
     return type(kind.__name__, (Recognised, kind), own)
 
 

@@ -151,9 +151,9 @@ def test_swap_again_changes_the_options_and_restored_gives_the_original() -> Non
 
 def test_recognition_can_be_left_out() -> None:
     model = OneForward()
-    with pytest.raises(ValueError, match="contains no dense block that dense_ext knows$"):
+    with pytest.raises(ValueError, match=r"contains no dense block that dense_ext knows$"):
         dense_ext.swap(model, recognise=False)
-    with pytest.raises(ValueError, match="knows$"):
+    with pytest.raises(ValueError, match=r"knows$"):
         dense_ext.swap(model, recompute="auto", input_shape=(1, 3, 8, 8))
 
 
