@@ -78,7 +78,7 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 def _primitives(x: Tensor, args: Arguments) -> Primitives:
     asked = requested(args.backend), x.device.type, x.dtype
     primitives, pixels = select(*asked), values_per_channel(x)
-    if pixels > primitives.most_pixels:  # looked up by their number only where that can matter
+    if pixels > primitives.max_pixels:  # looked up by their number only where that can matter
         primitives = select(*asked, pixels)
     return for_volumes(primitives) if x.dim() == 5 else primitives
 

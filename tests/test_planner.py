@@ -93,7 +93,7 @@ def test_estimate_on_each_backend(backend: str, dtype: torch.dtype, channels_las
 class Idle(TritonBackend):
     """A GPU backend that runs anywhere and computes nothing: what is left is the schedule's memory."""
 
-    def can_run(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    def unavailable_reason(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return None
 
 

@@ -195,7 +195,7 @@ def cannot_run(row: dict[str, Any], device: torch.device) -> str | None:
     if row["peer"] == "aten":
         return None
     primitive = primitive_of(row["case"]["primitive"])
-    return dense_ext.backends.BACKENDS[row["peer"]].can_run(primitive, device, torch.float32)
+    return dense_ext.backends.BACKENDS[row["peer"]].unavailable_reason(primitive, device, torch.float32)
 
 
 def test_primitives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,7 +42,7 @@ class Primitives:
             setattr(self, primitive, getattr(backend, primitive))
         for name, primitive in THROUGH_NORM.items():
             setattr(self, name, getattr(table[primitive], name))
-        self.most_pixels = min(backend.most_pixels for backend in table.values())
+        self.max_pixels = min(backend.max_pixels for backend in table.values())
 
     def __getattr__(self, name: str) -> Any:  # only to type the attributes set above
         raise AttributeError(name)
@@ -93,9 +93,9 @@ def select(name: str, device_type: str, dtype: torch.dtype, pixels: int = 0) -> 
         reasons = []
         for candidate in candidates:
             backend = BACKENDS[candidate]
-            reason = backend.can_run(primitive, device, dtype)
-            if reason is None and pixels > backend.most_pixels:
-                reason = f"takes up to {backend.most_pixels} pixels, got {pixels}"
+            reason = backend.unavailable_reason(primitive, device, dtype)
+            if reason is None and pixels > backend.max_pixels:
+                reason = f"takes up to {backend.max_pixels} pixels, got {pixels}"
             if reason is None:
                 table[primitive] = backend
                 break
@@ -138,7 +138,7 @@ def unavailable_reasons(
     device = torch.device(device)
     result: dict[str, str | None] = {}
     for name, backend in BACKENDS.items():
-        reasons = [r for p in PRIMITIVES if (r := backend.can_run(p, device, dtype))]
+        reasons = [r for p in PRIMITIVES if (r := backend.unavailable_reason(p, device, dtype))]
         result[name] = reasons[0] if reasons else None
     return result
 

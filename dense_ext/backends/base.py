@@ -65,7 +65,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def gpu_lacks(device: int | None) -> str | None:
+def gpu_unavailable_reason(device: int | None) -> str | None:
     """Why kernels for tensor cores don't run on the GPU, the current one for None; None if they do."""
     if not torch.cuda.is_available():
         return "there is no GPU"
@@ -88,10 +88,10 @@ class Backend(ABC):
     # widened; what they add up is in the accumulation dtype either way.
     rounds_operands: ClassVar[bool] = False
     # Of a call's activations, M.
-    most_pixels: ClassVar[float] = math.inf
+    max_pixels: ClassVar[float] = math.inf
 
     @abstractmethod
-    def can_run(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    def unavailable_reason(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
         """None if ``primitive`` can run on tensors of ``dtype`` on ``device``, else the reason why not."""
 
     def scratch_bytes(

@@ -42,7 +42,7 @@ class CPUBackend(CompiledBackend):
     def __init__(self) -> None:
         super().__init__(_library())
 
-    def can_run(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    def unavailable_reason(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
         if self.library.reason is not None:
             return self.library.reason
         if primitive not in PRIMITIVES:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import PRIMITIVES, THROUGH_NORM, gpu_lacks, tf32_allowed
+from .base import PRIMITIVES, THROUGH_NORM, gpu_unavailable_reason, tf32_allowed
 from .compiled import PACKAGE, CompiledBackend, Library, op
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -51,7 +51,7 @@ class CUDABackend(CompiledBackend):
     bn_relu_pool_conv1x1_norm_backward = op("bn_relu_pool_conv1x1_norm_backward")
     bn_relu_maxpool_norm_backward = op("bn_relu_maxpool_norm_backward")
 
-    def can_run(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    def unavailable_reason(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
         if self.library.reason is not None:
             return self.library.reason
         if primitive not in PRIMITIVES:
@@ -60,7 +60,7 @@ class CUDABackend(CompiledBackend):
             return f"runs on {self.device_type}, not on {device.type}"
         if dtype not in STORAGE_DTYPES:
             return f"dtype {dtype} is not one of {', '.join(str(d) for d in STORAGE_DTYPES)}"
-        return _gpu_lacks(device.index, self.ops[HAS_CODE]) if device.type == "cuda" else None
+        return _gpu_unavailable_reason(device.index, self.ops[HAS_CODE]) if device.type == "cuda" else None
 
 
 def _multiply(op: Any, *args: Any, **kwargs: Any) -> None:
@@ -70,9 +70,9 @@ def _multiply(op: Any, *args: Any, **kwargs: Any) -> None:
 
 
 @functools.cache
-def _gpu_lacks(device: int | None, has_code: Callable[[int], bool]) -> str | None:
+def _gpu_unavailable_reason(device: int | None, has_code: Callable[[int], bool]) -> str | None:
     """None if the kernels run on the GPU, the current one for None, else the reason why not."""
-    if reason := gpu_lacks(device):
+    if reason := gpu_unavailable_reason(device):
         return reason
     if torch.version.hip is not None:
         return "runs on NVIDIA GPUs, this PyTorch is for AMD's"

@@ -71,7 +71,7 @@ class ReferenceBackend(Backend):
         """What a 3x3 convolution multiplies, from activations of ``dtype``: widened."""
         return _widen(x)
 
-    def can_run(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    def unavailable_reason(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
         if dtype not in STORAGE_DTYPES:
             return f"dtype {dtype} is not a floating type it handles"
         return None

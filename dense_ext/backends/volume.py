@@ -50,7 +50,7 @@ class VolumeBackend(ReferenceBackend):
 
     def __init__(self, images: Primitives) -> None:
         self.name = f"{images.summary()}; PyTorch (3x3x3, pools)"  # type: ignore[misc]
-        self.most_pixels = images.most_pixels  # type: ignore[misc]
+        self.max_pixels = images.max_pixels  # type: ignore[misc]
         for name in _OF_CHANNELS:
             setattr(self, name, getattr(images, name))
         for name in _OF_PIXELS:

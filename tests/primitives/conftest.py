@@ -57,7 +57,7 @@ def maker(backend: Backend, device: torch.device) -> Callable[..., Maker]:
 
     def make(dtype: torch.dtype, **options: Any) -> Maker:
         for primitive in PRIMITIVES:
-            if reason := backend.can_run(primitive, device, dtype):
+            if reason := backend.unavailable_reason(primitive, device, dtype):
                 pytest.skip(f"{backend.name}: {reason}")
         return Maker(dtype, device, **options)
 

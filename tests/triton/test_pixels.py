@@ -17,7 +17,7 @@ from ..primitives.groups import GROUPS
 from ..primitives.harness import Maker
 
 CPU = torch.device("cpu")
-MOST = TritonBackend.most_pixels
+MAX_PIXELS = TritonBackend.max_pixels
 CASES = [(case, group.small) for group in GROUPS for case in group.cases]
 
 
@@ -29,24 +29,24 @@ def many(x: Tensor, images: int) -> Tensor:
 @pytest.mark.parametrize(("make", "size"), CASES, ids=lambda v: getattr(v, "__name__", None))
 def test_too_many_pixels_are_refused(make: MakeCase, size: Size) -> None:
     _, h, w, *_ = size
-    images = MOST // (h * w) + 1
+    images = MAX_PIXELS // (h * w) + 1
     case = make(Maker(torch.float32, CPU), size)
     for name, value in case.arguments.items():
         if isinstance(value, Tensor) and value.dim() == 4 and "weight" not in name:
             case.arguments[name] = many(value, images)
-    with pytest.raises(ValueError, match=rf"takes up to {MOST} pixels, got {images * h * w} "):
+    with pytest.raises(ValueError, match=rf"takes up to {MAX_PIXELS} pixels, got {images * h * w} "):
         case.run(BACKENDS["triton"])
 
 
 def test_as_many_as_there_may_be() -> None:
-    x = torch.empty(1).expand(1, 1, MOST, 1)
-    assert launch.pixels_of(x) == MOST
+    x = torch.empty(1).expand(1, 1, MAX_PIXELS, 1)
+    assert launch.pixels_of(x) == MAX_PIXELS
 
 
 @pytest.fixture
 def triton_everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The Triton backend says that it runs here, and it is what is preferred."""
-    monkeypatch.setattr(TritonBackend, "can_run", lambda *_: None)
+    monkeypatch.setattr(TritonBackend, "unavailable_reason", lambda *_: None)
     monkeypatch.setattr(dense_ext.backends.preference, "order", lambda *_: ("triton", "reference"))
     select.cache_clear()
     yield
@@ -55,13 +55,15 @@ def triton_everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("triton_everywhere")
 def test_auto_takes_a_backend_that_counts_so_many() -> None:
-    assert {b.name for b in select("auto", "cpu", torch.float32, MOST).table.values()} == {"triton"}
-    assert {b.name for b in select("auto", "cpu", torch.float32, MOST + 1).table.values()} == {"reference"}
+    assert {b.name for b in select("auto", "cpu", torch.float32, MAX_PIXELS).table.values()} == {"triton"}
+    assert {b.name for b in select("auto", "cpu", torch.float32, MAX_PIXELS + 1).table.values()} == {
+        "reference"
+    }
 
 
 @pytest.mark.usefixtures("triton_everywhere")
 def test_asked_for_by_name_it_says_why_not() -> None:
     block = dense_ext.DenseBlock(1, 2, 1, backend="triton").eval()
-    message = rf"channel_stats .* \(triton: takes up to {MOST} pixels, got {2**31}\)"
+    message = rf"channel_stats .* \(triton: takes up to {MAX_PIXELS} pixels, got {2**31}\)"
     with pytest.raises(RuntimeError, match=message), torch.no_grad():
         block(torch.empty(1, 2, 1, 1).expand(2**11, 2, 2**10, 2**10))

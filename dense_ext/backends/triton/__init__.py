@@ -46,9 +46,9 @@ class TritonBackend(Backend):
     name = "triton"
     rounds_operands = True
     # Offsets are 64-bit; the number of a pixel, also of one beyond the last tile, is 32-bit.
-    most_pixels = 2**31 - 2**16
+    max_pixels = 2**31 - 2**16
 
-    def can_run(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    def unavailable_reason(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
         if primitive not in PRIMITIVES:
             return f"there is no primitive {primitive!r}"
         if device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
@@ -56,7 +56,7 @@ class TritonBackend(Backend):
         if dtype not in STORAGE_DTYPES:
             return f"dtype {dtype} is not one of {', '.join(str(d) for d in STORAGE_DTYPES)}"
         module = _kernels()
-        return module if isinstance(module, str) else module.can_run(device, dtype)
+        return module if isinstance(module, str) else module.unavailable_reason(device, dtype)
 
     channel_stats = _kernel("channel_stats")
     bn_scale_shift = _kernel("bn_scale_shift")

@@ -23,14 +23,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.interpreter import InterpretedFunction
 
-from ..base import gpu_lacks, tf32_allowed
+from ..base import gpu_unavailable_reason, tf32_allowed
 from . import TritonBackend
 from .configs import Config, find_config, has_architecture, shape_class
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
 # Programs on a grid's second or third axis, at most.
-MOST_ON_AXIS = 65535
+MAX_ON_AXIS = 65535
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -226,15 +226,15 @@ def pixels_of(x: Tensor) -> int:
         ValueError: more pixels than a 32-bit number can count.
     """
     n, h, w, _ = x.shape
-    pixels, most = n * h * w, TritonBackend.most_pixels
-    if pixels > most:
-        raise ValueError(f"the Triton backend takes up to {most} pixels, got {pixels} ({list(x.shape)})")
+    pixels, limit = n * h * w, TritonBackend.max_pixels
+    if pixels > limit:
+        raise ValueError(f"the Triton backend takes up to {limit} pixels, got {pixels} ({list(x.shape)})")
     return pixels
 
 
 def two_axes(tiles: int) -> tuple[int, int]:
     """A grid's second and third axis for at least so many programs."""
-    rows = max(1, triton.cdiv(tiles, MOST_ON_AXIS))
+    rows = max(1, triton.cdiv(tiles, MAX_ON_AXIS))
     return triton.cdiv(tiles, rows), rows
 
 
@@ -261,7 +261,7 @@ def zero(*outputs: Tensor | None) -> None:
             output.zero_()
 
 
-def can_run(device: torch.device, dtype: torch.dtype) -> str | None:
+def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """None if kernels run there on tensors of ``dtype``, else the reason why not."""
     if INTERPRETED:
         if device.type != "cpu":
@@ -273,7 +273,7 @@ def can_run(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def _can_compile(device: int | None) -> str | None:
-    if reason := gpu_lacks(device):
+    if reason := gpu_unavailable_reason(device):
         return reason
     try:
         architecture = target_of(torch.cuda.current_device() if device is None else device).architecture
