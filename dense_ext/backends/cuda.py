@@ -1,4 +1,4 @@
-"""The CUDA backend: kernels in CUDA C++ for NVIDIA GPUs from compute capability 8.0."""
+"""The CUDA backend: CUDA C++ kernels for NVIDIA GPUs of compute capability 8.0 and later."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .compiled import PACKAGE, CompiledBackend, Library, op
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 OPS = (*PRIMITIVES, *THROUGH_NORM)
-HAS_CODE = "has_code"  # of a GPU's index: whether the library was compiled for it
-# What multiplies matrices, and so is told how float32 may be rounded for it.
+HAS_CODE = "has_code"  # takes a GPU's index and returns whether the library was compiled for that GPU
+# The ops that multiply matrices; they take an argument that says whether float32 may be rounded to tf32.
 PRODUCTS = tuple(name for name in OPS if "conv" in name)
 
 
 class CUDABackend(CompiledBackend):
-    """The primitives as CUDA kernels.
+    """Runs the primitives as CUDA kernels.
 
     Args:
-        library: the compiled kernels.
-        namespace: of the library's ops.
-        device_type: of the tensors it takes; other than "cuda" where a GPU is emulated.
+        library: the path of the library of compiled kernels.
+        namespace: the namespace of the library's ops.
+        device_type: the device type of the tensors it takes: "cuda", or "cpu" for an emulated GPU.
     """
 
     name = "cuda"
@@ -40,8 +40,8 @@ class CUDABackend(CompiledBackend):
         device_type: str = "cuda",
     ) -> None:
         absent = (
-            f"the CUDA library is not built: {library.name} is not in {library.parent}; installing compiles "
-            "it for the GPUs of the machine, where there is nvcc (DENSE_EXT_CUDA=1: for all, or says why not)"
+            f"the CUDA library is not built: {library.name} is not in {library.parent}; installing with nvcc "
+            "compiles it for the GPUs of the machine (DENSE_EXT_CUDA=1: for all GPUs, or the install fails)"
         )
         super().__init__(Library([library], namespace, absent, (*OPS, HAS_CODE)))
         self.device_type = device_type
@@ -64,18 +64,18 @@ class CUDABackend(CompiledBackend):
 
 
 def _multiply(op: Any, *args: Any, **kwargs: Any) -> None:
-    """Call a product's op with what PyTorch's settings say of float32 at that moment."""
+    """Call a product's op with PyTorch's current setting for tf32."""
     activations: Tensor = args[0] if args else kwargs["weight"]
     op(*args, **kwargs, tf32=tf32_allowed(activations.dtype))
 
 
 @functools.cache
 def _gpu_unavailable_reason(device: int | None, has_code: Callable[[int], bool]) -> str | None:
-    """None if the kernels run on the GPU, the current one for None, else the reason why not."""
+    """Why the kernels can't run on this GPU, or None if they can. ``device`` None: the current one."""
     if reason := gpu_unavailable_reason(device):
         return reason
     if torch.version.hip is not None:
-        return "runs on NVIDIA GPUs, this PyTorch is for AMD's"
+        return "runs on NVIDIA GPUs, but this PyTorch was built for AMD GPUs"
     try:
         found = has_code(torch.cuda.current_device() if device is None else device)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Every primitive of the Triton backend, under one name; importing it imports Triton."""
+"""Every primitive of the Triton backend in one module. Importing it imports Triton."""
 
 from .affine_gradient import affine_gradient, scaled_accumulate
 from .batch_norm import bn_gradient, bn_scale_shift
