@@ -631,7 +631,7 @@ def test_a_part_warns_once_a_reason() -> None:
     assert messages() == []
     handle = conv.register_forward_hook(lambda *_: None)
     part = "dense_ext: features.denseblock2 runs its original forward: denselayer1: conv1 "
-    assert messages() == [part + "carries a hook, which a fused call would pass over"]
+    assert messages() == [part + "carries a hook, which a fused call would skip"]
     assert messages() == []
     conv.forward = types.MethodType(nn.Conv2d.forward, conv)
     handle.remove()
