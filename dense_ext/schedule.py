@@ -27,7 +27,7 @@ RECOMPUTE = ("none", "bottleneck", "block")
 
 @dataclass
 class Norm:
-    """One batch norm's constants. ``running`` is None unless the norm is *frozen*: uses running statistics."""
+    """One batch norm's constants. A *frozen* norm uses running statistics; others have ``running`` None."""
 
     weight: Tensor  # [C], accumulation dtype
     bias: Tensor  # [C]
@@ -113,7 +113,7 @@ class BoundNorm:
 
 
 def bind(ops: Primitives, norm: Norm, mean: Tensor, var: Tensor) -> BoundNorm:
-    """Compute a norm's scale and shift. ``mean`` and ``var`` [C] are the batch's; a frozen norm ignores them."""
+    """Compute a norm's scale and shift. A frozen norm ignores ``mean`` and ``var`` [C], the batch's."""
     mean, var = norm.running if norm.running is not None else (mean, var)
     bound = BoundNorm(norm, mean, var, torch.empty_like(mean), torch.empty_like(mean))
     ops.bn_scale_shift(mean, var, norm.weight, norm.bias, norm.eps, bound.scale, bound.shift)

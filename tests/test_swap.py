@@ -195,7 +195,7 @@ class TestRefusals:
             (_activation, "denselayer1: relu1 is SiLU, not ReLU"),
             (_sync_norm, "denselayer1: norm1 is SyncBatchNorm, not BatchNorm2d"),
             (_hook, "denselayer1: norm1 carries a hook"),
-            (_subclass, "Mine is a subclass with a forward of its own"),
+            (_subclass, "Mine is a subclass with its own forward"),
             (_narrower, "denselayer2 has channels 15, 15, 15, 15, 15, 5, expected 14, 14, 15, 15, 15, 5"),
             (_drop_rates, "its layers have different drop rates"),
         ],
