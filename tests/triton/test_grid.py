@@ -1,4 +1,4 @@
-"""More tiles than an axis of a grid can have."""
+"""Grids with more tiles than one axis can have."""
 
 from __future__ import annotations
 

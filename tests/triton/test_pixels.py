@@ -1,4 +1,4 @@
-"""More pixels than a 32-bit number can count: refused by every primitive, in tensors that take no memory."""
+"""Every primitive refuses more pixels than 32-bit indices can count; the tensors here take no memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CASES = [(case, group.small) for group in GROUPS for case in group.cases]
 
 
 def many(x: Tensor, images: int) -> Tensor:
-    """So many images with the memory of one."""
+    """This many images, in the memory of one."""
     return x.as_strided((images, *x.shape[1:]), (0, *x.stride()[1:]))
 
 
@@ -45,7 +45,7 @@ def test_as_many_as_there_may_be() -> None:
 
 @pytest.fixture
 def triton_everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The Triton backend says that it runs here, and it is what is preferred."""
+    """Make the Triton backend available and preferred here."""
     monkeypatch.setattr(TritonBackend, "unavailable_reason", lambda *_: None)
     monkeypatch.setattr(dense_ext.backends.preference, "order", lambda *_: ("triton", "reference"))
     select.cache_clear()
