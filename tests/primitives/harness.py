@@ -127,7 +127,7 @@ class Maker:
         return values.to(self.device, self.accumulate)
 
     def shift(self, channels: int) -> Tensor:
-        """A shift [C]: odd multiples of 1/128, so that scale*x + shift is never zero for these x and scale."""
+        """A shift [C]: odd multiples of 1/128, so that scale*x + shift is never zero."""
         values = self._integers(-16, 16, channels) / 16 + 1 / 128
         return values.to(self.device, self.accumulate)
 

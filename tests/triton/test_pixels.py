@@ -22,7 +22,7 @@ CASES = [(case, group.small) for group in GROUPS for case in group.cases]
 
 
 def many(x: Tensor, images: int) -> Tensor:
-    """This many images, in the memory of one."""
+    """``images`` images in the memory of one."""
     return x.as_strided((images, *x.shape[1:]), (0, *x.stride()[1:]))
 
 
