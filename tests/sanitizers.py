@@ -121,9 +121,7 @@ def put_in_place(backend: Backend) -> None:
 
 def train_a_network(backend: Backend) -> None:
     """Run two steps of a whole swapped DenseNet in 16 bits, with ``recompute="block"``."""
-    from .helpers import small_densenet  # imported late: it imports torchvision, which takes longer than some
-
-    runs
+    from .helpers import small_densenet  # imported late, since it imports torchvision
 
     put_in_place(backend)
     model = dense_ext.swap(small_densenet(growth_rate=6).half(), recompute="block", backend=backend.name)

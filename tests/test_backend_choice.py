@@ -1,4 +1,4 @@
-"""Which backend "auto" takes, and why another can't."""
+"""The backend that "auto" takes, and the reasons why others can't run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SetTable = Callable[..., None]
 
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SetTable]:
-    """Puts a table of one row in the place of the shipped one."""
+    """Replaces the shipped table by one with a single row."""
 
     def forget() -> None:
         preference._measured.cache_clear()
@@ -92,7 +92,7 @@ def test_a_gpu_is_known_by_its_architecture(
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[CUDABackend]:
-    """A backend that has its library."""
+    """A CUDA backend that behaves as if its library were loaded."""
     backend = CUDABackend()
     monkeypatch.setattr(backend.library, "reason", None)
     monkeypatch.setitem(backend.ops, HAS_CODE, lambda device: True)
@@ -110,7 +110,7 @@ def test_cuda_without_its_library(tmp_path: Path) -> None:
         backend.bn_relu_conv1x1_forward(*[torch.ones(1)] * 7)
 
 
-def test_cuda_library_that_is_none(tmp_path: Path) -> None:
+def test_cuda_library_that_is_not_a_library(tmp_path: Path) -> None:
     path = tmp_path / "_cuda.so"
     path.write_text("not a library")
     reason = CUDABackend(path, "nothing").unavailable_reason("channel_stats", GPU, torch.float32)
@@ -118,7 +118,9 @@ def test_cuda_library_that_is_none(tmp_path: Path) -> None:
     assert reason.startswith("_cuda.so can't be loaded: ")
 
 
-def test_cuda_runs_on_what_it_is_for(cuda: CUDABackend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_runs_on_supported_devices_and_dtypes(
+    cuda: CUDABackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def reason(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
         _gpu_unavailable_reason.cache_clear()
         return cuda.unavailable_reason("channel_stats", device, dtype)
@@ -158,7 +160,7 @@ def test_products_round_to_tf32_where_pytorch_would(allowed: bool, dtype: torch.
     assert told == [allowed and dtype == torch.float32] * 2
 
 
-def test_only_products_are_told(cuda: CUDABackend) -> None:
+def test_only_products_take_the_tf32_argument(cuda: CUDABackend) -> None:
     if cuda.library.path is None:
         pytest.skip(str(cuda.library))
     schemas = {name: [a.name for a in cuda.library.op(name)._schema.arguments] for name in OPS}

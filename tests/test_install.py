@@ -1,4 +1,4 @@
-"""The package without its compiled part: it installs, says so once, and computes the same."""
+"""Without a compiler the package installs, warns once, and computes the same."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.wheel import unstable_symbols
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Prints how it is served, the number of warnings of two forwards, and the output's first value.
+# Prints the package's path, each backend's reason, the warnings of two forwards, and the output's mean.
 USE = """
 import json, sys, warnings
 sys.path.insert(0, sys.argv[1])
@@ -110,7 +110,7 @@ def test_a_cuda_library_that_was_asked_for_may_not_fail(tmp_path: Path) -> None:
 
 
 def says(folder: Path, nvidia_smi: str) -> str:
-    """What a build prints where ``nvidia-smi`` is this script; it compiles nothing."""
+    """The output of a build, which compiles nothing, with this script as ``nvidia-smi``."""
     program = folder / "bin" / "nvidia-smi"
     program.parent.mkdir()
     program.write_text(f"#!/bin/sh\n{nvidia_smi}\n")

@@ -1,4 +1,4 @@
-"""The model family: torchvision's keys and weights, the papers' sizes, construction errors."""
+"""The models: torchvision's keys and weights, the papers' parameter counts, construction errors."""
 
 from __future__ import annotations
 

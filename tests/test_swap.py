@@ -1,4 +1,4 @@
-"""What a swap keeps, what it refuses and says, and that it can be undone."""
+"""A swap: what it keeps, what it refuses and why, and undoing it."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_model_that_contains_a_densenet(backend: str) -> None:
 
 
 class TestCopies:
-    """Copies of a swapped model are models of their own that compute the same."""
+    """Copies of a swapped model are independent and compute the same."""
 
     @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
     def test_copy(self, backend: str, how: str) -> None:
@@ -284,7 +284,7 @@ class TestBackendChoice:
             pass
 
     def test_named_backend_that_cannot_run_says_why(self) -> None:
-        """On a device without kernels, by name; the meta device stands for any other accelerator."""
+        """A backend requested by name fails on a device without kernels, for which meta is an example."""
         x = torch.empty(2, 3, 4, 4, device="meta")
         with pytest.raises(RuntimeError, match=r"no backend runs channel_stats .* on meta .*cpu:"):
             select("cpu", x.device.type, x.dtype)
@@ -292,7 +292,7 @@ class TestBackendChoice:
         assert "meta" in str(reasons["cpu"])
         assert reasons["reference"] is None
 
-    def test_reference_serves_every_dtype(self) -> None:
+    def test_reference_runs_every_dtype(self) -> None:
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             assert "reference" in dense_ext.available_backends("cpu", dtype)
             assert "reference" in dense_ext.available_backends(dtype=dtype)
