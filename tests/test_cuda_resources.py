@@ -56,7 +56,7 @@ def test_no_kernel_spills(cuda_resources: Any, library: Path) -> None:
 
 
 def test_the_committed_table_is_the_librarys(cuda_resources: Any, library: Path) -> None:
-    """Kernels built by the same nvcc have the table's registers and stack; the library may have fewer GPUs."""
+    """Kernels built by the same nvcc have the table's registers and stack, though maybe for fewer GPUs."""
     page = cuda_resources.RESULT.read_text()
     committed = [tuple(line.strip("| ").split(" | ")) for line in page.splitlines() if " | sm_" in line]
     kernels = cuda_resources.kernels_of(library)

@@ -55,7 +55,7 @@ def _twins(build: Callable[[], nn.Module] = small_densenet) -> tuple[nn.Module, 
 
 
 def _monai_densenet() -> nn.Module:
-    """A DenseNet whose blocks are Sequentials; fully_shard refuses ModuleDicts such as torchvision's blocks."""
+    """A DenseNet whose blocks are Sequentials; fully_shard refuses torchvision's, which are ModuleDicts."""
     options = {"init_features": 10, "growth_rate": 5, "block_config": (2, 3, 2), "bn_size": 3}
     return randomize(DenseNet(2, 3, 4, **options)).double()
 
