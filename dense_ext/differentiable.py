@@ -32,8 +32,8 @@ def _recording(x: Tensor) -> Iterator[bool]:
 def _inputs(tensors: Sequence[Tensor], again: bool) -> list[Tensor]:
     """The tensors as inputs of a layer; if the result is differentiated again, they stay in their graph.
 
-    In that case they are views. X depends on the parameters too, so a gradient with respect to a parameter
-    itself would also flow through X, back into the block whose backward is running.
+    In that case they are views, because X depends on the parameters too. A gradient with respect to a
+    parameter itself would also flow through X, back into the block whose backward is running.
     """
     return [t.view_as(t) for t in tensors] if again else [t.detach().requires_grad_() for t in tensors]
 

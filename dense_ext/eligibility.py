@@ -186,8 +186,8 @@ class Fused:
     # norm's own children.
     parts: ClassVar[Mapping[str, type[nn.Module]]]
     parts_of_norm: ClassVar[Mapping[str, type[nn.Module]]] = {}
-    # The class whose forward runs if the fused operator may not; that forward, as it was when the fused class
-    # was defined; and a copy of it for TorchScript.
+    # The class whose forward runs if the fused operator may not. The forward is kept as it was when the fused
+    # class was defined, and as a copy for TorchScript.
     original: ClassVar[Any]
     known_forward: ClassVar[Any]
     original_forward: ClassVar[Callable[..., Tensor]]
@@ -320,7 +320,7 @@ _NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def interference(module: nn.Module) -> str | None:
-    """Why a call of ``module`` would do more or other than its class's own forward, or None."""
+    """Why a call of ``module`` might do anything other than its class's own forward, or None."""
     if (
         module._forward_hooks
         or module._forward_pre_hooks

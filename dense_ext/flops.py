@@ -1,8 +1,8 @@
 """FLOP formulas of the operators for :class:`torch.utils.flop_counter.FlopCounterMode`.
 
-Each multiply-add of a convolution counts 2. The operators' FLOPs are counted as executed: a transition
-convolves after its pool, which takes a quarter of eager's FLOPs, and a backward includes the bottlenecks that
-it recomputes.
+Each multiply-add of a convolution counts 2. The operators' FLOPs are counted as executed. A transition
+convolves after its pool, which takes a quarter of eager's FLOPs. A backward includes the bottlenecks that it
+recomputes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Decides whether a gradient passed to a backward is exclusive to it, so that it may be overwritten.
 
 The largest block's gradient is the largest tensor of a training step. Copying it before accumulating into it
-would raise the step's peak memory by a quarter. Autograd does not report who else holds a gradient (a hook,
-the user, another node), but every holder shows in one of three counts: the references to the Python object,
+would raise the step's peak memory by a quarter. Autograd does not report what else holds a gradient (a hook,
+the user, another node). But every holder shows in one of three counts: the references to the Python object,
 to the tensor, and to the storage. They are compared with the counts of a gradient known to be exclusive,
 which are taken once on the same code path. If any differs, or this PyTorch lacks the counters, the gradient
 counts as shared and the caller copies it.

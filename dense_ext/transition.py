@@ -40,8 +40,9 @@ def forward(
         known: x's batch statistics [2, C] if the block before has computed them, else None.
 
     Returns:
-        y [N, K, H//2, W//2] or [N, C, (H-1)//2 + 1, (W-1)//2 + 1] in channels_last memory, and the
-        batch statistics [2, C] (mean and biased variance; zero if the norm uses running statistics).
+        y in channels_last memory, and the batch statistics [2, C]. y is [N, K, H//2, W//2], or for the stem
+        [N, C, (H-1)//2 + 1, (W-1)//2 + 1]. The statistics are mean and biased variance, and zero if the norm
+        uses running statistics.
     """
     y, stats = empty_outputs(weight, x)
     if x.shape[0] == 0:

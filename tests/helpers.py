@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.densenet import DenseNet, _DenseBlock, _Transition
 
-# The relative error within which float64 results count as equal to eager's: far above rounding (1e-16
-# times the longest sum of about 1e4 terms, through some tens of layers), far below any algebraic mistake.
+# The relative error within which float64 results count as equal to eager's. It is far above rounding (1e-16
+# times the longest sum of about 1e4 terms, through some tens of layers) and far below any algebraic mistake.
 RELATIVE = 1e-9
 
 

@@ -98,7 +98,7 @@ def test_retained_graph(backend: str, recompute: str) -> None:
 
 
 def test_output_used_by_several(backend: str, recompute: str) -> None:
-    """The block's output is used besides the transition too, as in feature pyramids."""
+    """The transition is not the only user of the block's output, as in feature pyramids."""
 
     class Pyramid(nn.Module):
         def __init__(self) -> None:

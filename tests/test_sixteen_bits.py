@@ -1,7 +1,7 @@
 """In 16 bits no tensor of a swapped network has a larger error than eager's, except by chance.
 
 In a single tensor of a single draw, the errors of two equally exact programs may differ much. In a whole
-network most of an error comes not from rounding but from ReLU masks, maxima and signs that flip, and then
+network most of an error comes not from rounding but from ReLU masks, maxima and signs that flip; then
 either error may be many times the other. Here no mask depends on rounding, and the test compares each
 tensor's mean error over several draws.
 """

@@ -5,8 +5,8 @@
 //           dW = dz^T @ relu(scale*x + shift)
 //
 // x, grad_x [M, C]; z, grad_bn [M, B]; each with its own pixel stride. W, dW [B, C], any strides.
-// Moves C + B elements per pixel forward, 3 C + 2 B backward: x is read once, and its activations
-// exist only in a tile of scratch that fits the L2 cache, from which the products read them.
+// Moves C + B elements per pixel forward, 3 C + 2 B backward. x is read once. Its activations exist
+// only in a tile of scratch that fits the L2 cache, from which the products read them.
 
 #include <torch/csrc/stable/library.h>
 

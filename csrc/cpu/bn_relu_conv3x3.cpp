@@ -5,9 +5,9 @@
 //           sums = [sum g, sum g*(z - mean)];  dW[k, c, tap] = sum_p dy[p, k] * a[p + tap, c]
 //
 // z, grad_bn [N, H, W, B]; y, grad [N, H, W, K]; each with its own pixel stride. W, dW
-// [K, B, 3, 3], any strides. Moves B + K elements per pixel forward, 2 B + 2 K backward: a band of
-// rows is activated once into scratch with a border of zeros, and the nine taps are nine shifted
-// views of it.
+// [K, B, 3, 3], any strides. Moves B + K elements per pixel forward, 2 B + 2 K backward. A band of
+// rows is activated once into scratch with a border of zeros; the nine taps are nine shifted views
+// of it.
 
 #include <torch/csrc/stable/library.h>
 
@@ -17,8 +17,9 @@
 namespace dense_ext {
 namespace {
 
-// The bytes of scratch for a band, the channels that are activated at a time, and the pixels that a
-// weight gradient sums at a time (so that the operands of its product stay in the L1 cache).
+// The bytes of scratch for a band, and the channels that are activated at a time. The last is the
+// number of pixels that a weight gradient sums at a time, so that its operands stay in the L1
+// cache.
 constexpr int64_t kForwardBytes = 256 << 10;
 constexpr int64_t kBackwardBytes = 512 << 10;
 constexpr int64_t kChannels = 128;

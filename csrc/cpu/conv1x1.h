@@ -1,5 +1,5 @@
-// What the two 1x1 convolutions share: how a backward is split over threads, and the final
-// reduction of the weight gradient.
+// Shared by the two 1x1 convolutions: splitting a backward over threads, and the final reduction of
+// the weight gradient.
 
 #pragma once
 

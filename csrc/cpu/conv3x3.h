@@ -1,4 +1,4 @@
-// What a 3x3 convolution's forward and backward share: the offsets of the nine taps, and the final
+// Shared by the 3x3 convolution's forward and backward: the offsets of the nine taps, and the final
 // reduction of the weight gradient.
 
 #pragma once
@@ -22,21 +22,22 @@ int64_t whole_vectors(int64_t columns) {
 struct TapOffsets {
   int64_t offset[kTaps];
 
-  // From the start of a padded line, whose pixels are `ld` apart, to the first pixel of each tap.
+  // The offsets from the start of a padded line, whose pixels are `ld` apart, to each tap's first
+  // pixel.
   static TapOffsets in_band(int64_t width, int64_t ld) {
     TapOffsets taps;
     for (int64_t t = 0; t < kTaps; t++) taps.offset[t] = (t / 3 * (width + 2) + t % 3) * ld;
     return taps;
   }
-  // To each tap's packed weights [depth][kPanel].
+  // The offsets of each tap's packed weights [depth][kPanel].
   template <class A>
   static TapOffsets in_panel(int64_t depth) {
     TapOffsets taps;
     for (int64_t t = 0; t < kTaps; t++) taps.offset[t] = t * depth * kPanel<A>;
     return taps;
   }
-  // To each tap in a weight. `reversed` is for a transposed convolution, which equals a convolution
-  // with its taps in reverse order.
+  // The offsets of each tap in a weight. `reversed` is for a transposed convolution, which equals a
+  // convolution with its taps in reverse order.
   template <class T>
   static TapOffsets in_weight(const Weight<T>& weight, bool reversed) {
     TapOffsets taps;

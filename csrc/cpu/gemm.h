@@ -35,9 +35,8 @@ struct Prefetch {
   }
 };
 
-// C[i][j] (+)= sum over taps t and depth k of
-//   a[a_taps[t] + i*a_row + k*a_depth] * b[(j / kPanel)*b_panel + b_taps[t] + k*b_depth + j %
-//   kPanel]
+// C[i][j] (+)= sum over taps t and depth k of a[a_taps[t] + i*a_row + k*a_depth] *
+//   b[(j / kPanel)*b_panel + b_taps[t] + k*b_depth + j % kPanel]
 // Each row of C is written up to column round_up(columns, kLanes). An accumulating product is
 // summed on its own before it is added to C, which keeps the rounding errors of long sums (weight
 // gradients) small.

@@ -23,9 +23,9 @@ NormGradient norm_gradient(const Tensor& sums, const Tensor& mean, const Tensor&
                            const Tensor& grad_weight, const Tensor& grad_bias,
                            const std::optional<Tensor>& u, const std::optional<Tensor>& v);
 
-// What a backward pass writes. kWhole writes everything. Through a norm that used the batch's
-// statistics, a pass with kSums writes the sums, and then one with kAffine writes the gradient of
-// x, for which it needs the u and v that follow from the sums.
+// The results that a backward pass writes. kWhole writes all of them. Backward through a norm that
+// used the batch's statistics takes two passes. One with kSums writes the sums. Then one with
+// kAffine writes the gradient of x, which needs the u and v that follow from the sums.
 enum class Pass { kWhole, kSums, kAffine };
 
 // The vectors that the two passes share, and the computation of the norm's gradients between them.

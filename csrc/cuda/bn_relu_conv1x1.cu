@@ -6,10 +6,10 @@
 // x, grad_x [M, C]; z, grad_bn [M, B]; each with its own pixel stride. W, dW [B, C].
 //
 // Elements moved per pixel: C + B forward, 3 C + 2 B backward, each from device memory once. Blocks
-// that run at the same time share inputs through the L2 cache: x forward if B exceeds 128, and
-// backward grad_bn and z, since each block takes a chunk of C. Backward is one kernel: dW and W of
-// the chunk stay in registers for all of a block's pixels. In addition, each block writes a row of
-// moments, or of sums and dW.
+// that run at the same time share inputs through the L2 cache. Forward they share x if B exceeds
+// 128; backward they share grad_bn and z, since each takes a chunk of C. Backward is one kernel: dW
+// and W of the chunk stay in registers for all of a block's pixels. In addition, each block writes
+// a row of moments, or of sums and dW.
 
 #include <torch/csrc/stable/library.h>
 

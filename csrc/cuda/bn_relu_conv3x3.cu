@@ -15,9 +15,8 @@
 //
 // The kernels are bound by reading fragments from shared memory, at 128 bytes per cycle. So a warp
 // goes down lines of 16 pixels, and reads a line's fragment once for the three lines of taps that
-// use it. For B = 128 and K = 32 in 16 bits, the bytes read per pixel are: for y, 2304 if a warp
-// has 64 pixels x 32 channels, in large patches, and 3456 if it has 64 x 16; as many for g; and
-// 2240 or 2432 for dW.
+// use it. For B = 128 and K = 32 in 16 bits, y takes 2304 bytes per pixel if a warp has 64 pixels x
+// 32 channels, in large patches, and 3456 if it has 64 x 16. g takes as many, and dW 2240 or 2432.
 
 #include <torch/csrc/stable/library.h>
 

@@ -6,10 +6,10 @@
 //
 // x, grad_x [N, H, W, C]; y, grad [N, (H-1)/2 + 1, (W-1)/2 + 1, C]; each with its own pixel stride.
 //
-// Elements moved per input pixel: 5/4 C forward, 9/4 C backward. Each is read from device memory
-// once, since blocks that run at the same time share the pixels at the edges of their strips
-// through the L2 cache. Backward through the norm moves 7/2 C in two passes, because u and v follow
-// from the sums: reading x and grad twice moves less than writing, reading and writing grad_x.
+// Elements moved per input pixel: 5/4 C forward, 9/4 C backward, each from device memory once.
+// Blocks that run at the same time share the pixels at the edges of their strips through the L2
+// cache. Backward through the norm moves 7/2 C in two passes, because u and v follow from the sums:
+// reading x and grad twice moves less than writing, reading and writing grad_x.
 //
 // A block goes down a strip of an image, whose lines pass through shared memory; it finds each
 // window's maximum once. In the backward pass a pixel gathers the gradients of its windows in a

@@ -8,8 +8,9 @@
 // any strides.
 //
 // Elements moved per output pixel: 4 C + K forward, 10 C + 2 K backward, each from device memory
-// once. Blocks that run at the same time share inputs through the L2 cache: x forward if K exceeds
-// a block's; grad backward, since each block takes a chunk of C; and both factors of dW.
+// once. Blocks that run at the same time share inputs through the L2 cache. Forward they share x if
+// K exceeds a block's. Backward they share grad, since each takes a chunk of C, and both factors of
+// dW.
 //
 // Backward is two kernels, since a block that covers all of K has no registers for dW. The first
 // writes grad_x and the sums, and stores p in scratch. This takes C elements written and C read;
@@ -20,9 +21,9 @@
 // from the sums: first without grad_x, then for grad_x only. That moves less than reading grad_x
 // and x once more and writing grad_x again.
 //
-// x is loaded into registers, not into shared memory: 16 bytes per thread of each pixel of a
-// window, that is 16 registers, a step or a row ahead. In shared memory, x of a step of 64 windows
-// would take 16 KiB and be written and read; this way only p, a quarter of that, is there.
+// x is loaded into registers, not into shared memory. A thread loads 16 bytes of each pixel of a
+// window, a step or a row ahead, into 16 registers. In shared memory, x of a step of 64 windows
+// would take 16 KiB, to be written and read; only p, a quarter of that, has to be there.
 
 #include <torch/csrc/stable/library.h>
 

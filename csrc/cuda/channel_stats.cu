@@ -1,7 +1,7 @@
 // mean[c], var[c] = mean and biased variance of x[..., c].
 //
-// x [N, H, W, C] with any pixel stride; mean, var [C]. Moves C elements per pixel: a thread holds a
-// few pixels in registers and goes over them twice, once for their mean and once for their squared
+// x [N, H, W, C] with any pixel stride; mean, var [C]. Moves C elements per pixel. A thread holds a
+// few pixels in registers and goes over them twice: for their mean, and for their squared
 // deviations from it. In addition, each block writes a row of moments.
 
 #include <torch/csrc/stable/library.h>

@@ -1,4 +1,4 @@
-"""What the compiled backends share: finding and loading a library of PyTorch ops.
+"""The common part of the compiled backends: finding and loading a library of PyTorch ops.
 
 Each library registers its ops in its own namespace (csrc/ops.cpp), so that several libraries can be loaded
 into one process.
@@ -15,7 +15,7 @@ import torch
 
 from .base import PRIMITIVES, Backend
 
-# Where setup.py puts the libraries.
+# The folder in which setup.py puts the libraries.
 PACKAGE = Path(__file__).resolve().parent.parent
 
 

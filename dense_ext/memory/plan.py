@@ -178,8 +178,8 @@ def estimate(
     """The peak memory of one training step of dense_ext, without running it or allocating anything.
 
     It counts the memory of PyTorch's allocator. It does not count fragmentation, a GPU's context, or the
-    workspaces of cuDNN and oneDNN. Nor does it count the GPU backends' scratch memory, which adds at most
-    some 20 MB to the peak and mostly is not held when the peak occurs. Gradients count throughout the step.
+    workspaces of cuDNN and oneDNN. Nor does it count the GPU backends' scratch memory. This adds at most
+    some 20 MB to the peak, and mostly is not held when the peak occurs. Gradients count throughout the step.
 
     Args:
         input_shape: the shape [N, C, H, W] of the images.

@@ -85,9 +85,9 @@ def swap(
 
     Raises:
         TypeError: model is not a module, or memory is not a size.
-        ValueError: an option is unknown; the model has no dense block; with ``strict``, a part can't be
-            fused; with ``"auto"``, input_shape is missing, the model is not a DenseNet whose parts can all be
-            fused, or no policy fits; without ``"auto"``, input_shape, memory or dtype is given. The model is
+        ValueError: an option is unknown, or the model has no dense block. With ``strict``: a part can't be
+            fused. With ``"auto"``: input_shape is missing, the model is not a DenseNet whose parts can all be
+            fused, or no policy fits. Without ``"auto"``: input_shape, memory or dtype is given. The model is
             then unchanged.
     """
     if not isinstance(model, nn.Module):

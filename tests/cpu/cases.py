@@ -19,8 +19,8 @@ from ..compiling import CSRC, ROOT, STABLE, compile_source, compiler_with, link
 from ..sanitizers import Sanitizer, put_in_place, run_cases, train_a_network
 
 NAMESPACE = "dense_ext_cpu_sanitized"
-# No instruction set beyond the compiler's default: then a masked vector is loaded value by value, and a
-# sanitizer checks each. -Og, since compiling takes longer than running.
+# No instruction set beyond the compiler's default, so that masked vectors are loaded value by value and a
+# sanitizer checks each value. -Og, since compiling takes longer than running.
 FLAGS = (STABLE, "-Og")
 THREADS = 4
 

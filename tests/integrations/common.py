@@ -1,4 +1,4 @@
-"""What the tests of other tools share: a small network, and recording which operators run."""
+"""Shared by the tests of other tools: a small network, and recording which operators run."""
 
 from __future__ import annotations
 

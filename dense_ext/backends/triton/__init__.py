@@ -1,7 +1,7 @@
 """The Triton backend, for every GPU that Triton supports. Each primitive has a module in this package.
 
-Triton is imported only when a GPU first needs it, or if ``TRITON_INTERPRET`` is set, so that machines
-without a GPU do not wait for the import.
+Triton is imported only when a GPU first needs it, or if ``TRITON_INTERPRET`` is set. So machines without
+a GPU do not wait for the import.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Rows of the user's own table, which ``dense-ext tune`` writes, take precedence over those of
 ``configs.json``, which the package ships. A row is keyed by kernel, architecture, precision and shape
-class; the class ``"*"`` matches any shape. Each row names its source: measured (on which GPU and when) or
-estimated, that is, chosen from the registers, spills and shared memory of the compiled kernel.
+class; the class ``"*"`` matches any shape. Each row names its source: it was measured (on which GPU and
+when), or estimated from the registers, spills and shared memory of the compiled kernel.
 """
 
 from __future__ import annotations

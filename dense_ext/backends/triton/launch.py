@@ -212,8 +212,8 @@ def dot_precision(precision: str) -> str:
 def alignment_of(*views: Tensor, weight: Tensor | None = None) -> int:
     """The alignment in bytes, at most 16, of every pixel's first channel, for all views [N, H, W, C].
 
-    It is the largest power of two that divides the addresses of the views and of the weight, and the views'
-    pixel strides and numbers of channels in bytes.
+    It is the largest power of two that divides the addresses of the views and the weight, the views' pixel
+    strides, and their numbers of channels, all in bytes.
     """
     bits = 16 if weight is None else 16 | weight.data_ptr()
     for view in views:

@@ -1,4 +1,4 @@
-"""What the kernels share: activation, channel moments, and the second stage of every reduction.
+"""Code shared by the kernels: activation, channel moments, and the second stage of every reduction.
 
 In a kernel that reduces over pixels, each program writes one row of partial results. A small kernel here
 adds the rows in a fixed order, without atomics, so equal inputs give equal bits.
