@@ -52,7 +52,7 @@ def leave_out(what: str, why: object, required: bool) -> None:
 
 
 def cuda_home() -> Path | None:
-    """The folder of CUDA with nvcc: CUDA_HOME, on the path, the default, or in the packages next to PyTorch."""
+    """CUDA's folder, which has nvcc: CUDA_HOME, on the path, the default, or among PyTorch's packages."""
     home = [f"{os.environ['CUDA_HOME']}/bin"] if os.environ.get("CUDA_HOME") else []
     places = [*home, *os.get_exec_path(), "/usr/local/cuda/bin", *glob(f"{TORCH}/../nvidia/*/bin")]
     nvcc = shutil.which("nvcc", path=os.pathsep.join(places))
@@ -75,7 +75,7 @@ def architectures() -> str:
 
 
 def cuda_target() -> str:
-    """Nvcc's flags for the architectures."""
+    """The flags for nvcc that select the architectures."""
     flags = []
     for name in architectures().replace(";", " ").split():
         number, _, ptx = name.replace(".", "").partition("+")
