@@ -1,10 +1,10 @@
 """The dense block's forward and backward over the primitives, written once for every backend.
 
 A block owns one buffer X [N, H, W, Ct] (NHWC) with Ct = c0 + L*K channels. c0 of them come from the input,
-and K from each of the L layers. Layer l reads the slice ``X[..., :C]``, C = c0 + l*K, and writes ``X[...,
-C:C+K]``, so nothing is ever concatenated. A channel's batch statistics are computed once, by the kernel that
-writes the channel. In backward, G [N, H, W, Ct] accumulates the gradient of X. Batch norm's contribution to
-it is kept separately, as ``U*X + V`` per channel (see :mod:`dense_ext.batch_norm`).
+and K from each of the L layers. Layer l reads the slice ``X[..., :C]``, C = c0 + l*K, and writes
+``X[..., C:C+K]``, so nothing is ever concatenated. A channel's batch statistics are computed once, by the
+kernel that writes the channel. In backward, G [N, H, W, Ct] accumulates the gradient of X. Batch norm's
+contribution to it is kept separately, as ``U*X + V`` per channel (see :mod:`dense_ext.batch_norm`).
 
 M is the number of pixels N*H*W, B the number of channels of a layer's bottleneck, and z [N, H, W, B] the
 bottleneck's activations. All this also holds for volumes, with D before H and 3x3x3 instead of 3x3.
