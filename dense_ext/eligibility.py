@@ -229,7 +229,7 @@ class Fused:
 
     @classmethod
     def guarded(cls, module: Any) -> list[tuple[Any, str, Any]]:
-        """Other attributes that the check looks at: whose, name, value."""
+        """Further attributes that the check depends on, each as (object, name, value)."""
         return []
 
     def unfusable(self) -> str | None:

@@ -107,19 +107,19 @@ def run_dense_block(
     reorder: Callable[[Arguments], Arguments] | None = None,
     update: Callable[[Tensor, Sequence[int]], None] | None = None,
 ) -> tuple[Tensor, ops.Carried]:
-    """The operator of a dense block, and the update of its norms' running statistics.
+    """Run the operator of a dense block, and update its norms' running statistics.
 
     Args:
         x: [N, c0, H, W].
-        norms, convs: those of all layers in the order they run, one or two of each a layer.
-        drop_rate: 0 in eval mode.
-        recompute, backend: as :class:`DenseBlock`.
-        reorder: changes the operator's constants before it runs.
-        update: called with the batch statistics and each norm's first channel in them, in place of the
-            update of the norms.
+        norms, convs: the norms and convolutions of all layers in the order they run, one or two per layer.
+        drop_rate: the dropout probability; 0 in eval mode.
+        recompute, backend: as for :class:`DenseBlock`.
+        reorder: changes the operator's arguments before it runs.
+        update: called instead of updating the norms, with the batch statistics and the index of each norm's
+            first channel in them.
 
     Returns:
-        X [N, Ct, H, W], and what a transition may be told of it.
+        X [N, Ct, H, W], and the block's information about X for a transition.
     """
     check_input("dense block", x, norms[0])
     per_layer = 2 if convs[0].kernel_size[0] == 1 else 1
@@ -128,7 +128,7 @@ def run_dense_block(
     if reorder is not None:
         args = reorder(args)
     seeds = torch.randint(2**63 - 1, (len(norms) // per_layer,), device="cpu") if drop_rate else None
-    # Without a backward there is nothing to keep z for.
+    # Without a backward there is no reason to keep z.
     recompute = recompute if torch.is_grad_enabled() else "bottleneck"
     out, stats, _ = torch.ops.dense_ext.dense_block(x, *args, *BlockOptions(seeds, drop_rate, recompute))
     starts = norm_starts(len(norms), out.shape[1], convs[0].out_channels if per_layer == 2 else 0)
@@ -136,18 +136,18 @@ def run_dense_block(
         update_running_stats(norms, stats, starts, values_per_channel(x))
     else:
         update(stats, starts)
-    of_x = any(args.batch_stats[::per_layer])  # whether a norm took statistics of X
+    of_x = any(args.batch_stats[::per_layer])  # whether X's statistics were computed
     return out, ops.Carried(stats[:, : out.shape[1]] if of_x else None, ops.block_node(out))
 
 
 def run_transition(input: Tensor, norm: Any, conv: Any, backend: str, carried: ops.Carried) -> Tensor:
-    """The operator of a transition, and the update of its norm's running statistics.
+    """Run the operator of a transition, and update its norm's running statistics.
 
     Args:
         input: [N, C, H, W].
-        norm, conv: the transition's.
-        backend: as :class:`DenseBlock`.
-        carried: what the block that has just made ``input`` knows of it.
+        norm, conv: the transition's norm and convolution.
+        backend: as for :class:`DenseBlock`.
+        carried: the information about ``input`` from the block, if one has just made it.
 
     Returns:
         [N, K, H//2, W//2].

@@ -106,9 +106,7 @@ def build(out: Path) -> Path:
 def main() -> int:
     """Print a line for each environment; returns 1 if one of them fails, else 0."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, help="an empty folder in which to keep the sdist and the wheel"
-    )
+    parser.add_argument("--out", type=Path, help="an empty folder in which to keep the sdist and the wheel")
     parser.add_argument("--python", action="append", help=f"instead of {', '.join(PYTHONS)}")
     parser.add_argument("--torch", action="append", help=f"instead of {', '.join(TORCHES)}")
     arguments = parser.parse_args()
