@@ -67,7 +67,10 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def gpu_unavailable_reason(device: int | None) -> str | None:
-    """Why tensor-core kernels can't run on this GPU, or None if they can. None: the current GPU."""
+    """Why tensor-core kernels can't run on GPU ``device``, or None if they can.
+
+    ``device`` None means the current GPU.
+    """
     if not torch.cuda.is_available():
         return "there is no GPU"
     if torch.version.hip is None and (capability := torch.cuda.get_device_capability(device)) < (8, 0):

@@ -71,7 +71,10 @@ def _multiply(op: Any, *args: Any, **kwargs: Any) -> None:
 
 @functools.cache
 def _gpu_unavailable_reason(device: int | None, has_code: Callable[[int], bool]) -> str | None:
-    """Why the kernels can't run on this GPU, or None if they can. ``device`` None: the current one."""
+    """Why the kernels can't run on GPU ``device``, or None if they can.
+
+    ``device`` None means the current GPU.
+    """
     if reason := gpu_unavailable_reason(device):
         return reason
     if torch.version.hip is not None:

@@ -63,7 +63,7 @@ def _mask_and_sum(g: Tensor, activation: Tensor, x: Tensor, mean: Tensor, sums: 
 
 
 class ReferenceBackend(Backend):
-    """Every primitive computes the formula in :mod:`dense_ext.backends.base` step by step.
+    """Computes every primitive step by step, as the formulas in :mod:`dense_ext.backends.base` say.
 
     It takes images and, through :mod:`dense_ext.backends.volume`, volumes.
     """

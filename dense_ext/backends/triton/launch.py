@@ -44,7 +44,7 @@ class Target(NamedTuple):
 
     @property
     def architecture(self) -> str:
-        """The GPU's name in the configuration table: "sm_80" for all with the same tensor instructions."""
+        """The GPU's name in the configuration table: "sm_80" also for others with its tensor instructions."""
         if self.gpu.backend != "cuda":
             return str(self.gpu.arch)
         major = self.gpu.arch // 10
