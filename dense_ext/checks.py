@@ -47,7 +47,7 @@ def check_input(where: str, x: Tensor, norm: nn.BatchNorm2d, minimum_size: int =
         raise ValueError(f"{where}: input {shape} has {shape[1]} channels, expected {channels}")
     if min(shape[2:]) < minimum_size:
         raise ValueError(
-            f"{where}: input {shape} is too small, expected at least {minimum_size} pixels a side"
+            f"{where}: input {shape} is too small, expected at least {minimum_size} pixels per side"
         )
 
 

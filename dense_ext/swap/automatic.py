@@ -39,6 +39,6 @@ def policies_that_fit(
         largest = max(planner.largest_batch(budget, policy) for policy in RECOMPUTE)
         raise ValueError(
             f"no recompute policy fits images {list(input_shape)} into {budget} bytes: "
-            f"they need {least}; a batch of {largest} fits"
+            f"they need at least {least} bytes; a batch of {largest} fits"
         )
     return {f"features.{name}": policy for name, policy in choice.recompute.items()}
