@@ -98,7 +98,7 @@ def swap(
         raise ValueError(
             f'input_shape, memory and dtype go with recompute="auto", got recompute={recompute!r}'
         )
-    # What the planner follows is a DenseNet of known classes.
+    # The planner supports only DenseNets of known classes.
     found = _candidates(model, recognise and not automatic)
     if not any(candidate.kind != "features" for _, candidate in found):
         how = "knows or recognises" if recognise and not automatic else "knows"
