@@ -28,7 +28,7 @@ struct ForwardArguments {
   const A *scale, *shift;  // [C]
   Weight<const T> weight;  // [B, C]
   Pixels<T> z;             // [M, B]
-  A *mean, *var;           // [B]; null: not wanted
+  A *mean, *var;           // [B]; null if not wanted
 };
 
 template <class T>
@@ -144,7 +144,7 @@ struct BackwardArguments {
   Weight<const T> weight;         // [B, C]
   Pixels<T> grad_x;               // [M, C]
   A* sums;                        // [2, C]
-  Weight<T> grad_weight;          // [B, C]; data null: not wanted
+  Weight<T> grad_weight;          // [B, C]; data null if unwanted
 };
 
 template <class T>

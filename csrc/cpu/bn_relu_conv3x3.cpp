@@ -32,7 +32,7 @@ struct ForwardArguments {
   const A *scale, *shift;  // [B]
   Weight<const T> weight;  // [K, B, 3, 3]
   Pixels<T> y;             // [N, H, W, K]
-  A *mean, *var;           // [K]; null: not wanted
+  A *mean, *var;           // [K]; null if not wanted
 };
 
 template <class T>
@@ -165,7 +165,7 @@ struct BackwardArguments {
   Weight<const T> weight;         // [K, B, 3, 3]
   Pixels<T> grad_bn;              // [N, H, W, B]
   A* sums;                        // [2, B]
-  Weight<T> grad_weight;          // [K, B, 3, 3]; data null: not wanted
+  Weight<T> grad_weight;          // [K, B, 3, 3]; data null if unwanted
 };
 
 template <class T>

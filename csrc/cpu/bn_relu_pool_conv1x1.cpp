@@ -167,7 +167,7 @@ struct BackwardArguments {
   Weight<const T> weight;         // [K, C]
   Pixels<T> grad_x;               // [N, H, W, C]
   A* sums;                        // [2, C]
-  Weight<T> grad_weight;          // [K, C]; data null: not wanted
+  Weight<T> grad_weight;          // [K, C]; data null if unwanted
 };
 
 template <class T>
