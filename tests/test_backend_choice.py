@@ -74,7 +74,7 @@ def test_without_a_measurement_the_general_order_holds(table: SetTable) -> None:
 
 
 @pytest.mark.parametrize(("hip", "architecture"), [(None, "sm_90"), ("6.4", "gfx942")], ids=["nvidia", "amd"])
-def test_a_gpu_is_known_by_its_architecture(
+def test_a_gpu_is_identified_by_its_architecture(
     hip: str | None, architecture: str, table: SetTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Properties:

@@ -69,7 +69,7 @@ def test_no_grad_in_training_mode_updates_the_statistics(backend: str, recompute
     assert_same_state(ours, eager)
 
 
-def test_statistics_are_updated_once_a_step(backend: str, recompute: str) -> None:
+def test_statistics_are_updated_once_per_step(backend: str, recompute: str) -> None:
     model = dense_ext.swap(small_densenet(), recompute=recompute)
     model(images()).sum().backward()
     counters = {k: v.item() for k, v in model.named_buffers() if k.endswith("num_batches_tracked")}
@@ -206,7 +206,7 @@ def test_every_policy_gives_the_same_bits(backend: str, dtype: torch.dtype) -> N
 
 
 class TestDropout:
-    def test_every_policy_drops_the_same(self, backend: str) -> None:
+    def test_every_policy_has_the_same_dropout(self, backend: str) -> None:
         x = torch.randn(2, 6, 8, 8, dtype=torch.float64)
         results = []
         for policy in ("none", "bottleneck", "block"):
@@ -284,7 +284,7 @@ class TestStatisticsOfATransition:
         [([], 1), ([nn.ReLU(inplace=True)], 2), ([nn.Softplus()], 2), ([nn.Identity()], 2)],
         ids=["nothing", "written", "another tensor", "seen by others"],
     )
-    def test_taken_anew_where_needed(self, between: list[nn.Module], calls: int) -> None:
+    def test_taken_again_where_needed(self, between: list[nn.Module], calls: int) -> None:
         """``calls`` counts channel_stats: once for the block's input, and for the transition if necessary."""
         if "cpu" not in dense_ext.available_backends("cpu"):
             pytest.skip("counts the C++ backend's calls")

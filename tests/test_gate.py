@@ -111,7 +111,7 @@ def test_a_global_hook_sees_every_module(kind: str) -> None:
     assert blocks_run(ours, x) == 4
 
 
-def test_a_global_hook_may_change_what_modules_return() -> None:
+def test_a_global_hook_may_change_modules_outputs() -> None:
     ours, eager = pair()
     handle = register(
         "forward_hook", lambda m, a, y: y.round(decimals=1) if isinstance(m, nn.Conv2d) else None
@@ -147,7 +147,7 @@ REPLACED = [
     ],
     ids=lambda value: getattr(value, "__name__", value).rpartition(".")[2],
 )
-def test_what_is_replaced_on_a_class_or_in_functional_is_called(
+def test_replacements_on_a_class_or_in_functional_are_called(
     monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, when: str
 ) -> None:
     """As guided backpropagation, weight standardization and FLOP counters do; also after it is undone."""
@@ -180,7 +180,7 @@ def test_what_is_replaced_on_a_class_or_in_functional_is_called(
         ("features", "forward"),
     ],
 )
-def test_what_is_replaced_on_an_instance_is_called(path: str, name: str) -> None:
+def test_replacements_on_an_instance_are_called(path: str, name: str) -> None:
     ours, eager = pair()
     for model in (ours, eager):
         module = model.get_submodule(path)
@@ -287,7 +287,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
-def test_a_network_changed_after_the_swap_is_what_it_is_then(change: Change) -> None:
+def test_changes_after_the_swap_take_effect(change: Change) -> None:
     ours, eager = pair()
     x = images()
     assert blocks_run(ours, x) == 4
@@ -443,7 +443,7 @@ def test_a_snapshot_notices(what: str) -> None:
     assert reasons() == []
 
 
-def test_sync_norms_are_served_while_they_use_their_running_statistics() -> None:
+def test_sync_norms_are_fused_while_they_use_their_running_statistics() -> None:
     """A change of a norm's mode is noticed."""
     eager = small_densenet()
     ours = dense_ext.swap(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(eager)).eval(), strict=True)
@@ -458,7 +458,7 @@ def test_sync_norms_are_served_while_they_use_their_running_statistics() -> None
     assert block.unfusable() is None
 
 
-def test_frozen_norms_are_served(backend: str, recompute: str) -> None:
+def test_frozen_norms_are_fused(backend: str, recompute: str) -> None:
     eager = small_densenet()
     for parent in list(eager.modules()):
         for name, child in list(parent.named_children()):
@@ -571,7 +571,7 @@ WRITES = {
 
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("recompute", ["bottleneck", "block"])
-def test_others_may_write_into_what_a_block_returns(recompute: str, write: str) -> None:
+def test_a_blocks_output_may_be_written_into(recompute: str, write: str) -> None:
     """The block's backward reads the original output, and statistics are taken from the modified one."""
     ours, eager = pair(recompute)
     x = images()
@@ -586,7 +586,7 @@ def test_others_may_write_into_what_a_block_returns(recompute: str, write: str) 
     assert blocks_run(ours, x) == 4
 
 
-def test_statistics_do_not_outlive_what_they_were_taken_of(backend: str, recompute: str) -> None:
+def test_statistics_are_not_used_after_a_write(backend: str, recompute: str) -> None:
     """A block and a transition are called directly, with a write through .data between them."""
     network = nn.Sequential(eager_block(), eager_transition(21, 4))
     pair = twin(network, lambda m: dense_ext.swap(m, recompute=recompute, strict=True))
@@ -604,7 +604,7 @@ def test_statistics_do_not_outlive_what_they_were_taken_of(backend: str, recompu
 # --- warnings and reasons --------------------------------------------------------------------------------
 
 
-def test_reasons_tell_classes_of_one_name_apart() -> None:
+def test_reasons_distinguish_classes_of_the_same_name() -> None:
     other = type("BatchNorm2d", (nn.BatchNorm2d,), {"__module__": "elsewhere"})
     model = small_densenet()
     model.features.denseblock1.denselayer1.norm1.__class__ = other
@@ -617,7 +617,7 @@ def test_reasons_tell_classes_of_one_name_apart() -> None:
         dense_ext.swap(model, strict=True)
 
 
-def test_a_part_warns_once_a_reason() -> None:
+def test_a_part_warns_once_per_reason() -> None:
     model = dense_ext.swap(small_densenet())
     x = images()
     conv = model.features.denseblock2.denselayer1.conv1
@@ -642,7 +642,7 @@ def test_a_part_warns_once_a_reason() -> None:
     assert blocks_run(model, x) == 4
 
 
-def test_a_mode_of_pytorchs_is_no_reason_to_warn() -> None:
+def test_pytorchs_modes_do_not_warn() -> None:
     model = dense_ext.swap(small_densenet().eval())
     handle = register("forward_hook", lambda *_: None)
     try:
@@ -691,7 +691,7 @@ def test_a_checkpointed_forward_stays_fused(recompute: str, before: bool) -> Non
         assert blocks_run(ours, x) == 0
 
 
-def test_restored_gives_the_original_for_a_while() -> None:
+def test_restored_gives_the_original_inside_the_context() -> None:
     ours, eager = pair("block")
     ours.features.denseblock1.recompute = "none"
     classes, x = [type(m) for m in ours.modules()], images()
@@ -717,7 +717,7 @@ def test_restored_gives_the_original_for_a_while() -> None:
 @pytest.mark.parametrize(
     "how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"]
 )
-def test_copies_are_looked_at_anew(how: Callable[[nn.Module], nn.Module]) -> None:
+def test_copies_are_checked_again(how: Callable[[nn.Module], nn.Module]) -> None:
     """A network's snapshots are not used for its copy."""
     ours, eager = pair()
     x = images()

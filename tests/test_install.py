@@ -90,13 +90,13 @@ def test_installs_without_a_compiler_and_runs_on_the_reference(tmp_path: Path) -
     assert json.loads(installed.stdout)[3] == pytest.approx(mean, abs=1e-6)
 
 
-def test_a_build_that_was_asked_for_may_not_fail(tmp_path: Path) -> None:
+def test_a_required_build_must_not_fail(tmp_path: Path) -> None:
     result = build(copy_of_the_sources(tmp_path), **NO_COMPILER, DENSE_EXT_BUILD="1")
     assert result.returncode != 0
     assert "BuildError: can't build" in result.stdout + result.stderr
 
 
-def test_a_cuda_library_that_was_asked_for_may_not_fail(tmp_path: Path) -> None:
+def test_a_required_cuda_library_must_not_fail(tmp_path: Path) -> None:
     nvcc = tmp_path / "cuda" / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
     nvcc.write_text("#!/bin/sh\nexit 1\n")

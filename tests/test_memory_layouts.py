@@ -69,7 +69,7 @@ def on_disk(folder: Path) -> AbstractContextManager[Any]:
     [on_cpu, in_pinned_memory, as_contiguous_copies, as_strided_views, as_numpy_arrays, on_disk],
     ids=lambda f: f.__name__,
 )
-def test_saved_tensors_may_come_back_in_another_layout(
+def test_saved_tensors_may_return_in_another_layout(
     backend: str, recompute: str, keep: Callable[[Path], AbstractContextManager[Any]], tmp_path: Path
 ) -> None:
     ours, eager = twin(small_densenet(), lambda m: dense_ext.swap(m, recompute=recompute))
@@ -281,7 +281,7 @@ def test_gradients_may_have_any_layout(
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_one_image_behind_a_backward_hook(memory_format: torch.memory_format) -> None:
+def test_one_image_after_a_backward_hook(memory_format: torch.memory_format) -> None:
     """The hook passes a view, for whose strides PyTorch's batch norm on a CPU computes wrong gradients."""
     ours, eager = twin(small_densenet(), dense_ext.swap)
     for model in (ours, eager):

@@ -155,7 +155,7 @@ CASES = [*((run, True) for run in IN_EITHER_MODE), *((run, False) for run in IN_
 @pytest.mark.parametrize(
     ("run", "training"), CASES, ids=[f"{run.__name__}-{'train' if t else 'eval'}" for run, t in CASES]
 )
-def test_a_transformed_network_gives_what_eager_gives(run: Run, training: bool) -> None:
+def test_a_transformed_network_equals_eager(run: Run, training: bool) -> None:
     ours, eager = pair(training=training)
     x = images()
     same_values(run(ours, x), run(eager, x))

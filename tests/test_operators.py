@@ -111,7 +111,7 @@ def test_compiles_in_eval_and_with_dropout() -> None:
 
 class TestAutocast:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    def test_every_dtype_is_eagers(self, backend: str, dtype: torch.dtype) -> None:
+    def test_every_dtype_is_that_of_eager(self, backend: str, dtype: torch.dtype) -> None:
         ours, eager = twin(small_densenet().float(), dense_ext.swap)
         x = torch.randn(2, 3, 64, 64)
         seen: dict[str, dict[str, Any]] = {"ours": {}, "eager": {}}
@@ -134,7 +134,7 @@ class TestAutocast:
         with torch.autocast("cpu", torch.bfloat16):
             assert ours(x).dtype == eager(x).dtype == torch.float32
 
-    def test_float64_is_left_alone(self, backend: str) -> None:
+    def test_autocast_does_not_change_float64(self, backend: str) -> None:
         ours, eager = twin(small_densenet(), dense_ext.swap)
         x = torch.randn(2, 3, 40, 40, dtype=torch.float64)
         with torch.autocast("cpu", torch.bfloat16):

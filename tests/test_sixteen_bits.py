@@ -71,7 +71,7 @@ def errors_of_eager(dtype: torch.dtype, seed: int) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_no_tensor_is_further_off_than_eagers(backend: str, dtype: torch.dtype) -> None:
+def test_no_tensor_has_a_larger_error_than_eagers(backend: str, dtype: torch.dtype) -> None:
     logarithms: dict[str, list[float]] = {}
     for seed in range(SEEDS):
         eager, data, truth = draw(dtype, seed)

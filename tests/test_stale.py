@@ -112,7 +112,7 @@ def fail(gradient: Tensor) -> None:
 
 
 @pytest.mark.parametrize("failing", [False, True], ids=["of a part", "that failed"])
-def test_what_was_computed_again_is_not_kept_after_a_backward(failing: bool) -> None:
+def test_recomputed_outputs_are_freed_after_a_backward(failing: bool) -> None:
     model = dense_ext.swap(small_densenet(), recompute="block")
     if failing:
         loss = model(images()).square().sum()

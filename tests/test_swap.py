@@ -59,7 +59,7 @@ def test_restore_undoes_it_exactly() -> None:
     assert [sorted(m.__dict__) for m in model.modules()] == attributes
 
 
-def test_restore_after_training_keeps_what_was_learnt(backend: str) -> None:
+def test_restore_after_training_keeps_the_weights(backend: str) -> None:
     ours, eager = twin(small_densenet(), dense_ext.swap)
     assert_trains_alike(ours, eager, images(), steps=2)
     dense_ext.restore(ours)

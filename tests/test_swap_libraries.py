@@ -78,7 +78,7 @@ def test_trains_like_the_original(build: Callable[[], nn.Module], recompute: str
 
 
 @libraries
-def test_keeps_what_the_user_holds_and_gives_it_back(build: Callable[[], nn.Module]) -> None:
+def test_keeps_and_restores_the_users_objects(build: Callable[[], nn.Module]) -> None:
     ours, eager = twin(built(build), lambda m: None)
     held = [id(t) for t in (*ours.parameters(), *ours.buffers(), *ours.modules())]
     dense_ext.swap(ours)
@@ -215,7 +215,7 @@ def test_parts_changed_before_the_swap_are_not_swapped(
         (lambda: monai_net(dropout_prob=0.1), "its children are norm1, .*, dropout, expected norm1, "),
     ],
 )
-def test_variants_without_a_kernel_say_so(build: Callable[[], nn.Module], reason: str) -> None:
+def test_variants_without_a_kernel_give_a_reason(build: Callable[[], nn.Module], reason: str) -> None:
     model = build()
     with pytest.warns(UserWarning, match=reason):
         dense_ext.swap(model)

@@ -38,7 +38,7 @@ def test_too_many_pixels_are_refused(make: MakeCase, size: Size) -> None:
         case.run(BACKENDS["triton"])
 
 
-def test_as_many_as_there_may_be() -> None:
+def test_the_maximum_number_of_pixels_is_accepted() -> None:
     x = torch.empty(1).expand(1, 1, MAX_PIXELS, 1)
     assert launch.pixels_of(x) == MAX_PIXELS
 
@@ -54,7 +54,7 @@ def triton_everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("triton_everywhere")
-def test_auto_takes_a_backend_that_counts_so_many() -> None:
+def test_auto_takes_a_backend_for_that_many_pixels() -> None:
     assert {b.name for b in select("auto", "cpu", torch.float32, MAX_PIXELS).table.values()} == {"triton"}
     assert {b.name for b in select("auto", "cpu", torch.float32, MAX_PIXELS + 1).table.values()} == {
         "reference"
@@ -62,7 +62,7 @@ def test_auto_takes_a_backend_that_counts_so_many() -> None:
 
 
 @pytest.mark.usefixtures("triton_everywhere")
-def test_asked_for_by_name_it_says_why_not() -> None:
+def test_a_backend_requested_by_name_gives_its_reason() -> None:
     block = dense_ext.DenseBlock(1, 2, 1, backend="triton").eval()
     message = rf"channel_stats .* \(triton: takes up to {MAX_PIXELS} pixels, got {2**31}\)"
     with pytest.raises(RuntimeError, match=message), torch.no_grad():
