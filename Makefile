@@ -14,16 +14,16 @@ FORMATTED := $(SOURCES) $(wildcard tests/emulator/*.cpp tests/emulator/*.h tests
 .PHONY: help setup bench test docs fuzz gpu wheel wheel-check lint format clean
 
 help:
-	@echo "make bench    memory and speed of a training step beside torchvision's (OUT=$(OUT))"
+	@echo "make bench    memory and speed of a training step, compared with torchvision's (OUT=$(OUT))"
 	@echo "make test     the whole test suite; Triton kernels in Triton's interpreter, CUDA kernels in an emulator"
 	@echo "make docs     the documentation as a site in build/docs; a broken link is an error"
-	@echo "make fuzz     fused beside eager over networks, changes and calls drawn at random (CASES=$(CASES))"
-	@echo "make gpu      tests and measurements on this machine's GPU, with its own python3 (OUT=$(OUT))"
-	@echo "make wheel    sdist and wheel for a release, tried in a fresh environment (WHEELS=$(WHEELS))"
-	@echo "make wheel-check  the same in several Pythons and PyTorches: slow, downloads gigabytes"
+	@echo "make fuzz     compare fused with eager on random networks, changes and calls (CASES=$(CASES))"
+	@echo "make gpu      tests and measurements on this machine's GPU, with the system's python3 (OUT=$(OUT))"
+	@echo "make wheel    sdist and wheel for a release, checked in a fresh environment (WHEELS=$(WHEELS))"
+	@echo "make wheel-check  the same with several versions of Python and PyTorch: slow, downloads gigabytes"
 	@echo "make lint     ruff, mypy and clang-format"
-	@echo "make format   apply ruff's and clang-format's layout"
-	@echo "make clean    remove what was built"
+	@echo "make format   format the sources with ruff and clang-format"
+	@echo "make clean    remove build products"
 
 setup: $(VENV)/installed
 
@@ -40,7 +40,7 @@ $(VENV)/installed: $(VENV)/requirements pyproject.toml setup.py csrc/rules.ninja
 bench: setup
 	$(BIN)/dense-ext bench --out $(OUT) --overwrite
 
-# A process a core, each with few threads of its own.
+# One process per core, each with few threads.
 test: setup
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n $(JOBS)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests/primitives tests/gpu tests/triton
@@ -49,12 +49,12 @@ test: setup
 docs: setup
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -c docs . build/docs
 
-# A line for each hundred cases.
+# Prints a line for each hundred cases.
 fuzz: setup
 	HYPOTHESIS_PROFILE=fuzz CASES=$(CASES) SEED=$(SEED) OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -n $(JOBS) -v tests/test_campaign.py
 
-# Installs nothing: for a machine that has PyTorch, Triton, torchvision and pytest.
+# Installs nothing; the machine must have PyTorch, Triton, torchvision and pytest.
 gpu:
 	$(PYTHON) benchmarks/gpu.py --out $(OUT)
 

@@ -1,14 +1,14 @@
-"""Builds the compiled backends; everything else about the package is in pyproject.toml.
+"""Builds the compiled backends; pyproject.toml holds everything else about the package.
 
-They are shared libraries without Python in them (libtorch's stable ABI): one build serves every
-Python, and every PyTorch from 2.10 on, with CUDA or without. The CPU's is compiled once for each
-instruction set worth having. CUDA's takes minutes for each architecture, so it is compiled for the
-GPUs of this machine: where there are none, there is no CUDA library. ``TORCH_CUDA_ARCH_LIST`` names
-other architectures; ``DENSE_EXT_CUDA=1`` compiles for all of them, as wheels need it.
+The backends are shared libraries that use libtorch's stable ABI and no Python. So one build works with every
+version of Python, and with PyTorch 2.10 and later, with or without CUDA. The CPU library is compiled for
+several instruction sets. The CUDA library takes minutes per architecture, so it is compiled only for the GPUs
+of this machine, and not at all if there are none. ``TORCH_CUDA_ARCH_LIST`` names other architectures;
+``DENSE_EXT_CUDA=1`` compiles for all of them, as for wheels.
 
-What can't be built is left out, and the package installs all the same. ``DENSE_EXT_BUILD=1`` makes
-a failed build an error, ``DENSE_EXT_BUILD=0`` skips building. ``DENSE_EXT_CUDA`` does so for the
-CUDA library alone; with ``1`` it is also an error that nvcc is missing.
+If a library can't be built, it is left out and the package still installs. ``DENSE_EXT_BUILD=1`` makes a
+failed build an error, and ``DENSE_EXT_BUILD=0`` skips building. ``DENSE_EXT_CUDA`` does the same for the CUDA
+library alone; with ``1``, a missing nvcc is an error too.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ BUILD, CUDA = os.environ.get("DENSE_EXT_BUILD"), os.environ.get("DENSE_EXT_CUDA"
 NINJA = [sys.executable, "-m", "ninja"] if find_spec("ninja") else ["ninja"]
 TORCH = Path(spec.origin).parent if (spec := find_spec("torch")) and spec.origin else None
 
-# Library -> its instruction set's compiler flags; only the default is built elsewhere.
+# Library -> the compiler flags for its instruction set. Other processors than x86-64 build only the default.
 CPU_TARGETS = {"_cpu_default": ""}
 if platform.machine().lower() in ("x86_64", "amd64"):
     CPU_TARGETS |= {"_cpu_avx2": "-march=x86-64-v3", "_cpu_avx512": "-march=x86-64-v4"}
 
-# A chip runs the code for earlier ones of its generation, 9.0a's excepted; later ones need the PTX.
+# A GPU runs code for earlier ones of its generation, except code for 9.0a; future generations need the PTX.
 ALL_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
 
 
 class BuildError(RuntimeError):
-    """A build that was asked for failed."""
+    """A required build failed."""
 
 
 def leave_out(what: str, why: object, required: bool) -> None:
-    """Raise if a build was asked for, else say what will be missing, and why."""
+    """Raise if the build is required, else print what will be missing, and why."""
     if required:
         raise BuildError(f"can't build {what}: {why}")
-    fallback = "where no compiled library fits, the reference backend serves"
+    fallback = "the slower reference backend runs where there is no compiled library"
     print(f"\ndense_ext: can't build {what}: {why}\ndense_ext: {fallback}\n", file=sys.stderr)
 
 
 def cuda_home() -> Path | None:
-    """Where nvcc is: CUDA_HOME, on the path, in the usual place, or in the packages beside PyTorch."""
+    """CUDA's folder, which has nvcc: CUDA_HOME, on the path, the default, or among PyTorch's packages."""
     home = [f"{os.environ['CUDA_HOME']}/bin"] if os.environ.get("CUDA_HOME") else []
     places = [*home, *os.get_exec_path(), "/usr/local/cuda/bin", *glob(f"{TORCH}/../nvidia/*/bin")]
     nvcc = shutil.which("nvcc", path=os.pathsep.join(places))
@@ -60,7 +60,7 @@ def cuda_home() -> Path | None:
 
 
 def gpus() -> str:
-    """The architectures of this machine's GPUs, as TORCH_CUDA_ARCH_LIST would name them."""
+    """The architectures of this machine's GPUs, in the format of TORCH_CUDA_ARCH_LIST."""
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         listed = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()
@@ -70,23 +70,23 @@ def gpus() -> str:
 
 
 def architectures() -> str:
-    """Those to compile CUDA for; none where no GPU and no setting asks for any."""
+    """The architectures to compile CUDA for; empty if there is no GPU and no setting names any."""
     return os.environ.get("TORCH_CUDA_ARCH_LIST") or (ALL_ARCHITECTURES if CUDA == "1" else gpus())
 
 
 def cuda_target() -> str:
-    """The flags of nvcc for the architectures."""
+    """The flags for nvcc that select the architectures."""
     flags = []
     for name in architectures().replace(";", " ").split():
         number, _, ptx = name.replace(".", "").partition("+")
         codes = f"sm_{number},compute_{number}" if ptx else f"sm_{number}"
-        if re.fullmatch(r"([89]|1\d)\d[af]?", number):  # not before 8.0, and no names
+        if re.fullmatch(r"([89]|1\d)\d[af]?", number):  # only numbers from 8.0 on
             flags.append(f"-gencode=arch=compute_{number},code=[{codes}]")
     return " ".join(flags)
 
 
 class Build(build_ext):
-    """Builds each library with Ninja, by csrc/rules.ninja; one that fails is left out."""
+    """Builds each library with Ninja and csrc/rules.ninja; a library that fails is left out."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".so"
@@ -97,7 +97,7 @@ class Build(build_ext):
     def built(self, ext: Extension) -> bool:
         name = ext.name.removeprefix("dense_ext.")
         kind, target = ("cpu", CPU_TARGETS[name]) if name in CPU_TARGETS else ("cuda", cuda_target())
-        folder = f"build/{name}"  # stays, so that only what has changed is compiled again
+        folder = f"build/{name}"  # it is kept, so that only changed files are compiled again
         objects = {source: f"{folder}/{Path(source).name}.o" for source in ext.sources}
         lines = [f"folder = {folder}", f"cxx = {os.environ.get('CXX') or 'c++'}", f"torch = {TORCH}",
                  f"cuda = {cuda_home()}", f"target = {target}", "include csrc/rules.ninja",
@@ -120,7 +120,7 @@ class Build(build_ext):
 def extensions() -> list[Extension]:
     folders = {} if BUILD == "0" else dict.fromkeys(CPU_TARGETS, "cpu")
     if folders and (TORCH is None or sys.platform == "win32"):
-        leave_out("the libraries", "it takes PyTorch, and GCC or Clang", BUILD == "1")
+        leave_out("the libraries", "building needs PyTorch, and GCC or Clang", BUILD == "1")
         return []
     if folders and (CUDA == "1" or (CUDA != "0" and os.path.exists(f"{TORCH}/lib/libtorch_cuda.so"))):
         every = "DENSE_EXT_CUDA=1 compiles for every architecture"
@@ -128,7 +128,7 @@ def extensions() -> list[Extension]:
             print(f"dense_ext: no GPU here, so no CUDA library ({every})", file=sys.stderr)
         elif cuda_home() and cuda_target():
             print(f"dense_ext: CUDA for {architectures()} ({every})", file=sys.stderr)
-            folders = {"_cuda": "cuda", **folders}  # what takes longest first
+            folders = {"_cuda": "cuda", **folders}  # the slowest build first
         else:
             leave_out("_cuda", f"no nvcc, or no GPU from 8.0 on among {architectures()}", CUDA == "1")
     sources = {kind: sorted([*glob("csrc/*.cpp"), *glob(f"csrc/{kind}/*.c{end}")])
@@ -136,6 +136,6 @@ def extensions() -> list[Extension]:
     return [Extension(f"dense_ext.{name}", sources[kind]) for name, kind in folders.items()]
 
 
-# The libraries know nothing of Python: one wheel serves every version from 3.10 on.
+# The libraries do not use Python, so one wheel works with every version from 3.10 on.
 abi3 = {"bdist_wheel": {"py_limited_api": "cp310"}}
 setup(ext_modules=extensions(), cmdclass={"build_ext": Build}, options=abi3)

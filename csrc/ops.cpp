@@ -1,11 +1,11 @@
-// Every primitive's schema. What they compute is said once, in dense_ext/backends/base.py;
-// kernels register themselves beside their code. Each library has the ops in a namespace of its
-// own, DENSE_EXT_NAMESPACE, so that any of them can be loaded with or without the others. A GPU's
-// have DENSE_EXT_GPU defined.
+// The schema of every primitive. dense_ext/backends/base.py documents what they compute; each
+// kernel's source file registers its implementation. Each library registers its ops in its own
+// namespace, DENSE_EXT_NAMESPACE, so that several libraries can be loaded into one process.
+// DENSE_EXT_GPU is defined for the library that runs on GPUs.
 
 #include <torch/csrc/stable/library.h>
 
-// Where a float32 product can be rounded to tf32, the caller says whether it may.
+// Products on a GPU take an argument that says whether float32 may be rounded to tf32.
 #ifdef DENSE_EXT_GPU
 #define TF32_ARGUMENT ", bool tf32"
 #else

@@ -14,7 +14,7 @@ struct Range {
   constexpr int64_t size() const { return end - begin; }
 };
 
-// The index-th of `parts` near-equal parts of [0, total).
+// Part number `index` of `parts` near-equal parts of [0, total).
 constexpr Range part_of(int64_t total, int64_t parts, int64_t index) {
   return {total * index / parts, total * (index + 1) / parts};
 }

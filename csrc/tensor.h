@@ -1,4 +1,4 @@
-// Tensors as every backend's kernels see them, and the checks at the door that make them so.
+// Views of tensors for the kernels of every backend, and the checks when a view is made.
 
 #pragma once
 
@@ -11,7 +11,7 @@
 #include <string>
 #include <type_traits>
 
-// What kernels on a GPU call too.
+// Marks functions that kernels on a GPU call too.
 #ifdef __CUDACC__
 #define DENSE_EXT_HOST_DEVICE __host__ __device__
 #else
@@ -23,7 +23,7 @@ namespace dense_ext {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// [N, H, W, C] activations whose pixels are `stride` elements apart: H and W are dense.
+// Activations [N, H, W, C] whose pixels are `stride` elements apart; H and W are dense.
 template <class T>
 struct Pixels {
   T* data;
@@ -33,24 +33,25 @@ struct Pixels {
   DENSE_EXT_HOST_DEVICE T* at(int64_t pixel) const { return data + pixel * stride; }
 };
 
-// A convolution weight [out, in, kh, kw] of any strides.
+// A convolution weight [out, in, kh, kw] with any strides.
 template <class T>
 struct Weight {
   T* data;
   int64_t out, in;
   int64_t out_stride, in_stride, row_stride, column_stride;
 
-  // Tap t of a 3x3 kernel, in row-major order.
+  // The offset of tap t of a 3x3 kernel; taps are numbered in row-major order.
   DENSE_EXT_HOST_DEVICE int64_t tap_offset(int64_t t) const {
     return t / 3 * row_stride + t % 3 * column_stride;
   }
 };
 
-// The dtype that T stores: a backend specialises it for its storage types, in its own tensor.h.
+// The dtype of T. Each backend's tensor.h specialises it for the backend's storage types.
 template <class T>
 inline constexpr ScalarType kScalarType = ScalarType::Undefined;
 
-// Refuses a tensor that lives where the backend does not run; defined in its own tensor.h.
+// Refuses a tensor on a device that the backend does not run on. Each backend's tensor.h defines
+// it.
 inline void check_device(const Tensor& t, const char* name);
 
 inline std::string shape_of(const Tensor& t) {
@@ -65,14 +66,14 @@ inline void check_type(const Tensor& t, const char* name, ScalarType type) {
                   ", expected ", toString(type));
 }
 
-// The tensor as Pixels<T>, T const for inputs.
+// The tensor as Pixels<T>; T is const for inputs.
 template <class T>
 Pixels<T> pixels(const Tensor& t, const char* name) {
   check_type(t, name, kScalarType<std::remove_const_t<T>>);
   STD_TORCH_CHECK(t.dim() == 4 && t.size(3) > 0, name, " must be [N, H, W, C], got ", shape_of(t));
   Pixels<T> p{static_cast<T*>(t.data_ptr()), t.size(0), t.size(1), t.size(2), t.size(3), 0};
   if (t.numel() == 0) return p;
-  // The stride of a dimension of size 1 says nothing: take the innermost one that does.
+  // The stride of a dimension of size 1 is arbitrary, so take the innermost of a larger dimension.
   p.stride = p.width > 1    ? t.stride(2)
              : p.height > 1 ? t.stride(1)
              : p.images > 1 ? t.stride(0)
@@ -85,7 +86,7 @@ Pixels<T> pixels(const Tensor& t, const char* name) {
   return p;
 }
 
-// As above, of the same N, H, W as `like` and with `channels` channels.
+// As above; also checks that N, H, W are those of `like` and that C is `channels`.
 template <class T, class U>
 Pixels<T> pixels(const Tensor& t, const char* name, const Pixels<U>& like, int64_t channels) {
   const Pixels<T> p = pixels<T>(t, name);
@@ -96,7 +97,7 @@ Pixels<T> pixels(const Tensor& t, const char* name, const Pixels<U>& like, int64
   return p;
 }
 
-// Dense per-channel values of `count` elements in all (sums are [2, C]).
+// A dense per-channel vector with `count` elements in all (sums are [2, C]).
 template <class T>
 T* channels(const Tensor& t, const char* name, int64_t count) {
   check_type(t, name, kScalarType<std::remove_const_t<T>>);
@@ -120,7 +121,7 @@ Weight<T> weight_of(const Tensor& t, const char* name, int64_t out, int64_t in, 
       static_cast<T*>(t.data_ptr()), out, in, t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
 
-// A weight gradient that may be absent: then its data is null.
+// A weight gradient; if it is absent, `data` is null.
 template <class T>
 Weight<T> weight_of(const std::optional<Tensor>& t, const char* name, int64_t out, int64_t in,
                     int64_t size) {

@@ -1,4 +1,4 @@
-"""What the operators take and give back."""
+"""The operators' arguments and the gradients they return."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .batch_norm import in_dtype
 
-# Of x, norm_weights, norm_biases and conv_weights; a convolution's is [0] if not needed.
+# The gradients of x, norm_weights, norm_biases and conv_weights; a convolution's is empty if not needed.
 Gradients = tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]
 
 
@@ -18,10 +18,10 @@ TENSOR_LISTS = 5  # the first fields of Arguments
 
 
 class Arguments(NamedTuple):
-    """What every operator takes after its activations: constants of the norms and convolutions.
+    """The arguments that every operator takes after its activations: constants of its norms and convolutions.
 
-    ``running_means`` and ``running_vars`` have an entry for each norm whose ``batch_stats`` is
-    False, in the norms' order. The stem has no convolution.
+    ``running_means`` and ``running_vars`` have an entry for each norm whose ``batch_stats`` is False, in the
+    norms' order. For the stem, which has no convolution, ``conv_weights`` is empty.
     """
 
     norm_weights: list[Tensor]
@@ -39,7 +39,7 @@ class Arguments(NamedTuple):
 
 
 class BlockOptions(NamedTuple):
-    """What only a dense block takes."""
+    """The further arguments that only a dense block takes."""
 
     dropout_seeds: Tensor | None  # [L] int64 on the CPU
     drop_rate: float  # 0 when dropout is off
@@ -47,7 +47,7 @@ class BlockOptions(NamedTuple):
 
 
 def zero_gradients(grad_x: Tensor, args: Arguments) -> Gradients:
-    """The gradients of an empty batch."""
+    """The gradients for an empty batch: zeros."""
     weights, biases, convs = ([torch.zeros_like(t) for t in group] for group in args.tensors[:3])
     return grad_x, weights, biases, convs
 
@@ -59,7 +59,7 @@ def in_parameter_dtypes(
     norm_biases: Iterable[Tensor],
     convs: Iterable[Tensor | None],
 ) -> Gradients:
-    """The gradients as an operator returns them, the norms' in their parameters' dtypes."""
+    """The gradients as an operator returns them, with the norms' gradients in their parameters' dtypes."""
     return (
         grad_x,
         [in_dtype(g, w.dtype) for g, w in zip(norm_weights, args.norm_weights, strict=True)],
@@ -69,7 +69,7 @@ def in_parameter_dtypes(
 
 
 def fake_gradients(grad_x: Tensor, args: Arguments, needs_conv_grad: Sequence[bool]) -> Gradients:
-    """Unwritten gradients of the right shapes and dtypes."""
+    """Uninitialised gradients of the right shapes and dtypes."""
     convs = [
         torch.empty_like(w) if needed else grad_x.new_empty(0)
         for w, needed in zip(args.conv_weights, needs_conv_grad, strict=True)

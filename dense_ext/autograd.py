@@ -1,7 +1,7 @@
-"""Autograd for the operators: how their backward is found, and what is saved for it.
+"""Registers the operators' backward with autograd, and saves tensors for it.
 
-:func:`torch.library.register_autograd` would do, but takes longer to sort lists of tensors than a
-block's schedule takes to run. Here autograd sees the tensors side by side.
+:func:`torch.library.register_autograd` would work, but its handling of lists of tensors takes longer than a
+block's schedule takes to run. Here each tensor is an argument of its own to autograd.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def register(
     """Make an operator ``dense_ext::name(x, *Arguments, ...)`` differentiable in its first output.
 
     Args:
-        library: that defines it.
-        setup_context: keeps on the context what backward needs, given the operator's arguments and
-            outputs.
-        formula: the gradients, given the context and the gradient of the first output.
+        library: the library that defines the operator.
+        setup_context: stores on the context what backward needs; called with the context, the operator's
+            arguments and its outputs.
+        formula: returns the gradients, given the context and the gradient of the first output.
     """
     operator = getattr(torch.ops.dense_ext, name).default
 
@@ -58,7 +58,7 @@ def register(
     function: Any = type(f"dense_ext_{name}", (torch.autograd.Function,), methods)
 
     def differentiable(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        # AOTInductor calls with None for an empty list.
+        # AOTInductor passes None for an empty list.
         lists = [group or [] for group in rest[:TENSOR_LISTS]]
         rest = (*lists, *rest[TENSOR_LISTS:])
         tensors = [tensor for group in lists for tensor in group]
@@ -70,15 +70,15 @@ def register(
 
 
 def needs_conv_grad(ctx: Any) -> tuple[bool, ...]:
-    """For each of an operator's convolutions, whether its weight gradient is asked for."""
+    """For each of an operator's convolutions, whether its weight gradient is needed."""
     sizes, (_, _, _, *tensors) = ctx.list_sizes, ctx.needs_input_grad
     return tuple(_grouped(tensors, sizes)[2])
 
 
 def save(ctx: Any, args: Arguments, *activations: Tensor | None) -> None:
-    """Save an operator's tensors, and what else its backward needs.
+    """Save an operator's tensors, and the constants that its backward needs.
 
-    The backward runs on the backend the forward was asked for, whatever is asked for by then.
+    The backward runs on the backend that was requested for the forward, even if another is requested by then.
     """
     ctx.constants = (args.eps, args.batch_stats, requested(args.backend))
     ctx.save_for_backward(*activations, *(tensor for group in args.tensors for tensor in group))
@@ -93,6 +93,6 @@ def load(ctx: Any) -> tuple[Any, ...]:
 
 
 def _grouped(members: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
-    """Lists of these sizes, of the members in their order."""
+    """The members split, in their order, into lists of these sizes."""
     ends = itertools.accumulate(sizes)
     return [list(members[end - size : end]) for end, size in zip(ends, sizes, strict=True)]

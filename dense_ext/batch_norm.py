@@ -1,4 +1,4 @@
-"""Batch norm as the schedule sees it: a scale and a shift forward, an affine function backward.
+"""Batch norm as the schedule uses it: a scale and a shift in forward, an affine function in backward.
 
 Forward, per channel: ``invstd = 1/sqrt(var + eps)``, ``s = weight*invstd``, ``t = bias - mean*s``,
 output ``s*x + t``. Mean and variance are those of the batch, or the running ones in eval mode.
@@ -9,8 +9,8 @@ Backward, with g the gradient at the output, ``xhat = (x - mean)*invstd`` and M 
     dx = s*(g - R1/M - xhat*R2/M) = s*g + u*x + v,
     u = -s*invstd*R2/M,   v = -s*R1/M - u*mean.
 
-So a layer only has to add ``s*g`` to the gradient of its input; ``u`` and ``v`` of all layers that
-read a channel are summed, and whoever consumes that channel's gradient adds ``u*x + v`` once.
+So a layer only adds ``s*g`` to the gradient of its input. ``u`` and ``v`` are summed over all layers that
+read a channel, and the kernel that consumes that channel's gradient adds ``u*x + v`` once.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# F.batch_norm refuses such a norm, too.
+# F.batch_norm also refuses such a norm.
 ONE_STATISTIC = "a batch norm has only one of running_mean and running_var: it needs both or neither"
 
 
 def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x.to(dtype)``, without a call where there is nothing to do."""
+    """``x.to(dtype)``, without calling it if x already has the dtype."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
 def constant(module: nn.Module, name: str) -> Any:
     """A module's parameter, buffer or plain tensor ``name``; None if it has none.
 
-    As the attribute of that name, in a fifth of the time: each step asks for hundreds.
+    It equals the attribute of that name but takes a fifth of the time; each step looks up hundreds.
     """
     for tensors in (module._parameters, module._buffers, module.__dict__):
         if name in tensors:
@@ -43,7 +43,7 @@ def constant(module: nn.Module, name: str) -> Any:
 
 
 def uses_batch_stats(norm: nn.Module) -> bool:
-    """Whether ``norm`` normalises by the batch's statistics, as :class:`torch.nn.BatchNorm2d` decides it.
+    """Whether ``norm`` uses the batch's statistics, by the rule of :class:`torch.nn.BatchNorm2d`.
 
     A norm of another class, such as torchvision's FrozenBatchNorm2d, has fixed statistics.
     """
@@ -53,7 +53,7 @@ def uses_batch_stats(norm: nn.Module) -> bool:
 
 
 def values_per_channel(x: Tensor) -> int:
-    """M, the values each channel of x [N, C, H, W] or [N, C, D, H, W] has."""
+    """M, the number of values in each channel of x [N, C, H, W] or [N, C, D, H, W]."""
     return x.shape[0] * math.prod(x.shape[2:])
 
 
@@ -70,7 +70,7 @@ def affine_parameters(
 
 
 def num_features(norm: nn.Module) -> int:
-    """C of a norm, also of one that does not say it."""
+    """The number of channels of a norm, also of one without the attribute ``num_features``."""
     return int(norm.__dict__.get("num_features") or len(constant(norm, "running_mean")))
 
 
@@ -78,15 +78,19 @@ def num_features(norm: nn.Module) -> int:
 def update_running_stats(
     norms: Sequence[nn.BatchNorm2d], stats: Tensor, starts: Sequence[int], count: int
 ) -> None:
-    """One training step's update of the running statistics, as :class:`torch.nn.BatchNorm2d` makes it.
+    """Update the running statistics for one training step, as :class:`torch.nn.BatchNorm2d` does.
 
     Args:
-        norms: the norms that ran; those in eval mode or without running statistics are passed over.
-        stats: batch means and biased batch variances, [2, S]; the running variance takes the unbiased one.
-        starts: where in S each norm's channels begin.
-        count: values per channel, M. An empty batch (0) counts as a step and changes no statistics.
+        norms: the norms that ran; those in eval mode or without running statistics are skipped.
+        stats: batch means and biased batch variances [2, S]. The running variance takes the unbiased ones.
+        starts: the index in S of each norm's first channel.
+        count: M, the number of values per channel. An empty batch (0) counts as a step but changes no
+            statistics.
+
+    Raises:
+        ValueError: a norm has only one of the two running statistics.
     """
-    # Read from _buffers, for this runs in every step and a module's attributes are found slowly.
+    # Read _buffers directly: this runs in every step, and looking up a module's attributes is slow.
     tracked = [
         (norm, norm._buffers["running_mean"], norm._buffers["running_var"], start)
         for norm, start in zip(norms, starts, strict=True)
@@ -95,7 +99,7 @@ def update_running_stats(
     if any([(mean is None) != (var is None) for _, mean, var, _ in tracked]):  # noqa: C419  # compiled
         raise ValueError(ONE_STATISTIC)
     if len({norm for norm, *_ in tracked}) < len(tracked):
-        # A norm that several layers share takes one update after the other, in their order.
+        # A norm that several layers share is updated once for each layer, in their order.
         for norm, _, _, start in tracked:
             update_running_stats([norm], stats, [start], count)
         return
@@ -117,11 +121,11 @@ def update_running_stats(
             in_dtype(means[channels], running_mean.dtype),
             in_dtype(variances[channels], running_var.dtype),
         ]
-        counts += [step, step]  # type: ignore[list-item]  # read where momentum is None, and then it is there
+        counts += [step, step]  # type: ignore[list-item]  # not None where it is read, with momentum=None
     for momentum, (running, batch, counts) in by_momentum.items():
         if momentum is not None:
             torch._foreach_lerp_(running, batch, float(momentum))
             continue
-        # momentum=None is the cumulative average: the factor is one over the steps so far.
+        # momentum=None means the cumulative average: the factor is one over the number of steps so far.
         for r, b, n in zip(running, batch, counts, strict=True):
             r.lerp_(b, n.double().reciprocal().to(r.dtype))

@@ -1,4 +1,4 @@
-"""Bad input is refused here, before anything is written: one function per operator's input."""
+"""Refuses bad input before anything is written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .schedule import RECOMPUTE
 
 
 def check_options(recompute: str, backend: str) -> None:
-    """Raise ValueError for an unknown recompute policy or backend."""
+    """Raise ValueError for an unknown value of ``recompute`` or ``backend``."""
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute must be one of {RECOMPUTE}, got {recompute!r}")
     check_backend_name(backend)
@@ -25,14 +25,13 @@ def check_input(where: str, x: Tensor, norm: nn.BatchNorm2d, minimum_size: int =
 
     Args:
         where: the module's name, for the message.
-        x: expected [N, C, H, W], for a norm of volumes [N, C, D, H, W], with C = ``norm.num_features``,
-            floating, and D, H and W >= ``minimum_size``.
+        x: expected [N, C, H, W], or [N, C, D, H, W] if ``norm`` is a BatchNorm3d; of a floating dtype, with
+            C = ``norm.num_features`` and D, H and W >= ``minimum_size``.
         norm: the module's first norm.
 
     Raises:
-        TypeError: not a tensor, or not of a floating dtype that is served.
-        ValueError: another rank, channel count or spatial size; or, where the norm uses the batch's
-            statistics, a single value per channel.
+        TypeError: x is not a tensor, or not of a supported floating dtype.
+        ValueError: x has another rank, number of channels or spatial size.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{where}: input must be a torch.Tensor, got {type(x).__name__}")
@@ -48,12 +47,12 @@ def check_input(where: str, x: Tensor, norm: nn.BatchNorm2d, minimum_size: int =
         raise ValueError(f"{where}: input {shape} has {shape[1]} channels, expected {channels}")
     if min(shape[2:]) < minimum_size:
         raise ValueError(
-            f"{where}: input {shape} is too small, expected at least {minimum_size} pixels a side"
+            f"{where}: input {shape} is too small, expected at least {minimum_size} pixels per side"
         )
 
 
 def check_batch(where: str, x: Tensor, training: bool) -> None:
-    """Refuse one value per channel where a norm in training mode would take its variance, as eager does."""
+    """Raise ValueError if x has only one value per channel in training; eager refuses that too."""
     if training and values_per_channel(x) == 1:
         raise ValueError(
             f"{where}: expected more than 1 value per channel when training, got input {tuple(x.shape)}"
@@ -61,15 +60,15 @@ def check_batch(where: str, x: Tensor, training: bool) -> None:
 
 
 def check_parameters(where: str, name: str, parameters: Sequence[Tensor], x: Tensor) -> None:
-    """Refuse parameters on another device than x, or of a dtype that does not go with it.
+    """Refuse parameters on another device than x, or of a dtype that can't be combined with x's.
 
-    A convolution's weight has x's dtype. A norm's may also be float32 beside 16-bit activations.
+    A convolution's weight must have x's dtype. A norm's parameters may also be float32 if x has 16 bits.
 
     Raises:
-        TypeError: the dtypes do not go together.
+        TypeError: the dtypes can't be combined.
         ValueError: the devices differ.
     """
-    # Hundreds of parameters a step have one device and one dtype: look at each combination once.
+    # A step's hundreds of parameters share few devices and dtypes, so each combination is checked once.
     for parameter in {(p.device, p.dtype): p for p in reversed(parameters)}.values():
         _check_parameter(where, name, parameter, x)
 

@@ -1,10 +1,9 @@
-"""The operators' backward by PyTorch's own operators.
+"""The operators' backward through PyTorch's own operators.
 
-Kernels compute gradients that cannot be differentiated again, and one gradient at a time. Where a backward
-runs with ``create_graph=True`` (gradient penalties, Hessian-vector products) or with
-``is_grads_batched=True``, it runs here: from the same saved tensors, layer by layer, each layer computed
-again and differentiated by autograd. The result is a function of X, the parameters and the gradient,
-connected to the graph they came from.
+The kernels compute one gradient at a time, and it cannot be differentiated again. A backward with
+``create_graph=True`` (gradient penalties, Hessian-vector products) or ``is_grads_batched=True`` therefore
+runs here. It starts from the same saved tensors, recomputes each layer, and lets autograd differentiate it.
+The result is a function of X, the parameters and the gradient, and part of the graph that made them.
 """
 
 from __future__ import annotations
@@ -24,23 +23,23 @@ from .schedule import dropout_mask, nhwc
 
 @contextmanager
 def _recording(x: Tensor) -> Iterator[bool]:
-    """Record what is computed, outside autocast; yields whether the caller differentiates again."""
+    """Record operations for autograd, without autocast; yields whether the result is differentiated again."""
     again = torch.is_grad_enabled()
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         yield again
 
 
 def _inputs(tensors: Sequence[Tensor], again: bool) -> list[Tensor]:
-    """The tensors as inputs of a layer: where they are differentiated again, with their graph.
+    """The tensors as inputs of a layer; if the result is differentiated again, they stay in their graph.
 
-    Then they are views. X is made of the parameters too; a gradient with regard to a parameter itself
-    would also go through X, back to the block that is asking for it.
+    In that case they are views, because X depends on the parameters too. A gradient with respect to a
+    parameter itself would also flow through X, back into the block whose backward is running.
     """
     return [t.view_as(t) for t in tensors] if again else [t.detach().requires_grad_() for t in tensors]
 
 
 def _activations(x: Tensor, args: Arguments) -> Iterator[Any]:
-    """For each norm of an operator: a function of its input, the norm and the ReLU."""
+    """For each norm of an operator, a function that applies the norm and the ReLU to its input."""
     running = iter(zip(args.running_means, args.running_vars, strict=True))
 
     def activation(weight: Tensor, bias: Tensor, eps: float, statistics: Any) -> Any:
@@ -60,7 +59,7 @@ def _convolve(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _gradients(y: Tensor, inputs: Sequence[Tensor], grad: Tensor, again: bool) -> list[Tensor | None]:
-    """The gradient of each input, None where it needs none."""
+    """The gradient of each input, None for inputs that need none."""
     wanted = [t for t in inputs if t.requires_grad]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=again))
     return [next(found) if t.requires_grad else None for t in inputs]
@@ -73,13 +72,13 @@ def dense_block_backward(
 
     Args:
         grad: [N, Ct, H, W], the gradient of ``out``.
-        out: X; to be differentiated again, with the graph that made it.
-        args, options: the operator's.
-        in_channels: c0.
+        out: X; part of the graph that made it if the result is differentiated again.
+        args, options: the operator's arguments.
+        in_channels: c0, the number of channels of the block's input.
 
     Returns:
-        The gradients of the input [N, c0, H, W] and of each norm's weight and bias and each
-        convolution's weight, None where not needed.
+        The gradients of the input [N, c0, H, W], of each norm's weight and bias, and of each convolution's
+        weight; None where not needed.
     """
     with _recording(out) as again:
         (x,) = _inputs([out], again)
@@ -110,12 +109,12 @@ def dense_block_backward(
 
 
 def pooling_backward(grad: Tensor, x: Tensor, args: Arguments) -> Any:
-    """The same for a transition or, without a convolution, the stem.
+    """The gradients of a transition's or the stem's backward.
 
     Args:
         grad: the gradient of the operator's output.
-        x: its input [N, C, H, W].
-        args: the operator's.
+        x: the operator's input [N, C, H, W].
+        args: the operator's arguments; the stem has no convolution.
     """
     with _recording(x) as again:
         (x,) = _inputs([x], again)

@@ -1,10 +1,10 @@
-"""Whether a fused operator may stand in for a module's own forward: one gate, asked at every call.
+"""The gate: decides at every call whether a fused operator may replace a module's own forward.
 
-The gate looks at PyTorch's mode (:func:`mode_reason`), at the input (:func:`input_reason`) and at the
-modules (:meth:`Fused.unfusable`). Whatever it does not vouch for runs the original's forward.
+The gate checks PyTorch's mode (:func:`mode_reason`), the input (:func:`input_reason`) and the modules
+(:meth:`Fused.unfusable`). If any of them is not known to be safe, the original's forward runs.
 
-A full check of the modules takes about a millisecond. A :class:`Snapshot` keeps what it found; later
-calls compare that with the modules as they are now, and repeat the full check only after a difference.
+A full check of the modules takes about a millisecond. A :class:`Snapshot` records the state that passed it.
+Later calls compare the modules with the snapshot, and repeat the full check only if they differ.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ _GLOBAL_HOOKS = (
     torch_module._global_backward_hooks,
     torch_module._global_backward_pre_hooks,
 )
-# What a call of an eager module goes through, as PyTorch defines it; others replace these to see inside.
+# The functions that a call of an eager module runs, as PyTorch defines them. Other tools replace them to
+# observe the call; then the original's forward has to run.
 _CALL_PATH = {
     (owner, name): getattr(owner, name)
     for owner, names in (
@@ -55,7 +56,7 @@ def fused_export() -> Iterator[None]:
     """Keep the fused operators in graphs that ``torch.export`` makes inside this context.
 
     By default a swapped network exports as the standard PyTorch operators of its original, which load
-    anywhere. A graph with fused operators needs dense_ext wherever it is loaded or compiled.
+    anywhere. A graph with fused operators can be loaded or compiled only where dense_ext is installed.
     """
     global _export_fused
     before, _export_fused = _export_fused, True
@@ -66,7 +67,7 @@ def fused_export() -> Iterator[None]:
 
 
 def mode_reason() -> str | None:
-    """Why PyTorch's present mode needs the original's forward, or None."""
+    """Why PyTorch's current mode requires the original's forward, or None."""
     if torch.compiler.is_compiling():
         exports = torch.compiler._is_exporting_flag and not _export_fused
         return "torch.export records standard operators" if exports else None
@@ -88,14 +89,14 @@ def mode_reason() -> str | None:
 
 # --- the input ----------------------------------------------------------------------------------------
 
-# Tensor classes whose values the operators read as they are. Adapters add their library's.
+# Tensor classes that the operators read like plain tensors. Adapters add their library's.
 VOUCHED_TENSORS: set[type] = {Tensor, nn.Parameter, FakeTensor}
 
 
 def input_reason(x: Any) -> str | None:
-    """Why an input needs the original's forward, or None."""
+    """Why an input requires the original's forward, or None."""
     if not isinstance(x, (Tensor, torch.fx.Proxy)):
-        return None  # no input for eager either; what checks the fused operator's input says so
+        return None  # eager can't take it either; the check of the fused operator's input refuses it
     if not _vouched(x):
         return f"the input is a {qualified_name(type(x))}"
     if x.layout is not torch.strided:
@@ -104,17 +105,17 @@ def input_reason(x: Any) -> str | None:
 
 
 def _vouched(x: Any) -> bool:
-    """Whether the operators read x as it is; the compiler has classes of its own, and checks them."""
+    """Whether the operators read x like a plain tensor. The compiler has its own classes and checks them."""
     return torch.compiler.is_compiling() or type(x) in VOUCHED_TENSORS
 
 
 def qualified_name(kind: type) -> str:
-    """A class's name with its module, to tell classes of one name apart."""
+    """A class's name with its module, to tell apart classes with the same name."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def names_of(found: type, expected: type) -> tuple[str, str]:
-    """The names of two classes, with their modules where the bare names are equal."""
+    """The names of two classes, with their modules if the bare names are equal."""
     if found.__name__ == expected.__name__:
         return qualified_name(found), qualified_name(expected)
     return found.__name__, expected.__name__
@@ -122,16 +123,16 @@ def names_of(found: type, expected: type) -> tuple[str, str]:
 
 # --- classes -------------------------------------------------------------------------------------------
 
-# Methods that a module's call reaches and that others replace on a class.
+# Methods that a module's call runs and that other tools replace on a class.
 _METHODS = ("forward", "_conv_forward", "bn_function", "call_checkpoint_bottleneck", "_check_input_dim")
 
 
-# The methods of each class when it was first looked at and had none from elsewhere.
+# The methods of each class when it was first checked; classes with replaced methods are not recorded.
 _known_methods: dict[type, dict[str, Any]] = {}
 
 
 def patched_method(kind: type) -> str | None:
-    """The name of a method of the class that somebody has replaced, or None."""
+    """The name of a method of the class that has been replaced, or None."""
     methods = {name: getattr(kind, name) for name in _method_names(kind) if hasattr(kind, name)}
     if kind not in _known_methods:
         for name in _METHODS:
@@ -158,18 +159,18 @@ _PYTORCHS = ("builtins", "dense_ext", "torch")
 
 
 def _comes_from_elsewhere(kind: type, name: str) -> bool:
-    """Whether a method's code lies in another file than the class that has it."""
+    """Whether a method's code is in another file than the class that defines the method."""
     owner = next(base for base in kind.__mro__ if name in base.__dict__)
     file = getattr(sys.modules.get(owner.__module__), "__file__", None) or ""
     code = getattr(owner.__dict__[name], "__code__", None)
-    # Without sources (an interactive session, a frozen application) there is nothing to compare.
+    # Without source files (an interactive session, a frozen application) there is nothing to compare.
     return file.endswith(".py") and code is not None and code.co_filename != file
 
 
 # --- settings -------------------------------------------------------------------------------------------
 
 _CONV = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-# Of a plain convolution, by its class and size: stride 1, same size, one group.
+# The settings of a plain convolution by class and kernel size: stride 1, same output size, one group.
 _PLAIN = {
     (kind, size): ((size,) * d, (1,) * d, (size // 2,) * d, (1,) * d, 1, "zeros")
     for kind, d in ((nn.Conv2d, 2), (nn.Conv3d, 3))
@@ -183,40 +184,40 @@ _MAXIMUM = {
 _POOLS: dict[type[nn.Module], dict[str, Any]] = {
     nn.AvgPool2d: _AVERAGE, nn.AvgPool3d: _AVERAGE, nn.MaxPool2d: _MAXIMUM, nn.MaxPool3d: _MAXIMUM,
 }  # fmt: skip
-# What stands for the classes of `Fused.parts` in a network for volumes.
+# The classes of `Fused.parts`, with the classes that replace them in a network for volumes.
 _OF_VOLUMES: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm2d: nn.BatchNorm3d, nn.Conv2d: nn.Conv3d, nn.AvgPool2d: nn.AvgPool3d,
     nn.MaxPool2d: nn.MaxPool3d,
 }  # fmt: skip
 _VOLUMES = frozenset(_OF_VOLUMES.values())
-# Norms with fixed statistics, served in place of a batch norm. Adapters add their library's.
+# Norms with fixed statistics, which are supported in place of a batch norm. Adapters add their library's.
 FIXED_NORMS: set[type[nn.Module]] = set()
 
 
 class Fused:
-    """A module, or a mixin for one, that computes what its inner modules would, if they are as expected."""
+    """A module or mixin that replaces its children's computation if their types and settings allow it."""
 
-    # The inner modules' classes by name, in the order they run, for images; and those of a norm's own
-    # children.
+    # The classes of the inner modules for images, by name and in the order they run; and the classes of a
+    # norm's own children.
     parts: ClassVar[Mapping[str, type[nn.Module]]]
     parts_of_norm: ClassVar[Mapping[str, type[nn.Module]]] = {}
-    # The class whose forward runs where the fused operator may not, that forward when the class was made,
-    # and a copy of it for TorchScript.
+    # The class whose forward runs if the fused operator may not. The forward is kept as it was when the fused
+    # class was defined, and as a copy for TorchScript.
     original: ClassVar[Any]
     known_forward: ClassVar[Any]
     original_forward: ClassVar[Callable[..., Tensor]]
-    # The module's dotted name in the model that was swapped, for messages; None for the stem of features
-    # that were swapped although their stem stays as it is.
+    # The module's dotted name in the swapped model, for messages. None marks features that were swapped
+    # although their stem can't be fused.
     part_name: str | None = ""
     backend: str
     _modules: dict[str, Any]
-    # TorchScript compiles the original's forward, which knows none of these.
+    # TorchScript compiles the original's forward, which uses none of these.
     __jit_ignored_attributes__: ClassVar = [
         "backend", "kinds", "part_name", "plan", "recompute", "returns_copy",
     ]  # fmt: skip
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Find the forward that the class would have without being fused."""
+        """Find the forward that the class would have without the fused one."""
         super().__init_subclass__(**kwargs)
         for base in cls.__mro__:
             if not issubclass(base, Fused) and "forward" in base.__dict__:
@@ -225,17 +226,17 @@ class Fused:
                 return
 
     def run_original(self, x: Any) -> Any:
-        """The module's own forward, as its class has it now."""
+        """Call the module's own forward, as its class defines it now."""
         return self.original.forward(self, x)
 
     @classmethod
     def why_not(cls, module: Any) -> str | None:
-        """The full check: why a module's own forward has to run, or None."""
+        """The full check of a module: why its own forward has to run, or None."""
         raise NotImplementedError
 
     @classmethod
     def why_not_at_rest(cls, module: Any) -> str | None:
-        """The same outside a call, for a swap or a report."""
+        """The full check outside a call, for a swap or a report; it also checks the weights."""
         return cls.why_not(module) or weights_reason(cls.inspected(module), at_rest=True)
 
     @classmethod
@@ -245,12 +246,12 @@ class Fused:
 
     @classmethod
     def guarded(cls, module: Any) -> list[tuple[Any, str, Any]]:
-        """Other attributes that the check looks at: whose, name, value."""
+        """Further attributes that the check depends on, each as (object, name, value)."""
         return []
 
     def unfusable(self) -> str | None:
-        """Why the module's own forward has to run because of its inner modules, or None."""
-        if torch.compiler.is_compiling():  # the compiler guards what it reads
+        """Why the state of the inner modules requires the module's own forward, or None."""
+        if torch.compiler.is_compiling():  # the compiler guards everything that the full check reads
             return self.why_not(self)
         if self.original.forward is not type(self).known_forward:
             return f"{self.original.__name__}.forward has been replaced"
@@ -266,7 +267,7 @@ class Fused:
         return mode_reason() or self.why_not_fused(x)
 
     def why_not_fused(self, x: Any) -> str | None:
-        """The same, once PyTorch's mode is known to be no obstacle."""
+        """The gate without the check of PyTorch's mode, for callers that have already made it."""
         if (reason := input_reason(x)) is not None:
             return reason
         if (reason := self.unfusable()) is not None:
@@ -274,7 +275,7 @@ class Fused:
         return reason
 
     def _warn_once(self, reason: str) -> None:
-        """Tell the user once that this part, swapped as one to be fused, has stopped being fused."""
+        """Warn once per reason that this part, which was to run fused, no longer does."""
         if torch.compiler.is_compiling() or self.part_name is None or _warned.get(self) == reason:
             return
         _warned[self] = reason
@@ -283,7 +284,7 @@ class Fused:
 
     @classmethod
     def reason(cls, modules: Mapping[str, Any], names: Iterable[str]) -> str | None:
-        """Why modules have to be called one by one, or None; ``names`` are expected, in this order."""
+        """Why these modules can't run fused, or None; their names must be ``names``, in this order."""
         if list(modules) != list(names):
             return f"its children are {', '.join(modules) or 'none'}, expected {', '.join(names)}"
         of_three = "conv2" if "conv2" in modules else "conv1"
@@ -311,7 +312,7 @@ class Fused:
 
     @classmethod
     def _own_reason(cls, module: nn.Module) -> str | None:
-        """What is wrong with a norm's or activation's own children, or None."""
+        """Why the children of a norm or an activation prevent fusing, or None."""
         expected = cls.parts_of_norm if isinstance(module, _NORMS) else {}
         found = {name: type(child) for name, child in module._modules.items()}
         if found != expected:
@@ -324,7 +325,7 @@ class Fused:
 
 
 def _renamed(function: Any, name: str) -> Any:
-    """A copy of a function under another name, for TorchScript goes by the name in the function."""
+    """A copy of a function under another name, since TorchScript uses the name stored in the function."""
     copy = types.FunctionType(
         function.__code__, function.__globals__, name, function.__defaults__, function.__closure__
     )
@@ -336,14 +337,14 @@ _NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def interference(module: nn.Module) -> str | None:
-    """What a call of ``module`` does beside its class's own forward, or None."""
+    """Why a call of ``module`` might do anything other than its class's own forward, or None."""
     if (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
     ):
-        return "carries a hook, which a fused call would pass over"
+        return "carries a hook, which a fused call would skip"
     own: dict[str, Any] = module.__dict__
     names: Iterable[str] = _METHODS
     if not torch.compiler.is_compiling():
@@ -357,7 +358,7 @@ def interference(module: nn.Module) -> str | None:
 
 
 def _conv_reason(conv: Any, size: int) -> str | None:
-    """What is other than in a plain convolution without bias."""
+    """How a convolution differs from a plain one without bias, or None."""
     settings = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
     plain = _PLAIN[type(conv), size]
     if settings != plain:
@@ -369,9 +370,9 @@ def _conv_reason(conv: Any, size: int) -> str | None:
 
 
 def weights_reason(modules: Iterable[nn.Module], at_rest: bool = False) -> str | None:
-    """What is wrong with the weight of a convolution inside ``modules``, or None.
+    """Why the weight of a convolution inside ``modules`` prevents fusing, or None.
 
-    At rest, outside a call, FSDP has them sharded.
+    ``at_rest`` means outside a call; then FSDP's weights may be sharded.
     """
     for top in modules:
         for name, conv in top.named_modules():
@@ -395,17 +396,17 @@ def _pool_reason(pool: nn.Module) -> str | None:
     return None
 
 
-# --- what a check found ------------------------------------------------------------------------------------
+# --- snapshots ---------------------------------------------------------------------------------------------
 
 _children, _attributes = attrgetter("_modules"), attrgetter("__dict__")
 _settings_of_conv = itemgetter(*_CONV)
 
 
 class Snapshot:
-    """The modules a full check has passed, in a form that is compared in microseconds.
+    """The state of modules that passed the full check, in a form that can be compared in microseconds.
 
-    A DenseNet-121 has 400 modules and is to be looked at in 150 us. So the comparison is by identity, in
-    flat lists, with little Python for each module; whatever is not the same object is checked in full.
+    A DenseNet-121 has 400 modules and is to be compared in 150 us. So the comparison is by identity, over
+    flat lists, with little Python per module. If any object is not the same, the full check runs again.
     """
 
     def __init__(self, top: list[Any], guarded: list[tuple[Any, str, Any]]) -> None:
@@ -413,11 +414,11 @@ class Snapshot:
         self.parents = [m for t in top for m in t.modules() if m._modules]
         self.modules = self._flat()
         self.types = list(map(type, self.modules))
-        # A new attribute of an instance hides a method of its class, or a parameter.
+        # A new attribute of an instance can hide a method of its class, or a parameter; compare their number.
         self.attributes = list(map(_attributes, self.modules))
         self.lengths = list(map(len, self.attributes))
         convs = [m.__dict__ for m in self.modules if type(m) in _CONVS]
-        # Weights are not kept alive: in a functional call they are not the module's own.
+        # Store ids, so as not to keep the weights alive: in a functional call they are not the module's own.
         self.convs = [
             (conv, _settings_of_conv(conv), id(conv["_parameters"].get("weight"))) for conv in convs
         ]
@@ -436,7 +437,7 @@ class Snapshot:
         return [*self.top, *below]
 
     def holds(self, top: list[Any]) -> bool:
-        """Whether the modules still are what the check passed."""
+        """Whether the modules are unchanged since they passed the full check."""
         try:
             return (
                 top == self.top
@@ -448,7 +449,7 @@ class Snapshot:
                 and all(getattr(kind, name) is function for kind, name, function in self.methods)
                 and all(getattr(of, name) is value for of, name, value in self.guarded)
             )
-        except (KeyError, AttributeError, RuntimeError):  # an attribute is gone, or changes meanwhile
+        except (KeyError, AttributeError, RuntimeError):  # an attribute is gone, or changes in another thread
             return False
 
     def _no_hooks(self) -> bool:
@@ -490,6 +491,6 @@ def _pool_settings(pool: nn.Module) -> list[Any]:
     return [getattr(pool, name) for name in _POOLS[type(pool)]]
 
 
-# By module, weakly: copies and pickles of a module have none, and a module's own attributes stay its own.
+# Weak dictionaries, so that a module gets no extra attributes and its copies and pickles carry none.
 _snapshots: weakref.WeakKeyDictionary[Any, Snapshot] = weakref.WeakKeyDictionary()
 _warned: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()

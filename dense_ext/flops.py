@@ -1,7 +1,8 @@
-"""FLOPs of the operators for :class:`torch.utils.flop_counter.FlopCounterMode`: 2 a multiply-add of products.
+"""FLOP formulas of the operators for :class:`torch.utils.flop_counter.FlopCounterMode`.
 
-They are counted as executed: a transition convolves after its pool, a quarter of eager's products; a
-backward counts the bottlenecks it computes again.
+Each multiply-add of a convolution counts 2. The operators' FLOPs are counted as executed. A transition
+convolves after its pool, which takes a quarter of eager's FLOPs. A backward includes the bottlenecks that it
+recomputes.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ Shape = Sequence[int]
 
 
 def _products(pixels: Shape, weights: Sequence[Shape]) -> list[int]:
-    """FLOPs of each convolution at ``pixels`` [N, C, *sizes], of weights [K, C, *window]."""
+    """FLOPs of each convolution, for ``pixels`` [N, C, *sizes] and weights [K, C, *window]."""
     return [2 * pixels[0] * math.prod(pixels[2:]) * math.prod(weight) for weight in weights]
 
 
 def _weights(rest: Sequence[Any]) -> Sequence[Shape]:
-    """The shapes of the convolutions' weights, of an operator's arguments after its activations."""
-    return Arguments(*rest[:8]).conv_weights  # type: ignore[return-value]  # shapes stand for the tensors
+    """The shapes of the convolutions' weights, from an operator's arguments after its activations."""
+    return Arguments(*rest[:8]).conv_weights  # type: ignore[return-value]  # the counter passes shapes
 
 
 def _gradients(products: Sequence[int], needed: Sequence[bool]) -> int:
-    """A data gradient takes a convolution's FLOPs once, and so does a weight gradient."""
+    """FLOPs of the backward: the forward's for each data gradient and again for each weight gradient."""
     return sum(flops * (1 + wanted) for flops, wanted in zip(products, needed, strict=True))
 
 
@@ -57,7 +58,7 @@ def _pooling_backward(
 
 
 def register_formulas() -> None:
-    """Make the operators known to PyTorch's FLOP counter."""
+    """Register the formulas with PyTorch's FLOP counter."""
     ops = torch.ops.dense_ext
     for names, formula in (
         (["dense_block"], _dense_block),

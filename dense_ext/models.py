@@ -1,4 +1,4 @@
-"""DenseNets built of fused modules, ImageNet's and CIFAR's, with torchvision's parameter names."""
+"""DenseNets for ImageNet and CIFAR, built from fused modules, with torchvision's parameter names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .checks import check_options
 from .modules import DenseBlock, FusedFeatures, Transition
 
-# torchvision's first DenseNet weights say "norm.1.weight" where the modules are called "norm1".
+# torchvision's first DenseNet weights have keys such as "norm.1.weight" for the module "norm1".
 _OLD_KEY = re.compile(
     r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.(?:weight|bias|running_mean|running_var))$"
 )
@@ -23,26 +23,26 @@ class DenseNet(nn.Module):
     """DenseNet-BC and its relatives.
 
     Args:
-        growth_rate: K, channels each layer adds; a tuple gives one per block.
-        block_config: layers of each block.
-        num_init_features: channels the first convolution makes.
-        bn_size: bottleneck channels as a multiple of K; None for layers without bottleneck.
-        drop_rate: dropout after each dense layer in training.
-        num_classes: outputs of the classifier.
-        compression: a transition keeps this share of its channels, in (0, 1].
-        small_inputs: for images of about 32x32: a 3x3 convolution and no pool as stem.
-        in_channels: channels of the images.
-        recompute, backend: as :class:`dense_ext.DenseBlock`.
+        growth_rate: K, the number of channels each layer adds; a sequence gives one for each block.
+        block_config: the number of layers of each block.
+        num_init_features: the number of output channels of the first convolution.
+        bn_size: the bottleneck's channels as a multiple of K; None for layers without a bottleneck.
+        drop_rate: the dropout probability after each dense layer in training.
+        num_classes: the number of outputs of the classifier.
+        compression: the fraction of its channels that a transition keeps, in (0, 1].
+        small_inputs: whether to start with a 3x3 convolution and no pool, for images of about 32x32.
+        in_channels: the number of channels of the images.
+        recompute, backend: see :class:`dense_ext.DenseBlock`.
 
-    Shapes: [N, in_channels, H, W] -> logits [N, num_classes]; H and W of at least 29 (8 with
-    ``small_inputs`` and three blocks), in general large enough for every pool.
+    Shapes: [N, in_channels, H, W] -> logits [N, num_classes]. H and W must be large enough for every pool:
+    at least 29 with four blocks, or 8 with three blocks and ``small_inputs``.
 
     Raises:
-        ValueError: block_config and growth_rate of different lengths, a size that is not positive, a
-            compression outside (0, 1], or an unknown recompute or backend.
+        ValueError: block_config and growth_rate have different lengths, a size is not positive,
+            compression is outside (0, 1], or recompute or backend is unknown.
 
-    Source: arXiv 1608.06993; initialisation as in torchvision. Weights saved from torchvision's
-    DenseNets load, also those with the old key names.
+    Source: arXiv 1608.06993; initialisation as in torchvision. State dicts of torchvision's DenseNets load,
+    including those with the old key names.
     """
 
     def __init__(
@@ -146,7 +146,10 @@ def densenet264(**kwargs: Any) -> DenseNet:
 
 
 def _cifar(depth: int, growth_rate: int, bottleneck: bool, **kwargs: Any) -> DenseNet:
-    """The paper's three-block networks for 32x32 images; depth counts convolutions and the classifier."""
+    """A three-block network for 32x32 images as in the paper.
+
+    ``depth`` is the number of convolutions, including the transitions', plus one for the classifier.
+    """
     layers = (depth - 4) // (6 if bottleneck else 3)
     defaults = {
         "growth_rate": growth_rate,

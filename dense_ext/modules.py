@@ -1,12 +1,12 @@
-"""Dense blocks, transitions and the stem as modules, with torchvision's parameters under its names.
+"""Dense blocks, transitions and the stem as modules, with torchvision's parameter names.
 
 ``FusedDenseBlock`` and ``FusedTransition`` are mixins that replace a module's ``forward`` by one fused
-operator; ``FusedFeatures`` is the Sequential around them and runs the stem the same way. What the gate in
-:mod:`dense_ext.eligibility` does not vouch for runs through the class behind the mixin, layer by layer.
+operator. ``FusedFeatures`` is the Sequential around them and fuses the stem too. If the gate in
+:mod:`dense_ext.eligibility` gives a reason against fusing, the original class's forward runs instead.
 
-A block's output X is also what its backward reads. Inside :class:`FusedFeatures` it goes to the
-transition behind it together with what the block knows of it (:class:`ops.Carried`); anybody else who
-may write into it is given a copy.
+A block's backward reads its output X, so nothing may write into X. Inside :class:`FusedFeatures`, the next
+transition gets X together with the block's information about it (:class:`ops.Carried`). Code that may write
+into X gets a copy.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from .schedule import norm_starts
 def read_arguments(
     where: str, x: Tensor, norms: Sequence[nn.BatchNorm2d], convs: Sequence[nn.Conv2d], backend: str
 ) -> Arguments:
-    """The operators' constants, read from the modules now; checked against x."""
+    """Read an operator's arguments from the modules, and check them against x."""
     dtype, batch_stats = accumulate_dtype(x.dtype), [uses_batch_stats(norm) for norm in norms]
     check_batch(where, x, any(batch_stats))
     weights, biases = zip(*(affine_parameters(norm, dtype, x.device) for norm in norms), strict=True)
-    # Under autocast the convolutions compute in x's dtype, as the caller has chosen it.
+    # Under autocast the convolutions compute in x's dtype, which the caller has chosen.
     autocast = ops.autocast_enabled(x)
     conv_weights = [constant(conv, "weight") for conv in convs]
     if autocast:
         conv_weights = [weight.to(x.dtype) for weight in conv_weights]
     running = [norm for norm, batch in zip(norms, batch_stats, strict=True) if not batch]
-    # Without a walrus: the compiler cannot trace one in a comprehension.
+    # No walrus here, since torch.compile cannot trace one in a comprehension.
     means = [mean for mean in [constant(norm, "running_mean") for norm in running] if mean is not None]
     variances = [var for var in [constant(norm, "running_var") for norm in running] if var is not None]
     if not len(means) == len(variances) == len(running):
@@ -62,9 +62,9 @@ def read_arguments(
 
 
 def written_by_hooks(module: nn.Module) -> bool:
-    """Whether a forward hook may write into what the module returns; those of FSDP do not."""
+    """Whether a forward hook may write into the module's output; FSDP's hooks do not."""
     for hook in module._forward_hooks.values():
-        function = getattr(hook, "func", hook)  # of a functools.partial
+        function = getattr(hook, "func", hook)  # unwraps a functools.partial
         if not str(getattr(function, "__module__", "")).startswith("torch.distributed."):
             return True
     return False
@@ -75,24 +75,24 @@ def _has_forward_hook(module: nn.Module) -> bool:
 
 
 def own_memory(x: Tensor) -> Tensor:
-    """``x`` for somebody who may write into it: a copy if a backward will read x itself."""
+    """``x`` for code that may write into it: a copy if a backward will read x itself."""
     return x.clone() if x.requires_grad else x
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype autocast would convolve x in, None where it leaves x alone."""
+    """The dtype in which autocast would convolve x, or None if it leaves x unchanged."""
     if x.dtype == torch.float64 or not ops.autocast_enabled(x):
         return None
     return torch.get_autocast_dtype(x.device.type)
 
 
 def _autocast_pools_in_float32(x: Tensor) -> bool:
-    """Whether autocast is on and takes pools to float32: for volumes on a CPU."""
+    """Whether autocast is on and computes pools of x in float32, as it does for volumes on a CPU."""
     return x.dim() == 5 and x.device.type == "cpu" and autocast_dtype(x) is not None
 
 
 def _as_autocast_concatenates(x: Tensor) -> Tensor:
-    """The tensor in the dtype eager's concatenation with autocast features would have: the wider of both."""
+    """``x`` in the dtype that eager's concatenation with autocast features has: the wider of the two."""
     dtype = autocast_dtype(x)
     return x if dtype is None else x.to(torch.promote_types(x.dtype, dtype))
 
@@ -107,19 +107,19 @@ def run_dense_block(
     reorder: Callable[[Arguments], Arguments] | None = None,
     update: Callable[[Tensor, Sequence[int]], None] | None = None,
 ) -> tuple[Tensor, ops.Carried]:
-    """The operator of a dense block, and the update of its norms' running statistics.
+    """Run the operator of a dense block, and update its norms' running statistics.
 
     Args:
         x: [N, c0, H, W].
-        norms, convs: those of all layers in the order they run, one or two of each a layer.
-        drop_rate: 0 in eval mode.
-        recompute, backend: as :class:`DenseBlock`.
-        reorder: changes the operator's constants before it runs.
-        update: called with the batch statistics and each norm's first channel in them, in place of the
-            update of the norms.
+        norms, convs: the norms and convolutions of all layers in the order they run, one or two per layer.
+        drop_rate: the dropout probability; 0 in eval mode.
+        recompute, backend: as for :class:`DenseBlock`.
+        reorder: changes the operator's arguments before it runs.
+        update: called instead of updating the norms, with the batch statistics and the index of each norm's
+            first channel in them.
 
     Returns:
-        X [N, Ct, H, W], and what a transition may be told of it.
+        X [N, Ct, H, W], and the block's information about X for a transition.
     """
     check_input("dense block", x, norms[0])
     per_layer = 2 if convs[0].kernel_size[0] == 1 else 1
@@ -128,7 +128,7 @@ def run_dense_block(
     if reorder is not None:
         args = reorder(args)
     seeds = torch.randint(2**63 - 1, (len(norms) // per_layer,), device="cpu") if drop_rate else None
-    # Without a backward there is nothing to keep z for.
+    # Without a backward there is no reason to keep z.
     recompute = recompute if torch.is_grad_enabled() else "bottleneck"
     out, stats, _ = torch.ops.dense_ext.dense_block(x, *args, *BlockOptions(seeds, drop_rate, recompute))
     starts = norm_starts(len(norms), out.shape[1], convs[0].out_channels if per_layer == 2 else 0)
@@ -136,18 +136,18 @@ def run_dense_block(
         update_running_stats(norms, stats, starts, values_per_channel(x))
     else:
         update(stats, starts)
-    of_x = any(args.batch_stats[::per_layer])  # whether a norm took statistics of X
+    of_x = any(args.batch_stats[::per_layer])  # whether X's statistics were computed
     return out, ops.Carried(stats[:, : out.shape[1]] if of_x else None, ops.block_node(out))
 
 
 def run_transition(input: Tensor, norm: Any, conv: Any, backend: str, carried: ops.Carried) -> Tensor:
-    """The operator of a transition, and the update of its norm's running statistics.
+    """Run the operator of a transition, and update its norm's running statistics.
 
     Args:
         input: [N, C, H, W].
-        norm, conv: the transition's.
-        backend: as :class:`DenseBlock`.
-        carried: what the block that has just made ``input`` knows of it.
+        norm, conv: the transition's norm and convolution.
+        backend: as for :class:`DenseBlock`.
+        carried: the information about ``input`` from the block, if one has just made it.
 
     Returns:
         [N, K, H//2, W//2].
@@ -163,14 +163,15 @@ def run_transition(input: Tensor, norm: Any, conv: Any, backend: str, carried: o
 class DenseLayer(nn.Module):
     """One dense layer, run eagerly: BN, ReLU, 1x1 convolution, BN, ReLU, 3x3 convolution, dropout.
 
-    Inside a :class:`DenseBlock` its parameters are used by the block's fused operator instead.
+    Inside a :class:`DenseBlock`, the block's fused operator uses the layer's parameters, and the layer's own
+    forward does not run.
 
     Args:
-        num_input_features: C, channels it reads.
-        growth_rate: K, channels it adds.
-        bn_size: the bottleneck has ``bn_size * growth_rate`` channels; None for a layer without
-            bottleneck, BN, ReLU, 3x3 convolution.
-        drop_rate: probability of dropping an output element in training.
+        num_input_features: C, the number of channels that the layer reads.
+        growth_rate: K, the number of channels that it adds.
+        bn_size: the bottleneck has ``bn_size * growth_rate`` channels. None makes a layer without a
+            bottleneck: BN, ReLU, 3x3 convolution, dropout.
+        drop_rate: the probability of dropping an output element in training.
 
     Shapes: a tensor [N, C, H, W] or a list of tensors with C channels in all -> [N, K, H, W].
     Source: arXiv 1608.06993, section 3; parameter names as in torchvision.
@@ -205,7 +206,10 @@ class DenseLayer(nn.Module):
 
 
 class EagerDenseBlock(nn.ModuleDict):
-    """Dense layers over the concatenation of all before them, one by one: what a fused block equals."""
+    """Dense layers run one by one, each on the concatenation of all features before it.
+
+    A fused block computes the same.
+    """
 
     _version = 2
 
@@ -217,11 +221,10 @@ class EagerDenseBlock(nn.ModuleDict):
 
 
 class FusedDenseBlock(Fused):
-    """Mixin: a module whose children are dense layers runs them as one operator.
+    """Mixin that runs a module's children, which are dense layers, as one operator.
 
-    The children have norm1, conv1 (1x1), norm2, conv2 (3x3), or norm1 and conv1 (3x3) only, and where
-    they drop out, a ``drop_rate``. ``recompute`` and ``backend`` are attributes that may be changed at
-    any time.
+    Each child has norm1, conv1 (1x1), norm2, conv2 (3x3), or only norm1 and conv1 (3x3); for dropout it also
+    has a ``drop_rate``. The attributes ``recompute`` and ``backend`` may be changed at any time.
     """
 
     parts: ClassVar = {
@@ -253,7 +256,7 @@ class FusedDenseBlock(Fused):
         if len(rates) > 1:
             return "its layers have different drop rates"
         if any(rates) and len({layer.training for layer in children.values()}) > 1:
-            return "some layers drop out and some do not"
+            return "some layers apply dropout and some do not"
         return _widths_reason(layers)
 
     def forward(self, init_features: Tensor) -> Tensor:
@@ -262,14 +265,14 @@ class FusedDenseBlock(Fused):
         return self.original_forward(init_features)
 
     def run_or_fall_back(self, x: Tensor) -> Tensor:
-        """The block's output, fused or by the original's forward."""
+        """The block's output, from the fused operator or the original's forward."""
         if self.why_eager(x) is not None:
             return self.run_original(x)
         out, _ = self.run(x)
         return own_memory(out) if written_by_hooks(self) else out  # type: ignore[arg-type]
 
     def run(self, init_features: Tensor) -> tuple[Tensor, ops.Carried]:
-        """The fused operator: X [N, Ct, H, W], and what a transition may be told of it."""
+        """Run the fused operator: returns X [N, Ct, H, W], and the block's information about X."""
         first, *_ = self._modules.values()
         inner = [self.inner(layer) for layer in self._modules.values()]
         names = ("1", "2") if "conv2" in inner[0] else ("1",)
@@ -280,7 +283,10 @@ class FusedDenseBlock(Fused):
 
 
 def _widths_reason(layers: dict[str, dict[str, Any]]) -> str | None:
-    """None if each layer reads all channels before it through an equal bottleneck and adds equally many."""
+    """Why the layers' numbers of channels prevent fusing, or None.
+
+    Each layer must read all channels before it, and all layers must have equal bottlenecks and growth rates.
+    """
     channels = growth = bottleneck = 0
     for name, layer in layers.items():
         conv1, last = layer["conv1"], layer.get("conv2", layer["conv1"])
@@ -301,24 +307,24 @@ class DenseBlock(FusedDenseBlock, EagerDenseBlock):
     """A dense block as one fused operator over one preallocated buffer.
 
     Args:
-        num_layers: L.
-        num_input_features: c0, channels of the input.
-        growth_rate: K, channels each layer adds.
-        bn_size: bottleneck channels as a multiple of K; None for layers without bottleneck.
-        drop_rate: dropout after each layer in training.
-        recompute: what backward computes again rather than finding it stored: ``"none"`` keeps
-            every bottleneck activation, ``"bottleneck"`` keeps only the output buffer, ``"block"``
-            only the block's input.
+        num_layers: L, the number of layers.
+        num_input_features: c0, the number of channels of the input.
+        growth_rate: K, the number of channels that each layer adds.
+        bn_size: the bottleneck's channels as a multiple of K; None for layers without a bottleneck.
+        drop_rate: the dropout probability after each layer in training.
+        recompute: what backward recomputes. ``"none"`` keeps every activation it needs; ``"bottleneck"``
+            recomputes the bottlenecks and keeps only the output buffer; ``"block"`` recomputes the whole
+            block and keeps only its input.
         backend: a name from :func:`dense_ext.available_backends`, or ``"auto"``.
 
     Shapes: [N, c0, H, W] -> [N, c0 + L*K, H, W] in channels_last memory.
 
     Raises:
-        ValueError: unknown recompute or backend; fewer than one layer; a drop_rate outside [0, 1];
-            in forward, an input of another rank, channel count or device, with empty height or
-            width, or in training with one value per channel.
-        TypeError: in forward, an input that is not floating or not of the parameters' dtype.
-        RuntimeError: in forward, a backend asked for by name cannot run here.
+        ValueError: recompute or backend is unknown, num_layers is below 1, or drop_rate is outside [0, 1].
+            In forward: the input has another rank, number of channels or device, an empty height or width,
+            or, in training, one value per channel.
+        TypeError: in forward, the input is not floating or not of the parameters' dtype.
+        RuntimeError: in forward, the requested backend cannot run here.
 
     Source: arXiv 1608.06993, section 3; memory after arXiv 1707.06990.
     """
@@ -348,7 +354,7 @@ class DenseBlock(FusedDenseBlock, EagerDenseBlock):
 
 
 class FusedTransition(Fused):
-    """Mixin: a module with norm, relu, conv (1x1) and pool (2x2 average) runs them as one operator."""
+    """Mixin that runs a module's norm, relu, conv (1x1) and pool (2x2 average) as one operator."""
 
     parts: ClassVar = {"norm": nn.BatchNorm2d, "relu": nn.ReLU, "conv": nn.Conv2d, "pool": nn.AvgPool2d}
 
@@ -362,11 +368,11 @@ class FusedTransition(Fused):
         return self.original_forward(input)
 
     def run_or_fall_back(self, x: Tensor) -> Tensor:
-        """The transition's output, fused or by the original's forward."""
+        """The transition's output, from the fused operator or the original's forward."""
         return self.run(x) if self.why_eager(x) is None else self.run_original(x)
 
     def run(self, input: Tensor, carried: ops.Carried = ops.NOTHING_CARRIED) -> Tensor:
-        """The fused operator; ``carried`` is what the block that has just made ``input`` knows of it."""
+        """Run the fused operator. ``carried`` comes from the block, if one has just made ``input``."""
         norm, conv = self._modules["norm"], self._modules["conv"]
         return run_transition(input, norm, conv, self.backend, carried)
 
@@ -374,16 +380,16 @@ class FusedTransition(Fused):
 class Transition(FusedTransition, nn.Sequential):
     """BN, ReLU, 1x1 convolution and 2x2 average pool between two dense blocks, as one fused operator.
 
-    The pool is taken before the convolution: the two commute, and it is a quarter of the work.
+    The pool runs before the convolution: the two commute, and pooling first takes a quarter of the work.
 
     Args:
-        num_input_features: C.
-        num_output_features: K.
+        num_input_features: C, the number of channels of the input.
+        num_output_features: K, the number of channels of the output.
         backend: a name from :func:`dense_ext.available_backends`, or ``"auto"``.
 
     Shapes: [N, C, H, W] -> [N, K, H//2, W//2] in channels_last memory.
 
-    Raises: as :class:`DenseBlock`; height and width are at least 2.
+    Raises: as :class:`DenseBlock`; also ValueError in forward if height or width is below 2.
     """
 
     def __init__(self, num_input_features: int, num_output_features: int, *, backend: str = "auto") -> None:
@@ -397,11 +403,11 @@ class Transition(FusedTransition, nn.Sequential):
 
 
 class FusedFeatures(Fused, nn.Sequential):
-    """A DenseNet's ``features``: runs its stem as one operator, and its dense blocks and transitions.
+    """A DenseNet's ``features``: a Sequential that also runs the stem as one fused operator.
 
-    The stem is a norm, a ReLU and a max pool in a row. All children stay what they are: calling them one
-    by one, as an encoder does, returns the intermediate results. Inside, activations are in channels_last
-    memory; fed contiguous images, it returns contiguous features, as eager PyTorch does.
+    The stem is a norm, a ReLU and a max pool in a row. The children stay unchanged, so calling them one by
+    one, as an encoder does, returns the intermediate results. Inside, activations are in channels_last
+    memory. For contiguous images the features returned are contiguous, as in eager PyTorch.
     """
 
     parts: ClassVar = {"norm0": nn.BatchNorm2d, "relu0": nn.ReLU, "pool0": nn.MaxPool2d}
@@ -409,7 +415,7 @@ class FusedFeatures(Fused, nn.Sequential):
 
     @classmethod
     def stem(cls, features: nn.Module) -> slice:
-        """Which children are the stem: those that end with the first max pool."""
+        """The indices of the children that form the stem, which ends with the first max pool."""
         for i, child in enumerate(features._modules.values()):
             if isinstance(child, (nn.MaxPool2d, nn.MaxPool3d)) and i + 1 >= len(cls.parts):
                 return slice(i + 1 - len(cls.parts), i + 1)
@@ -417,11 +423,11 @@ class FusedFeatures(Fused, nn.Sequential):
 
     @classmethod
     def has_stem(cls, features: nn.Module) -> bool:
-        """Whether any children are the stem."""
+        """Whether the children include a stem."""
         return cls.stem(features).stop > 0
 
     def runs_stem(self) -> bool:
-        """Whether there is a stem, and it was to be fused when the network was swapped or built."""
+        """Whether there is a stem that could be fused when the network was swapped or built."""
         return self.part_name is not None and self.has_stem(self)
 
     @classmethod
@@ -447,27 +453,27 @@ class FusedFeatures(Fused, nn.Sequential):
         return self.original_forward(input)
 
     def run_or_fall_back(self, x: Tensor) -> Tensor:
-        """The features; the stem, each block and each transition run fused where they may."""
+        """The features. The stem, each block and each transition run fused if the gate allows it."""
         if mode_reason() is not None or self.original.forward is not type(self).known_forward:
             return self.run_original(x)
         children, stem = list(self._modules.values()), self.stem(self)
         behind = max([0, *[i + 1 for i, child in enumerate(children) if isinstance(child, Fused)]])
         watched = any([_has_forward_hook(child) for child in children[behind:]])  # noqa: C419  # compiled
-        contiguous: bool | None = None  # what the first fused part was given
-        carried: ops.Carried | None = None  # while x is a block's X that nobody else has seen
+        contiguous: bool | None = None  # whether the first fused part's input was contiguous
+        carried: ops.Carried | None = None  # set while x is a block's X that nothing else has received
         i = 0
         while i < len(children):
             child = children[i]
             if i == behind and isinstance(x, Tensor) and x.dim() in (4, 5):
                 before = x
                 if contiguous and (watched or not ops.is_dense(x)):
-                    # What hooks see of the last norm shares memory with the features, as in eager.
+                    # So that the last norm's output, which hooks may see, shares memory with the features.
                     x = x.contiguous()
                 elif not ops.is_dense(x):
                     x = ops.dense_channels_last(x)
                 carried = carried if x is before else None
             if contiguous is None and (isinstance(child, Fused) or i == stem.start < stem.stop):
-                # As eager's operators: only what lies in channels_last memory stays there.
+                # As in eager, only an input in channels_last memory gives features in channels_last memory.
                 contiguous = isinstance(x, Tensor) and (x.is_contiguous() or not ops.is_dense(x))
             if i == stem.start < stem.stop and self.why_not_fused(x) is None:
                 x, i = self._run_stem(child, x), stem.stop
@@ -489,12 +495,12 @@ class FusedFeatures(Fused, nn.Sequential):
 
     @staticmethod
     def _fuses(child: Fused, x: Tensor) -> bool:
-        """Whether a call of a block or transition is nothing but its fused operator."""
+        """Whether a call of a block or transition would do nothing but run its fused operator."""
         return interference(child) is None and child.why_not_fused(x) is None  # type: ignore[arg-type]
 
     @classmethod
     def _only_reads(cls, child: nn.Module) -> bool:
-        """Whether a child leaves its input as it is."""
+        """Whether a child is known not to write into its input."""
         norms = (nn.BatchNorm2d, nn.BatchNorm3d, cls.parts["norm0"])
         return type(child) in norms and interference(child) is None
 

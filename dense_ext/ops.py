@@ -1,8 +1,8 @@
-"""The operators autograd, torch.compile and export see: one per dense block, transition and stem.
+"""The PyTorch operators for a dense block, a transition and the stem, for autograd, torch.compile and export.
 
-Each is a functional operator with a fake kernel and a registered backward; inside, it runs the
-schedule over the primitives of a backend. Running statistics are not updated here: the operators
-return the batch's, so that a recomputation cannot count a step twice.
+Each is a functional operator with a fake kernel and a registered backward. It runs the schedule over the
+primitives of a backend. The operators do not update running statistics but return the batch's statistics, so
+that a recomputation cannot update them twice.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .ownership import is_exclusive
 from .schedule import Block, Layer, Norm
 
 _LIBRARY = torch.library.Library("dense_ext", "FRAGMENT")
-# What ``torch.autograd.grad(is_grads_batched=True)`` gives its gradients.
+# The dispatch key of the gradients that ``torch.autograd.grad(is_grads_batched=True)`` passes.
 _LEGACY_BATCHED = torch._C._dispatch_key_parse("Batched")
 
 
@@ -63,28 +63,28 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def autocast_enabled(x: Tensor) -> bool:
-    """Whether autocast is on for x's device; False where the device knows no autocast."""
+    """Whether autocast is on for x's device; False for devices without autocast."""
     device = x.device.type
-    # The compiler cannot trace the question whether there is autocast; what it compiles for has it.
+    # torch.compile cannot trace is_autocast_available; every device it targets supports autocast.
     available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)  # type: ignore[attr-defined]
     return available and torch.is_autocast_enabled(device)
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Autocast off inside a kernel: its inputs already have the types to compute in."""
+    """Turns autocast off inside a kernel, whose inputs already have the dtypes to compute in."""
     return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else nullcontext()
 
 
 def _primitives(x: Tensor, args: Arguments) -> Primitives:
     asked = requested(args.backend), x.device.type, x.dtype
     primitives, pixels = select(*asked), values_per_channel(x)
-    if pixels > primitives.most_pixels:  # looked up by their number only where that can matter
+    if pixels > primitives.max_pixels:  # only large inputs, so that select caches few entries
         primitives = select(*asked, pixels)
     return for_volumes(primitives) if x.dim() == 5 else primitives
 
 
 def _vector(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A per-channel vector as primitives take it: dense, in the accumulation dtype."""
+    """A per-channel vector as the primitives take it: dense, in the accumulation dtype."""
     return in_dtype(x, dtype).contiguous()
 
 
@@ -116,7 +116,7 @@ def _block(x: Tensor, in_channels: int, args: Arguments, options: BlockOptions) 
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    """Whether x lies in dense channels_last memory; exact also where a size is 1."""
+    """Whether x is in dense channels_last memory; unlike PyTorch's test, exact even if a size is 1."""
     _, c, *pixels = x.shape
     strides = [c]  # from the last dimension to the first
     for length in reversed(pixels):
@@ -125,15 +125,16 @@ def _is_channels_last(x: Tensor) -> bool:
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether x lies in dense memory of either format, with the strides that go with its sizes.
+    """Whether x is dense in either memory format, with exactly the strides that follow from its sizes.
 
-    A view of one image may have others, with which PyTorch's batch norm on a CPU computes wrong gradients.
+    A view of a single image may have other strides, for which PyTorch's batch norm on a CPU computes wrong
+    gradients.
     """
     return x.is_contiguous() or _is_channels_last(x)
 
 
 def dense_channels_last(x: Tensor) -> Tensor:
-    """The tensor in dense channels_last memory; itself if it is."""
+    """``x`` in dense channels_last memory, copied only if it is not."""
     if _is_channels_last(x):
         return x
     return torch.empty_like(x, memory_format=schedule.channels_last(x)).copy_(x)
@@ -165,7 +166,7 @@ _BLOCK_BACKWARD = (
 
 @_operator(f"dense_block_backward_(Tensor(a!) grad, {_BLOCK_BACKWARD}")
 def _dense_block_backward_(grad: Tensor, output: Tensor, stats: Tensor, z: Tensor, *rest: Any) -> Gradients:
-    """The gradients; ``grad``, in dense channels_last memory, is used up as the schedule's buffer G."""
+    """Backward that overwrites ``grad``, which is in dense channels_last memory and serves as G."""
     args, options = Arguments(*rest[:8]), BlockOptions(*rest[8:11])
     in_channels, needs_conv_grad = rest[11:]
     if grad.shape[0] == 0:
@@ -216,7 +217,7 @@ def _dense_block_formula(ctx: Any, grad: Tensor) -> Gradients:
     options, needed = ctx.options._replace(dropout_seeds=seeds), needs_conv_grad(ctx)
     if differentiates_inside(grad):
         return differentiable.dense_block_backward(grad, output, args, options, ctx.in_channels)
-    # The schedule accumulates into the gradient it is given; where others may see it, into a copy.
+    # The schedule accumulates into the gradient itself if it is exclusive to this call, else into a copy.
     backward = torch.ops.dense_ext.dense_block_backward
     if is_exclusive(grad, _probe_ownership) and _is_channels_last(grad):
         backward = torch.ops.dense_ext.dense_block_backward_
@@ -224,9 +225,9 @@ def _dense_block_formula(ctx: Any, grad: Tensor) -> Gradients:
 
 
 def differentiates_inside(grad: Tensor) -> bool:
-    """Whether a backward is to be differentiated again, or to take a batch of gradients at once.
+    """Whether a backward will be differentiated again, or takes a batch of gradients at once.
 
-    Kernels can do neither; :mod:`dense_ext.differentiable` computes the same by PyTorch's operators.
+    The kernels support neither; :mod:`dense_ext.differentiable` does the same with PyTorch's operators.
     """
     if torch.is_grad_enabled() or torch._C._functorch.is_batchedtensor(grad):
         return True
@@ -234,32 +235,33 @@ def differentiates_inside(grad: Tensor) -> bool:
 
 
 class _Recomputed:
-    """What a block loaded and X computed again from it, once in a backward pass."""
+    """A block's saved tensors and the X recomputed from them, kept for one backward pass."""
 
     def __init__(self, saved: tuple[Any, ...], output: Tensor) -> None:
         self.value: tuple[tuple[Any, ...], Tensor] | None = (saved, output)
 
     def keep(self) -> None:
-        """Called by the engine when the pass ends; that it may be called keeps the object until then."""
+        """Does nothing; the engine calls it when the pass ends, and holds this object until then."""
 
 
 def recomputed_output(ctx: Any, last: bool = False) -> tuple[tuple[Any, ...], Tensor]:
-    """What a block that kept only its input saved, and X computed again.
+    """Returns (saved, X) for a block that kept only its input: its saved tensors, and X recomputed from them.
 
-    The running backward pass owns both: for the block's own backward, the ``last`` to ask, and since
-    checkpointing around the block allows what was saved to be loaded only once. When the pass ends or
-    fails they go; another pass loads anew, and autograd checks that nobody has written meanwhile.
+    Both are kept for the running backward pass, for two reasons. The transition asks for X before the block's
+    own backward does, which passes ``last`` and releases them. And checkpointing around the block allows
+    loading the saved tensors only once. They are freed when the pass ends or fails. Another pass loads them
+    again, and autograd then checks that nothing has modified them.
     """
     kept: _Recomputed | None = ctx.recomputed and ctx.recomputed()
     if kept is None or kept.value is None:
         saved = args, x, _, _, seeds = load(ctx)
         options = BlockOptions(seeds, ctx.options.drop_rate, "bottleneck")
-        # Where the backward is differentiated again, so is the path from X to the input and the parameters.
+        # If the backward is differentiated again, this records the path from X to its input and parameters.
         output, _, _ = torch.ops.dense_ext.dense_block(x, *args, *options)
         if last:
             return saved, output
         kept = _Recomputed(saved, output)
-        # Outside a backward pass, where somebody looks at what is saved, nothing is kept.
+        # Outside a backward pass, when a user inspects the saved tensors, queueing fails and nothing is kept.
         with contextlib.suppress(RuntimeError):
             torch.autograd.Variable._execution_engine.queue_callback(kept.keep)
             ctx.recomputed = weakref.ref(kept)
@@ -271,7 +273,7 @@ def recomputed_output(ctx: Any, last: bool = False) -> tuple[tuple[Any, ...], Te
 
 
 def _probe_ownership() -> None:
-    """A one-layer block's backward with a gradient that nobody else holds."""
+    """Run a one-layer block's backward with a gradient that is exclusive to it."""
     with torch.enable_grad():
         x, weight = (
             torch.ones(1, 1, 1, 1, device="cpu", requires_grad=True),
@@ -291,7 +293,7 @@ def _norm_and_conv(x: Tensor, args: Arguments) -> tuple[Norm, Tensor | None]:
 
 
 def _pooling_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """``rest`` is Arguments, then for a transition the batch statistics of x if they are known."""
+    """``rest`` holds Arguments and, for a transition, x's batch statistics or None if they are not known."""
     args, known = Arguments(*rest[:8]), rest[8] if len(rest) > 8 else None
     with _without_autocast(x):
         return transition.forward(
@@ -354,36 +356,36 @@ for _name, _more in (("transition", ", Tensor? known_stats"), ("stem", "")):
 register(_LIBRARY, "dense_block", _dense_block_setup, _dense_block_formula)
 
 
-# --- a transition right behind its block ------------------------------------------------------------------
+# --- a transition that directly follows its block ---------------------------------------------------------
 
 
 class Carried(NamedTuple):
-    """What a block knows of its output X, for a transition that gets X before anybody else sees it."""
+    """A block's information about its output X, for a transition that directly follows it."""
 
-    stats: Tensor | None  # X's batch statistics [2, Ct]
-    node: Any  # the block's node in the graph if it keeps only its input, else None
+    stats: Tensor | None  # X's batch statistics [2, Ct], None if not computed
+    node: Any  # the block's node in the autograd graph if the block keeps only its input, else None
 
 
 NOTHING_CARRIED = Carried(None, None)
 
 
 def block_node(out: Tensor) -> Any:
-    """The node of a block with ``recompute="block"`` that has made ``out``, or None."""
+    """The autograd node that made ``out`` if it belongs to a block with ``recompute="block"``, else None."""
     node = None if torch.compiler.is_compiling() else out.grad_fn
     options = getattr(node, "options", None)
     return node if isinstance(options, BlockOptions) and options.recompute == "block" else None
 
 
 def run_transition(x: Tensor, args: Arguments, carried: Carried) -> tuple[Tensor, Tensor]:
-    """The operator ``transition``; behind a block with ``recompute="block"`` it does not keep x.
+    """Run the operator ``transition``; after a block with ``recompute="block"`` it does not save x.
 
-    It would keep the very buffer that the block lets go. Instead its backward has the block compute
-    x again, and leaves it for the block's own backward, which comes next.
+    Saving x would keep the very buffer that the block frees. Instead, the transition's backward makes the
+    block recompute x; the block's own backward, which runs next, uses the result too.
     """
     operator, (stats, node) = torch.ops.dense_ext.transition, carried
     if node is None:
         return operator(x, *args, stats)
-    # The hooks live as long as the graph: what pack compares with must not.
+    # The hooks live as long as the graph, so they must not hold x; `output` is cleared below.
     output = [x.detach()]
 
     def pack(tensor: Tensor) -> tuple[Tensor, int] | None:
@@ -393,7 +395,7 @@ def run_transition(x: Tensor, args: Arguments, carried: Carried) -> tuple[Tensor
         if packed is None:
             return recomputed_output(node)[1]
         tensor, version = packed
-        if tensor._version != version:  # autograd itself looks only at what no hook has packed
+        if tensor._version != version:  # autograd checks only tensors that no hook has packed
             raise RuntimeError(
                 f"a tensor {tuple(tensor.shape)} of a transition, needed for gradient computation, has been "
                 f"modified by an inplace operation: it is at version {tensor._version}, expected {version}"
@@ -408,7 +410,7 @@ def run_transition(x: Tensor, args: Arguments, carried: Carried) -> tuple[Tensor
 
 register_formulas()
 
-# PyTorch makes these objects when they are first asked for, which is not safe in several threads at once.
+# PyTorch creates these objects at first use, which is not thread-safe; so create them now.
 for _name in ("dense_block", "transition", "stem"):
     for _suffix in ("", "_backward"):
         getattr(torch.ops.dense_ext, _name + _suffix).default  # noqa: B018

@@ -1,11 +1,11 @@
-"""Whether a gradient handed to a backward is ours alone, so that it may be overwritten.
+"""Decides whether a gradient passed to a backward is exclusive to it, so that it may be overwritten.
 
-The largest block's gradient is the largest tensor of a training step; copying it before
-accumulating into it would raise the step's peak memory by a quarter. Autograd does not say who
-else holds a gradient (a hook, the user, another node), but every holder shows in one of three
-counts: references to the Python object, to the tensor, to the storage. They are compared with the
-counts of a gradient known to be exclusive, taken once on the same path. Any difference, or a PyTorch
-without these counters, means "not exclusive": then the caller copies.
+The largest block's gradient is the largest tensor of a training step. Copying it before accumulating into it
+would raise the step's peak memory by a quarter. Autograd does not report what else holds a gradient (a hook,
+the user, another node). But every holder shows in one of three counts: the references to the Python object,
+to the tensor, and to the storage. They are compared with the counts of a gradient known to be exclusive,
+which are taken once on the same code path. If any differs, or this PyTorch lacks the counters, the gradient
+counts as shared and the caller copies it.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ def _counts(tensor: Tensor) -> Counts:
 
 
 def _counts_are_exact() -> bool:
-    """Whether this PyTorch has the counters and this Python counts references as they come."""
+    """Whether this PyTorch has the counters, and this Python's reference counts are exact (it has a GIL)."""
     with_gil = getattr(sys, "_is_gil_enabled", lambda: True)()
     return hasattr(torch._C, "_storage_Use_Count") and with_gil
 
 
 def is_exclusive(grad: Tensor, probe: Callable[[], None]) -> bool:
-    """Whether nobody but the calling backward can see ``grad``.
+    """Whether only the calling backward holds ``grad``.
 
     Args:
         grad: the gradient, as the caller received it.
-        probe: runs a backward that reaches this very call, in the same thread, with a gradient nobody
-            else holds. While one thread probes, the others' gradients count as shared.
+        probe: runs a backward that reaches this very call, in the same thread, with an exclusive gradient.
+            While one thread probes, gradients in other threads count as shared.
     """
     global _exclusive
     if type(grad) is not Tensor or not _counts_are_exact():

@@ -1,13 +1,13 @@
 """The dense block's forward and backward over the primitives, written once for every backend.
 
-A block owns one buffer X [N, H, W, Ct] (NHWC), Ct = c0 + L*K: c0 input channels, then the K new
-channels of each of the L layers. Layer l reads the slice ``X[..., :C]``, C = c0 + l*K, and writes
-``X[..., C:C+K]``; nothing is ever concatenated. Batch statistics of a channel are taken once, by
-the kernel that writes it. In backward, G [N, H, W, Ct] collects the gradient of X; what batch norm
-adds to it is kept apart as ``U*X + V`` per channel (see :mod:`dense_ext.batch_norm`).
+A block owns one buffer X [N, H, W, Ct] (NHWC) with Ct = c0 + L*K channels. c0 of them come from the input,
+and K from each of the L layers. Layer l reads the slice ``X[..., :C]``, C = c0 + l*K, and writes
+``X[..., C:C+K]``, so nothing is ever concatenated. A channel's batch statistics are computed once, by the
+kernel that writes the channel. In backward, G [N, H, W, Ct] accumulates the gradient of X. Batch norm's
+contribution to it is kept separately, as ``U*X + V`` per channel (see :mod:`dense_ext.batch_norm`).
 
-M is the number of pixels N*H*W, B the bottleneck's channels, z [N, H, W, B] its activations. All of it
-holds for volumes, with D before H and 3x3x3 for 3x3.
+M is the number of pixels N*H*W, B the number of channels of a layer's bottleneck, and z [N, H, W, B] the
+bottleneck's activations. All this also holds for volumes, with D before H and 3x3x3 instead of 3x3.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RECOMPUTE = ("none", "bottleneck", "block")
 
 @dataclass
 class Norm:
-    """One batch norm's constants. ``running`` is None where the batch's statistics are used."""
+    """One batch norm's constants. A *frozen* norm uses running statistics; others have ``running`` None."""
 
     weight: Tensor  # [C], accumulation dtype
     bias: Tensor  # [C]
@@ -37,7 +37,7 @@ class Norm:
 
 @dataclass
 class Layer:
-    """One dense layer: norm1, conv1 (1x1), norm2, conv2 (3x3); without bottleneck norm1, conv1 (3x3)."""
+    """One dense layer: norm1, conv1 (1x1), norm2, conv2 (3x3); or norm1, conv1 (3x3) without a bottleneck."""
 
     norms: list[Norm]
     convs: list[Tensor]
@@ -50,8 +50,8 @@ class Block:
     layers: list[Layer]
     in_channels: int  # c0
     growth_rate: int  # K
-    bottleneck: int  # B, 0 without bottleneck
-    drop_rate: float  # 0 when dropout is off
+    bottleneck: int  # B, or 0 without a bottleneck
+    drop_rate: float  # 0 if dropout is off
     dropout_seeds: Tensor | None  # [L] int64 on the CPU
 
     @property
@@ -60,38 +60,38 @@ class Block:
 
     @property
     def stats_sizes(self) -> list[int]:
-        """Channels with statistics: X's (the input's, then each layer's), then each layer's bottleneck."""
+        """The channels of each part of the statistics: the input, each layer's output, each bottleneck."""
         layers = len(self.layers)
         bottlenecks = [self.bottleneck] * layers if self.bottleneck else []
         return [self.in_channels, *[self.growth_rate] * layers, *bottlenecks]
 
 
 def norm_starts(num_norms: int, out_channels: int, bottleneck: int) -> list[int]:
-    """Where each norm's channels begin in a block's statistics, norms in the order of the layers."""
+    """The index of each norm's first channel in a block's statistics, for norms in the layers' order."""
     if not bottleneck:
         return [0] * num_norms
     return [start for i in range(num_norms // 2) for start in (0, out_channels + i * bottleneck)]
 
 
 def nhwc(x: Tensor) -> Tensor:
-    """The NHWC view [N, H, W, C] of an NCHW tensor, NDHWC of NCDHW."""
+    """The view [N, H, W, C] of a tensor [N, C, H, W], or [N, D, H, W, C] of [N, C, D, H, W]."""
     return x.permute((0, 2, 3, 4, 1) if x.dim() == 5 else (0, 2, 3, 1))
 
 
 def channels_last(x: Tensor) -> torch.memory_format:
-    """Channels-last memory for images [N, C, H, W] or volumes [N, C, D, H, W]."""
+    """The channels-last memory format for images [N, C, H, W] or volumes [N, C, D, H, W]."""
     return torch.channels_last_3d if x.dim() == 5 else torch.channels_last
 
 
 def empty_like(x: Tensor, channels: int) -> Tensor:
-    """An unwritten tensor of x's batch and size with ``channels``, in channels_last memory."""
+    """An uninitialised tensor in channels_last memory, of x's shape except that it has ``channels``."""
     size = (x.shape[0], channels, *x.shape[2:])
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=channels_last(x))
 
 
 @dataclass
 class BoundNorm:
-    """A norm with the statistics it uses in this step, and its scale and shift."""
+    """A norm, the statistics that it uses in this step, and the scale and shift that follow from them."""
 
     norm: Norm
     mean: Tensor  # [C]
@@ -102,7 +102,7 @@ class BoundNorm:
     def gradient(
         self, ops: Primitives, sums: Tensor, count: int, u: Tensor | None, v: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Weight and bias gradient [C] from the channel sums; adds to u and v if the batch was used."""
+        """Gradients of weight and bias [C] from the channel sums; adds to u and v unless frozen."""
         grad_weight, grad_bias = torch.empty_like(self.mean), torch.empty_like(self.mean)
         if self.norm.running is not None:
             u = v = None
@@ -113,7 +113,7 @@ class BoundNorm:
 
 
 def bind(ops: Primitives, norm: Norm, mean: Tensor, var: Tensor) -> BoundNorm:
-    """A norm with its scale and shift; ``mean`` and ``var`` [C] are the batch's, for one not frozen."""
+    """Compute a norm's scale and shift. A frozen norm ignores ``mean`` and ``var`` [C], the batch's."""
     mean, var = norm.running if norm.running is not None else (mean, var)
     bound = BoundNorm(norm, mean, var, torch.empty_like(mean), torch.empty_like(mean))
     ops.bn_scale_shift(mean, var, norm.weight, norm.bias, norm.eps, bound.scale, bound.shift)
@@ -121,7 +121,7 @@ def bind(ops: Primitives, norm: Norm, mean: Tensor, var: Tensor) -> BoundNorm:
 
 
 def bind_together(ops: Primitives, norms: list[Norm], stats: list[tuple[Tensor, Tensor]]) -> list[BoundNorm]:
-    """The same for norms whose statistics are all known: packed, they take one call, not one each."""
+    """:func:`bind` for several norms, with one call for all if their ``eps`` is the same."""
     if len({norm.eps for norm in norms}) > 1:
         return [bind(ops, norm, *batch) for norm, batch in zip(norms, stats, strict=True)]
     used = [norm.running or batch for norm, batch in zip(norms, stats, strict=True)]
@@ -138,7 +138,7 @@ def bind_together(ops: Primitives, norms: list[Norm], stats: list[tuple[Tensor, 
 
 
 def first_channels(x: Tensor, channels: int) -> Tensor:
-    """``x[..., :channels]``, in half the time."""
+    """``x[..., :channels]``; as_strided takes half the time of slicing."""
     return x.as_strided((*x.shape[:-1], channels), x.stride())
 
 
@@ -148,7 +148,7 @@ def pixels(x: Tensor) -> int:
 
 
 def empty_outputs(block: Block, x: Tensor, keep_bottleneck: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The outputs of :func:`forward`, unwritten (the statistics zero)."""
+    """Tensors for the outputs of :func:`forward`: X and z uninitialised, the statistics zero."""
     out = empty_like(x, block.out_channels)
     stats = x.new_zeros(2, sum(block.stats_sizes), dtype=accumulate_dtype(x.dtype))
     kept = keep_bottleneck and block.bottleneck > 0
@@ -156,19 +156,19 @@ def empty_outputs(block: Block, x: Tensor, keep_bottleneck: bool) -> tuple[Tenso
     return out, stats, z
 
 
-# Layers whose norms are bound together: enough to save the calls, few enough for their vectors not to
-# matter beside X, however deep the block.
+# The number of layers whose norms are bound together: enough to save most calls, few enough that their
+# vectors are negligible beside X.
 _LAYERS_TOGETHER = 16
 
 
 class Pass:
-    """What forward and backward share: a block's tensors, and each layer's part of them."""
+    """A block's tensors and each layer's part of them, for one forward or backward."""
 
     def __init__(self, ops: Primitives, block: Block, out: Tensor, stats: Tensor, z_all: Tensor) -> None:
         self.ops, self.block = ops, block
         self.x = nhwc(out)
         self.mean, self.var = stats.unbind()
-        # The views of all layers from one call each: a view on its own takes longer than many launches.
+        # One call makes the views for all layers: making them one by one takes longer than many launches.
         sizes, parts = block.stats_sizes, len(block.layers) + 1
         self.x_parts = self.x.split(sizes[:parts], -1)
         each = list(zip(self.mean.split(sizes), self.var.split(sizes), strict=True))
@@ -180,7 +180,7 @@ class Pass:
         self.bound: dict[int, list[BoundNorm]] = {}
 
     def new_bottleneck(self) -> Tensor:
-        """An unwritten [N, H, W, B]."""
+        """An uninitialised tensor [N, H, W, B]."""
         return self.x.new_empty(*self.x.shape[:-1], self.block.bottleneck)
 
     def in_channels(self, index: int) -> int:
@@ -192,17 +192,17 @@ class Pass:
         return first_channels(self.x, self.in_channels(index))
 
     def z(self, index: int) -> Tensor:
-        """Layer ``index``'s bottleneck: its own memory if kept, else what all layers share."""
+        """Layer ``index``'s z: its own memory if every z is kept, else memory that all layers share."""
         return self.z_all[index] if self.keeps_bottleneck else self.z_scratch
 
     def batch_stats(self, index: int) -> list[tuple[Tensor, Tensor]]:
-        """Mean and variance of what each of layer ``index``'s norms reads."""
+        """The batch's mean and variance for each of layer ``index``'s norms."""
         c = self.in_channels(index)
         first = first_channels(self.mean, c), first_channels(self.var, c)
         return [first, self.z_stats[index]] if self.block.bottleneck else [first]
 
     def norms(self, index: int) -> list[BoundNorm]:
-        """Layer ``index``'s norms, once the statistics of its whole group of layers are known."""
+        """Layer ``index``'s bound norms; the statistics of its whole group of layers must be known."""
         if index not in self.bound:
             start = index - index % _LAYERS_TOGETHER
             layers = self.block.layers[start : start + _LAYERS_TOGETHER]
@@ -216,7 +216,7 @@ class Pass:
     def run_bottleneck(
         self, index: int, norm1: BoundNorm, mean: Tensor | None = None, var: Tensor | None = None
     ) -> None:
-        """Write layer ``index``'s z, and its statistics where they are wanted."""
+        """Write layer ``index``'s z, and z's statistics unless ``mean`` is None."""
         self.ops.bn_relu_conv1x1_forward(
             self.source(index),
             norm1.scale,
@@ -228,14 +228,20 @@ class Pass:
         )
 
     def dropout_mask(self, index: int, y: Tensor) -> Tensor:
-        """Layer ``index``'s dropout factors, like y [N, H, W, K]."""
+        """Layer ``index``'s dropout factors, of the shape and dtype of y [N, H, W, K]."""
         return dropout_mask(self.block.dropout_seeds, index, self.block.drop_rate, y)
 
 
 def dropout_mask(seeds: Tensor | None, index: int, drop_rate: float, y: Tensor) -> Tensor:
-    """Layer ``index``'s dropout factors, 0 or 1/(1-p), like y [N, H, W, K]; the same whenever asked for."""
+    """Layer ``index``'s dropout factors, 0 or 1/(1-p), of the shape and dtype of y [N, H, W, K].
+
+    They follow from the seed, so forward and backward get the same ones.
+
+    Raises:
+        ValueError: there are no seeds.
+    """
     if seeds is None:
-        raise ValueError("dropout needs one seed a layer")
+        raise ValueError("dropout needs one seed per layer")
     keep = 1.0 - drop_rate
     generator = torch.Generator(device=y.device)
     generator.manual_seed(int(seeds[index]))
@@ -249,12 +255,12 @@ def forward(ops: Primitives, block: Block, x: Tensor, keep_bottleneck: bool) -> 
 
     Args:
         x: [N, c0, H, W].
-        keep_bottleneck: return every layer's z, for a backward that does not recompute it.
+        keep_bottleneck: whether to return every layer's z, so that backward need not recompute it.
 
     Returns:
-        The buffer X as [N, Ct, H, W] in channels_last memory; the batch statistics
-        [2, Ct + L*B] (mean and biased variance; zero where nothing used them); and
-        z [L, N, H, W, B], or [0] if not kept.
+        The buffer X as [N, Ct, H, W] in channels_last memory, the batch statistics [2, Ct + L*B], and
+        z [L, N, H, W, B], or an empty tensor if z is not kept. The statistics are mean and biased variance,
+        and zero where no norm uses them.
     """
     out, stats, z_all = empty_outputs(block, x, keep_bottleneck)
     if x.shape[0] == 0:
@@ -262,7 +268,7 @@ def forward(ops: Primitives, block: Block, x: Tensor, keep_bottleneck: bool) -> 
     run = Pass(ops, block, out, stats, z_all)
     norms = [norm for layer in block.layers for norm in layer.norms]
     frozen = all(norm.running is not None for norm in norms)
-    # The layers' statistics, and those of the last one's channels for the transition that follows.
+    # If any layer needs X's statistics, compute all of them: the next transition uses the last layer's too.
     wants_stats = any(layer.norms[0].running is None for layer in block.layers)
     run.x_parts[0].copy_(nhwc(x))
     if wants_stats:
@@ -273,9 +279,9 @@ def forward(ops: Primitives, block: Block, x: Tensor, keep_bottleneck: bool) -> 
 
 
 def _layer_forward(run: Pass, index: int, wants_stats: bool, frozen: bool) -> None:
-    """Write layer ``index``'s K channels of X, and their statistics if wanted.
+    """Write layer ``index``'s K channels of X, and their statistics if ``wants_stats``.
 
-    Unless all norms are ``frozen``, each is bound when the statistics it takes have been written.
+    Unless all norms are ``frozen``, each norm is bound only after its statistics have been written.
     """
     ops, layer = run.ops, run.block.layers[index]
     batch = run.batch_stats(index)
@@ -298,7 +304,10 @@ def _layer_forward(run: Pass, index: int, wants_stats: bool, frozen: bool) -> No
 
 @dataclass
 class BlockGradients:
-    """Gradients in the order of the block's norms and convolutions; None where not asked for."""
+    """The gradients of a block's input and of its norms and convolutions, in the layers' order.
+
+    A convolution's gradient is None if not needed.
+    """
 
     x: Tensor  # [N, c0, H, W]
     norm_weights: list[Tensor]
@@ -307,7 +316,7 @@ class BlockGradients:
 
 
 class BackwardPass(Pass):
-    """A pass with the gradient buffer G, and U and V, what batch norm adds to it."""
+    """A pass with the gradient buffer G, and with U and V, by which batch norm adds ``U*X + V`` to it."""
 
     def __init__(
         self, ops: Primitives, block: Block, grad: Tensor, out: Tensor, stats: Tensor, z_all: Tensor
@@ -318,7 +327,7 @@ class BackwardPass(Pass):
         sizes = block.stats_sizes[: len(self.x_parts)]
         self.g_parts = self.g.split(sizes, -1)
         self.u_parts, self.v_parts = self.u.split(sizes), self.v.split(sizes)
-        # What each layer's second norm adds to the gradient of z; one launch for all.
+        # The u and v of each layer's second norm; allocated together, they take one launch to zero.
         z_uv = stats.new_zeros(2, len(block.layers), block.bottleneck)
         self.z_u, self.z_v = (vectors.unbind() for vectors in z_uv.unbind())
         if block.bottleneck:
@@ -327,11 +336,11 @@ class BackwardPass(Pass):
     def conv3x3_backward(
         self, index: int, z: Tensor, norm: BoundNorm, grad_bn: Tensor, grad_weight: Tensor | None
     ) -> Tensor:
-        """Layer ``index``'s 3x3 convolution: writes grad_bn, returns its sums."""
+        """Backward of layer ``index``'s 3x3 convolution: writes grad_bn, returns its channel sums [2, C]."""
         k = index + 1
         grad, y, u, v = self.g_parts[k], self.x_parts[k], self.u_parts[k], self.v_parts[k]
         if self.block.drop_rate > 0:
-            # Dropout lies between the convolution and X: give the convolution its own gradient.
+            # Dropout lies between the convolution and X, so the convolution's gradient needs its own memory.
             grad = self.x.new_empty(y.shape)
             self.ops.affine_gradient(self.g_parts[k], y, u, v, grad)
             grad.mul_(self.dropout_mask(index, y))
@@ -353,14 +362,14 @@ def backward(
     stats: Tensor,
     needs_conv_grad: Sequence[bool],
 ) -> BlockGradients:
-    """Backward of :func:`forward`, one pass a kernel.
+    """Backward of :func:`forward`.
 
     Args:
         grad: [N, Ct, H, W] in channels_last memory, the gradient of ``out``. **Overwritten**: it is G.
         out: X as :func:`forward` returned it.
-        z_all: the kept z, or [0]: then each layer's is recomputed.
-        stats: as :func:`forward` returned it.
-        needs_conv_grad: for each convolution, whether its weight gradient is wanted.
+        z_all: z as :func:`forward` returned it; if it is empty, each layer's z is recomputed.
+        stats: as :func:`forward` returned them.
+        needs_conv_grad: for each convolution, whether its weight gradient is needed.
     """
     run = BackwardPass(ops, block, grad, out, stats, z_all)
     weights = [weight for layer in block.layers for weight in layer.convs]
@@ -382,7 +391,7 @@ def backward(
 def _bottleneck_layer_backward(
     run: BackwardPass, index: int, grad_weights: list[Tensor | None]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Add layer ``index``'s part to G, U and V; the gradients of its two norms."""
+    """Add layer ``index``'s part to G, U and V; returns the weight and bias gradients of its two norms."""
     ops, m, c = run.ops, pixels(run.x), run.in_channels(index)
     norm1, norm2 = run.norms(index)
     z, z_u, z_v = run.z(index), run.z_u[index], run.z_v[index]
@@ -402,7 +411,7 @@ def _bottleneck_layer_backward(
 def _plain_layer_backward(
     run: BackwardPass, index: int, grad_weights: list[Tensor | None]
 ) -> list[tuple[Tensor, Tensor]]:
-    """The same for a layer without bottleneck: its 3x3 convolution reads X."""
+    """The same for a layer without a bottleneck, whose 3x3 convolution reads X."""
     c, (norm,) = run.in_channels(index), run.norms(index)
     source, g = run.source(index), first_channels(run.g, c)
     grad_bn = run.x.new_empty(source.shape)

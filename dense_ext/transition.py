@@ -1,11 +1,11 @@
 """The transition's and the stem's forward and backward over the primitives.
 
-Both are batch norm and ReLU, then a pool: the transition averages 2x2 windows and convolves 1x1,
-the stem takes maxima (window 3, stride 2, padding 1). Only their input is kept, the activation is
-recomputed tile by tile in backward. Their input's gradient leaves the operator, so the deferred
-``u*x + v`` of the batch norm is applied at once, in place. Volumes have windows 2x2x2 and 3x3x3.
+Both apply batch norm, ReLU and a pool. The transition averages 2x2 windows and then convolves 1x1; the stem
+takes the maximum (window 3, stride 2, padding 1). For volumes the windows are 2x2x2 and 3x3x3. Only the input
+is saved; backward recomputes the activation tile by tile. The input's gradient leaves the operator, so batch
+norm's deferred ``u*x + v`` is added here (see :mod:`dense_ext.batch_norm`).
 
-``weight`` is the transition's convolution [K, C, 1, 1], None for the stem.
+``weight`` is the transition's convolution [K, C, 1, 1], and None for the stem.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .schedule import Norm, bind, channels_last, nhwc
 
 
 def empty_outputs(weight: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The outputs of :func:`forward`, unwritten (the statistics zero)."""
+    """Tensors for the outputs of :func:`forward`: y uninitialised, the statistics zero."""
     n, c, *pixels = x.shape
     if weight is None:
         size = (n, c, *((length - 1) // 2 + 1 for length in pixels))
@@ -37,11 +37,12 @@ def forward(
 
     Args:
         x: [N, C, H, W] in channels_last memory.
-        known: x's batch statistics [2, C] if a block has taken them.
+        known: x's batch statistics [2, C] if the block before has computed them, else None.
 
     Returns:
-        y [N, K, H//2, W//2] or [N, C, (H-1)//2 + 1, (W-1)//2 + 1] in channels_last memory, and the
-        batch statistics [2, C] (mean and biased variance; zero where running ones are used).
+        y in channels_last memory, and the batch statistics [2, C]. y is [N, K, H//2, W//2], or for the stem
+        [N, C, (H-1)//2 + 1, (W-1)//2 + 1]. The statistics are mean and biased variance, and zero if the norm
+        uses running statistics.
     """
     y, stats = empty_outputs(weight, x)
     if x.shape[0] == 0:
@@ -67,13 +68,17 @@ def backward(
     stats: Tensor,
     needs_conv_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of x, of the norm's weight and bias, and of the convolution's weight.
+    """Backward of :func:`forward`.
 
     Args:
-        grad: like forward's y, in channels_last memory.
+        grad: the gradient of y, of the same shape, in channels_last memory.
         x: forward's x, in channels_last memory.
-        stats: as forward returned it.
-        needs_conv_grad: whether the last one is wanted; else it is None.
+        stats: as forward returned them.
+        needs_conv_grad: whether the gradient of the convolution's weight is needed.
+
+    Returns:
+        The gradients of x, of the norm's weight and bias [C], and of the convolution's weight; the last is
+        None if not needed.
     """
     bound = bind(ops, norm, stats[0], stats[1])
     grad_x = torch.empty_like(x)

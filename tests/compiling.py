@@ -1,4 +1,4 @@
-"""Compiles csrc for tests: what has changed, into build/, with options of their own."""
+"""Compiles csrc for tests, with the tests' own options, into build/; only changed files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 TORCH = Path(torch.__file__).parent
 COMPILER = os.environ.get("CXX", "g++")
-# As setup.py's, for every source of the stable ABI.
+# The same as setup.py's, for every source that uses the stable ABI.
 STABLE = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 FLAGS = (
     "-std=c++20",
@@ -24,12 +24,12 @@ FLAGS = (
     "-fPIC",
     "-fvisibility=hidden",
     "-Wall",
-    "-ftrivial-auto-var-init=pattern",  # registers begin with a value that shows
+    "-ftrivial-auto-var-init=pattern",  # makes the use of uninitialised registers visible
 )
 
 
 def compiler_with(flags: Sequence[str]) -> list[str]:
-    """The compiler with these flags beside those it always gets."""
+    """The compiler's command line: these flags and those that it always gets."""
     return [COMPILER, *FLAGS, *flags]
 
 
@@ -41,15 +41,15 @@ def compile_source(
     folders: Sequence[Path],
     results: Path,
 ) -> Path:
-    """The object file, whose name is of all that went into it, so that builds share what they can.
+    """Compile a source; returns the object file. Its name is a hash of its inputs, so that builds share it.
 
     Args:
         source: a C++ file.
         command: the compiler with its options.
-        namespace: of the ops, for a source that has some.
-        headers: those it may include.
-        folders: where it finds them, beside PyTorch's.
-        results: where object files go.
+        namespace: the namespace of the ops, for a source that registers some.
+        headers: the headers that it may include.
+        folders: the include folders, besides PyTorch's.
+        results: the folder for object files.
     """
     options = list(command)
     if b"DENSE_EXT_NAMESPACE" in source.read_bytes():
@@ -64,7 +64,7 @@ def compile_source(
 
 
 def link(name: str, objects: Sequence[Path], command: Sequence[str], results: Path) -> Path:
-    """The library of this name with these objects, in a folder of its own."""
+    """Link these objects into a library of this name, in its own folder."""
     files = [str(path) for path in objects]
     folder = results / hashlib.sha256(" ".join(files).encode()).hexdigest()[:16]
     folder.mkdir(exist_ok=True)
@@ -74,7 +74,7 @@ def link(name: str, objects: Sequence[Path], command: Sequence[str], results: Pa
 
 
 def _make(target: Path, command: list[str]) -> None:
-    """Run the compiler if its result is not there, so that an interrupted or parallel run does no harm."""
+    """Run the compiler unless its result exists; safe if it is interrupted or runs in parallel."""
     if not target.exists():
         partial = target.with_suffix(f".{os.getpid()}")
         subprocess.run([*command, "-o", str(partial)], check=True)
@@ -82,11 +82,11 @@ def _make(target: Path, command: list[str]) -> None:
 
 
 def plant(folder: Path, file: str, text: str, replacement: str) -> Path:
-    """A copy of csrc with a text of one of its files, where it occurs once, replaced by another."""
+    """A copy of csrc in which a text that occurs once in a file is replaced by another."""
     shutil.copytree(CSRC, folder)
     path = folder / file
     source = path.read_text()
-    if source.count(text) != 1:  # no AssertionError: that is what a fault raises
+    if source.count(text) != 1:  # not an AssertionError, which a fault raises too
         raise LookupError(f"{file} has changed: plant the fault anew")
     path.write_text(source.replace(text, replacement))
     return folder

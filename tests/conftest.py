@@ -24,7 +24,7 @@ AVAILABLE = dense_ext.available_backends("cpu")
 
 DEVICES = ("cpu", "cuda", "emulator")
 
-# For tests/test_campaign.py: a few cases, the same ones every time, or many with `make fuzz`.
+# For tests/test_campaign.py: by default a few cases, always the same; with `make fuzz`, many.
 _ANY = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("few", max_examples=300, derandomize=True, **_ANY)
 settings.register_profile("fuzz", print_blob=True, **_ANY)
@@ -45,13 +45,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def device_of(config: pytest.Config) -> torch.device:
-    """Where the tensors live."""
+    """The tensors' device."""
     device = config.getoption("--device")
     return torch.device("cpu" if device == "emulator" else device)
 
 
 def checked_backends(config: pytest.Config) -> list[str]:
-    """The backends to compare with the reference: those that no other run compares."""
+    """The backends to compare with the reference in this run; other runs compare the others."""
     device = config.getoption("--device")
     if device == "cpu":
         return ["triton"] if os.environ.get("TRITON_INTERPRET") else ["cpu"]
@@ -60,7 +60,7 @@ def checked_backends(config: pytest.Config) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def schedule(request: pytest.FixtureRequest) -> None:
-    """In the emulator, each test has the order of its warps from its name."""
+    """In the emulator, seed the order of the warps with the test's name."""
     if request.config.getoption("--device") == "emulator":
         from .emulator import emulator
 
@@ -69,9 +69,9 @@ def schedule(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Every uninitialised tensor holds NaN, so that reading one shows; the seed is fixed."""
+    """Fill uninitialised tensors with NaN, so that reading them is noticed; fix the seed."""
     torch.manual_seed(0)
-    # On a GPU some of eager's own operators have no deterministic form: there, a warning.
+    # On a GPU some of eager's own operators have no deterministic version, so only warn there.
     on_gpu = device_of(request.config).type == "cuda"
     torch.use_deterministic_algorithms(True, warn_only=on_gpu)
     yield
@@ -80,7 +80,7 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(params=AVAILABLE)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The name of each backend that runs here, in force during the test."""
+    """The name of each backend that runs here; it is the forced backend during the test."""
     with dense_ext.use_backend(request.param):
         yield request.param
 
@@ -93,7 +93,7 @@ def recompute(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """For small tensors: threads cost more than they bring, most of all on a busy machine."""
+    """Use one thread: for small tensors, more threads are slower, especially on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -114,7 +114,7 @@ def benchmark_script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
 
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A table of Triton configurations of the user's own, not written yet."""
+    """The path of the user's own table of Triton configurations; the file does not exist yet."""
     path = tmp_path / "own" / "triton.json"
     monkeypatch.setenv(configs.ENVIRONMENT_VARIABLE, str(path))
     configs.forget_tables()
@@ -123,7 +123,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model named "tiny" among dense_ext's own."""
+    """Adds a model named "tiny" to dense_ext's models."""
 
     def tiny(**options: Any) -> dense_ext.DenseNet:
         return dense_ext.DenseNet(**{
@@ -136,7 +136,7 @@ def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch) -> list[int | str]:
-    """The progress bar of a measurement: its length, then what it says."""
+    """Records a measurement's progress bar: its length, then its texts."""
     from dense_ext.cli import output
 
     shown: list[int | str] = []

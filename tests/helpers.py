@@ -1,4 +1,4 @@
-"""Comparing a model with its eager twin."""
+"""Compares a model with its eager twin."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.densenet import DenseNet, _DenseBlock, _Transition
 
-# What float64 equality to eager means: far above rounding (1e-16 times the longest sum, about 1e4
-# terms, through some tens of layers), far below any mistake in the algebra.
+# The relative error within which float64 results count as equal to eager's. It is far above rounding (1e-16
+# times the longest sum of about 1e4 terms, through some tens of layers) and far below any algebraic mistake.
 RELATIVE = 1e-9
 
 
 def randomize(module: nn.Module) -> nn.Module:
-    """Give norms weights, biases and running statistics as training leaves them.
+    """Give norms weights, biases and running statistics like those of a trained network.
 
-    Fresh ones (weight 1, bias 0) hide mistakes and make some gradients exactly zero.
+    Initial ones (weight 1, bias 0) hide mistakes and make some gradients exactly zero.
     """
     for m in module.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
@@ -34,7 +34,7 @@ def randomize(module: nn.Module) -> nn.Module:
 
 
 def small_densenet(drop_rate: float = 0.0, bn_size: int = 3, growth_rate: int = 5) -> nn.Module:
-    """A torchvision DenseNet of four blocks, one of a single layer, in float64."""
+    """A torchvision DenseNet in float64 with four blocks, one of which has a single layer."""
     net = DenseNet(growth_rate, (2, 3, 1, 2), 8, bn_size, drop_rate, num_classes=4)
     return randomize(net).double()
 
@@ -57,7 +57,7 @@ _FOR_VOLUMES: dict[type[nn.Module], Any] = {
 
 
 def in_three_dimensions(module: nn.Module) -> nn.Module:
-    """A module whose norms, convolutions and pools are made those for volumes; in float64."""
+    """The module in float64, with its norms, convolutions and pools replaced by those for volumes."""
     for parent in module.modules():
         for name, child in parent.named_children():
             kind = _FOR_VOLUMES.get(type(child))
@@ -74,7 +74,10 @@ def in_three_dimensions(module: nn.Module) -> nn.Module:
 def assert_equal(
     actual: Tensor | None, expected: Tensor | None, what: str, relative: float = RELATIVE
 ) -> None:
-    """Both None, or equal in dtype and shape and to ``relative`` of the largest expected value."""
+    """Assert that both are None, or equal in dtype and shape, and in values.
+
+    The values' error may be ``relative`` of the largest expected value.
+    """
     if expected is None or actual is None:
         assert actual is expected, f"{what}: one of the two is None"
         return
@@ -91,7 +94,7 @@ def assert_equal(
 
 
 def assert_same_state(actual: nn.Module, expected: nn.Module, relative: float = RELATIVE) -> None:
-    """Equal parameters, gradients and buffers, under the same names in the same order."""
+    """Assert equal parameters, gradients and buffers, with the same names in the same order."""
     assert list(actual.state_dict()) == list(expected.state_dict())
     for (name, a), (_, e) in zip(actual.named_parameters(), expected.named_parameters(), strict=True):
         assert_equal(a.detach(), e.detach(), name, relative)
@@ -103,7 +106,7 @@ def assert_same_state(actual: nn.Module, expected: nn.Module, relative: float = 
 def assert_trains_alike(
     actual: nn.Module, expected: nn.Module, x: Tensor, steps: int = 3, relative: float = RELATIVE
 ) -> None:
-    """Same outputs, input gradients, parameter gradients, buffers and counters through SGD steps."""
+    """Assert equal outputs, gradients, parameters, buffers and counters through steps of SGD."""
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in (actual, expected)]
     weights = None
     for step in range(steps):
@@ -125,14 +128,14 @@ def assert_trains_alike(
 
 
 def twin(module: nn.Module, change: Callable[[nn.Module], object]) -> tuple[nn.Module, nn.Module]:
-    """``module`` and a copy of it that ``change`` has been applied to, the copy first."""
+    """A copy of ``module`` to which ``change`` has been applied, and ``module`` itself."""
     other = copy.deepcopy(module)
     change(other)
     return other, module
 
 
 class BackwardBuffers(TorchDispatchMode):
-    """Notes where the gradient buffers lie that block backwards are given to overwrite."""
+    """Records the addresses of the gradients that blocks' backwards may overwrite."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,7 +148,7 @@ class BackwardBuffers(TorchDispatchMode):
 
 
 class Calls(TorchDispatchMode):
-    """Notes the names of dense_ext's operators that are called."""
+    """Records the names of the dense_ext operators that are called."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""Compiled kernels under the compiler's sanitizers: every primitive's cases and sizes, and a network.
+"""Runs compiled kernels under the compiler's sanitizers: every primitive's cases and sizes, and a network.
 
-A sanitizer ends the process at the first thing it finds, hence a process for it.
+A sanitizer ends the process at the first error, so it gets its own process.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Sanitizer:
-    """A sanitizer of the compiler's.
+    """One of the compiler's sanitizers.
 
     Attributes:
-        flags: with which it builds a library.
-        runtime: the libraries that must be in the process before all others.
-        options: environment variables for them.
+        flags: the compiler flags to build a library with it.
+        runtime: the libraries that the process must load before all others.
+        options: the environment variables for these libraries.
     """
 
     flags: tuple[str, ...]
@@ -44,7 +44,7 @@ class Sanitizer:
     options: dict[str, str]
 
     def run(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run a module that loads a library built with it."""
+        """Run a module that loads a library built with this sanitizer."""
         environment = {**os.environ, **self.options, "LD_PRELOAD": " ".join(map(_found, self.runtime))}
         return subprocess.run(
             [sys.executable, "-m", program, *arguments],
@@ -56,24 +56,24 @@ class Sanitizer:
         )
 
     def is_here(self) -> bool:
-        """Whether there is a compiler that has it."""
+        """Whether there is a compiler with this sanitizer."""
         return shutil.which(COMPILER) is not None and all(
             os.path.isabs(_found(name)) for name in self.runtime
         )
 
 
-# Undefined behaviour ends the program with what it was and where, as an invalid access does.
+# Undefined behaviour ends the program with a message and a location, like an invalid access.
 ADDRESS = Sanitizer(
     ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
     ("libasan.so", "libstdc++.so"),
     {
-        # Python leaves memory to its end; fibers have no fake stacks.
+        # Python does not free all memory at exit; fibers have no fake stacks.
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     },
 )
-# Nothing is suppressed: what PyTorch and Python do is not compiled to be watched, so what they call
-# of the C library isn't either.
+# No report is suppressed. PyTorch and Python are not built with the sanitizer, so their calls into the C
+# library are not checked.
 THREAD = Sanitizer(
     ("-fsanitize=thread",),
     ("libtsan.so",),
@@ -82,12 +82,12 @@ THREAD = Sanitizer(
 
 
 def _found(library: str) -> str:
-    """Where the compiler's library of this name is; the bare name where it has none."""
+    """The path of the compiler's library of this name, or the bare name if it has none."""
     return subprocess.check_output([COMPILER, f"-print-file-name={library}"], text=True).strip()
 
 
 def _fix_addresses() -> None:
-    """ThreadSanitizer gives up where the kernel puts memory at very random addresses: ask it not to."""
+    """Disable the randomisation of addresses, with which ThreadSanitizer may fail to start."""
     no_randomness = 0x0040000  # ADDR_NO_RANDOMIZE
     ctypes.CDLL(None).personality(no_randomness)
 
@@ -95,9 +95,9 @@ def _fix_addresses() -> None:
 def run_cases(
     backend: Backend, dtypes: Sequence[torch.dtype], primitives: str = "", guard: int = GUARD
 ) -> None:
-    """The cases of the primitives whose names begin so.
+    """Run the cases of the primitives whose names begin with this prefix.
 
-    Small ones of ragged slices with a ``guard``, and one of several tiles.
+    They have small sizes and unaligned slices with a ``guard``, and one size with several tiles.
     """
     cases: list[tuple[MakeCase, Any, int]] = [
         *((case, size, guard) for group in GROUPS for case in group.cases for size in group.sizes),
@@ -106,7 +106,7 @@ def run_cases(
     ]
     for dtype in dtypes:
         for make, size, around in cases:
-            torch.backends.cudnn.allow_tf32 = around == ALIGNED  # each way of multiplying float32
+            torch.backends.cudnn.allow_tf32 = around == ALIGNED  # tests both ways of multiplying float32
             case = make(Maker(dtype, CPU, guard=around), size)
             if case.primitive.startswith(primitives):
                 print(case.primitive, dtype, size, flush=True)
@@ -114,14 +114,14 @@ def run_cases(
 
 
 def put_in_place(backend: Backend) -> None:
-    """Let it serve as the backend of its name."""
+    """Make it the backend of its name."""
     BACKENDS[backend.name] = backend
     select.cache_clear()
 
 
 def train_a_network(backend: Backend) -> None:
-    """Two steps of a whole swapped DenseNet, in 16 bits, recomputing as much as can be."""
-    from .helpers import small_densenet  # and with it torchvision, which takes longer than some runs
+    """Run two steps of a whole swapped DenseNet in 16 bits, with ``recompute="block"``."""
+    from .helpers import small_densenet  # imported late, since it imports torchvision
 
     put_in_place(backend)
     model = dense_ext.swap(small_densenet(growth_rate=6).half(), recompute="block", backend=backend.name)
@@ -135,6 +135,6 @@ def train_a_network(backend: Backend) -> None:
 
 
 def assert_passed(ran: subprocess.CompletedProcess[str]) -> None:
-    """A run of all cases and the network found nothing."""
+    """Assert that a run of all cases and the network found no error."""
     assert ran.returncode == 0, f"after {ran.stdout.splitlines()[-1:]}:\n{ran.stderr}"
     assert ran.stdout.splitlines()[-1:] == ["a training step"], ran.stderr

@@ -1,4 +1,4 @@
-"""Gradients under every way a graph can be used, and the gradients others hold stay untouched."""
+"""Gradients for every way of using a graph; gradients that other code holds are not modified."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def as_functional(module: nn.Module, x: Tensor) -> tuple[object, tuple[Tensor, .
 def test_gradcheck_block(backend: str, recompute: str, training: bool) -> None:
     block = dense_ext.swap(eager_block(2, 3, 2, 1), recompute=recompute).train(training)
     function, inputs = as_functional(block, block_input(2, 3, 2, channels=3))
-    # Every entry of the Jacobian under the default policy, random projections of it elsewhere.
+    # Check every entry of the Jacobian for the default policy, and random projections for the others.
     assert torch.autograd.gradcheck(function, inputs, fast_mode=recompute != "bottleneck")
 
 
@@ -98,7 +98,7 @@ def test_retained_graph(backend: str, recompute: str) -> None:
 
 
 def test_output_used_by_several(backend: str, recompute: str) -> None:
-    """The block's output also goes past the transition, as in feature pyramids."""
+    """The transition is not the only user of the block's output, as in feature pyramids."""
 
     class Pyramid(nn.Module):
         def __init__(self) -> None:
@@ -137,10 +137,10 @@ def test_partial_gradients(backend: str, recompute: str, needs: str) -> None:
 
 
 class TestGradientsOthersHold:
-    """The backward accumulates in place only into a gradient that nobody else can see."""
+    """The backward accumulates in place only into a gradient that no other code holds."""
 
     def captured(self, capture: str) -> tuple[Tensor, Tensor]:
-        """The gradient of a block's output as a bystander sees it, and what it should be."""
+        """The gradient of a block's output that other code holds, and its expected value."""
         block = dense_ext.swap(eager_block())
         x = block_input()
         y = block(x)
@@ -182,12 +182,12 @@ class TestGradientsOthersHold:
         ],
     )
     def test_stay_as_they_were(self, backend: str, capture: str) -> None:
-        for _ in range(2):  # also once the counts of an exclusive gradient are known
+        for _ in range(2):  # the second time, the counts of an exclusive gradient are known
             held, expected = self.captured(capture)
             assert torch.equal(held, expected)
 
     def test_an_exclusive_gradient_is_reused(self, backend: str) -> None:
-        """Or else the step's peak memory is a quarter higher, which no other test would show."""
+        """Otherwise the step's peak memory would be a quarter higher, which no other test would notice."""
         block = dense_ext.swap(eager_block())
         y = block(block_input())
         weight = torch.randn_like(y).contiguous(memory_format=torch.channels_last)

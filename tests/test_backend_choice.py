@@ -1,4 +1,4 @@
-"""Which backend "auto" takes, and why another can't."""
+"""The backend that "auto" takes, and the reasons why others can't run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from dense_ext.backends import BACKENDS, PREFERENCE, preference, select
 from dense_ext.backends.base import PRIMITIVES, STORAGE_DTYPES
-from dense_ext.backends.cuda import HAS_CODE, OPS, PRODUCTS, CUDABackend, _gpu_lacks, _multiply
+from dense_ext.backends.cuda import HAS_CODE, OPS, PRODUCTS, CUDABackend, _gpu_unavailable_reason, _multiply
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 MEASURED = {"where": "a machine", "when": "2025-01-31", "torch": "2.11.0"}
@@ -22,7 +22,7 @@ SetTable = Callable[..., None]
 
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SetTable]:
-    """Puts a table of one row in the place of the shipped one."""
+    """Replaces the shipped table by one with a single row."""
 
     def forget() -> None:
         preference._measured.cache_clear()
@@ -74,7 +74,7 @@ def test_without_a_measurement_the_general_order_holds(table: SetTable) -> None:
 
 
 @pytest.mark.parametrize(("hip", "architecture"), [(None, "sm_90"), ("6.4", "gfx942")], ids=["nvidia", "amd"])
-def test_a_gpu_is_known_by_its_architecture(
+def test_a_gpu_is_identified_by_its_architecture(
     hip: str | None, architecture: str, table: SetTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Properties:
@@ -92,38 +92,40 @@ def test_a_gpu_is_known_by_its_architecture(
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[CUDABackend]:
-    """A backend that has its library."""
+    """A CUDA backend that behaves as if its library were loaded."""
     backend = CUDABackend()
     monkeypatch.setattr(backend.library, "reason", None)
     monkeypatch.setitem(backend.ops, HAS_CODE, lambda device: True)
-    _gpu_lacks.cache_clear()
+    _gpu_unavailable_reason.cache_clear()
     yield backend
-    _gpu_lacks.cache_clear()
+    _gpu_unavailable_reason.cache_clear()
 
 
 def test_cuda_without_its_library(tmp_path: Path) -> None:
     backend = CUDABackend(tmp_path / "_cuda.so", "nothing")
-    reason = backend.can_run("channel_stats", GPU, torch.float32)
+    reason = backend.unavailable_reason("channel_stats", GPU, torch.float32)
     assert reason == str(backend.library)
     assert f"_cuda.so is not in {tmp_path}" in reason
     with pytest.raises(RuntimeError, match="bn_relu_conv1x1_forward: the CUDA library is not built"):
         backend.bn_relu_conv1x1_forward(*[torch.ones(1)] * 7)
 
 
-def test_cuda_library_that_is_none(tmp_path: Path) -> None:
+def test_cuda_library_that_is_not_a_library(tmp_path: Path) -> None:
     path = tmp_path / "_cuda.so"
     path.write_text("not a library")
-    reason = CUDABackend(path, "nothing").can_run("channel_stats", GPU, torch.float32)
+    reason = CUDABackend(path, "nothing").unavailable_reason("channel_stats", GPU, torch.float32)
     assert reason is not None
     assert reason.startswith("_cuda.so can't be loaded: ")
 
 
-def test_cuda_runs_on_what_it_is_for(cuda: CUDABackend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_runs_on_supported_devices_and_dtypes(
+    cuda: CUDABackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def reason(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
-        _gpu_lacks.cache_clear()
-        return cuda.can_run("channel_stats", device, dtype)
+        _gpu_unavailable_reason.cache_clear()
+        return cuda.unavailable_reason("channel_stats", device, dtype)
 
-    assert cuda.can_run("convolution", GPU, torch.float32) == "there is no primitive 'convolution'"
+    assert cuda.unavailable_reason("convolution", GPU, torch.float32) == "there is no primitive 'convolution'"
     assert reason(CPU) == "runs on cuda, not on cpu"
     assert "dtype torch.float64 is not one of torch.float32" in str(reason(GPU, torch.float64))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -144,7 +146,7 @@ def test_cuda_runs_on_what_it_is_for(cuda: CUDABackend, monkeypatch: pytest.Monk
 
 def test_an_emulated_gpu_has_tensors_on_the_cpu(cuda: CUDABackend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "device_type", "cpu")
-    assert cuda.can_run("channel_stats", CPU, torch.bfloat16) is None
+    assert cuda.unavailable_reason("channel_stats", CPU, torch.bfloat16) is None
 
 
 @pytest.mark.parametrize("allowed", [True, False])
@@ -158,7 +160,7 @@ def test_products_round_to_tf32_where_pytorch_would(allowed: bool, dtype: torch.
     assert told == [allowed and dtype == torch.float32] * 2
 
 
-def test_only_products_are_told(cuda: CUDABackend) -> None:
+def test_only_products_take_the_tf32_argument(cuda: CUDABackend) -> None:
     if cuda.library.path is None:
         pytest.skip(str(cuda.library))
     schemas = {name: [a.name for a in cuda.library.op(name)._schema.arguments] for name in OPS}

@@ -1,4 +1,4 @@
-"""Bad input is refused with the argument, its shape and what was expected, before anything is written."""
+"""Bad input is refused before anything is written; the message names the argument and what was expected."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def stem() -> nn.Module:
 
 
 def refuses(module: nn.Module, x: Tensor, error: type[Exception], message: str) -> None:
-    """``module(x)`` raises, and nothing the module holds has changed."""
+    """Assert that ``module(x)`` raises and changes no state of the module."""
     before = copy.deepcopy(module)
     with pytest.raises(error, match=message):
         module(x)

@@ -1,4 +1,4 @@
-"""What a failure in the middle of a benchmark costs: the figures of what failed, and no others."""
+"""A failure in the middle of a benchmark loses only the figures of the row that failed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(suite: str, out: Path, *arguments: str, code: int = 0) -> dict[str, Any]
 
 
 def fail_when_timed(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """The sample of this number fails; each of the others took a second."""
+    """Make the sample of this number fail; each of the others takes a second."""
     samples = itertools.count()
 
     def seconds(*arguments: Any) -> float:
@@ -55,7 +55,7 @@ def test_a_defect_leaves_what_was_measured(tmp_path: Path, monkeypatch: pytest.M
 def test_a_peer_that_fails_when_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "matmul_rate", lambda device, dtype: 1e9)
     monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e9)
-    fail_when_timed(monkeypatch, 3)  # the first of the second round, which begins with the second peer
+    fail_when_timed(monkeypatch, 3)  # the first sample of the second round, which begins with the second peer
     results = run("quick", tmp_path, *FOR_MEMORY, "--no-depth", "--peers", "eager,eager-cl")
     failures = {name: peer.get("failure") for name, peer in results["peers"].items()}
     assert failures == {"eager": None, "eager-cl": "RuntimeError: too hot", "dense_ext-none": None}

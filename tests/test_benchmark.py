@@ -1,4 +1,4 @@
-"""The measuring code measured: counts against counts made another way, results against what they must say."""
+"""Tests the measuring code: its counts against independent counts, its results against known values."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def small_model() -> dense_ext.DenseNet:
 
 
 def write_images(folder: Path, classes: int = 2, count: int = 10, size: int = 12) -> Path:
-    """Noise with a brightness of its own for each class."""
+    """Write images of noise, with a different brightness for each class."""
     torch.manual_seed(0)
     for label, i in itertools.product(range(classes), range(count)):
         pixels = (torch.rand(size, size, 3) * 100 + 120 * label).to(torch.uint8).numpy()
@@ -51,10 +51,10 @@ def write_images(folder: Path, classes: int = 2, count: int = 10, size: int = 12
 
 
 def eager_densenet_bytes(batch: int, size: int) -> int:
-    """What torchvision's DenseNet-121 must keep, float32, from its shapes alone.
+    """The bytes that torchvision's DenseNet-121 must keep in float32, counted from its shapes.
 
-    A norm keeps its input and its batch's mean and deviation; the ReLU in place keeps its output,
-    which is also what the convolution after it keeps.
+    A norm keeps its input, and the mean and deviation of its batch. The in-place ReLU keeps its output,
+    which the convolution after it keeps too.
     """
     pixels = batch * (size // 2) ** 2
     floats = batch * 3 * size**2 + 2 * 64 * pixels + 2 * 64  # image; first convolution and ReLU
@@ -68,7 +68,7 @@ def eager_densenet_bytes(batch: int, size: int) -> int:
         floats += 2 * channels * pixels + 2 * channels  # the norm after the block
         if i < 3:
             channels //= 2
-            floats += channels * pixels  # what the average pool reads
+            floats += channels * pixels  # the average pool's input
             pixels //= 4
     floats += batch * (channels + 1000) + 1  # classifier's input, log softmax, the loss's weight
     return 4 * floats + 8 * (indices + batch)
@@ -83,7 +83,7 @@ def densenet121_bytes(batch: int, **options: bool) -> int:
 
 
 def test_counting_saved_bytes_keeps_none() -> None:
-    """Not even what a node's own output would keep, as ReLU's does."""
+    """Not even those that a node's own output would keep alive, as ReLU's does."""
     network, x = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 1)), torch.randn(1000, 3)
     left = allocation_levels(lambda: saved_bytes(network, lambda: network(x).sum()))[-1]
     assert left == 0
@@ -103,8 +103,8 @@ def test_a_storage_counts_once_and_parameters_do_not() -> None:
     x = torch.randn(7, 3)
 
     def forward() -> torch.Tensor:
-        y = layer(x)  # keeps x and the weight
-        return (y * y.view(7, 5)[:, :2].sum()).exp().sum()  # keeps y twice, the sum, the exponential
+        y = layer(x)  # saves x and the weight
+        return (y * y.view(7, 5)[:, :2].sum()).exp().sum()  # saves y twice, the sum, the exponential
 
     assert saved_bytes(layer, forward) == 4 * (7 * 3 + 7 * 5 + 1 + 7 * 5)
 
@@ -121,7 +121,7 @@ def test_real_and_fake_tensors_count_alike() -> None:
 
 @pytest.mark.parametrize("policy", [None, *RECOMPUTE])
 def test_saved_bytes_are_what_stays_allocated(policy: str | None) -> None:
-    """The allocator's count after a forward, also where a module hides what it saves from the hooks."""
+    """The allocator's count after a forward, also for modules that hide saved tensors from the hooks."""
     model, labels = small_model(), torch.arange(4)
     peer = peers.EAGER["eager-cl"] if policy is None else peers.OURS[policy]
     step = sgd_step(peer.build(model, model.state_dict(), CPU, "auto"), torch.float32, CPU)
@@ -137,7 +137,7 @@ def test_peak_holds_what_is_saved() -> None:
     step = sgd_step(network, torch.float32, CPU)
     saved = saved_bytes(network, lambda: step.loss(x, labels)[0])
     peak = step_peaks(step, x, labels)["peak_bytes"]
-    # Beside what is saved there are gradients, at most one for each activation.
+    # Besides the saved tensors there are gradients, at most one for each activation.
     assert saved - x.nbytes < peak < 2 * saved
 
 
@@ -189,7 +189,7 @@ def test_flops() -> None:
 
     forward = flops_per_image(convolution, (3, 10, 10), backward=False)
     assert forward == 2 * 10 * 10 * 8 * 3 * 9
-    # The images need no gradient: backward has only the weight's.
+    # The images need no gradient, so the first convolution has only a weight gradient.
     assert flops_per_image(convolution, (3, 10, 10), backward=True) == 2 * forward
 
 
@@ -307,7 +307,7 @@ def test_peers_are_checked(names: list[str], policies: list[str], message: str) 
 
 
 def test_json_of_what_is_not_finite(tmp_path: Path) -> None:
-    """Losses may be; not every reader of JSON takes NaN."""
+    """Losses may be NaN, which not every JSON reader accepts."""
     path = tmp_path / "results.json"
     results.write_json(path, {"losses": [math.nan, 1.5, math.inf], "options": {"depths": (1, 2)}})
     assert json.loads(path.read_text(), parse_constant=pytest.fail) == {

@@ -1,7 +1,7 @@
-"""Thousands of networks, changes and calls drawn by hypothesis: fused and eager find the same, or both raise.
+"""Draws networks, changes and calls with hypothesis: fused and eager give the same results, or both raise.
 
-``make fuzz CASES=10000 SEED=1`` draws many; the suite draws few, the same every time. A failure prints the
-smallest case found, as an expression: `compare(Case(...))` runs it.
+``make fuzz CASES=10000 SEED=1`` draws many cases; the test suite draws few, always the same. A failure prints
+the smallest failing case as an expression, and `compare(Case(...))` runs it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from .helpers import RELATIVE
 
 CASES = int(os.environ.get("CASES", "0")) if settings.get_current_profile_name() == "fuzz" else 0
 SEED = int(os.environ.get("SEED", "0"))
-# Cases that one test draws: what a run of many reports its progress by, and a process takes at a time.
+# The number of cases per test. A run of many cases reports progress, and assigns processes, by tests.
 CHUNK = 100
 CHUNKS = range(max(1, CASES // CHUNK))
 
 
 @dataclass(frozen=True)
 class Case:
-    """A network, what is changed before and after its parts are fused, and how it is then called."""
+    """A network, the changes before and after its parts are fused, and the calls that follow."""
 
     network: Network = field(default_factory=Network)
     options: Options = field(default_factory=Options)
@@ -42,7 +42,7 @@ class Case:
     calls: tuple[Call, ...] = (Call(),)
 
     def run(self, fused: bool) -> dict[str, Any]:
-        """What is to be equal, by name; an error's class where one is raised."""
+        """The results to compare, by name; or the class of the error that was raised."""
         SEEN.clear()
         found: dict[str, Any] = {}
         with warnings.catch_warnings():
@@ -72,7 +72,7 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Cases, each with images that suit its network."""
+    """A strategy for cases, each with images that suit its network."""
     network = draw(networks)
     return Case(
         network,
@@ -86,7 +86,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def compare(case: Case) -> None:
-    """Raise AssertionError where the fused network differs from the eager one."""
+    """Raise AssertionError if the fused network differs from the eager one."""
     expected, actual = case.run(fused=False), case.run(fused=True)
     if "error" in expected or "error" in actual:
         if not _known(case, str(expected.get("error", "")), str(actual.get("error", ""))):
@@ -95,25 +95,25 @@ def compare(case: Case) -> None:
         return
     assert list(actual) == list(expected)
     tensors = [t for t in expected.values() if isinstance(t, Tensor) and t.is_floating_point()]
-    # A gradient that is zero but for rounding is compared with the others' size.
+    # A gradient that is only rounding is compared relative to the size of the others.
     largest = max((t.abs().max().item() for t in tensors if t.numel()), default=0.0)
     for name, right in expected.items():
         assert_same(name, actual[name], right, 1e-3 * largest)
 
 
 def _known(case: Case, eager: str, fused: str) -> bool:
-    """Whether errors, empty where there is none, differ as they may."""
+    """Whether a difference of two errors is known and allowed; an empty string means no error."""
     written = "modified by an inplace operation"
-    if not fused:  # what eager keeps or has as a view, and finds written into, is something else here
+    if not fused:  # eager saves or returns other tensors, and so may detect a write that has no effect here
         return written in eager or "is a view and is being modified inplace" in eager
-    # A block called by itself keeps what it returns, as documented. The last is PyTorch's own, and eager's
-    # of channels_last images: GroupNorm's gradients in a batch.
+    # A block called on its own saves its output, as documented. The last error is PyTorch's own; eager raises
+    # it too for channels_last images: for a batch of gradients of GroupNorm.
     alone = any(call.part == "children one by one" for call in case.calls)
     return (alone and written in fused) or "NYI: querying is_contiguous inside of vmap" in fused
 
 
 def assert_same(name: str, found: Any, right: Any, least: float) -> None:
-    """Equal, tensors to RELATIVE of their largest value or of ``least``."""
+    """Assert equality; tensors may differ by RELATIVE of their largest value, or of ``least`` if larger."""
     if not isinstance(right, Tensor) or not isinstance(found, Tensor):
         assert found is right or found == right, f"{name}: {found}, expected {right}"
         return

@@ -1,4 +1,4 @@
-"""Every command at a tiny size: what it writes, prints and returns."""
+"""Every command at a tiny size: its files, output and exit code."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TINY_TRAIN = ["--model", "tiny", "--size", "8", "--batch", "8"]
 
 @pytest.fixture(autouse=True)
 def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model named "tiny", large enough to learn digits."""
+    """Adds a model named "tiny", which is large enough to learn digits."""
 
     def tiny(**options: Any) -> dense_ext.DenseNet:
         return dense_ext.DenseNet(**{**TINY, **options})
@@ -293,7 +293,7 @@ def test_resumed_training_is_the_uninterrupted_one(
     epoch, calls = training.Run.epoch, itertools.count()
 
     def interrupted_epoch(self: training.Run, *rest: Any) -> None:
-        if next(calls) == 3:  # in the second epoch, when the first network has had its turn
+        if next(calls) == 3:  # in the second epoch, after the first network has trained
             raise KeyboardInterrupt
         epoch(self, *rest)
 
@@ -323,7 +323,7 @@ def test_peers_start_from_the_same_weights_and_images(pictures: Path, tmp_path: 
     arguments = ["train", "--data", str(pictures), *TINY_TRAIN, "--epochs", "1", "--peer"]
     assert main([*arguments, "--out", str(tmp_path)]) == 0
     ours, eager = without_seconds(read(tmp_path / "train.json")).values()
-    # Two steps apart by rounding alone.
+    # After two steps they differ only by rounding.
     assert ours[0]["training_loss"] == pytest.approx(eager[0]["training_loss"], rel=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""What counts as a regression, and what is noise."""
+"""Comparing results: which differences are regressions, and which are noise."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MACHINE = {"cpu": "one", "threads": 2, "gpu": None}
 def result(
     median: float, samples: int = 15, seed: int = 0, rows: int = 1, **measures: float | None
 ) -> dict[str, Any]:
-    """A step suite's result with samples 3 % to either side of a median."""
+    """A step suite's result with samples within 3 % of a median."""
     generator = random.Random(seed)
     made = []
     for i in range(rows):
@@ -64,7 +64,7 @@ def test_a_small_difference_is_left_to_what_runs_differ_by() -> None:
 
 
 def with_eager(results: dict[str, Any], seconds: list[float]) -> dict[str, Any]:
-    """The result with a row of eager beside dense_ext's."""
+    """The result with an additional row for eager."""
     row = results["rows"][0]
     results["peers"]["eager"] = {"label": "eager", "ours": False, "mode": "eager"}
     results["rows"].append({**row, "peer": "eager", "seconds": seconds, "measures": {}})
@@ -72,7 +72,7 @@ def with_eager(results: dict[str, Any], seconds: list[float]) -> dict[str, Any]:
 
 
 def test_a_slower_machine_is_no_regression() -> None:
-    """All peers took half as long again, round by round; dense_ext beside them as long as before."""
+    """In every round all peers took 1.5 times as long; relative to them dense_ext took as long as before."""
     old, new = result(1.0), result(1.5, seed=1)
     eager = [1.4 * s for s in result(1.0, seed=2)["rows"][0]["seconds"]]
     slower = [2.1 * s for s in result(1.0, seed=3)["rows"][0]["seconds"]]

@@ -1,4 +1,4 @@
-"""What commands print where: progress and remarks on stderr, results, or nothing but JSON, on stdout."""
+"""Where commands print: progress and remarks to stderr; results, or only JSON, to stdout."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from dense_ext.models import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
 COLOUR, CURSOR = r"\x1b\[[0-9;]*m", r"\x1b\[[0-9?]*[A-Zhl]|\r"
-ERASED = "\x1b[1A\x1b[2K"  # up a line, which is emptied
+ERASED = "\x1b[1A\x1b[2K"  # moves up a line and clears it
 
 
 class Terminal(io.StringIO):
-    """Takes what is written as a terminal does."""
+    """Records what is written, as a terminal."""
 
     def isatty(self) -> bool:
         return True
 
     def bars(self) -> list[str]:
-        """What the bar showed, one after another, without the time: ``1/3 second``."""
+        """The texts that the bar showed, in order and without the time, such as ``1/3 second``."""
         text = re.sub(CURSOR, "\n", re.sub(COLOUR, "", self.getvalue()))
         shown = (f"{done} {what}".strip() for done, what in re.findall(r"(\d+/\d+) [\d:]+ (.*)", text))
         return list(dict.fromkeys(shown))
@@ -35,7 +35,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    """In stderr's place; pytest puts back stderr itself between a fixture and its test."""
+    """A terminal that consoles use as stderr; pytest would reset sys.stderr itself before the test."""
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -80,7 +80,7 @@ def test_no_bar_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_text_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    """Brackets, as paths and shapes have them, are no markup; a pipe wraps no lines."""
+    """Brackets in paths and shapes are not markup, and lines to a pipe are not wrapped."""
     text = "run[a]/:cat:[/b] " + "x" * 150
     remark(text)
     print_table("a [title]", ("what", "is"), [("[a]", text)], left=2)
@@ -111,7 +111,7 @@ def test_with_json_nothing_else_goes_to_stdout(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """And whatever takes long shows a bar all the same."""
+    """Commands that take long still show a bar."""
     for package in ("torchvision", "timm", "sklearn", "matplotlib", "jinja2"):
         pytest.importorskip(package)
     from dense_ext.benchmark import family
@@ -127,7 +127,7 @@ def test_with_json_nothing_else_goes_to_stdout(
 
 
 def test_every_command_has_json(capsys: pytest.CaptureFixture[str]) -> None:
-    """``tune`` needs a GPU: its JSON is in test_tune.py."""
+    """``tune`` needs a GPU; test_tune.py tests its JSON."""
     for command in (*COMMANDS, "tune"):
         assert main([command, "--help"]) == 0
         assert "--json" in capsys.readouterr().out

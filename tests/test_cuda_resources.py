@@ -1,4 +1,4 @@
-"""benchmarks/cuda_resources.py reads what cuobjdump says of a library."""
+"""benchmarks/cuda_resources.py parses cuobjdump's output for a library."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_no_kernel_spills(cuda_resources: Any, library: Path) -> None:
 
 
 def test_the_committed_table_is_the_librarys(cuda_resources: Any, library: Path) -> None:
-    """Its kernels on its chips, which may be fewer; by the same nvcc with the same registers and stack."""
+    """Kernels built by the same nvcc have the table's registers and stack, though maybe for fewer GPUs."""
     page = cuda_resources.RESULT.read_text()
     committed = [tuple(line.strip("| ").split(" | ")) for line in page.splitlines() if " | sm_" in line]
     kernels = cuda_resources.kernels_of(library)
@@ -79,7 +79,7 @@ def test_kernels_are_named_as_in_the_source(cuda_resources: Any) -> None:
         ("", "plain", "sm_90a", 12, 0, 0, 0),
         ("bn_relu_conv1x1", backward, "sm_90a", 128, 8, 0, 1024),
     ]
-    # By registers two blocks of 256 threads, of the 2048 there can be.
+    # The registers suffice for two blocks of 256 threads, of at most 2048 threads.
     launched = [kernel._replace(threads=256, shared=70 << 10) for kernel in kernels]
     line = f"| bn_relu_conv1x1 | {backward} | sm_90a | 128 | 8 | 256 | 71680 | 25% |\n"
     assert line in cuda_resources.table(launched, "13.0.88")

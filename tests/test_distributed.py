@@ -29,7 +29,7 @@ WORLD = 2
 
 @contextmanager
 def _process_group(rank: int, folder: str) -> Iterator[None]:
-    """Join the group of processes; a file says that the process got to the end."""
+    """Join the process group; at the end, write a file to show that the process got there."""
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=120)
     dist.init_process_group(
@@ -55,18 +55,18 @@ def _twins(build: Callable[[], nn.Module] = small_densenet) -> tuple[nn.Module, 
 
 
 def _monai_densenet() -> nn.Module:
-    """Its blocks are Sequentials, which fully_shard takes; it refuses ModuleDicts as torchvision's."""
+    """A DenseNet whose blocks are Sequentials; fully_shard refuses torchvision's, which are ModuleDicts."""
     options = {"init_features": 10, "growth_rate": 5, "block_config": (2, 3, 2), "bn_size": 3}
     return randomize(DenseNet(2, 3, 4, **options)).double()
 
 
 def _images(rank: int) -> Tensor:
-    """The half of a batch that belongs to a rank."""
+    """A rank's half of a batch."""
     return torch.randn(2 * WORLD, 3, 40, 40, dtype=torch.float64)[2 * rank : 2 * rank + 2]
 
 
 def _train_in_parallel(rank: int, folder: str, recompute: str) -> None:
-    """Three steps of swapped and eager side by side, each rank on its own half of the batch."""
+    """Train swapped and eager for three steps, each rank on its half of the batch."""
     with _process_group(rank, folder):
         ours, eager = _twins()
         models = [dense_ext.swap(ours, recompute=recompute), eager]
@@ -82,7 +82,7 @@ def _train_in_parallel(rank: int, folder: str, recompute: str) -> None:
 
 
 def _train_sharded(rank: int, folder: str, recompute: str) -> None:
-    """Swap before and after sharding, each beside eager in DistributedDataParallel; then restored."""
+    """Swap before and after sharding, compare each with eager in DistributedDataParallel, then restore."""
     with _process_group(rank, folder):
         mesh = init_device_mesh("cpu", (WORLD,))
         for first in ("shard", "swap"):

@@ -19,7 +19,7 @@ import dense_ext
 ROOT = Path(__file__).resolve().parent.parent
 _GLOBS = ("*.md", "docs/**/*.md", "[a-z]*/README.md", "tests/emulator/README.md")
 PAGES = sorted(page for pattern in _GLOBS for page in ROOT.glob(pattern))
-# Before a snippet that cannot run in a test.
+# The comment before a snippet that cannot run in a test.
 COMPILED_ONLY = re.compile(r"<!-- compiled only: .+ -->")
 
 
@@ -28,7 +28,7 @@ def _name(page: Path) -> str:
 
 
 def _tokens(page: Path) -> list[Token]:
-    """A page's tokens, those inside a line among them."""
+    """A page's tokens, including inline ones."""
     tokens = MarkdownIt().enable("table").parse(page.read_text())
     return [inner for token in tokens for inner in (token, *(token.children or []))]
 
@@ -55,7 +55,7 @@ def _broken(page: Path) -> list[str]:
 
 
 def _snippets(page: Path) -> Iterator[tuple[str, bool]]:
-    """Each Python snippet, and whether it can run here."""
+    """Each Python snippet, and whether it can run in a test."""
     runs = True
     for token in _tokens(page):
         if token.type == "fence" and token.info == "python":

@@ -1,4 +1,4 @@
-"""In float64 a swapped model equals its eager original, step after step, in everything it keeps."""
+"""In float64 a swapped model equals its eager original in all its state, step after step."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_no_grad_in_training_mode_updates_the_statistics(backend: str, recompute
     assert_same_state(ours, eager)
 
 
-def test_statistics_are_updated_once_a_step(backend: str, recompute: str) -> None:
+def test_statistics_are_updated_once_per_step(backend: str, recompute: str) -> None:
     model = dense_ext.swap(small_densenet(), recompute=recompute)
     model(images()).sum().backward()
     counters = {k: v.item() for k, v in model.named_buffers() if k.endswith("num_batches_tracked")}
@@ -206,7 +206,7 @@ def test_every_policy_gives_the_same_bits(backend: str, dtype: torch.dtype) -> N
 
 
 class TestDropout:
-    def test_every_policy_drops_the_same(self, backend: str) -> None:
+    def test_every_policy_has_the_same_dropout(self, backend: str) -> None:
         x = torch.randn(2, 6, 8, 8, dtype=torch.float64)
         results = []
         for policy in ("none", "bottleneck", "block"):
@@ -229,7 +229,7 @@ class TestDropout:
         x = torch.randn(4, 6, 32, 32, dtype=torch.float64)
         dropped, full = block(x)[:, 6:], kept(x)[:, 6:]
         zero = dropped == 0
-        # 32768 Bernoulli draws: four standard deviations of the share are 0.0101.
+        # 32768 Bernoulli draws: four standard deviations of the dropped fraction are 0.0101.
         assert abs(zero.double().mean().item() - 0.3) < 0.0101
         assert_equal(dropped[~zero], full[~zero] / 0.7, "kept elements")
 
@@ -277,15 +277,15 @@ class TestWithoutBottleneck:
 
 
 class TestStatisticsOfATransition:
-    """In one call of a Sequential, a block hands the statistics of its output to the transition behind it."""
+    """Within one call of a Sequential, a block passes its output's statistics to the transition after it."""
 
     @pytest.mark.parametrize(
         ("between", "calls"),
         [([], 1), ([nn.ReLU(inplace=True)], 2), ([nn.Softplus()], 2), ([nn.Identity()], 2)],
         ids=["nothing", "written", "another tensor", "seen by others"],
     )
-    def test_taken_anew_where_needed(self, between: list[nn.Module], calls: int) -> None:
-        """``calls`` of channel_stats: one for the block's input, and the transition's if it needs one."""
+    def test_taken_again_where_needed(self, between: list[nn.Module], calls: int) -> None:
+        """``calls`` counts channel_stats: once for the block's input, and for the transition if necessary."""
         if "cpu" not in dense_ext.available_backends("cpu"):
             pytest.skip("counts the C++ backend's calls")
         ours, eager = twin(nn.Sequential(eager_block(), *between, eager_transition(21, 4)), dense_ext.swap)
@@ -298,6 +298,6 @@ class TestStatisticsOfATransition:
     def test_not_known_where_no_layer_took_them(self, backend: str) -> None:
         block, transition = eager_block(), eager_transition(21, 4)
         for layer in block.values():
-            layer.norm1.eval()  # norm2 keeps using the batch's
+            layer.norm1.eval()  # norm2 still uses the batch's statistics
         ours, eager = twin(nn.Sequential(block, transition), lambda m: [dense_ext.swap(part) for part in m])
         assert_trains_alike(ours, eager, torch.randn(2, 6, 8, 8, dtype=torch.float64))

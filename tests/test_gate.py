@@ -1,4 +1,4 @@
-"""The gate: what the fused operators do not vouch for runs the original's forward, from the next call on."""
+"""The gate: whatever can't be fused exactly runs the original's forward, from the next call on."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def pair(recompute: str = "bottleneck", drop_rate: float = 0.0) -> tuple[nn.Modu
 
 
 def step(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """The output and the input's gradient of one backward."""
+    """The output, and the input's gradient after one backward."""
     leaf = x.clone().requires_grad_()
     y = model(leaf)
     F.softplus(y).square().sum().backward()
@@ -62,7 +62,7 @@ def assert_steps_alike(ours: nn.Module, eager: nn.Module, x: Tensor) -> None:
 
 
 def blocks_run(model: nn.Module, x: Tensor) -> int:
-    """How many dense blocks a forward runs fused; the model stays as it is."""
+    """The number of dense blocks that a forward runs fused; the model is not changed."""
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with torch.no_grad():
         with Calls() as calls:
@@ -74,14 +74,14 @@ def blocks_run(model: nn.Module, x: Tensor) -> int:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without the warnings about parts that run their original forward, or are not swapped."""
+    """Ignore the warnings about parts that run their original forward or are not swapped."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "dense_ext: .* runs its original forward")
         warnings.filterwarnings("ignore", "dense_ext.swap: left as they are")
         yield
 
 
-# --- what is done to every module at once --------------------------------------------------------------
+# --- changes to all modules at once --------------------------------------------------------------------
 
 
 def register(kind: str, hook: Callable[..., Any]) -> Any:
@@ -99,7 +99,7 @@ def test_a_global_hook_sees_every_module(kind: str) -> None:
     for model in (ours, eager):
         for module in model.modules():
             if isinstance(module, nn.ReLU):
-                module.inplace = False  # eager's backward hooks refuse it
+                module.inplace = False  # eager's backward hooks refuse modules that work in place
         names = {module: name for name, module in model.named_modules()}
         seen.append([])
         with ExitStack() as stack:
@@ -111,7 +111,7 @@ def test_a_global_hook_sees_every_module(kind: str) -> None:
     assert blocks_run(ours, x) == 4
 
 
-def test_a_global_hook_may_change_what_modules_return() -> None:
+def test_a_global_hook_may_change_modules_outputs() -> None:
     ours, eager = pair()
     handle = register(
         "forward_hook", lambda m, a, y: y.round(decimals=1) if isinstance(m, nn.Conv2d) else None
@@ -147,10 +147,10 @@ REPLACED = [
     ],
     ids=lambda value: getattr(value, "__name__", value).rpartition(".")[2],
 )
-def test_what_is_replaced_on_a_class_or_in_functional_is_called(
+def test_replacements_on_a_class_or_in_functional_are_called(
     monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, when: str
 ) -> None:
-    """By guided backpropagation, weight standardization, counters of operations: also once it is undone."""
+    """As guided backpropagation, weight standardization and FLOP counters do; also after it is undone."""
     eager = small_densenet()
     ours = copy.deepcopy(eager)
     x = images()
@@ -180,7 +180,7 @@ def test_what_is_replaced_on_a_class_or_in_functional_is_called(
         ("features", "forward"),
     ],
 )
-def test_what_is_replaced_on_an_instance_is_called(path: str, name: str) -> None:
+def test_replacements_on_an_instance_are_called(path: str, name: str) -> None:
     ours, eager = pair()
     for model in (ours, eager):
         module = model.get_submodule(path)
@@ -189,7 +189,7 @@ def test_what_is_replaced_on_an_instance_is_called(path: str, name: str) -> None
         assert_steps_alike(ours, eager, images())
 
 
-# --- what changes after the swap -----------------------------------------------------------------------
+# --- changes after the swap ----------------------------------------------------------------------------
 
 
 def layer(model: nn.Module) -> Any:
@@ -212,7 +212,7 @@ def dilated(model: nn.Module) -> None:
 
 def biased(model: nn.Module) -> None:
     bias = nn.Parameter(torch.linspace(-1, 1, 5, dtype=torch.float64))
-    layer(model).conv2.bias = bias.requires_grad_(False)  # in training its gradient is 0 but for rounding
+    layer(model).conv2.bias = bias.requires_grad_(False)  # in training its gradient is only rounding
 
 
 def with_a_bias_as_plain_tensor(model: nn.Module) -> None:
@@ -287,7 +287,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
-def test_a_network_changed_after_the_swap_is_what_it_is_then(change: Change) -> None:
+def test_changes_after_the_swap_take_effect(change: Change) -> None:
     ours, eager = pair()
     x = images()
     assert blocks_run(ours, x) == 4
@@ -296,11 +296,11 @@ def test_a_network_changed_after_the_swap_is_what_it_is_then(change: Change) -> 
     with quietly():
         assert_steps_alike(ours, eager, x)
         for model in (ours, eager):
-            model.eval()  # where a bias is not taken away by the next norm
+            model.eval()  # in training the next norm would cancel a bias
         assert_steps_alike(ours, eager, x)
 
 
-# Each thing that a snapshot of the modules looks at: where, and what is set there.
+# Everything that a snapshot of the modules compares: the place, and the value that is set there.
 ATTRIBUTES: dict[str, tuple[str, str, Any]] = {
     "kernel_size": ("denseblock2.denselayer1.conv1", "kernel_size", (3, 3)),
     "stride": ("denseblock2.denselayer1.conv2", "stride", (2, 2)),
@@ -353,7 +353,7 @@ def hook_added(path: str, kind: str) -> Callable[[nn.Module], Callable[[], objec
 
 
 def child_exchanged(path: str, child: Callable[[], nn.Module] | None) -> Callable[[nn.Module], Any]:
-    """Another module under its name, or none."""
+    """A child is replaced by another module or removed."""
 
     def change(features: nn.Module) -> Callable[[], object]:
         parent, _, name = path.rpartition(".")
@@ -425,7 +425,7 @@ NOTICED: dict[str, Callable[[nn.Module], Callable[[], object]]] = {
 
 @pytest.mark.parametrize("what", NOTICED)
 def test_a_snapshot_notices(what: str) -> None:
-    """Each thing it looks at, one at a time; and that it has been changed back."""
+    """Each change, one at a time, and that it was undone."""
     features = dense_ext.swap(small_densenet(0.2), strict=True).features
     parts = [module for module in features.modules() if isinstance(module, dense_ext.eligibility.Fused)]
 
@@ -437,14 +437,14 @@ def test_a_snapshot_notices(what: str) -> None:
     undo = NOTICED[what](features)
     try:
         assert reasons()
-        assert reasons(), "and goes on noticing"
+        assert reasons(), "also the next time"
     finally:
         undo()
     assert reasons() == []
 
 
-def test_sync_norms_are_served_while_they_use_their_running_statistics() -> None:
-    """And a change of a norm's mode is noticed."""
+def test_sync_norms_are_fused_while_they_use_their_running_statistics() -> None:
+    """A change of a norm's mode is noticed."""
     eager = small_densenet()
     ours = dense_ext.swap(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(eager)).eval(), strict=True)
     eager.eval()
@@ -458,7 +458,7 @@ def test_sync_norms_are_served_while_they_use_their_running_statistics() -> None
     assert block.unfusable() is None
 
 
-def test_frozen_norms_are_served(backend: str, recompute: str) -> None:
+def test_frozen_norms_are_fused(backend: str, recompute: str) -> None:
     eager = small_densenet()
     for parent in list(eager.modules()):
         for name, child in list(parent.named_children()):
@@ -473,7 +473,7 @@ def test_frozen_norms_are_served(backend: str, recompute: str) -> None:
 
 @pytest.mark.parametrize("momentum", [0.2, None])
 def test_a_norm_that_two_layers_share(backend: str, momentum: float | None) -> None:
-    """Its statistics take one update a layer, in the layers' order."""
+    """Its statistics are updated once per layer, in the layers' order."""
     eager = eager_block(3, 6, 5)
     shared = eager.denselayer1.norm2
     shared.momentum = momentum
@@ -482,7 +482,7 @@ def test_a_norm_that_two_layers_share(backend: str, momentum: float | None) -> N
     assert_trains_alike(ours, eager, torch.randn(2, 6, 5, 4, dtype=torch.float64))
 
 
-# --- what is written into what a block returns --------------------------------------------------------------
+# --- writing into a block's output --------------------------------------------------------------------------
 
 
 def by_data(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -546,7 +546,7 @@ def relu_behind_as_a_child(model: nn.Module) -> None:
 
 
 def no_last_norm(model: nn.Module) -> None:
-    """Then the network's own ReLU, in place, comes right behind the last block."""
+    """Remove the last norm, so that the network's own in-place ReLU directly follows the last block."""
     model.features.norm5 = nn.Identity()
 
 
@@ -571,8 +571,8 @@ WRITES = {
 
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("recompute", ["bottleneck", "block"])
-def test_others_may_write_into_what_a_block_returns(recompute: str, write: str) -> None:
-    """The block's backward reads what the block has made; statistics are those of what was written."""
+def test_a_blocks_output_may_be_written_into(recompute: str, write: str) -> None:
+    """The block's backward reads the original output, and statistics are taken from the modified one."""
     ours, eager = pair(recompute)
     x = images()
     for model in (ours, eager):
@@ -586,8 +586,8 @@ def test_others_may_write_into_what_a_block_returns(recompute: str, write: str) 
     assert blocks_run(ours, x) == 4
 
 
-def test_statistics_do_not_outlive_what_they_were_taken_of(backend: str, recompute: str) -> None:
-    """A block and a transition called by hand, with a write by .data between them."""
+def test_statistics_are_not_used_after_a_write(backend: str, recompute: str) -> None:
+    """A block and a transition are called directly, with a write through .data between them."""
     network = nn.Sequential(eager_block(), eager_transition(21, 4))
     pair = twin(network, lambda m: dense_ext.swap(m, recompute=recompute, strict=True))
     x = torch.randn(2, 6, 6, 4, dtype=torch.float64)
@@ -601,10 +601,10 @@ def test_statistics_do_not_outlive_what_they_were_taken_of(backend: str, recompu
     assert_same_state(*pair)
 
 
-# --- what is said ----------------------------------------------------------------------------------------
+# --- warnings and reasons --------------------------------------------------------------------------------
 
 
-def test_reasons_tell_classes_of_one_name_apart() -> None:
+def test_reasons_distinguish_classes_of_the_same_name() -> None:
     other = type("BatchNorm2d", (nn.BatchNorm2d,), {"__module__": "elsewhere"})
     model = small_densenet()
     model.features.denseblock1.denselayer1.norm1.__class__ = other
@@ -617,7 +617,7 @@ def test_reasons_tell_classes_of_one_name_apart() -> None:
         dense_ext.swap(model, strict=True)
 
 
-def test_a_part_warns_once_a_reason() -> None:
+def test_a_part_warns_once_per_reason() -> None:
     model = dense_ext.swap(small_densenet())
     x = images()
     conv = model.features.denseblock2.denselayer1.conv1
@@ -631,7 +631,7 @@ def test_a_part_warns_once_a_reason() -> None:
     assert messages() == []
     handle = conv.register_forward_hook(lambda *_: None)
     part = "dense_ext: features.denseblock2 runs its original forward: denselayer1: conv1 "
-    assert messages() == [part + "carries a hook, which a fused call would pass over"]
+    assert messages() == [part + "carries a hook, which a fused call would skip"]
     assert messages() == []
     conv.forward = types.MethodType(nn.Conv2d.forward, conv)
     handle.remove()
@@ -642,7 +642,7 @@ def test_a_part_warns_once_a_reason() -> None:
     assert blocks_run(model, x) == 4
 
 
-def test_a_mode_of_pytorchs_is_no_reason_to_warn() -> None:
+def test_pytorchs_modes_do_not_warn() -> None:
     model = dense_ext.swap(small_densenet().eval())
     handle = register("forward_hook", lambda *_: None)
     try:
@@ -653,7 +653,7 @@ def test_a_mode_of_pytorchs_is_no_reason_to_warn() -> None:
         handle.remove()
 
 
-# --- what stays fused -------------------------------------------------------------------------------------
+# --- cases that stay fused --------------------------------------------------------------------------------
 
 
 def test_features_without_their_last_child_keep_the_stem_fused() -> None:
@@ -668,7 +668,7 @@ def test_features_without_their_last_child_keep_the_stem_fused() -> None:
 
 @pytest.mark.parametrize("before", [True, False], ids=["before the swap", "after it"])
 def test_a_checkpointed_forward_stays_fused(recompute: str, before: bool) -> None:
-    """In eval mode, for in training mode eager counts a checkpointed step twice."""
+    """In eval mode, since in training mode eager counts a checkpointed step twice."""
     plain = small_densenet().eval()
     ours = copy.deepcopy(plain)
 
@@ -691,7 +691,7 @@ def test_a_checkpointed_forward_stays_fused(recompute: str, before: bool) -> Non
         assert blocks_run(ours, x) == 0
 
 
-def test_restored_gives_the_original_for_a_while() -> None:
+def test_restored_gives_the_original_inside_the_context() -> None:
     ours, eager = pair("block")
     ours.features.denseblock1.recompute = "none"
     classes, x = [type(m) for m in ours.modules()], images()
@@ -717,8 +717,8 @@ def test_restored_gives_the_original_for_a_while() -> None:
 @pytest.mark.parametrize(
     "how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"]
 )
-def test_copies_are_looked_at_anew(how: Callable[[nn.Module], nn.Module]) -> None:
-    """What was found out of a network is not taken for found out of its copy."""
+def test_copies_are_checked_again(how: Callable[[nn.Module], nn.Module]) -> None:
+    """A network's snapshots are not used for its copy."""
     ours, eager = pair()
     x = images()
     blocks_run(ours, x)

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: what it runs exists and runs; on a CPU, since a GPU is not always there."""
+"""benchmarks/gpu.py: everything that it runs exists and runs; tested on a CPU."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_suite_fills_a_result(script, tmp_path: Path) -> None:  # type: ignore
 
 
 def test_a_part_that_takes_too_long_is_ended(script, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """And what it has started: a compiler would take the processor from the next part."""
+    """So are the processes that it started: a compiler would slow down the next part."""
     sleep = "import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', '{}'])"
     slow = ["-c", sleep.format("import os, time; print(os.getpid(), flush=True); time.sleep(60)")]
     (line,) = script.run_part(script.Part("slow", 9, [slow]), 3, tmp_path)
@@ -136,7 +136,7 @@ def test_tests_that_are_all_skipped_are_no_success(script, tmp_path: Path) -> No
 
 
 def test_the_suites_parts_need_no_more_than_the_docstring_says(tmp_path: Path) -> None:
-    """None of the packages of the command line and the report is there."""
+    """They run without the packages of the command line and the report."""
     code = """
 import sys
 absent = "rich typer matplotlib jinja2 jsonschema scipy sklearn timm ninja".split()

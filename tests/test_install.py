@@ -1,4 +1,4 @@
-"""The package without its compiled part: it installs, says so once, and computes the same."""
+"""Without a compiler the package installs, warns once, and computes the same."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.wheel import unstable_symbols
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Prints how it is served, the number of warnings of two forwards, and the output's first value.
+# Prints the package's path, each backend's reason, the warnings of two forwards, and the output's mean.
 USE = """
 import json, sys, warnings
 sys.path.insert(0, sys.argv[1])
@@ -57,7 +57,10 @@ def test_installs_without_a_compiler_and_runs_on_the_reference(tmp_path: Path) -
     source = copy_of_the_sources(tmp_path)
     result = build(source, **NO_COMPILER, DENSE_EXT_BUILD="")
     assert result.returncode == 0, result.stderr
-    assert "where no compiled library fits, the reference backend serves" in result.stdout + result.stderr
+    assert (
+        "the slower reference backend runs where there is no compiled library"
+        in result.stdout + result.stderr
+    )
     (wheel,) = source.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         data = {
@@ -87,13 +90,13 @@ def test_installs_without_a_compiler_and_runs_on_the_reference(tmp_path: Path) -
     assert json.loads(installed.stdout)[3] == pytest.approx(mean, abs=1e-6)
 
 
-def test_a_build_that_was_asked_for_may_not_fail(tmp_path: Path) -> None:
+def test_a_required_build_must_not_fail(tmp_path: Path) -> None:
     result = build(copy_of_the_sources(tmp_path), **NO_COMPILER, DENSE_EXT_BUILD="1")
     assert result.returncode != 0
     assert "BuildError: can't build" in result.stdout + result.stderr
 
 
-def test_a_cuda_library_that_was_asked_for_may_not_fail(tmp_path: Path) -> None:
+def test_a_required_cuda_library_must_not_fail(tmp_path: Path) -> None:
     nvcc = tmp_path / "cuda" / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
     nvcc.write_text("#!/bin/sh\nexit 1\n")
@@ -110,7 +113,7 @@ def test_a_cuda_library_that_was_asked_for_may_not_fail(tmp_path: Path) -> None:
 
 
 def says(folder: Path, nvidia_smi: str) -> str:
-    """What a build prints where ``nvidia-smi`` is this script; it compiles nothing."""
+    """The output of a build, which compiles nothing, with this script as ``nvidia-smi``."""
     program = folder / "bin" / "nvidia-smi"
     program.parent.mkdir()
     program.write_text(f"#!/bin/sh\n{nvidia_smi}\n")

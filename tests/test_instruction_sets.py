@@ -1,4 +1,4 @@
-"""The libraries for other instruction sets than this machine's best pass the primitives' tests too."""
+"""The libraries for instruction sets other than this machine's best also pass the primitives' tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dense_ext.backends import CPU
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# In a process of its own, since a process loads one library: says which, then runs the tests.
+# Runs in its own process, since a process loads one library: prints the library, then runs the tests.
 RUN = """
 import sys, pytest
 from dense_ext.backends import CPU

@@ -1,4 +1,4 @@
-"""The project's structure: one name a primitive in every room, imports in one direction."""
+"""The project's structure: a primitive has the same name everywhere, and imports go in one direction."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dense_ext.backends.base import PRIMITIVES, THROUGH_NORM, Backend
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "dense_ext"
 
-# Lower layers first; a module imports from its own layer or a lower one.
+# Lower layers first; a module may import from its own layer and lower ones.
 LAYERS = ["backends", "batch_norm", "ownership", "schedule", "transition", "arguments", "differentiable",
           "flops", "ops", "checks", "eligibility", "modules", "models", "recognise", "memory", "swap",
           "benchmark", "cli"]  # fmt: skip
@@ -46,7 +46,7 @@ def test_schema_has_the_arguments_of_the_interface(primitive: str) -> None:
 
 
 def _ops_source() -> str:
-    """csrc/ops.cpp with adjacent string literals joined, of a library without tf32."""
+    """csrc/ops.cpp with adjacent string literals joined, for a library without tf32."""
     return re.sub(r'"\s*(TF32_ARGUMENT\s*)?"', "", (ROOT / "csrc" / "ops.cpp").read_text())
 
 
@@ -55,7 +55,7 @@ def _layer(module: str) -> int | None:
 
 
 def _imports(path: Path) -> list[str]:
-    """First names, below dense_ext, of what a file imports from the package."""
+    """The top-level modules of dense_ext that a file imports from."""
     depth = len(path.relative_to(PACKAGE).parts)
     found = []
     for node in ast.walk(ast.parse(path.read_text())):

@@ -1,4 +1,4 @@
-"""Memory is deterministic: bytes kept for backward, and the peak of a training step."""
+"""Memory is deterministic: the bytes kept for backward, and the peak of a training step."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ def swapped(recompute: str) -> torch.nn.Module:
 
 @pytest.mark.parametrize(("recompute", "limit"), [("bottleneck", 10.5), ("block", 6.5)])
 def test_kept_for_backward(recompute: str, limit: float) -> None:
-    """A tenth of eager's 130 MB an image: the stem's 4.0, the four buffers' 5.8, the head's 0.2."""
+    """A tenth of eager's 130 MB per image: 4.0 for the stem, 5.8 for the four buffers, 0.2 for the head."""
     model, x = swapped(recompute), images(2)
     assert saved_bytes(model, lambda: model(x).sum()) / 2 <= limit * MB
 
 
 @pytest.mark.parametrize(("recompute", "limit"), [("bottleneck", 10.5), ("block", 6.5)])
 def test_allocated_after_forward(recompute: str, limit: float) -> None:
-    """Nothing else holds memory then: the allocator agrees with what autograd says it keeps."""
+    """After the forward nothing else holds memory: the allocator's bytes are those that autograd keeps."""
     model, x = swapped(recompute), images(2)
     model(x)
     assert allocation_levels(lambda: model(x).sum())[-1] / 2 <= limit * MB
 
 
 def test_peak_of_a_training_step() -> None:
-    """8.5 times below eager's 125 MB an image at batch 8, gradients of the parameters in place."""
+    """At batch 8, with the parameters' gradients in place, 8.5 times below eager's 125 MB per image."""
     model, x = swapped("bottleneck"), images(8)
 
     def step() -> None:
@@ -55,7 +55,7 @@ def test_nothing_is_kept_without_gradients() -> None:
 
 
 def test_grows_linearly_with_depth() -> None:
-    """Each layer adds K channels of X and its parameters' statistics, and nothing that grows."""
+    """Each layer adds K channels of X and its norms' statistics, and nothing that grows with depth."""
     sizes = []
     x = torch.randn(1, 8, 4, 4, requires_grad=True)
     for layers in (100, 200, 300):

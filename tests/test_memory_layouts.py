@@ -1,4 +1,4 @@
-"""How tensors lie in memory changes no result: saved ones that come back otherwise, parameters, images."""
+"""The memory layout of saved tensors, parameters and images does not change results."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def images(height: int = 33, width: int = 32) -> Tensor:
     return torch.randn(2, 3, height, width, dtype=torch.float64)
 
 
-# --- saved tensors that come back in another layout --------------------------------------------------
+# --- saved tensors that return in another layout -----------------------------------------------------
 
 
 def on_cpu(folder: Path) -> AbstractContextManager[Any]:
@@ -69,7 +69,7 @@ def on_disk(folder: Path) -> AbstractContextManager[Any]:
     [on_cpu, in_pinned_memory, as_contiguous_copies, as_strided_views, as_numpy_arrays, on_disk],
     ids=lambda f: f.__name__,
 )
-def test_saved_tensors_may_come_back_in_another_layout(
+def test_saved_tensors_may_return_in_another_layout(
     backend: str, recompute: str, keep: Callable[[Path], AbstractContextManager[Any]], tmp_path: Path
 ) -> None:
     ours, eager = twin(small_densenet(), lambda m: dense_ext.swap(m, recompute=recompute))
@@ -94,11 +94,11 @@ def test_saved_tensors_of_volumes_in_another_layout(recompute: str, tmp_path: Pa
     assert_same_state(ours, eager)
 
 
-# --- parameters and statistics that lie otherwise ---------------------------------------------------------
+# --- parameters and statistics in other layouts -----------------------------------------------------------
 
 
 def norms(model: nn.Module) -> list[nn.BatchNorm2d]:
-    """All but the last, which stays PyTorch's own: with strided vectors that is wrong in some layouts."""
+    """All norms but the last, which stays PyTorch's own; it is wrong for strided vectors in some layouts."""
     return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)][:-1]
 
 
@@ -125,7 +125,7 @@ def one_number_for_all_channels(model: nn.Module) -> None:
 
 
 def weights_permuted(model: nn.Module) -> None:
-    """As kernels of other frameworks come: height, width, in, out."""
+    """Store weights as other frameworks do: height, width, in, out."""
     for conv in convolutions(model):
         kernel = conv.weight.detach().permute(2, 3, 1, 0).contiguous()
         conv.weight = nn.Parameter(kernel.permute(3, 2, 0, 1))
@@ -171,8 +171,8 @@ PARAMETERS = [
 
 
 @pytest.mark.parametrize("change", PARAMETERS, ids=lambda f: f.__name__)
-def test_parameters_may_lie_anyhow(backend: str, change: Callable[[nn.Module], None]) -> None:
-    """As if they lay as usual."""
+def test_parameters_may_have_any_layout(backend: str, change: Callable[[nn.Module], None]) -> None:
+    """The results are those of the usual layout."""
     ours, eager = small_densenet(), small_densenet()
     change(ours)
     eager.load_state_dict(ours.state_dict())
@@ -195,10 +195,10 @@ def test_parameters_may_lie_anyhow(backend: str, change: Callable[[nn.Module], N
 @pytest.mark.parametrize(
     "change", [norm_vectors_as_columns, statistics_as_columns, weights_permuted], ids=lambda f: f.__name__
 )
-def test_gradients_of_parameters_that_lie_otherwise_in_float32(
+def test_gradients_of_parameters_in_other_layouts_in_float32(
     backend: str, change: Callable[[nn.Module], None]
 ) -> None:
-    """The bits are those of parameters that lie as usual."""
+    """The bits are those of the usual layout."""
     usual = dense_ext.swap(small_densenet().float())
     strided, _ = twin(usual, change)
     x = images().float()
@@ -220,7 +220,7 @@ def swapped() -> nn.Module:
 
 
 def with_blocks_only() -> nn.Module:
-    """Features whose stem has no max pool."""
+    """Remove the stem's max pool from the features."""
     model = small_densenet()
     del model.features.pool0
     return dense_ext.swap(model)
@@ -228,25 +228,25 @@ def with_blocks_only() -> nn.Module:
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("make", [own, swapped, with_blocks_only], ids=lambda f: f.__name__)
-def test_features_leave_in_the_layout_of_the_images(
+def test_features_have_the_layout_of_the_images(
     backend: str, make: Callable[[], nn.Module], training: bool
 ) -> None:
     features = make().train(training).features
     for memory_format in (torch.contiguous_format, torch.channels_last):
         found = features(images(64, 64).contiguous(memory_format=memory_format))
         assert found.is_contiguous(memory_format=memory_format)
-        assert min(found.shape[1:]) > 1, "one layout told from the other"
+        assert min(found.shape[1:]) > 1, "so that the two layouts differ"
         if memory_format is torch.contiguous_format:
             found.view(found.shape[0], -1)
 
 
-def test_features_up_to_any_child_leave_in_the_layout_of_the_images() -> None:
+def test_features_up_to_any_child_have_the_layout_of_the_images() -> None:
     features = swapped().features
     for end in range(1, len(features) + 1):
         assert features[:end](images()).is_contiguous(), f"up to {end}"
 
 
-def test_images_may_lie_anyhow(backend: str) -> None:
+def test_images_may_have_any_layout(backend: str) -> None:
     ours, eager = twin(small_densenet(), dense_ext.swap)
     x = images()
     for other in (x.transpose(2, 3).contiguous().transpose(2, 3), torch.stack([x, x], -1)[..., 1], x.flip(3)):
@@ -265,10 +265,10 @@ def test_images_may_lie_anyhow(backend: str) -> None:
     ],
     ids=["contiguous", "channels_last", "expanded", "strided", "transposed"],
 )
-def test_gradients_may_come_in_any_layout(
+def test_gradients_may_have_any_layout(
     backend: str, recompute: str, layout: Callable[[Tensor], Tensor]
 ) -> None:
-    """And the caller's gradient stays what it was."""
+    """The caller's gradient is not modified."""
     network = nn.Sequential(eager_block(2), eager_transition(16, 4), eager_block(1, 4))
     ours, eager = twin(network, lambda m: dense_ext.swap(m, recompute=recompute))
     x = torch.randn(2, 6, 5, 4, dtype=torch.float64)
@@ -281,8 +281,8 @@ def test_gradients_may_come_in_any_layout(
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_one_image_behind_a_backward_hook(memory_format: torch.memory_format) -> None:
-    """The hook hands on a view whose strides PyTorch's batch norm on a CPU computes wrong gradients with."""
+def test_one_image_after_a_backward_hook(memory_format: torch.memory_format) -> None:
+    """The hook passes a view, for whose strides PyTorch's batch norm on a CPU computes wrong gradients."""
     ours, eager = twin(small_densenet(), dense_ext.swap)
     for model in (ours, eager):
         model.features.denseblock4.register_full_backward_hook(lambda *_: None)

@@ -1,4 +1,4 @@
-"""The model family: torchvision's keys and weights, the papers' sizes, construction errors."""
+"""The models: torchvision's keys and weights, the papers' parameter counts, construction errors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_state_dict_is_torchvisions(name: str) -> None:
         ("densenet_bc_190_40", 25.6),
     ],
 )
-def test_parameters_are_the_papers(name: str, millions: float) -> None:
+def test_parameter_counts_are_the_papers(name: str, millions: float) -> None:
     with torch.device("meta"):
         assert round(parameters(MODELS[name]()) / 1e6, 1) == millions
 

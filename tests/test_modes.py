@@ -1,6 +1,6 @@
-"""Every way PyTorch differentiates: forward mode, torch.func, batches of gradients, second derivatives.
+"""PyTorch's ways to differentiate: forward mode, torch.func, batches of gradients, second derivatives.
 
-A swapped network gives what eager gives, on whatever path it gets there.
+A swapped network gives the same results as eager, whether its operators run fused or not.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def pair(recompute: str = "bottleneck", training: bool = True) -> tuple[nn.Modul
 
 
 def same_values(actual: Any, expected: Any) -> None:
-    """Trees of tensors, of one form and equal."""
+    """Assert that two trees of tensors have the same structure and equal tensors."""
     (a, form), (e, expected_form) = pytree.tree_flatten(actual), pytree.tree_flatten(expected)
     assert form == expected_form
     assert any(torch.count_nonzero(tensor) for tensor in e)
@@ -53,7 +53,7 @@ def same_values(actual: Any, expected: Any) -> None:
 
 
 def values(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Its parameters and buffers, without a graph."""
+    """A model's parameters and buffers, detached."""
     named = model.named_parameters(), model.named_buffers()
     parameters, buffers = ({name: t.detach().clone() for name, t in group} for group in named)
     return parameters, buffers
@@ -122,7 +122,7 @@ def batched_over_images(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def steps_on_replaced_parameters(model: nn.Module, x: Tensor) -> Any:
-    """First-order MAML: gradients by autograd with regard to what functional_call puts in."""
+    """First-order MAML: autograd's gradients with respect to the parameters that functional_call passes."""
     fast = dict(model.named_parameters())
     for _ in range(2):
         gradients = torch.autograd.grad(functional_call(model, fast, (x,)).square().sum(), fast.values())
@@ -140,7 +140,7 @@ def vectorized_jacobian(model: nn.Module, x: Tensor) -> Any:
     return torch.autograd.functional.jacobian(model, x, vectorize=True)
 
 
-# In training mode, eager's batch norm refuses to update its statistics inside most of torch.func's.
+# In training mode, eager's batch norm refuses to update its statistics inside most torch.func transforms.
 IN_EITHER_MODE = (
     tangent_of_dual_numbers, tangent_with_frozen_parameters, tangent_without_a_graph, grad_over_parameters,
     steps_on_replaced_parameters, gradients_in_a_batch, vectorized_jacobian,
@@ -155,16 +155,16 @@ CASES = [*((run, True) for run in IN_EITHER_MODE), *((run, False) for run in IN_
 @pytest.mark.parametrize(
     ("run", "training"), CASES, ids=[f"{run.__name__}-{'train' if t else 'eval'}" for run, t in CASES]
 )
-def test_a_transformed_network_gives_what_eager_gives(run: Run, training: bool) -> None:
+def test_a_transformed_network_equals_eager(run: Run, training: bool) -> None:
     ours, eager = pair(training=training)
     x = images()
     same_values(run(ours, x), run(eager, x))
     assert_same_state(ours, eager)
-    assert all(row.runs == "fused" for row in dense_ext.report(ours).rows), "nothing stays eager"
+    assert all(row.runs == "fused" for row in dense_ext.report(ours).rows), "all parts are fused again"
 
 
 def test_a_batch_of_gradients_under_every_policy(backend: str, recompute: str) -> None:
-    """The forward has run fused; only its backward finds that there are many gradients."""
+    """The forward has run fused, and only its backward gets the batch of gradients."""
     ours, eager = pair(recompute)
     x = images()
     same_values(gradients_in_a_batch(ours, x), gradients_in_a_batch(eager, x))
@@ -184,7 +184,7 @@ def test_after_a_transform_the_network_runs_fused_again() -> None:
 
 
 def gradient_penalty(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """As in WGAN-GP: what the input's gradient measures is trained, by backward()."""
+    """As in WGAN-GP: a loss on the norm of the input's gradient, trained with backward()."""
     leaf = x.clone().requires_grad_()
     y = F.softplus(model(leaf)).square().sum()
     (gradient,) = torch.autograd.grad(y, leaf, create_graph=True)
@@ -193,7 +193,7 @@ def gradient_penalty(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def gradient_norm_of_parameters(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """As in sharpness and gradient matching: backward through all parameters' gradients."""
+    """As for sharpness and gradient matching: backward through the gradients of all parameters."""
     leaf = x.clone().requires_grad_()
     y = F.softplus(model(leaf)).square().sum()
     gradients = torch.autograd.grad(y, [*model.parameters()], create_graph=True)
@@ -209,7 +209,7 @@ def hessian_vector_product(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def gradients_kept_by_backward(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """backward(create_graph=True), as optimizers of second order call it."""
+    """backward(create_graph=True), as second-order optimizers call it."""
     F.softplus(model(x)).square().sum().backward(create_graph=True)
     parameters = list(model.parameters())
     gradients = [p.grad for p in parameters]
@@ -219,7 +219,7 @@ def gradients_kept_by_backward(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def of_a_single_transition(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """A second derivative of one weight of a transition, and one of all after it."""
+    """A second derivative for one weight of a transition, and then one for all weights."""
     y = F.softplus(model(x)).square().sum()
     weight = model.features.transition1.conv.weight
     (first,) = torch.autograd.grad(y, weight, create_graph=True)
@@ -238,7 +238,7 @@ SECOND = (
 @pytest.mark.parametrize("run", SECOND, ids=lambda f: f.__name__)
 @pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
 def test_second_derivatives_are_eagers(recompute: str, run: Run, training: bool) -> None:
-    """And the running statistics count one step, although backward computes layers again."""
+    """The running statistics count one step, although backward recomputes layers."""
     ours, eager = pair(recompute, training)
     x = images()
     same_values(run(ours, x), run(eager, x))
@@ -258,7 +258,8 @@ def test_second_derivatives_on_every_backend(backend: str) -> None:
 def test_second_derivatives_for_volumes(recompute: str, training: bool) -> None:
     blocks = in_three_dimensions(nn.Sequential(eager_block(2), eager_transition(16, 4), eager_block(1, 4)))
     stem = nn.Conv3d(1, 6, 3, bias=False), nn.BatchNorm3d(6), nn.ReLU(inplace=True), nn.MaxPool3d(3, 2, 1)
-    nn.init.constant_(stem[1].bias, -1.5)  # or no window's maximum is cut off, and its gradient is 0
+    # So that ReLU cuts off some windows' maxima; otherwise this bias's gradient would be zero.
+    nn.init.constant_(stem[1].bias, -1.5)
     network = nn.Sequential(*stem, *blocks).double().train(training)
     ours, eager = twin(network, lambda m: dense_ext.swap(m, recompute=recompute, strict=True))
     x = torch.randn(2, 1, 6, 11, 9, dtype=torch.float64)
@@ -268,7 +269,7 @@ def test_second_derivatives_for_volumes(recompute: str, training: bool) -> None:
 
 
 def test_second_derivatives_with_dropout_are_those_of_one_mask() -> None:
-    """Every policy gets the same from the same seed; that it is right, gradgradcheck says below."""
+    """All policies give the same for the same seed; gradgradcheck below verifies that it is right."""
     results = []
     for policy in ("none", "bottleneck", "block"):
         torch.manual_seed(0)
@@ -314,7 +315,7 @@ def test_gradgradcheck(
     names = [name for name, _ in model.named_parameters()]
 
     def function(x: Tensor, *parameters: Tensor) -> Tensor:
-        torch.manual_seed(7)  # of the mask
+        torch.manual_seed(7)  # the mask's seed
         return functional_call(model, dict(zip(names, parameters, strict=True)), (x,))
 
     leaves = [torch.randn(size, dtype=torch.float64), *model.parameters()]

@@ -1,4 +1,4 @@
-"""The operators as the rest of PyTorch sees them: schemas, fake kernels, compilation, autocast."""
+"""The operators' interface to PyTorch: schemas, fake kernels, compilation, autocast."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class TestOpcheck:
             for needed in ([True] * 4, [True, False, False, True]):
                 inputs = (grad.clone(), out, stats, z, *args, *options, 3, needed)
                 torch.library.opcheck(OPS.dense_block_backward.default, inputs)
-                # functionalization of operators that return lists is not PyTorch's to do
+                # PyTorch does not support functionalization of mutating operators that return lists
                 tests = ("test_schema", "test_faketensor", "test_autograd_registration")
                 torch.library.opcheck(OPS.dense_block_backward_.default, inputs, test_utils=tests)
 
@@ -111,7 +111,7 @@ def test_compiles_in_eval_and_with_dropout() -> None:
 
 class TestAutocast:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    def test_every_dtype_is_eagers(self, backend: str, dtype: torch.dtype) -> None:
+    def test_every_dtype_is_that_of_eager(self, backend: str, dtype: torch.dtype) -> None:
         ours, eager = twin(small_densenet().float(), dense_ext.swap)
         x = torch.randn(2, 3, 64, 64)
         seen: dict[str, dict[str, Any]] = {"ours": {}, "eager": {}}
@@ -134,7 +134,7 @@ class TestAutocast:
         with torch.autocast("cpu", torch.bfloat16):
             assert ours(x).dtype == eager(x).dtype == torch.float32
 
-    def test_float64_is_left_alone(self, backend: str) -> None:
+    def test_autocast_does_not_change_float64(self, backend: str) -> None:
         ours, eager = twin(small_densenet(), dense_ext.swap)
         x = torch.randn(2, 3, 40, 40, dtype=torch.float64)
         with torch.autocast("cpu", torch.bfloat16):
@@ -142,7 +142,7 @@ class TestAutocast:
 
 
 def _error(actual: list[Tensor], exact: list[Tensor]) -> list[float]:
-    """Relative L2 distance of each tensor to its float64 twin."""
+    """The relative L2 distance of each tensor from its float64 twin."""
     return [
         ((a.double() - e).norm() / e.norm()).item()
         for a, e in zip(actual, exact, strict=True)
@@ -173,17 +173,17 @@ def _train_step(model: nn.Module, x: Tensor, dtype: torch.dtype | None) -> list[
 def test_error_is_no_larger_than_eagers(
     backend: str, storage: torch.dtype, autocast: torch.dtype | None
 ) -> None:
-    """Both measured against float64, eager in channels_last, which is what a swapped model runs in.
+    """Both errors are against float64; eager runs in channels_last, like a swapped model.
 
-    Single errors are luck (a ReLU mask that flips outweighs all rounding), so the median over a
-    model's tensors is averaged over four models; the averages of equally exact programs then differ
-    by about 5 %, and 15 % are allowed.
+    Single errors are random, since a ReLU mask that flips outweighs all rounding. So the median over a
+    model's tensors is averaged over four models. The averages of equally exact programs then differ by
+    about 5 %, and 15 % are allowed.
     """
     ratios = []
     for seed in range(4):
         torch.manual_seed(seed)
         exact = randomize(DenseNet(8, (3, 4), 16, 4, 0.0, num_classes=16)).double()
-        # Start from values the storage type represents, so that only the computation differs.
+        # Start from values that the storage type represents, so that only the computation differs.
         exact.load_state_dict({k: v.to(storage).to(v.dtype) for k, v in exact.state_dict().items()})
         x = torch.randn(4, 3, 48, 48).to(storage)
         eager = copy.deepcopy(exact).to(storage, memory_format=torch.channels_last)

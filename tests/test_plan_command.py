@@ -1,4 +1,4 @@
-"""``dense-ext plan``: what it prints and returns."""
+"""``dense-ext plan``: its output and exit codes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_batch_that_does_not_fit_ends_with_1(capsys: pytest.CaptureFixture[str
     assert "8 images do not fit into" in printed.err
 
 
-def test_a_gpu_that_is_not_here_and_the_memory_that_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_absent_gpu_and_the_memory_of_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert planned(capsys, "--device", "cuda", "--memory", "80GiB")["device"] == "cuda"
     assert planned(capsys)["memory_bytes"] > 2**20
 

@@ -1,4 +1,4 @@
-"""``dense-ext plan --peers``: what other networks need, tracked; their largest batch, against trying all."""
+"""``dense-ext plan --peers``: the tracked memory of other networks, and their largest batch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TINY = ["plan", "tiny", "--size", "8", "--batch", "4", "--device", "cpu", "--pee
 
 
 def test_peers(capsys: pytest.CaptureFixture[str], shown: list[int | str]) -> None:
-    """The largest batch is the one that trying every batch finds."""
+    """The largest batch equals the one found by trying every batch."""
     budget = 1_500_000
     assert main([*TINY, "--memory", str(budget), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

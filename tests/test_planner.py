@@ -1,4 +1,4 @@
-"""The planner's estimates are what a training step is measured to take; its choices follow them."""
+"""The planner's estimates equal a training step's measured memory, and its choices follow from them."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from dense_ext.schedule import RECOMPUTE
 
 from .helpers import small_densenet
 
-# What a step finds allocated: not part of the measured peak.
+# The parts that are allocated before a step; the measured peak does not include them.
 BEFORE = ("parameters", "gradients", "optimizer state", "input")
 
-# Models and images whose peaks lie in different parts of the step.
+# Models and images whose peaks occur in different parts of the step.
 CASES: dict[str, tuple[str, tuple[int, int, int, int], dict[str, Any]]] = {
     "densenet121": ("densenet121", (4, 3, 64, 64), {}),
     "densenet169": ("densenet169", (2, 3, 64, 64), {}),
@@ -52,7 +52,7 @@ CASES: dict[str, tuple[str, tuple[int, int, int, int], dict[str, Any]]] = {
 
 
 def measured(model: nn.Module, shape: tuple[int, ...], channels_last: bool = True, dtype: Any = None) -> int:
-    """The allocator's peak over what the step found."""
+    """The allocator's peak above what was allocated before the step."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     images = torch.randn(shape).contiguous(memory_format=layout)
     step = sgd_step(model, dtype or torch.float32, torch.device("cpu"))
@@ -74,7 +74,7 @@ def test_estimate_is_the_measured_peak(case: str, recompute: str) -> None:
 @pytest.mark.parametrize("backend", dense_ext.available_backends("cpu"))
 @pytest.mark.parametrize(
     ("dtype", "channels_last"),
-    # Contiguous in bfloat16, oneDNN reorders the first convolution's gradient into a layout of its own.
+    # For contiguous bfloat16 images, oneDNN copies the first convolution's gradient into its own layout.
     [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)],
 )
 def test_estimate_on_each_backend(backend: str, dtype: torch.dtype, channels_last: bool) -> None:
@@ -91,9 +91,9 @@ def test_estimate_on_each_backend(backend: str, dtype: torch.dtype, channels_las
 
 
 class Idle(TritonBackend):
-    """A GPU backend that runs anywhere and computes nothing: what is left is the schedule's memory."""
+    """A GPU backend that runs anywhere and computes nothing, so that only the schedule takes memory."""
 
-    def can_run(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    def unavailable_reason(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return None
 
 
@@ -103,7 +103,7 @@ for name in (*PRIMITIVES, *THROUGH_NORM):
 
 @pytest.fixture
 def idle_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The Triton backend runs anywhere and does nothing."""
+    """Replace the Triton backend by one that runs anywhere and does nothing."""
     with monkeypatch.context() as patch:
         patch.setitem(BACKENDS, "triton", Idle())
         select.cache_clear()
@@ -116,7 +116,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, w
 
 @no_gpu
 @pytest.mark.usefixtures("idle_kernels")
-def test_estimate_for_a_gpu_that_is_not_here(recompute: str) -> None:
+def test_estimate_for_an_absent_gpu(recompute: str) -> None:
     for case in ("stem", "densenet_bc_40_12"):
         name, shape, options = CASES[case]
         model = MODELS[name](recompute=recompute, backend="triton", **options)
@@ -125,7 +125,7 @@ def test_estimate_for_a_gpu_that_is_not_here(recompute: str) -> None:
 
 
 @no_gpu
-def test_what_a_gpu_that_is_not_here_runs() -> None:
+def test_backends_assumed_for_an_absent_gpu() -> None:
     def backend(**options: Any) -> str:
         return Planner("densenet_bc_40_12", (3, 32, 32), device="cuda", **options).backend
 
@@ -154,7 +154,7 @@ def test_estimate_of_mixed_policies() -> None:
     assert tuple(found.recompute.values()) == policies
 
 
-def test_what_a_step_finds_is_counted_exactly() -> None:
+def test_memory_held_before_a_step_is_counted_exactly() -> None:
     model = MODELS["densenet_bc_40_12"]()
     parameters = sum(p.nbytes for p in model.parameters())
     buffers = sum(b.nbytes for b in model.buffers())
@@ -203,18 +203,18 @@ def test_choice_is_the_cheapest_mixture_that_fits() -> None:
     )
     tighter = planner.choose(batch, none - 1)
     assert tighter.peak < none
-    assert "none" in tighter.recompute.values()  # not every block has to pay
+    assert "none" in tighter.recompute.values()  # not every block has to recompute
     assert planner.choose(batch, min(peaks.values())).peak == min(peaks.values())
     assert planner.choose(batch, min(peaks.values()) - 1) is None
 
 
 def test_peers_are_tracked() -> None:
-    """To the allocator's measured peak, on networks that stay as they are."""
+    """The tracked peak is the allocator's measured one, and the networks are not changed."""
     shape = (4, 3, 32, 32)
     model = dense_ext.DenseNet(12, (6, 4), 24, num_classes=10, small_inputs=True)
     for name, make in tracked.networks(model).items():
         network = make()
-        tensors = [*network.parameters()] * 3 + [*network.buffers()]  # gradients and momentum too
+        tensors = [*network.parameters()] * 3 + [*network.buffers()]  # also gradients and momentum
         before = sum(t.nbytes for t in tensors) + 4 * 3 * 32 * 32 * 4
         values = {key: tensor.clone() for key, tensor in network.state_dict().items()}
         peak = TrackedStep(network, shape[1:]).peak(shape[0])
@@ -222,21 +222,21 @@ def test_peers_are_tracked() -> None:
         assert peak - before == pytest.approx(measured(network, shape), rel=0.05), name
 
 
-def test_a_tracked_step_finds_gradients_and_the_optimizers_state() -> None:
+def test_a_tracked_step_includes_gradients_and_the_optimizers_state() -> None:
     network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 100_000))
     parameters, largest = sum(p.nbytes for p in network.parameters()), network[3].weight.nbytes
     peak = {o: TrackedStep(network, (3, 4, 4), optimizer=o).peak(2) for o in OPTIMIZERS}
-    assert peak["none"] > 3 * parameters  # themselves, their gradients and the new ones
+    assert peak["none"] > 3 * parameters  # the parameters, their gradients and the new gradients
     assert peak["sgd"] == peak["none"]
     assert peak["momentum"] == peak["none"] + parameters
-    assert peak["adamw"] == pytest.approx(4 * parameters + 2 * largest, rel=1e-3)  # in its update
+    assert peak["adamw"] == pytest.approx(4 * parameters + 2 * largest, rel=1e-3)  # two temporaries
 
 
-# --- the search for the largest that fits ---------------------------------------------------------------
+# --- the search for the largest number that fits --------------------------------------------------------
 
 
 @pytest.mark.parametrize("first", [1, 7, 64, 5000])
-def test_the_largest_of_a_line_with_a_kink(first: int) -> None:
+def test_search_on_a_line_with_a_kink(first: int) -> None:
     looked: list[int] = []
 
     def peak(batch: int) -> int:
@@ -263,7 +263,7 @@ SHAPES: dict[str, Callable[[int], float]] = {
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("first", [1, 3, 64, 1000])
 @pytest.mark.parametrize("at_most", [1, 50, 10**6])
-def test_the_largest_of_other_shapes(shape: str, first: int, at_most: int) -> None:
+def test_search_on_other_curves(shape: str, first: int, at_most: int) -> None:
     for budget in (0, 5, 10, 99, 100, 450, 1001):
         looked: list[int] = []
 
@@ -326,7 +326,7 @@ def test_bad_input(arguments: dict[str, Any], message: str) -> None:
         estimate(**{"model": "densenet_bc_40_12", "input_shape": (1, 3, 32, 32), **arguments})
 
 
-def test_no_model() -> None:
+def test_not_a_model() -> None:
     with pytest.raises(TypeError, match=r"must be a torch.nn.Module or a name"):
         estimate(7, (1, 3, 32, 32))  # type: ignore[arg-type]
 
@@ -351,7 +351,7 @@ def test_swap_chooses_what_fits() -> None:
 
 
 def test_swap_counts_in_the_dtype_of_autocast() -> None:
-    """Half the bytes: what has to compute again in float32 fits as it is."""
+    """Autocast halves the bytes: a step that must recompute in float32 fits without."""
     shape, net = (32, 3, 128, 128), MODELS["densenet121"]()
     planner = Planner(net, shape[1:], optimizer="adamw", channels_last=False)
     memory, chosen = planner.estimate(32, "none").peak - 1, []
@@ -388,7 +388,7 @@ def test_swap_refuses_before_it_changes_anything(arguments: dict[str, Any], mess
     assert [type(m) for m in model.modules()] == classes
 
 
-def test_swap_plans_only_what_it_can_serve() -> None:
+def test_swap_plans_only_models_it_can_fuse() -> None:
     model = small_densenet()
     model.features.denseblock1.denselayer1.relu1 = nn.GELU()
     with pytest.raises(ValueError, match=r'recompute="auto"\): left as they are: features.denseblock1'):

@@ -1,4 +1,4 @@
-"""benchmarks/preference.py: from measured times to the order in which backends are tried."""
+"""benchmarks/preference.py: turns measured times into the order in which backends are tried."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def script(benchmark_script: Callable[[str], Any]) -> Any:
 
 
 def results(times: dict[str, list[float]]) -> dict[str, Any]:
-    """What the suite finds: a median time for each backend and shape."""
+    """The suite's results: a median time for each backend and shape."""
     rows = [
         {
             "case": {"primitive": "channel_stats", "dtype": "bfloat16", "where": "layer 1", "shape": str(i)},

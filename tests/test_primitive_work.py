@@ -1,4 +1,4 @@
-"""The least work of the primitives: counted by hand, by PyTorch's counter, and against the interface."""
+"""The minimum bytes and FLOPs of the primitives: compared with counts by hand and by PyTorch's counter."""
 
 from __future__ import annotations
 
@@ -75,14 +75,14 @@ def test_minimum_bytes_by_hand() -> None:
     assert minimum_bytes("bn_relu_conv1x1_forward", shapes, torch.float64) == 8 * (once + 2 * c + 2 * b)
     without = {**shapes, "mean": None, "var": None}
     assert minimum_bytes("bn_relu_conv1x1_forward", without, torch.float32) == 4 * (once + 2 * c)
-    # grad read, out read and written.
+    # Reads grad and out, and writes out.
     added = {"grad": (2, 5, 7, c), "scale": (c,), "out": (2, 5, 7, c)}
     assert minimum_bytes("scaled_accumulate", added, torch.float16) == 2 * 3 * m * c + 4 * c
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "conv" in c.primitive], ids=lambda c: c.primitive)
 def test_flops_are_those_pytorch_counts(case: PrimitiveCase) -> None:
-    """Of the convolution alone; the transition's, which pools first, has a quarter of PyTorch's pixels."""
+    """PyTorch counts the convolution alone; the transition pools first, so it has a quarter of the pixels."""
     weight = case.shapes["weight"]
     out, channels, size, _ = weight
     pixels = case.shapes["grad" if "pool" in case.primitive and "backward" in case.primitive else
@@ -103,7 +103,7 @@ def test_flops_are_those_pytorch_counts(case: PrimitiveCase) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backends_and_unfused_aten_compute_the_cases(case: PrimitiveCase, dtype: torch.dtype) -> None:
     tensors = case.tensors(dtype, CPU)
-    tolerance = 8 * torch.finfo(dtype).eps  # a store, and for PyTorch's modules one a step
+    tolerance = 8 * torch.finfo(dtype).eps  # one store; for PyTorch's modules, one per step
     for name in dense_ext.available_backends("cpu", dtype):
         assert backend_error(name, case, tensors) < tolerance
     assert unfused_error(case, tensors) < tolerance

@@ -40,7 +40,7 @@ def test_every_figure_belongs_to_a_result(render: Any) -> None:
 
 
 def test_figures_show_what_the_results_say(render: Any, tmp_path: Path) -> None:
-    """Each committed figure is what is drawn of its result now, but for the smoothing of edges."""
+    """Each committed figure equals the one drawn from its result now, except for antialiasing."""
     for name, path in render.committed().items():
         for drawn in render.draw_all(render.read_json(path), tmp_path, f"{name}-"):
             with Image.open(drawn) as new, Image.open(ROOT / "benchmarks" / "figures" / drawn.name) as old:

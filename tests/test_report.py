@@ -1,4 +1,4 @@
-"""The report: complete in itself, and what a browser makes of it, light and dark, wide and narrow."""
+"""The report is self-contained; a browser shows it light and dark, wide and narrow."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Parsed(HTMLParser):
-    """Tags and attributes of a page, closed as they were opened."""
+    """The tags and attributes of a page; checks that tags are closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ def test_page_shows_every_result(report: Path) -> None:
     text = report.read_text()
     committed, figures = RESULTS.rglob("*.json"), (RESULTS.parent / "figures").glob("*.png")
     assert text.count("<section") == len(list(committed)) + 3
-    # Of the three made here: a roofline, memory against depth, speed.
+    # The figures of the three results made here: a roofline, memory against depth, speed.
     assert text.count("<svg") == len(list(figures)) + 3
     assert "AMD EPYC" in text
     assert "torch 2.11.0" in text
@@ -179,7 +179,7 @@ def test_a_result_of_unknown_kind(
 def test_what_is_no_result(
     name: str, content: bytes | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No page of the others either."""
+    """No page is written for the others either."""
     (tmp_path / "folder").mkdir()
     path, page = tmp_path / name, tmp_path / "page.html"
     if content is not None:
@@ -220,7 +220,7 @@ def test_json_says_what_the_page_was_made_from(tmp_path: Path, capsys: pytest.Ca
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium: the one that $CHROMIUM names, one installed on the system, or Playwright's own."""
+    """Chromium: the one at $CHROMIUM, an installed one, or Playwright's."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     names = ("chromium", "chromium-headless-shell", "google-chrome")
     path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
@@ -234,7 +234,7 @@ def browser() -> Iterator[Any]:
 
 
 def background(png: bytes) -> float:
-    """Mean brightness, 0 to 255, of the page's upper left corner."""
+    """The mean brightness, from 0 to 255, of the page's upper left corner."""
     corner = Image.open(io.BytesIO(png)).convert("L").crop((0, 0, 12, 12))
     return ImageStat.Stat(corner).mean[0]
 
@@ -258,7 +258,7 @@ def test_page_in_a_browser(browser: Any, report: Path, scheme: str, width: int) 
         assert box is not None
         assert box["width"] >= 600
         assert box["height"] >= 150
-        # Text is the page's ink: light on dark, dark on light.
+        # Text is light on dark and dark on light.
         ink = figures.nth(i).locator("text").first.evaluate("e => getComputedStyle(e).fill")
         brightness = sum(int(v) for v in re.findall(r"\d+", ink)[:3]) / 3
         assert (brightness > 128) == dark

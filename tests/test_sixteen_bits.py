@@ -1,9 +1,9 @@
-"""In 16 bits no tensor of a swapped network is further off float64 than eager's, but by luck.
+"""In 16 bits no tensor of a swapped network has a larger error than eager's, except by chance.
 
-Two equally exact programs differ much in a single tensor of a single draw. In a whole network most
-of an error is not rounding but ReLU masks, maxima and the signs of few values' deviations that flip,
-and then either is many times the other. Here no mask hangs on rounding, and what is judged is each
-tensor's mean over several draws.
+In a single tensor of a single draw, the errors of two equally exact programs may differ much. In a whole
+network most of an error comes not from rounding but from ReLU masks, maxima and signs that flip; then
+either error may be many times the other. Here no mask depends on rounding, and the test compares each
+tensor's mean error over several draws.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import dense_ext
 from .helpers import eager_block, eager_transition
 
 SEEDS = 6
-# A normalised value times its weight is below: a channel is open for every pixel, or for none.
+# Larger than a normalised value times its weight, so that ReLU passes all pixels of a channel or none.
 BIAS = 8.0
 
 
 def network(dtype: torch.dtype) -> nn.Module:
-    """Two blocks and a transition between them in float64, of values that ``dtype`` represents."""
+    """Two blocks with a transition between them in float64, with values that ``dtype`` represents."""
     parts = nn.Sequential(
         eager_block(2, 16, 8, bn_size=4), eager_transition(32, 16), eager_block(2, 16, 8, bn_size=4)
     )
@@ -50,13 +50,13 @@ def train(model: nn.Module, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
 
 
 def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-    """Each tensor's L2 distance."""
+    """The L2 distance of each tensor from the expected one."""
     return {name: (found[name].double() - exact[name]).norm().item() for name in exact}
 
 
 @functools.cache
 def draw(dtype: torch.dtype, seed: int) -> tuple[nn.Module, tuple[Tensor, Tensor], dict[str, Tensor]]:
-    """An eager network, what it is trained with, and the results in float64."""
+    """An eager network, its training data, and the results in float64."""
     torch.manual_seed(seed)
     exact = network(dtype)
     eager = copy.deepcopy(exact).to(dtype, memory_format=torch.channels_last)
@@ -71,7 +71,7 @@ def errors_of_eager(dtype: torch.dtype, seed: int) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_no_tensor_is_further_off_than_eagers(backend: str, dtype: torch.dtype) -> None:
+def test_no_tensor_has_a_larger_error_than_eagers(backend: str, dtype: torch.dtype) -> None:
     logarithms: dict[str, list[float]] = {}
     for seed in range(SEEDS):
         eager, data, truth = draw(dtype, seed)
@@ -83,7 +83,7 @@ def test_no_tensor_is_further_off_than_eagers(backend: str, dtype: torch.dtype) 
                 logarithms.setdefault(name, []).append(math.log(mine / theirs[name]))
     assert logarithms.keys() == truth.keys()
     means = {name: statistics.mean(values) for name, values in logarithms.items()}
-    # Of equally exact programs' means, one in some hundreds is three standard errors above 0.
+    # For equally exact programs, about one mean in several hundred is three standard errors above 0.
     above = {
         name: math.exp(mean)
         for name, mean in means.items()

@@ -1,4 +1,4 @@
-"""A backward computes from what its forward saw, or raises; and it writes into nothing that others hold."""
+"""A backward uses the values that its forward used, or raises; and it modifies no tensor that others hold."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pair(recompute: str) -> tuple[nn.Module, nn.Module]:
 
 
 def gradient_of_the_transition(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """A loss whose graph stays, and the gradient of one weight behind the first block."""
+    """A loss whose graph is kept, and the gradient of one weight after the first block."""
     loss = model(x).square().sum()
     (found,) = torch.autograd.grad(loss, model.features.transition1.conv.weight, retain_graph=True)
     return loss, found
@@ -59,7 +59,7 @@ WRITTEN: dict[str, Callable[[nn.Module], Tensor]] = {
 
 @pytest.mark.parametrize("what", WRITTEN)
 def test_a_write_into_a_parameter_before_backward_is_an_error(recompute: str, what: str) -> None:
-    """As in eager."""
+    """As in eager PyTorch."""
     for model in pair(recompute):
         loss = model(images()).square().sum()
         with torch.no_grad():
@@ -70,7 +70,7 @@ def test_a_write_into_a_parameter_before_backward_is_an_error(recompute: str, wh
 
 @pytest.mark.parametrize("what", WRITTEN)
 def test_a_write_into_a_parameter_between_two_backwards_is_an_error(recompute: str, what: str) -> None:
-    """Also where the first has computed the block's output again already."""
+    """Also if the first backward has already recomputed the block's output."""
     for model in pair(recompute):
         loss, _ = gradient_of_the_transition(model, images())
         with torch.no_grad():
@@ -90,7 +90,7 @@ def test_a_write_into_the_input_is_an_error(recompute: str, training: bool) -> N
 
 
 def test_running_statistics_may_change_before_backward_in_training(recompute: str) -> None:
-    """A second forward writes them; in training mode backward does not read them."""
+    """A second forward updates them; in training mode backward does not read them."""
     ours, eager = pair(recompute)
     x, other = images(), images()
     for model in (ours, eager):
@@ -102,7 +102,7 @@ def test_running_statistics_may_change_before_backward_in_training(recompute: st
 
 
 def recomputed() -> int:
-    """How many blocks' outputs, computed again, are alive."""
+    """The number of recomputed block outputs that are alive."""
     gc.collect()
     return sum(o.value is not None for o in gc.get_objects() if type(o) is ops._Recomputed)
 
@@ -112,7 +112,7 @@ def fail(gradient: Tensor) -> None:
 
 
 @pytest.mark.parametrize("failing", [False, True], ids=["of a part", "that failed"])
-def test_what_was_computed_again_is_not_kept_after_a_backward(failing: bool) -> None:
+def test_recomputed_outputs_are_freed_after_a_backward(failing: bool) -> None:
     model = dense_ext.swap(small_densenet(), recompute="block")
     if failing:
         loss = model(images()).square().sum()
@@ -126,7 +126,7 @@ def test_what_was_computed_again_is_not_kept_after_a_backward(failing: bool) -> 
 
 
 def test_a_write_after_a_backward_that_failed_is_an_error(recompute: str) -> None:
-    """A backward that ends between a transition and its block leaves nothing behind for the next."""
+    """A backward that fails between a transition and its block leaves nothing for the next."""
     for model in pair(recompute):
         loss = model(images()).square().sum()
         handle = model.features.transition1.conv.weight.register_hook(fail)
@@ -193,6 +193,6 @@ assert backward(hold=True) == 0 and not wrong
 
 
 def test_first_backwards_in_many_threads_overwrite_no_gradient_that_is_held() -> None:
-    """While the counts of an exclusive gradient are being taken, slowly, in one of them."""
+    """Meanwhile one of the threads slowly takes the counts of an exclusive gradient."""
     done = subprocess.run([sys.executable, "-c", MANY_THREADS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Every suite at a tiny size: its rows, its exit code, its file against the schema."""
+"""Every suite at a tiny size: its rows, its exit code, and its file, validated by the schema."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SMALL = ["--size", "8", "--batch", "2", "--rounds", "3", "--recompute", "bottlen
 
 
 def run(suite: str, out: Path, *arguments: str, code: int = 0) -> dict[str, Any]:
-    """A suite's result, which the schema describes."""
+    """Run a suite; returns its result, which is validated by the schema."""
     assert main(["bench", "--suite", suite, *SMALL, *arguments, "--out", str(out)]) == code
     results = json.loads((out / f"{suite}.json").read_text())
     jsonschema.validate(results, SCHEMA)
@@ -71,7 +71,7 @@ def test_schema_refuses_a_row_with_an_unknown_measure() -> None:
 
 
 def bytes_needed(model: dense_ext.DenseNet, batch: int, peer: str) -> int:
-    """What training takes at its peak: a step's, parameters, gradients, momentum, buffers, images."""
+    """The peak memory of training: a step's peak, parameters, gradients, momentum, buffers and images."""
     network = peers.PEERS[peer].build(model, model.state_dict(), torch.device("cpu"), "auto")
     step = bench.sgd_step(network, torch.float32, torch.device("cpu"))
     images, labels = torch.randn(batch, 3, 8, 8), torch.zeros(batch, dtype=torch.long)
@@ -191,11 +191,11 @@ def test_inference_runs_what_is_the_same_once() -> None:
 
 
 def cannot_run(row: dict[str, Any], device: torch.device) -> str | None:
-    """Why a row of the primitives suite, float32, must have failed."""
+    """The reason why a float32 row of the primitives suite must have failed, or None."""
     if row["peer"] == "aten":
         return None
     primitive = primitive_of(row["case"]["primitive"])
-    return dense_ext.backends.BACKENDS[row["peer"]].can_run(primitive, device, torch.float32)
+    return dense_ext.backends.BACKENDS[row["peer"]].unavailable_reason(primitive, device, torch.float32)
 
 
 def test_primitives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -212,7 +212,7 @@ def test_primitives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_primitives_beside_compiled_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled once for all rounds, and as exact; what is no module too."""
+    """Peers are compiled once for all rounds and are as exact, including those that are not modules."""
     wanted = ("bn_relu_conv3x3_forward", "bn_relu_conv3x3_backward", "channel_stats")
     monkeypatch.setattr(suites.primitives, "model_cases", lambda *model: [
         next(case for case in model_cases(*model) if case.primitive == name) for name in wanted
@@ -356,7 +356,7 @@ def test_every_peer_does_the_same_step() -> None:
 
 
 def test_compiled_within_a_budget() -> None:
-    """Compiled like any other, then with less kept for backward: not the code of the first."""
+    """The second compilation keeps less for backward, so it must not reuse the first one's code."""
     torch.manual_seed(0)
     device, x, labels = torch.device("cpu"), torch.randn(4, 3, 8, 8), torch.arange(4)
     saved = {}
@@ -371,7 +371,7 @@ def test_compiled_within_a_budget() -> None:
 
 
 class Recording:
-    """Stands in for torch.cuda's stream, its graph and their contexts: what happens in which order."""
+    """Replaces torch.cuda's stream, graph and their contexts, and records the order of events."""
 
     def __init__(self) -> None:
         self.events: list[str] = []

@@ -1,4 +1,4 @@
-"""What a swap keeps, what it refuses and says, and that it can be undone."""
+"""A swap: what it keeps, what it refuses and why, and undoing it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_restore_undoes_it_exactly() -> None:
     assert [sorted(m.__dict__) for m in model.modules()] == attributes
 
 
-def test_restore_after_training_keeps_what_was_learnt(backend: str) -> None:
+def test_restore_after_training_keeps_the_weights(backend: str) -> None:
     ours, eager = twin(small_densenet(), dense_ext.swap)
     assert_trains_alike(ours, eager, images(), steps=2)
     dense_ext.restore(ours)
@@ -102,7 +102,7 @@ def test_model_that_contains_a_densenet(backend: str) -> None:
 
 
 class TestCopies:
-    """Copies of a swapped model are models of their own that compute the same."""
+    """Copies of a swapped model are independent and compute the same."""
 
     @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
     def test_copy(self, backend: str, how: str) -> None:
@@ -195,7 +195,7 @@ class TestRefusals:
             (_activation, "denselayer1: relu1 is SiLU, not ReLU"),
             (_sync_norm, "denselayer1: norm1 is SyncBatchNorm, not BatchNorm2d"),
             (_hook, "denselayer1: norm1 carries a hook"),
-            (_subclass, "Mine is a subclass with a forward of its own"),
+            (_subclass, "Mine is a subclass with its own forward"),
             (_narrower, "denselayer2 has channels 15, 15, 15, 15, 15, 5, expected 14, 14, 15, 15, 15, 5"),
             (_drop_rates, "its layers have different drop rates"),
         ],
@@ -284,7 +284,7 @@ class TestBackendChoice:
             pass
 
     def test_named_backend_that_cannot_run_says_why(self) -> None:
-        """On a device without kernels, by name; the meta device stands for any other accelerator."""
+        """A backend requested by name fails on a device without kernels, for which meta is an example."""
         x = torch.empty(2, 3, 4, 4, device="meta")
         with pytest.raises(RuntimeError, match=r"no backend runs channel_stats .* on meta .*cpu:"):
             select("cpu", x.device.type, x.dtype)
@@ -292,7 +292,7 @@ class TestBackendChoice:
         assert "meta" in str(reasons["cpu"])
         assert reasons["reference"] is None
 
-    def test_reference_serves_every_dtype(self) -> None:
+    def test_reference_runs_every_dtype(self) -> None:
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             assert "reference" in dense_ext.available_backends("cpu", dtype)
             assert "reference" in dense_ext.available_backends(dtype=dtype)

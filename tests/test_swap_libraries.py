@@ -1,4 +1,4 @@
-"""Every library's DenseNet, swapped: what it computes, keeps, refuses, and how its own tools see it."""
+"""The swapped DenseNets of all libraries: results, state, refusals, and the libraries' own tools."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_trains_like_the_original(build: Callable[[], nn.Module], recompute: str
 
 
 @libraries
-def test_keeps_what_the_user_holds_and_gives_it_back(build: Callable[[], nn.Module]) -> None:
+def test_keeps_and_restores_the_users_objects(build: Callable[[], nn.Module]) -> None:
     ours, eager = twin(built(build), lambda m: None)
     held = [id(t) for t in (*ours.parameters(), *ours.buffers(), *ours.modules())]
     dense_ext.swap(ours)
@@ -167,7 +167,7 @@ CHANGES = [_other_activation, _one_more_module, _other_layer, _hook, _patched_fo
 
 @libraries
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_is_changed_after_the_swap_runs_as_it_is(
+def test_changes_after_the_swap_take_effect(
     build: Callable[[], nn.Module], change: Callable[[Any], str]
 ) -> None:
     ours, eager = twin(built(build), dense_ext.swap)
@@ -183,7 +183,7 @@ def test_what_is_changed_after_the_swap_runs_as_it_is(
 
 @libraries
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_was_changed_before_is_left_alone(
+def test_parts_changed_before_the_swap_are_not_swapped(
     build: Callable[[], nn.Module], change: Callable[[Any], str]
 ) -> None:
     model = built(build)
@@ -215,7 +215,7 @@ def test_what_was_changed_before_is_left_alone(
         (lambda: monai_net(dropout_prob=0.1), "its children are norm1, .*, dropout, expected norm1, "),
     ],
 )
-def test_variants_without_a_kernel_say_so(build: Callable[[], nn.Module], reason: str) -> None:
+def test_variants_without_a_kernel_give_a_reason(build: Callable[[], nn.Module], reason: str) -> None:
     model = build()
     with pytest.warns(UserWarning, match=reason):
         dense_ext.swap(model)
@@ -248,7 +248,7 @@ def test_slices_of_the_features(build: Callable[[], nn.Module]) -> None:
 
 class TestTimm:
     def test_intermediates(self) -> None:
-        """They tap the stem before its pool, which a call of the whole would not compute."""
+        """They include the stem's activation before its pool, which the fused stem does not compute."""
         ours, eager = twin(built(timm_net), dense_ext.swap)
         x = images()
         outputs, intermediates = ours.forward_intermediates(x)
@@ -290,8 +290,8 @@ class TestMonai:
         assert all(p.grad is not None for p in ours.parameters())
 
     @pytest.mark.parametrize("frozen", ["denseblock1", "denseblock2"])
-    def test_metadata_hands_no_statistics_on(self, frozen: str) -> None:
-        """Every result of a MetaTensor has all its attributes, also those of what it was computed from."""
+    def test_metadata_passes_no_statistics_on(self, frozen: str) -> None:
+        """Results of operations on a MetaTensor carry all of its attributes."""
         ours, eager = twin(built(monai_net), dense_ext.swap)
         x = MetaTensor(images())
         for model in (ours, eager):
@@ -311,7 +311,7 @@ class TestMonai:
 
 class TestXray:
     def test_resizing_and_sigmoid(self) -> None:
-        """What the pretrained networks do around the features."""
+        """The pretrained networks resize images and apply a sigmoid."""
         model = built(xray_net)
         model.input_resolution = 48
         ours, eager = twin(model, dense_ext.swap)
@@ -328,7 +328,7 @@ class TestXray:
         assert not torch.equal(model(x), model(x))
 
     def test_torchvision_network_in_data_parallel(self) -> None:
-        """As the library's CheXpert baseline holds it."""
+        """The library's CheXpert baseline wraps its network like this."""
 
         class Baseline(nn.Module):
             def __init__(self) -> None:
@@ -344,7 +344,7 @@ class TestXray:
 
 
 def test_segmentation_encoder() -> None:
-    """A U-Net over torchvision's DenseNet, whose stem and transitions it calls child by child."""
+    """A U-Net around torchvision's DenseNet calls the stem's and the transitions' children one by one."""
     torch.manual_seed(0)
     model = segmentation_models_pytorch.Unet("densenet121", encoder_weights=None)
     reason = r"DenseNetEncoder\.forward calls its modules one by one"

@@ -1,4 +1,4 @@
-"""Blocks that train at the same time, each in a thread of the caller's, get what each gets alone."""
+"""Blocks that train at the same time in different threads compute the same as each on its own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def network(seed: int, backend: str) -> tuple[nn.Module, Tensor]:
-    """Two blocks and a transition, and their input: of other sizes and another policy for each seed."""
+    """Two blocks and a transition, and their input, with different sizes and policies for each seed."""
     torch.manual_seed(seed)
     parts = [eager_block(3, 6 + seed, 5), eager_transition(21 + seed, 4), eager_block(2, 4, 3 + seed)]
     policy = ("none", "bottleneck", "block")[seed % 3]
@@ -30,7 +30,7 @@ def network(seed: int, backend: str) -> tuple[nn.Module, Tensor]:
 
 
 def train(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """The input's and all parameters' gradients of some steps."""
+    """The gradients of the input and of all parameters over some steps."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     found = []
     for _ in range(STEPS):
@@ -44,7 +44,7 @@ def train(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def train_together(backend: str) -> list[list[Tensor]]:
-    """What each of the networks gets when a thread for each begins at the same moment."""
+    """Train the networks in one thread each, started at the same moment; returns each one's gradients."""
     networks = [network(seed, backend) for seed in range(THREADS)]
     ready = threading.Barrier(THREADS)
 
@@ -58,7 +58,7 @@ def train_together(backend: str) -> list[list[Tensor]]:
 
 @pytest.fixture(params=[1, 3], ids=lambda n: f"{n}threads")
 def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """How many threads each of them has in turn."""
+    """Run a test with one PyTorch thread, and with three."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield
@@ -70,4 +70,4 @@ def test_side_by_side(backend: str) -> None:
     alone = [train(*network(seed, backend)) for seed in range(THREADS)]
     for seed, found in enumerate(train_together(backend)):
         for one, other in zip(found, alone[seed], strict=True):
-            assert torch.equal(one, other), f"network {seed}: other bits"
+            assert torch.equal(one, other), f"network {seed}: the bits differ"

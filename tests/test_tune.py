@@ -1,4 +1,4 @@
-"""``dense-ext tune``: what it measures, keeps, prints and refuses; a clock stands in for the GPU."""
+"""``dense-ext tune``: what it measures, keeps, prints and refuses; a fake clock replaces the GPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dense_ext.cli import main
 pytestmark = pytest.mark.usefixtures("tiny_model", "table")
 
 FORWARD, BACKWARD = (("bn_relu_conv3x3_" + name, "sm_90", "16bit", "8x8") for name in ("forward", "backward"))
-# The places of the table that are looked up here.
+# The keys of the table that are looked up here.
 PLACES = {key[0]: key for key in (FORWARD, BACKWARD)}
 TUNE = ["tune", "--model", "tiny", "--size", "16", "--batch", "2"]
 
@@ -33,7 +33,7 @@ Seconds = Callable[[tuple[str, ...], Config], float]
 
 
 def stages(key: tuple[str, ...], config: Config) -> float:
-    """Forward, each stage takes a millisecond; backward, nothing matters."""
+    """Forward takes a millisecond per stage; backward does not depend on the configuration."""
     return 1e-3 * config.num_stages if key == FORWARD else 1e-3
 
 
@@ -42,11 +42,11 @@ def exact(config: Config) -> float:
 
 
 class Clock:
-    """Stands in for the kernels and the GPU: a call takes the seconds that its configuration is said to.
+    """Replaces the kernels and the GPU: a call takes the seconds given for its configuration.
 
     Args:
-        seconds: of a call, by place and configuration.
-        error: of a call, by configuration.
+        seconds: a call's duration, by key and configuration.
+        error: a call's error, by configuration.
     """
 
     def __init__(self, seconds: Seconds, error: Callable[[Config], float]) -> None:
@@ -74,7 +74,7 @@ class Clock:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, Clock]]:
-    """Runs the command on a clock; gives the exit code and the clock."""
+    """Runs the command with a fake clock; returns the exit code and the clock."""
 
     def run(seconds: Seconds, *options: str, error: Callable[[Config], float] = exact) -> tuple[int, Clock]:
         clock = Clock(seconds, error)
@@ -92,7 +92,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, Clock]]:
 def test_what_is_faster_goes_into_the_table(
     run: Callable[..., tuple[int, Clock]], table: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Beside what was there for other places; what nothing is faster than has no row."""
+    """Rows for other keys stay; a key for which no candidate is faster gets no row."""
     other = Row("channel_stats", "sm_80", "16bit", "1x1", Config({"BLOCK_M": 32}), "measured: before")
     write_rows(table, [other])
     shipped = find_config(*FORWARD)
@@ -116,7 +116,7 @@ def test_what_is_faster_goes_into_the_table(
     assert kept == other
     assert {**row.as_json(), "seconds_before": 3e-3, "seconds": 1e-3, "faster": True} == forward
     assert find_config(*FORWARD) == row.config  # the next look-up finds it
-    # Each place, its configuration first; and no candidate twice.
+    # For each key its configuration comes first, and no candidate comes twice.
     assert len(clock.measured) == len(set(map(repr, clock.measured)))
     assert len(clock.measured) == tuning.ticks([BACKWARD]) + 1 + len(list(tuning.candidates(shipped)))
 
@@ -134,7 +134,7 @@ def test_tables_without_json(
 def test_ctrl_c_keeps_what_is_faster(
     run: Callable[..., tuple[int, Clock]], table: Path, capsys: pytest.CaptureFixture[str], after: str
 ) -> None:
-    """In the middle of a place: what was the fastest of it until then."""
+    """In the middle of a key, the fastest configuration until then is kept."""
     shipped = find_config(*FORWARD)
 
     def interrupted(key: tuple[str, ...], config: Config) -> float:
@@ -203,7 +203,7 @@ def test_progress_says_which_configuration(
 def test_another_table_is_what_has_to_be_beaten(
     run: Callable[..., tuple[int, Clock]], table: Path, tmp_path: Path
 ) -> None:
-    """A row of it is replaced by what is faster than that row, not than the user's own or the shipped one."""
+    """A candidate replaces a row of that table if it is faster than this row, whatever other tables hold."""
     good = Row(*FORWARD, Config(find_config(*FORWARD).blocks, num_stages=1), "measured: before")
     other = tmp_path / "new" / "other.json"
     write_rows(other, [good])
@@ -278,7 +278,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_the_kernels_themselves(table: Path) -> None:
-    """In Triton's interpreter: looked up, run with each candidate, judged by their error, timed, written."""
+    """In Triton's interpreter: look up, run each candidate, check its error, time it, and write the table."""
     arguments = ["tune", "--model", "densenet_bc_40_12", "--batch", "1", "--size", "8", "--dtype", "float32"]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *arguments, "--json"], env={**os.environ, "TRITON_INTERPRET": "1"},

@@ -1,4 +1,4 @@
-"""Volumes, [N, C, D, H, W]: MONAI's three-dimensional DenseNets and blocks of other shapes, against eager."""
+"""Volumes [N, C, D, H, W]: MONAI's three-dimensional DenseNets, and blocks of other shapes, against eager."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def network(**options: Any) -> nn.Module:
-    """Two blocks, in float64."""
+    """A MONAI DenseNet of two blocks in float64."""
     options = {"init_features": 10, "growth_rate": 5, "block_config": (2, 3), "bn_size": 3} | options
     net = randomize(DenseNet(3, 2, 4, **options)).double()
-    with torch.no_grad():  # or no window's maximum is cut off by ReLU, and the gradient of this bias is 0
+    # So that ReLU cuts off some windows' maxima; otherwise this bias's gradient would be zero.
+    with torch.no_grad():
         if isinstance(net.features.norm0, nn.BatchNorm3d):
             net.features.norm0.bias.sub_(1.5)
     return net
@@ -66,7 +67,7 @@ def test_memory_formats(memory_format: torch.memory_format, recompute: str) -> N
 @pytest.mark.parametrize("size", [(1, 1, 1), (1, 5, 3), (4, 1, 2), (3, 2, 1)])
 @pytest.mark.parametrize("bn_size", [2, None])
 def test_blocks(size: tuple[int, ...], bn_size: int | None, recompute: str) -> None:
-    """With and without bottleneck, with sides of a single pixel."""
+    """With and without a bottleneck, and with sides of a single pixel."""
     block = dense_ext.DenseBlock(3, 6, 5, bn_size, recompute=recompute)
     ours = in_three_dimensions(block)
     eager = dense_ext.modules.EagerDenseBlock(dict(ours.items()))
@@ -85,7 +86,7 @@ def test_blocks(size: tuple[int, ...], bn_size: int | None, recompute: str) -> N
 
 @pytest.mark.parametrize("size", [(2, 2, 2), (3, 5, 4), (2, 7, 3)])
 def test_transitions(size: tuple[int, ...]) -> None:
-    """Odd sides, of which the pool leaves the last plane out."""
+    """With odd sides, whose last plane the pool ignores."""
     ours, eager = twin(in_three_dimensions(eager_transition()), dense_ext.swap)
     assert_trains_alike(ours, eager, volumes(*size, channels=6), steps=2)
 
@@ -118,7 +119,7 @@ def test_batch_norm_settings(setting: Callable[[nn.Module], None]) -> None:
 
 
 def test_dropout_drops_elements() -> None:
-    """The same elements in backward as in forward; torchvision's dropout, as MONAI's drops channels."""
+    """The same elements in forward and backward. It uses torchvision's layers, since MONAI drops channels."""
     block = in_three_dimensions(eager_block(drop_rate=0.5))
     dense_ext.swap(block, recompute="block")
     x = volumes(4, 5, 3, channels=6).requires_grad_()
@@ -152,12 +153,12 @@ def test_memory_is_linear_in_depth() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_no_less_exact_than_eager_in_16_bits(dtype: torch.dtype) -> None:
-    """A block, as PyTorch has no 16-bit pools for volumes on a CPU; averaged as in test_operators."""
+    """Only a block, since PyTorch has no 16-bit pools for volumes on a CPU; averaged as in test_operators."""
     ratios = []
     for seed in range(6):
         torch.manual_seed(seed)
         truth = in_three_dimensions(eager_block(4, growth_rate=8))
-        # Start from values the storage type represents, so that only the computation differs.
+        # Start from values that the storage type represents, so that only the computation differs.
         truth.load_state_dict({k: v.to(dtype).to(v.dtype) for k, v in truth.state_dict().items()})
         x = volumes(6, 8, 7, channels=6).to(dtype)
         ours, eager = (copy.deepcopy(truth).to(dtype) for _ in range(2))
@@ -174,7 +175,7 @@ def test_no_less_exact_than_eager_in_16_bits(dtype: torch.dtype) -> None:
 
 
 def tensors_of_a_step(module: nn.Module, x: Tensor) -> list[Tensor]:
-    """The output, the input's gradient and the parameters'."""
+    """The output, and the gradients of the input and the parameters."""
     leaf = x.clone().requires_grad_()
     y = module(leaf)
     gradients = torch.autograd.grad(y.double().square().sum(), [leaf, *module.parameters()])
@@ -182,7 +183,7 @@ def tensors_of_a_step(module: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def test_every_dtype_under_autocast_is_eagers() -> None:
-    """On a CPU autocast pools volumes in float32, so that what follows is float32 too."""
+    """On a CPU autocast pools volumes in float32, so everything after the pool is float32 too."""
     ours, eager = twin(network().float(), dense_ext.swap)
     x = volumes().float()
     dtypes: list[dict[str, torch.dtype]] = []
@@ -206,7 +207,7 @@ def test_compiled() -> None:
     assert_trains_alike(ours, eager, volumes(), steps=1)
 
 
-def test_operators_are_what_the_compiler_takes_them_for() -> None:
+def test_fake_kernels_match_the_operators() -> None:
     seen: dict[Any, tuple[Any, ...]] = {}
 
     class Noting(TorchDispatchMode):
@@ -251,14 +252,14 @@ def test_an_image_for_volumes_is_refused() -> None:
         ({"act": "prelu"}, "relu1 is PReLU, not ReLU"),
     ],
 )
-def test_what_cannot_be_served_stays(options: dict[str, Any], reason: str) -> None:
+def test_parts_that_cannot_be_fused_stay(options: dict[str, Any], reason: str) -> None:
     net = network(**options)
     with pytest.warns(UserWarning, match=reason):
         ours, eager = twin(net, dense_ext.swap)
     x = volumes()
     torch.manual_seed(0)
     actual = ours(x)
-    torch.manual_seed(0)  # MONAI's dropout
+    torch.manual_seed(0)  # the seed of MONAI's dropout
     assert_equal(actual, eager(x), "output")
 
 

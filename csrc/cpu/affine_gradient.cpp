@@ -2,8 +2,8 @@
 //   affine_gradient:   out = grad + u*x + v
 //   scaled_accumulate: out += scale*grad
 //
-// grad, x, out [N, H, W, C], pixels their own strides apart (out may be grad itself); u, v,
-// scale [C]. Both move 3 C elements a pixel.
+// grad, x, out [N, H, W, C], each with its own pixel stride (out may be grad itself); u, v,
+// scale [C]. Both move 3 C elements per pixel.
 
 #include <torch/csrc/stable/library.h>
 
@@ -14,7 +14,7 @@
 namespace dense_ext {
 namespace {
 
-// Below this many pixels a part isn't worth a thread.
+// The minimum number of pixels that is worth a thread.
 constexpr int64_t kMinRows = 64;
 
 template <class Body>

@@ -1,4 +1,4 @@
-// Tiles for 3x3 windows: bands of whole rows, in scratch with a border of one zero pixel around.
+// Tiles for 3x3 windows: bands of whole rows, copied to scratch with a border one pixel wide.
 
 #pragma once
 
@@ -10,25 +10,25 @@
 
 namespace dense_ext {
 
-// Rows [row, row + rows) of images [image, image + images); several images only if whole ones.
-// Its pixels are consecutive in NHWC. A line is one row of one image.
+// Rows [row, row + rows) of images [image, image + images). A band with several images holds whole
+// images, so its pixels are consecutive in NHWC memory. A line is one row of one image.
 struct Band {
   int64_t image, images, row, rows, height, width;
 
   int64_t first_pixel() const { return (image * height + row) * width; }
   int64_t lines() const { return images * rows; }
   int64_t pixels() const { return lines() * width; }
-  // The same with its border: [images][rows + 2][width + 2].
+  // The number of pixels with the border: [images][rows + 2][width + 2].
   int64_t padded_pixels() const { return images * (rows + 2) * (width + 2); }
-  // The border's pixel above and to the left of the line's first.
+  // The index, in the band with its border, of the upper left neighbour of the line's first pixel.
   int64_t padded_line(int64_t line) const {
     return (line / rows * (rows + 2) + line % rows) * (width + 2);
   }
 };
 
-// Splits N x H x W into bands that fit `budget` with `pixel_bytes` a padded pixel, as a multiple of
-// the threads where that is possible. A band has at least kMinRows rows, or its border would cost
-// more than it.
+// Splits N x H x W into bands whose padded pixels, of `pixel_bytes` each, fit into `budget` bytes.
+// If possible, the number of bands is a multiple of `threads`. max_rows is at least kMinRows: the
+// border of a smaller band would cost more than its pixels.
 class Bands {
  public:
   template <class T>
@@ -55,7 +55,7 @@ class Bands {
     return {images.begin, images.size(), rows.begin, rows.size(), height_, width_};
   }
 
-  // Upper bounds over all bands, for scratch.
+  // Upper bounds over all bands, for allocating scratch.
   int64_t max_lines() const { return ceil_div(images_, groups_) * ceil_div(height_, per_image_); }
   int64_t max_pixels() const { return max_lines() * width_; }
   int64_t max_padded_pixels() const {
@@ -67,8 +67,8 @@ class Bands {
   int64_t images_, height_, width_, groups_, per_image_, parts_;
 };
 
-// Fills a band with its border: fill(pixel, out) computes the `width` pixels of one line from
-// `pixel` on. Lines of the same image above and below are computed; beyond the image all is zero.
+// Fills a band with its border: fill(pixel, out) computes the `width` pixels of one line, starting
+// at `pixel`. Border lines inside the image are computed too; outside the image all is zero.
 template <class A, class Fill>
 void fill_padded(const Band& band, A* out, int64_t ld, const Fill& fill) {
   const auto zero = [&](int64_t pixels) {

@@ -1,4 +1,4 @@
-// Per-channel vectors of a batch norm, all [C] in the accumulation type:
+// A batch norm's arithmetic on per-channel vectors, all [C] in the accumulation type:
 //   bn_scale_shift: scale = weight * invstd, shift = bias - mean*scale, invstd = 1/sqrt(var + eps)
 //   bn_gradient:    grad_bias = sums[0], grad_weight = sums[1] * invstd, and with the batch's
 //                   statistics also u += du, v -= scale*grad_bias/count + du*mean,

@@ -4,9 +4,9 @@
 //           grad_x += scale*g;  sums = [sum g, sum g*(x - mean)]
 //           dW = dz^T @ relu(scale*x + shift)
 //
-// x, grad_x [M, C], z, grad_bn [M, B], pixels their own strides apart; W, dW [B, C], any strides.
-// Moves C + B elements a pixel forward, 3 C + 2 B backward: x is read once, and its activations
-// live only in a tile of scratch that fits the L2 cache, where the products find them.
+// x, grad_x [M, C]; z, grad_bn [M, B]; each with its own pixel stride. W, dW [B, C], any strides.
+// Moves C + B elements per pixel forward, 3 C + 2 B backward. x is read once. Its activations exist
+// only in a tile of scratch that fits the L2 cache, from which the products read them.
 
 #include <torch/csrc/stable/library.h>
 
@@ -15,7 +15,7 @@
 namespace dense_ext {
 namespace {
 
-// Pixels of a tile (8 register tiles), and channels activated at a time.
+// The pixels of a tile (8 register tiles), and the channels that are activated at a time.
 constexpr int64_t kForwardPixels = 112;
 constexpr int64_t kForwardChannels = 256;
 constexpr int64_t kBackwardPixels = 112;
@@ -28,7 +28,7 @@ struct ForwardArguments {
   const A *scale, *shift;  // [C]
   Weight<const T> weight;  // [B, C]
   Pixels<T> z;             // [M, B]
-  A *mean, *var;           // [B]; null: not wanted
+  A *mean, *var;           // [B]; null if not wanted
 };
 
 template <class T>
@@ -89,7 +89,7 @@ class Forward {
     }
   }
 
-  // What is activated after chunk c of tile i.
+  // The input that is activated after chunk c of tile i.
   Prefetch next_input(int64_t i, int64_t c, int64_t end) const {
     if (c + 1 < chunks_.count) return fetch_pixels(args_.x, tiles_.tile(i), chunks_[c + 1]);
     if (i + 1 < end) return fetch_pixels(args_.x, tiles_.tile(i + 1), chunks_[0]);
@@ -144,7 +144,7 @@ struct BackwardArguments {
   Weight<const T> weight;         // [B, C]
   Pixels<T> grad_x;               // [M, C]
   A* sums;                        // [2, C]
-  Weight<T> grad_weight;          // [B, C]; data null: not wanted
+  Weight<T> grad_weight;          // [B, C]; data null if unwanted
 };
 
 template <class T>
@@ -184,13 +184,13 @@ class Backward {
   }
 
  private:
-  // What a thread works on: a tile of pixels in scratch, and its part of the results.
+  // A thread's work: a tile of pixels in scratch, and the part of the results that it adds to.
   struct Tile {
     int64_t part, dz_ld, a_ld;
     A *dz = nullptr, *a = nullptr, *da = nullptr;
     Range pixels = {};
-    bool first = false;     // of this part: starts its weight gradient
-    Prefetch next[2] = {};  // what the following tile begins with
+    bool first = false;     // the part's first tile, which initialises its weight gradient
+    Prefetch next[2] = {};  // the first input of the next tile
   };
 
   void run_thread(int64_t thread) {

@@ -1,13 +1,13 @@
-// Forward:  y = conv3x3(relu(scale*z + shift), W), padded with zeros after the activation, and
+// Forward:  y = conv3x3(relu(scale*z + shift), W), where the activation is padded with zeros, and
 //           y's mean and variance.
 // Backward: dy = grad + u*y + v
 //           g = conv3x3^T(dy, W) where scale*z + shift > 0, else 0;  grad_bn = g
 //           sums = [sum g, sum g*(z - mean)];  dW[k, c, tap] = sum_p dy[p, k] * a[p + tap, c]
 //
-// z, grad_bn [N, H, W, B], y, grad [N, H, W, K], pixels their own strides apart; W, dW
-// [K, B, 3, 3], any strides. Moves B + K elements a pixel forward, 2 B + 2 K backward: a band of
-// rows is activated once into scratch with a border of zeros, and the nine taps are nine shifted
-// views of it.
+// z, grad_bn [N, H, W, B]; y, grad [N, H, W, K]; each with its own pixel stride. W, dW
+// [K, B, 3, 3], any strides. Moves B + K elements per pixel forward, 2 B + 2 K backward. A band of
+// rows is activated once into scratch with a border of zeros; the nine taps are nine shifted views
+// of it.
 
 #include <torch/csrc/stable/library.h>
 
@@ -17,8 +17,9 @@
 namespace dense_ext {
 namespace {
 
-// Scratch of a band, channels activated at a time, and pixels a weight gradient sums at a time (so
-// that the operands of its product stay in the L1 cache).
+// The bytes of scratch for a band, and the channels that are activated at a time. The last is the
+// number of pixels that a weight gradient sums at a time, so that its operands stay in the L1
+// cache.
 constexpr int64_t kForwardBytes = 256 << 10;
 constexpr int64_t kBackwardBytes = 512 << 10;
 constexpr int64_t kChannels = 128;
@@ -31,7 +32,7 @@ struct ForwardArguments {
   const A *scale, *shift;  // [B]
   Weight<const T> weight;  // [K, B, 3, 3]
   Pixels<T> y;             // [N, H, W, K]
-  A *mean, *var;           // [K]; null: not wanted
+  A *mean, *var;           // [K]; null if not wanted
 };
 
 template <class T>
@@ -95,7 +96,7 @@ class Forward {
     }
   }
 
-  // One line of y, or what a chunk of the channels adds to it.
+  // Computes a chunk of the channels' contribution to one line of y.
   void convolve_line(const A* a, Range chunk, A* y) const {
     multiply(Product<A>{.rows = args_.z.width,
                         .columns = out_,
@@ -164,7 +165,7 @@ struct BackwardArguments {
   Weight<const T> weight;         // [K, B, 3, 3]
   Pixels<T> grad_bn;              // [N, H, W, B]
   A* sums;                        // [2, B]
-  Weight<T> grad_weight;          // [K, B, 3, 3]; data null: not wanted
+  Weight<T> grad_weight;          // [K, B, 3, 3]; data null if unwanted
 };
 
 template <class T>
@@ -212,12 +213,12 @@ class Backward {
   }
 
  private:
-  // What a thread works on: a band of pixels in scratch, and its part of the results.
+  // A thread's work: a band of pixels in scratch, and the part of the results that it adds to.
   struct Tile {
     int64_t part;
     A *dy, *a, *da;
     Band band = {};
-    bool first = false;  // of this part: starts its weight gradient
+    bool first = false;  // the part's first band, which initialises its weight gradient
   };
 
   void run_part(int64_t part) {
@@ -241,7 +242,7 @@ class Backward {
     }
   }
 
-  // da = conv3x3^T(dy, W), and from it grad_bn and sums.
+  // Computes da = conv3x3^T(dy, W), and from it grad_bn and sums.
   void write_data_gradient(const Tile& tile, Range chunk) {
     const Band& band = tile.band;
     const int64_t pixel = band.first_pixel(), c = chunk.begin;
@@ -271,7 +272,7 @@ class Backward {
   }
 
   // dW[tap] (+)= sum over the band's pixels p of a[p] * dy[p - tap]. Outside the image dy is zero,
-  // so every pixel takes part in every tap; one that isn't finite makes NaN of all of them.
+  // so every pixel contributes to every tap; a pixel that isn't finite makes all taps NaN.
   void add_weight_gradient(const Tile& tile, Range chunk) {
     const Band& band = tile.band;
     activate_rows(args_.z.at(band.first_pixel()) + chunk.begin, args_.z.stride, band.pixels(),

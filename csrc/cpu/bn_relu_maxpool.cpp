@@ -1,11 +1,11 @@
-// Forward:  y = max over 3x3 windows, 2 apart, of relu(scale*x + shift); padding never wins.
-// Backward: the first maximum of each window in row-major order takes its gradient;
-//           g = the sum of what a pixel took where scale*x + shift > 0, else 0
+// Forward:  y = max over 3x3 windows, 2 apart, of relu(scale*x + shift); padding is ignored.
+// Backward: the first maximum of each window in row-major order takes the window's gradient;
+//           g = the sum of the gradients that a pixel took where scale*x + shift > 0, else 0
 //           grad_x = scale*g;  sums = [sum g, sum g*(x - mean)]
 //
-// x, grad_x [N, H, W, C], y, grad [N, (H-1)/2 + 1, (W-1)/2 + 1, C], pixels their own strides apart.
-// Moves 5/4 C elements an input pixel forward, 9/4 C backward: the activations and the windows'
-// maxima are found anew from x, in cache.
+// x, grad_x [N, H, W, C]; y, grad [N, (H-1)/2 + 1, (W-1)/2 + 1, C]; each with its own pixel stride.
+// Moves 5/4 C elements per input pixel forward, 9/4 C backward: backward computes the activations
+// and the windows' maxima again from x, in the cache.
 
 #include <torch/csrc/stable/library.h>
 
@@ -18,7 +18,7 @@ namespace {
 // Scratch for the gradients of a band of input rows.
 constexpr int64_t kBandBytes = 256 << 10;
 
-// The input pixels of one 3x3 window, in row-major order; those beyond the image are left out.
+// The input pixels of one 3x3 window that are inside the image, in row-major order.
 struct Window {
   int64_t count = 0;
   int64_t row[9], pixel[9];  // the row in the image, and the pixel of the tensor
@@ -34,8 +34,8 @@ struct Window {
   }
 };
 
-// The maxima of a window in kWidth vectors of channels from j on, and their indices in the window
-// as numbers. Several vectors at once, for one alone waits for its comparisons.
+// The maxima of a window in kWidth vectors of channels from j on, and their indices in the window.
+// Several vectors at once hide the latency of the comparisons.
 template <class T, int kWidth>
 struct Maximum {
   Vector<T> value[kWidth], index[kWidth];
@@ -54,7 +54,7 @@ struct Maximum {
       DENSE_UNROLL for (int v = 0; v < kWidth; v++) {
         const int64_t c = v * kLanes<T>;
         const V a = relu(load(scale + j + c) * load(pixel + c, count) + load(shift + j + c));
-        const auto wins = (a > value[v]) | (a != a);  // as in PyTorch: NaN is a maximum
+        const auto wins = (a > value[v]) | (a != a);  // NaN is a maximum, as in PyTorch
         value[v] = wins ? a : value[v];
         index[v] = wins ? number : index[v];
       }
@@ -106,8 +106,8 @@ void bn_relu_maxpool_forward(const Tensor& x, const Tensor& scale, const Tensor&
 
 // --- backward --------------------------------------------------------------------------------
 
-// da[pixel of the band][c] += the gradients of the windows it is the maximum of, for the windows
-// of one output line. The band is rows [band) of the image; da begins with its first pixel.
+// For the windows of one output line, adds each window's gradient to da[pixel][c] of the pixel that
+// is its maximum. The band holds the rows `band` of the image; da begins with its first pixel.
 template <class T>
 void scatter_line(const Pixels<const T>& grad, const Pixels<const T>& x, int64_t image, int64_t oh,
                   Range band, const Acc<T>* scale, const Acc<T>* shift, Acc<T>* da, int64_t ld) {
@@ -149,7 +149,7 @@ void backward_kernel(const BackwardArguments<T>& args) {
   using A = Acc<T>;
   const Pixels<const T>&x = args.x, &grad = args.grad;
   const int64_t ld = round_up(x.channels, kLanes<A>);
-  // Bands of rows of one image; the windows across their edges are looked at from both sides.
+  // Bands of rows of one image. Windows across the edge of two bands are processed for both.
   const int64_t line_bytes = x.width * ld * int64_t{sizeof(A)};
   const int64_t max_rows = std::max<int64_t>(4, kBandBytes / line_bytes);
   const int64_t per_image =
@@ -171,7 +171,7 @@ void backward_kernel(const BackwardArguments<T>& args) {
       const Range band = part_of(x.height, per_image, i % per_image);
       const int64_t pixels = band.size() * x.width;
       std::fill_n(da, pixels * ld, A{0});
-      // Row h lies in windows h/2 and (h + 1)/2.
+      // Row h belongs to the windows of output lines h/2 and (h + 1)/2.
       for (int64_t oh = band.begin / 2; oh <= std::min(band.end / 2, grad.height - 1); oh++) {
         scatter_line(grad, x, image, oh, band, scale, shift, da, ld);
       }

@@ -3,9 +3,9 @@
 //           g = dp where scale*x + shift > 0, else 0;  grad_x = scale*g
 //           sums = [sum g, sum g*(x - mean)];  dW = grad^T @ avg_pool2x2(relu(scale*x + shift))
 //
-// x, grad_x [N, H, W, C], y, grad [N, H/2, W/2, K], pixels their own strides apart; W, dW [K, C],
-// any strides. Moves 4 C + K elements an output pixel forward, 8 C + K backward. The pool and the
-// product commute: pooled in scratch first, the product is a quarter of the work.
+// x, grad_x [N, H, W, C]; y, grad [N, H/2, W/2, K]; each with its own pixel stride. W, dW [K, C],
+// any strides. Moves 4 C + K elements per output pixel forward, 8 C + K backward. The pool and the
+// product commute; after pooling in scratch, the product takes a quarter of the work.
 
 #include <torch/csrc/stable/library.h>
 
@@ -14,13 +14,13 @@
 namespace dense_ext {
 namespace {
 
-// Output pixels of a tile, and channels pooled at a time.
+// The output pixels of a tile, and the channels that are pooled at a time.
 constexpr int64_t kPixels = 112;
 constexpr int64_t kForwardChannels = 256;
 constexpr int64_t kBackwardChannels = 128;
 
-// Output pixel p's window: its first input pixel is first_input(p), the others are 1, `width` and
-// `width` + 1 further.
+// The pooling windows. The first input pixel of output pixel p's window is first_input(p); the
+// others are 1, `width` and `width` + 1 further.
 struct Windows {
   int64_t height, width, out_height, out_width;
 
@@ -29,17 +29,17 @@ struct Windows {
       : height(x.height), width(x.width), out_height(x.height / 2), out_width(x.width / 2) {}
 
   int64_t first_input(int64_t p) const {
-    const int64_t line = p / out_width;  // of all images' output lines
+    const int64_t line = p / out_width;  // counted over all images
     return (line / out_height * height + line % out_height * 2) * width + p % out_width * 2;
   }
 
-  // The input pixels of output pixels [tile), and what lies between them.
+  // The range of input pixels from the first to the last that the output pixels `tile` read.
   Range inputs(Range tile) const {
     return {first_input(tile.begin), first_input(tile.end - 1) + width + 2};
   }
 };
 
-// out[i] = factor * sum of relu(scale*x + shift) over the window of output pixel pixels.begin + i
+// out[i] = factor * sum of relu(scale*x + shift) over the window of output pixel tile.begin + i
 template <class T>
 void pool_rows(const Pixels<const T>& x, const Windows& windows, Range tile, Range chunk,
                const Acc<T>* scale, const Acc<T>* shift, Acc<T> factor, Acc<T>* out, int64_t ld) {
@@ -121,7 +121,7 @@ class Forward {
     }
   }
 
-  // What is pooled after chunk c of tile i.
+  // The input that is pooled after chunk c of tile i.
   Prefetch next_input(int64_t i, int64_t c, int64_t end) const {
     const int64_t next = c + 1 < chunks_.count ? i : i + 1;
     if (next == end) return {};
@@ -167,7 +167,7 @@ struct BackwardArguments {
   Weight<const T> weight;         // [K, C]
   Pixels<T> grad_x;               // [N, H, W, C]
   A* sums;                        // [2, C]
-  Weight<T> grad_weight;          // [K, C]; data null: not wanted
+  Weight<T> grad_weight;          // [K, C]; data null if unwanted
 };
 
 template <class T>
@@ -207,12 +207,12 @@ class Backward {
   }
 
  private:
-  // What a thread works on: a tile of output pixels in scratch, and its part of the results.
+  // A thread's work: a tile of output pixels in scratch, and the part of the results it adds to.
   struct Tile {
     int64_t part, dy_ld, a_ld;
     A *dy = nullptr, *a = nullptr, *dp = nullptr;  // dy is a quarter of grad
     Range pixels = {};
-    bool first = false;  // of this part: starts its weight gradient
+    bool first = false;  // the part's first tile, which initialises its weight gradient
   };
 
   void run_thread(int64_t thread) {
@@ -236,7 +236,7 @@ class Backward {
     }
   }
 
-  // dp = dy @ W, and from it grad_x and sums, output line by output line.
+  // Computes dp = dy @ W, and from it grad_x and sums, one output line at a time.
   void write_data_gradient(const Tile& tile, Range chunk) {
     const Range inputs = windows_.inputs(tile.pixels);
     multiply(Product<A>{.rows = tile.pixels.size(),
@@ -259,8 +259,8 @@ class Backward {
     }
   }
 
-  // The pixels of the windows of output pixels [p, p + count), of one line, and the odd column and
-  // row beyond the last window.
+  // Handles the pixels of the windows of output pixels [p, p + count) of one line, and the odd
+  // column and row after the last window.
   void spread_line(const Tile& tile, Range chunk, int64_t p, int64_t count) {
     const A* dp = tile.dp + (p - tile.pixels.begin) * tile.a_ld;
     const int64_t first = windows_.first_input(p);
@@ -276,7 +276,7 @@ class Backward {
     }
   }
 
-  // grad_x and sums of `rows` pixels from `pixel` on; kShared of them share a row of dp.
+  // Computes grad_x and sums of `rows` pixels from `pixel` on; kShared of them share a row of dp.
   template <int kShared>
   void mask(const Tile& tile, Range chunk, const A* dp, int64_t ld, int64_t pixel, int64_t rows) {
     const int64_t c = chunk.begin;
@@ -338,7 +338,7 @@ void bn_relu_pool_conv1x1_backward(const Tensor& grad, const Tensor& x, const Te
         .grad_x = pixels<T>(grad_x, "grad_x", xs, in),
         .sums = channels<A>(sums, "sums", 2 * in),
         .grad_weight = weight_of<T>(grad_weight, "grad_weight", out, in, 1)};
-    if (args.grad.count() == 0) {  // no image, or no room for a window
+    if (args.grad.count() == 0) {  // no images, or images too small for a window
       torch::stable::fill_(grad_x, 0);
       std::fill_n(args.sums, 2 * in, A{0});
       if (grad_weight) torch::stable::fill_(*grad_weight, 0);

@@ -1,7 +1,7 @@
 // mean[c], var[c] = mean and biased variance of x[..., c].
 //
-// x [N, H, W, C], pixels `stride` apart; mean, var [C]. Moves C elements a pixel: every tile is
-// read once from memory and a second time from cache, for the squared deviations.
+// x [N, H, W, C] with any pixel stride; mean, var [C]. Moves C elements per pixel: every tile is
+// read once from memory, and a second time from the cache for the squared deviations.
 
 #include <torch/csrc/stable/library.h>
 

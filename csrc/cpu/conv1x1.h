@@ -1,5 +1,5 @@
-// What the two 1x1 convolutions share: the split of a backward over threads, and the weight
-// gradient's last step.
+// Shared by the two 1x1 convolutions: splitting a backward over threads, and the final reduction of
+// the weight gradient.
 
 #pragma once
 
@@ -13,7 +13,7 @@ namespace dense_ext {
 
 constexpr int64_t kOneTap[1] = {0};
 
-// A 1x1 weight [out, in] as the b of a product over `out`, or transposed over `in`.
+// A 1x1 weight [out, in] as the b of a product whose depth is `out`, or if transposed `in`.
 template <class T>
 WeightsAsB<T> weights_as_b(const Weight<const T>& w, bool transposed) {
   return {.weights = w.data,
@@ -25,14 +25,16 @@ WeightsAsB<T> weights_as_b(const Weight<const T>& w, bool transposed) {
           .tap_offsets = kOneTap};
 }
 
-// Of rows of scratch. A vector more than needed keeps the rows off the same cache sets.
+// The distance between rows of scratch. One vector more than needed keeps rows out of the same
+// cache sets.
 template <class A>
 int64_t leading_dimension(int64_t columns) {
   return round_up(columns, kLanes<A>) + kLanes<A>;
 }
 
-// Threads split the pixels and, where there are few of those, the channels too: a part of the
-// pixels costs a private weight gradient to fill and add, a part of the channels its own dz.
+// How threads split the work: over the pixels and, if there are few pixels, over the channels too.
+// Each part of the pixels costs a private weight gradient, which must be filled and added. Each
+// part of the channels costs forming dz again.
 struct Grid {
   int64_t pixel_parts, channel_parts = 1;
 
@@ -52,13 +54,13 @@ struct Grid {
   int64_t count() const { return pixel_parts * channel_parts; }
 };
 
-// The parts' private weight gradients [out][in], rows ld() apart, in a workspace.
+// The private weight gradients [out][in] of the parts, in a workspace. Their rows are ld() apart.
 template <class T>
 class Conv1x1WeightGradient {
   using A = Acc<T>;
 
  public:
-  // A `grad` without data is not wanted, and takes no memory.
+  // If `grad` has no data, the gradient is not wanted and takes no memory.
   Conv1x1WeightGradient(const Weight<T>& grad, int64_t parts) : grad_(grad), parts_(parts) {}
 
   bool wanted() const { return grad_.data != nullptr; }

@@ -1,5 +1,5 @@
-// What a 3x3 convolution's forward and backward share: where the nine taps are, and the weight
-// gradient's last step.
+// Shared by the 3x3 convolution's forward and backward: the offsets of the nine taps, and the final
+// reduction of the weight gradient.
 
 #pragma once
 
@@ -18,25 +18,26 @@ int64_t whole_vectors(int64_t columns) {
   return round_up(columns, kLanes<A>);
 }
 
-// Nine offsets, in row-major order of the taps.
+// The offsets of the nine taps, in row-major order.
 struct TapOffsets {
   int64_t offset[kTaps];
 
-  // From a padded line, of pixels `ld` apart, to the tap's pixels.
+  // The offsets from the start of a padded line, whose pixels are `ld` apart, to each tap's first
+  // pixel.
   static TapOffsets in_band(int64_t width, int64_t ld) {
     TapOffsets taps;
     for (int64_t t = 0; t < kTaps; t++) taps.offset[t] = (t / 3 * (width + 2) + t % 3) * ld;
     return taps;
   }
-  // To the tap's packed weights, each [depth][kPanel].
+  // The offsets of each tap's packed weights [depth][kPanel].
   template <class A>
   static TapOffsets in_panel(int64_t depth) {
     TapOffsets taps;
     for (int64_t t = 0; t < kTaps; t++) taps.offset[t] = t * depth * kPanel<A>;
     return taps;
   }
-  // To the tap in a weight; reversed for a transposed convolution, which is one with the taps in
-  // reverse.
+  // The offsets of each tap in a weight. `reversed` is for a transposed convolution, which equals a
+  // convolution with its taps in reverse order.
   template <class T>
   static TapOffsets in_weight(const Weight<T>& weight, bool reversed) {
     TapOffsets taps;
@@ -47,13 +48,14 @@ struct TapOffsets {
   }
 };
 
-// The parts' private weight gradients [tap][in][out], rows of whole vectors, in a workspace.
+// The weight gradients [tap][in][out] of the parts (threads), in a workspace. Their rows are padded
+// to whole vectors.
 template <class T>
 class Conv3x3WeightGradient {
   using A = Acc<T>;
 
  public:
-  // A `grad` without data is not wanted, and takes no memory.
+  // If `grad` has no data, the gradient is not wanted and takes no memory.
   Conv3x3WeightGradient(const Weight<T>& grad, int64_t parts) : grad_(grad), parts_(parts) {}
 
   bool wanted() const { return grad_.data != nullptr; }

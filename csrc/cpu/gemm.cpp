@@ -1,7 +1,8 @@
 // C = A B over a register tile of up to 14 rows and 2 vectors of columns (see gemm.h for strides).
 //
-// Per depth step: 2 vector loads of b and one broadcast of a per row feed 28 independent
-// multiply-adds, so the tile runs at the arithmetic peak as long as b's panel streams from L1/L2.
+// In each depth step, 2 vector loads of b and one broadcast of a per row feed 28 independent
+// multiply-adds. So the tile runs at the arithmetic peak as long as b's panel streams from L1 or
+// L2.
 
 #include "gemm.h"
 
@@ -39,7 +40,7 @@ void product_kernel(const Product<A>& p, const A* a, const A* b, A* c) {
 template <class A>
 using Kernel = void (*)(const Product<A>&, const A*, const A*, A*);
 
-// kernels<A, v>[r - 1] computes r rows and v vectors.
+// kKernels<A, v>[r - 1] computes r rows and v vectors.
 template <class A, int kVectors, int... kIndex>
 constexpr std::array<Kernel<A>, kMaxRows> make_kernels(std::integer_sequence<int, kIndex...>) {
   return {product_kernel<A, kIndex + 1, kVectors>...};
@@ -59,7 +60,7 @@ void multiply(const Product<A>& p) {
     const auto& kernels = p.columns - j > kLanes<A> ? kKernels<A, 2> : kKernels<A, 1>;
     const A* b = p.b + j / kPanel<A> * p.b_panel;
     int64_t row = 0;
-    for (int64_t g = 0; g < groups; g++) {  // of equal size, give or take one
+    for (int64_t g = 0; g < groups; g++) {  // their sizes differ by at most one
       const int64_t next = p.rows * (g + 1) / groups;
       for (const Prefetch& rows : p.prefetch) rows.fetch(step, steps);
       step++;

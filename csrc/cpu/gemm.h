@@ -1,4 +1,4 @@
-// The one matrix product behind every convolution here: a tile in scratch times packed weights.
+// The matrix product behind every convolution on the CPU: a tile in scratch times packed weights.
 
 #pragma once
 
@@ -9,21 +9,21 @@
 
 namespace dense_ext {
 
-// Rows and columns of the register tile: with 32 registers 14 x 2 accumulators leave room for two
-// vectors of b and a broadcast; with 16, 6 x 2.
+// The rows of the register tile, and its columns in vectors. With 32 registers, 14 x 2 accumulators
+// leave room for two vectors of b and a broadcast; with 16 registers, 6 x 2 do.
 constexpr int kMaxRows = kManyRegisters ? 14 : 6;
 constexpr int kMaxVectors = 2;
 
-// Columns of a panel of b.
+// The columns of a panel of b.
 template <class A>
 constexpr int64_t kPanel = kMaxVectors * kLanes<A>;
 
-// Rows of a tensor that are needed after a product: brought into the L2 cache while it computes.
+// Rows of a tensor that are needed after a product and are prefetched into L2 while it computes.
 struct Prefetch {
   const void* data = nullptr;
   int64_t rows = 0, row_bytes = 0, stride_bytes = 0;
 
-  // The step-th of `steps` parts.
+  // Prefetches part number `step` of `steps` parts.
   void fetch(int64_t step, int64_t steps) const {
     constexpr int64_t kCacheLine = 64;
     const char* first = static_cast<const char*>(data);
@@ -35,11 +35,11 @@ struct Prefetch {
   }
 };
 
-// C[i][j] (+)= sum over taps t and depth k of
-//   a[a_taps[t] + i*a_row + k*a_depth] * b[(j / kPanel)*b_panel + b_taps[t] + k*b_depth + j %
-//   kPanel]
-// C's rows are written up to round_up(columns, kLanes). An accumulating product is summed apart
-// before it is added, which keeps rounding errors of long sums (weight gradients) small.
+// C[i][j] (+)= sum over taps t and depth k of a[a_taps[t] + i*a_row + k*a_depth] *
+//   b[(j / kPanel)*b_panel + b_taps[t] + k*b_depth + j % kPanel]
+// Each row of C is written up to column round_up(columns, kLanes). An accumulating product is
+// summed on its own before it is added to C, which keeps the rounding errors of long sums (weight
+// gradients) small.
 template <class A>
 struct Product {
   int64_t rows, columns, depth;
@@ -61,7 +61,7 @@ template <class A>
 void multiply(const Product<A>& product);
 
 // Weights as the b of a Product, in panels [columns / kPanel][taps][depth][kPanel], zero padded:
-//   packed(t, k, j) = weights[taps[t] + k*k_stride + j*j_stride].
+//   packed(t, k, j) = weights[tap_offsets[t] + k*k_stride + j*j_stride].
 template <class T>
 struct WeightsAsB {
   const T* weights;
@@ -72,7 +72,7 @@ struct WeightsAsB {
   int64_t panels() const { return ceil_div(columns, kPanel<Acc<T>>); }
   int64_t packed_size() const { return panels() * taps * depth * kPanel<Acc<T>>; }
 
-  // Whether the taps of one k lie side by side, and those of the next k after them.
+  // Whether the taps of one k are contiguous, and followed by those of the next k.
   bool taps_innermost() const {
     for (int64_t t = 0; t < taps; t++) {
       if (tap_offsets[t] != t) return false;
@@ -81,9 +81,10 @@ struct WeightsAsB {
   }
 };
 
-// Transposes `rows` x `columns` values, those of a row side by side in `source` and those of a
-// column `stride` apart, into kPanel columns, zero padded. Of the target's rows, one of each of the
-// taps follow one another, tap_stride apart; then comes the next row of each.
+// Transposes values into a panel of kPanel columns, zero padded. In `source`, the `rows` values of
+// a column are contiguous, and the `columns` columns are `stride` apart. Consecutive rows belong to
+// consecutive taps, which are tap_stride apart in `target`; after the last tap follows the first
+// tap's next row.
 template <class T>
 void transpose_into_panel(const T* source, int64_t stride, int64_t rows, int64_t columns,
                           Acc<T>* target, int64_t taps, int64_t tap_stride) {
@@ -115,7 +116,7 @@ void transpose_into_panel(const T* source, int64_t stride, int64_t rows, int64_t
   }
 }
 
-// Fills rows [k.begin, k.end) of every tap in a panel of the packed weights.
+// Fills the rows `k` of every tap in one panel of the packed weights.
 template <class T>
 void pack_rows(const WeightsAsB<T>& w, int64_t panel, Range k, Acc<T>* packed) {
   using A = Acc<T>;

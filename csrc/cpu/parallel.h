@@ -1,7 +1,8 @@
-// Splitting work over threads, and the memory it needs.
+// Splitting work over threads, and the scratch memory for it.
 //
-// The split depends only on sizes and the number of threads, every thread sums what it owns in
-// order, and the threads' sums are added in order: equal inputs give equal bits, without atomics.
+// The split depends only on the sizes and the number of threads. Every thread sums its part in
+// order, and the threads' sums are added in order. So equal inputs give equal bits, without
+// atomics.
 
 #pragma once
 
@@ -21,7 +22,7 @@
 
 namespace dense_ext {
 
-// Calls body(i) for i in [0, count), on as many threads.
+// Calls body(i) for i in [0, count), on `count` threads.
 template <class Body>
 void parallel(int64_t count, const Body& body) {
   if (count == 1) return body(0);
@@ -32,7 +33,8 @@ void parallel(int64_t count, const Body& body) {
 
 inline int64_t num_threads() { return torch::stable::get_num_threads(); }
 
-// `total` items in tiles of at most `size`, as a multiple of the threads where there are enough.
+// Splits `total` items into tiles of at most `size`. If there are enough items, the number of tiles
+// is a multiple of the threads.
 struct Tiles {
   int64_t total, count, parts;
 
@@ -44,7 +46,7 @@ struct Tiles {
   Range tile(int64_t i) const { return part_of(total, count, i); }
 };
 
-// Channels in chunks of near-equal size, a multiple of a panel of the matrix product.
+// Splits channels into chunks of near-equal size, a multiple of a panel of the matrix product.
 struct Chunks {
   int64_t total, size, count;
 
@@ -55,8 +57,8 @@ struct Chunks {
   Range operator[](int64_t i) const { return {i * size, std::min(total, (i + 1) * size)}; }
 };
 
-// What a thread's scratch buffers hold. They live as long as the thread and only grow, so that a
-// tile stays in the same, cached, memory from call to call.
+// The purposes of a thread's scratch buffers. The buffers live as long as the thread and only grow,
+// so that a tile stays in the same, cached memory from call to call.
 enum class Slot { kActivation, kProduct, kGradient, kStatistics, kLines, kCount };
 
 inline void* scratch_bytes(Slot slot, int64_t bytes) {
@@ -82,23 +84,23 @@ A* scratch(Slot slot, int64_t count) {
   return static_cast<A*>(scratch_bytes(slot, count * int64_t{sizeof(A)}));
 }
 
-// Bytes of `count` values in a Workspace, where every piece is aligned.
+// The bytes that `count` values take in a Workspace, where every piece is aligned.
 template <class U>
 int64_t bytes_of(int64_t count) {
   constexpr int64_t kAlignment = 64;
   return round_up(count * int64_t{sizeof(U)}, kAlignment);
 }
-// Bytes of a vector padded to whole panels.
+// The bytes of a vector padded to whole panels.
 template <class A>
 int64_t padded_bytes(int64_t channels) {
   return bytes_of<A>(round_up(channels, kPanel<A>));
 }
 
-// One allocation, from PyTorch, for what all threads of a call share: packed weights, per-channel
-// vectors padded to whole SIMD vectors, partial sums.
+// One allocation from PyTorch for the memory that all threads of a call share: packed weights,
+// padded per-channel vectors and partial sums.
 class Workspace {
  public:
-  // The sum of `bytes` is what will be taken.
+  // `bytes` are the sizes of the pieces that will be taken.
   explicit Workspace(std::initializer_list<int64_t> bytes) {
     constexpr int64_t kAlignment = 64;
     const int64_t total = std::accumulate(bytes.begin(), bytes.end(), kAlignment);
@@ -108,7 +110,7 @@ class Workspace {
     end_ = reinterpret_cast<char*>(address + total);
   }
 
-  // The next `count` values.
+  // Takes memory for the next `count` values.
   template <class U>
   U* take(int64_t count) {
     U* piece = reinterpret_cast<U*>(next_);
@@ -117,7 +119,8 @@ class Workspace {
     return piece;
   }
 
-  // A copy of values[count], zero padded to a multiple of a panel: safe to load whole vectors from.
+  // Takes a copy of values[count], zero padded to whole panels, so that whole vectors can be
+  // loaded.
   template <class A>
   const A* take_padded(const A* values, int64_t count) {
     const int64_t padded = round_up(count, kPanel<A>);

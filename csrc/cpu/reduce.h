@@ -1,5 +1,6 @@
-// Sums over pixels that several tiles and threads share: channel moments, channel sums, weight
-// gradients. Each thread (part) owns a row of partial results; finish() adds them in order.
+// Reductions over pixels by several tiles and threads: channel moments, channel sums and weight
+// gradients. Each part of the work, run by one thread, owns a row of partial results; finish()
+// combines the rows in order.
 
 #pragma once
 
@@ -11,9 +12,9 @@
 
 namespace dense_ext {
 
-// The mean and variance of every channel. Tiles are merged as in Chan, Golub and LeVeque,
-// "Updating formulae and a pairwise algorithm for computing sample variances" (1979): never
-// E[x^2] - E[x]^2, which cancels.
+// The mean and variance of every channel. Tiles are merged by the formula of Chan, Golub and
+// LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979). It
+// avoids E[x^2] - E[x]^2, which cancels.
 class Moments {
  public:
   static int64_t bytes(int64_t parts, int64_t channels) {
@@ -42,7 +43,8 @@ class Moments {
     total[0] = together;
   }
 
-  // Takes the moments of a tile's rows, in cache, and adds them. T may be scratch (Acc) or storage.
+  // Computes the moments of a tile's rows, which are in the cache, and adds them. T may be a
+  // storage type or the accumulation type of scratch.
   template <class T>
   void add_rows(int64_t part, const T* x, int64_t stride, int64_t rows) {
     using A = Acc<T>;
@@ -71,7 +73,8 @@ class Moments {
   double* data_;
 };
 
-// sums[0][c] and sums[1][c] of a backward, in double so that the number of tiles doesn't matter.
+// The sums [2, C] of a backward. They are in double, so that the number of tiles hardly affects
+// their rounding.
 class ChannelSums {
  public:
   static int64_t bytes(int64_t parts, int64_t channels) {
@@ -99,14 +102,14 @@ class ChannelSums {
   }
 
  private:
-  // mask_rows adds whole vectors.
+  // Padded because mask_rows adds whole vectors.
   static int64_t padded(int64_t channels) { return round_up(channels, kPanel<float>); }
 
   int64_t parts_, channels_, ld_;
   double* data_;
 };
 
-// partial[0][range] += partial[p][range] for the other parts in order, `size` apart.
+// partial[0][range] += partial[p][range] for p = 1, 2, ... in order; the parts are `size` apart.
 template <class A>
 void add_parts(A* partial, int64_t parts, int64_t size, Range range) {
   for (int64_t p = 1; p < parts; p++) {

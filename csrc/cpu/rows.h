@@ -1,8 +1,8 @@
-// The elementwise and summing passes over rows of pixels that surround the matrix products.
+// The elementwise and reducing loops over rows of pixels before and after the matrix products.
 //
-// Rows of T are in tensors (a pixel stride, exactly `columns` wide); rows of Acc<T> are in scratch
-// (a leading dimension, writable up to a whole vector). Per-channel vectors are padded, so whole
-// vectors may be loaded from them.
+// Rows of T are in tensors: they have a pixel stride and exactly `columns` elements. Rows of Acc<T>
+// are in scratch: they have a leading dimension and can be written up to a whole vector.
+// Per-channel vectors are padded, so whole vectors can be loaded from them.
 
 #pragma once
 
@@ -33,7 +33,7 @@ void scale_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, Acc<T
   }
 }
 
-// out = p*grad + u*y + v; p null means 1.
+// out = p*grad + u*y + v, where p is 1 if null
 template <class T>
 void affine_rows(const T* grad, int64_t grad_stride, const T* y, int64_t y_stride, int64_t rows,
                  int64_t columns, const Acc<T>* p, const Acc<T>* u, const Acc<T>* v, Acc<T>* out,
@@ -46,7 +46,7 @@ void affine_rows(const T* grad, int64_t grad_stride, const T* y, int64_t y_strid
   }
 }
 
-// out = values, converted
+// out = values, rounded to T
 template <class T>
 void store_rows(const Acc<T>* values, int64_t ld, int64_t rows, int64_t columns, T* out,
                 int64_t stride) {
@@ -56,7 +56,7 @@ void store_rows(const Acc<T>* values, int64_t ld, int64_t rows, int64_t columns,
   }
 }
 
-// The same, leaving in `values` what was stored, rounded.
+// The same; also leaves the rounded values in `values`.
 template <class T>
 void store_rounded_rows(Acc<T>* values, int64_t ld, int64_t rows, int64_t columns, T* out,
                         int64_t stride) {
@@ -69,7 +69,7 @@ void store_rounded_rows(Acc<T>* values, int64_t ld, int64_t rows, int64_t column
   }
 }
 
-// mean and m2 = sum (x - mean)^2 of each column, by two passes over rows that are in cache.
+// mean and m2 = sum (x - mean)^2 of each column, by two passes over rows that are in the cache.
 template <class T>
 void moments_of_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, Acc<T>* mean,
                      Acc<T>* m2) {
@@ -96,16 +96,16 @@ void moments_of_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, 
   });
 }
 
-// What mask_rows does with g.
+// How mask_rows writes g.
 enum class Output {
   kAddScaled,    // out += scale*g
   kWriteScaled,  // out = scale*g
   kWrite,        // out = g
 };
 
-// g = grad where scale*x + shift > 0, else 0. Writes `out` and adds sum g and sum g*(x - mean) of
-// the rows to sums[0][...] and sums[1][...], `sums_ld` apart. Row r of x goes with row r / kShared
-// of grad: 2 where two pixels of a pooling window share one gradient.
+// g = grad where scale*x + shift > 0, else 0. Writes `out`, and adds the rows' sum g and
+// sum g*(x - mean) to sums[0][...] and sums[1][...], which are `sums_ld` apart. Row r of x uses row
+// r / kShared of grad: kShared is 2 if two pixels of a pooling window share one gradient.
 template <Output kOutput, int kShared, class T>
 void mask_rows(const Acc<T>* grad, int64_t ld, const T* x, int64_t x_stride, int64_t rows,
                int64_t columns, const Acc<T>* mean, const Acc<T>* scale, const Acc<T>* shift,

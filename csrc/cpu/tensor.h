@@ -1,4 +1,4 @@
-// Tensors on the CPU: the dtypes its kernels store, and the shared views and checks.
+// Tensors on the CPU: the storage types of its kernels, and the views and checks of ../tensor.h.
 
 #pragma once
 
@@ -20,7 +20,7 @@ inline void check_device(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_cpu(), name, " is not on the CPU");
 }
 
-// The tensor's pixels [rows) and channels [columns), to be fetched during a product.
+// A prefetch of the pixels `rows` and the channels `columns` of a tensor, for use during a product.
 template <class T>
 Prefetch fetch_pixels(const Pixels<T>& pixels, Range rows, Range columns) {
   constexpr int64_t kSize = sizeof(T);

@@ -1,8 +1,9 @@
 // One SIMD vector of the accumulation type, loaded from and stored to any storage type.
 //
-// Written with GCC/clang vector extensions, so the same source serves AVX-512, AVX2, SSE and NEON;
-// intrinsics appear only where the extensions have no word for it (masked access, fp16).
-// Storage T: double, float, bfloat16 or half. Accumulation Acc<T>: double for double, else float.
+// It is written with GCC's and clang's vector extensions, so that the same source compiles for
+// AVX-512, AVX2, SSE and NEON. Intrinsics appear only for what the extensions lack: masked access
+// and fp16. The storage type T is double, float, bfloat16 or half; the accumulation type Acc<T> is
+// double for double, else float.
 
 #pragma once
 
@@ -49,9 +50,10 @@ using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <class T>
 constexpr int64_t kLanes = kVectorBytes / int64_t{sizeof(Acc<T>)};
 
-// The bits of a vector's worth of T: what a load or store moves.
+// Raw holds the bits of one vector's elements of T, as a load or store moves them; Vector holds the
+// elements widened.
 template <class T>
-struct Types {  // the 16-bit types, by their bits
+struct Types {  // for the 16-bit types
   typedef uint16_t Raw __attribute__((vector_size(kVectorBytes / 2)));
   typedef float Vector __attribute__((vector_size(kVectorBytes)));
 };
@@ -72,7 +74,7 @@ using Vector = typename Types<T>::Vector;
 
 typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
 
-// How much of a vector an access touches: all of it, or an int64_t number of leading lanes.
+// An access to a whole vector. Other accesses pass an int64_t, the number of leading lanes.
 struct Full {};
 
 // --- raw access ------------------------------------------------------------------------------
@@ -177,7 +179,7 @@ inline Raw<T> narrow(Vector<T> v) {
   }
 }
 
-// --- what the kernels use --------------------------------------------------------------------
+// --- operations for the kernels --------------------------------------------------------------
 
 // Lanes beyond `count` read as zero.
 template <class T, class Count = Full>
@@ -190,7 +192,7 @@ inline void store(T* p, Vector<T> v, Count count = {}) {
   store_raw(p, narrow<T>(v), count);
 }
 
-// ReLU and its backward mask as PyTorch has them: NaN passes through both.
+// ReLU and its backward mask. NaN passes through both, as in PyTorch.
 template <class V>
 inline V relu(V v) {
   return v < 0 ? V{} : v;
@@ -201,14 +203,15 @@ inline V relu_mask(V pre_activation, V grad) {
   return pre_activation <= 0 ? V{} : grad;
 }
 
-// One step of a transposition: of a and b, `step` rows apart, swaps the blocks off the diagonal.
+// One step of a transposition: swaps the off-diagonal blocks of a and b, which are `step` rows
+// apart.
 template <int step, class V, int... lane>
 inline void swap_blocks(V& a, V& b, std::integer_sequence<int, lane...>) {
   constexpr int n = sizeof...(lane);
 #if defined(__clang__)
   const V upper = __builtin_shufflevector(a, b, (lane & step ? n + lane - step : lane)...);
   b = __builtin_shufflevector(a, b, (lane & step ? n + lane : lane + step)...);
-#else  // gcc has that one from 12 on
+#else  // gcc has __builtin_shufflevector only from version 12 on
   using Mask = decltype(a < b);
   const V upper = __builtin_shuffle(a, b, Mask{(lane & step ? n + lane - step : lane)...});
   b = __builtin_shuffle(a, b, Mask{(lane & step ? n + lane : lane + step)...});
@@ -229,7 +232,7 @@ inline void transpose(Vector<T>* rows) {
   if constexpr (2 * step < n) transpose<T, 2 * step>(rows);
 }
 
-// Calls body(j, count) for each vector of columns [j, j + lanes) of a row of n.
+// Calls body(j, count) for each vector, at columns [j, j + kLanes), of a row of n columns.
 template <class T, class Body>
 inline void for_vectors(int64_t n, const Body& body) {
   int64_t j = 0;
@@ -238,7 +241,7 @@ inline void for_vectors(int64_t n, const Body& body) {
 }
 
 // Calls body(j, width, count) for blocks of `width` vectors of columns: 4 at a time, then singly.
-// Passes that sum over rows keep a block's sums in registers and read 256-byte runs.
+// Loops that sum over rows thus keep a block's sums in registers and read runs of 4 vectors.
 template <class T, class Body>
 inline void for_blocks(int64_t n, const Body& body) {
   constexpr int64_t kWide = 4;

@@ -2,8 +2,9 @@
 //   affine_gradient:   out = grad + u*x + v
 //   scaled_accumulate: out += scale*grad
 //
-// grad, x, out [N, H, W, C], pixels their own strides apart (out may be grad itself); u, v,
-// scale [C]. Both are one kernel, out = base + (factor*x + offset), and move 3 C elements a pixel.
+// grad, x, out [N, H, W, C], each with its own pixel stride (out may be grad itself); u, v,
+// scale [C]. One kernel, out = base + (factor*x + offset), computes both; it moves 3 C elements per
+// pixel.
 
 #include <torch/csrc/stable/library.h>
 
@@ -14,21 +15,21 @@
 namespace dense_ext {
 namespace {
 
-constexpr int kThreads = 256, kBlocks = 3;  // of a multiprocessor
-constexpr int kBatch = 4;                   // pixels a thread has under way
+constexpr int kThreads = 256, kBlocks = 3;  // blocks per multiprocessor
+constexpr int kBatch = 4;                   // pixels that a thread loads at a time
 
 template <class T>
 struct Arguments {
   Pixels<const T> base, x;
-  const float *factor, *offset;  // [C]; offset null: zeros
+  const float *factor, *offset;  // [C]; a null offset is zero
   Pixels<T> out;
-  int bytes;         // that an access moves
-  int units;         // accesses that a pixel takes
-  int64_t distance;  // between the pixels of a thread
+  int bytes;         // bytes per access
+  int units;         // accesses per pixel
+  int64_t distance;  // from one of a thread's pixels to the next
 };
 
-// Thread t of the grid takes unit t % units of pixel t / units and of every distance-th from there
-// on: always the same channels, whose factors it keeps in registers.
+// Thread t of the grid takes unit t % units of pixel t / units and of every distance-th pixel after
+// it. These are always the same channels, so it keeps their factors in registers.
 template <class T, int kBytes>
 __device__ __forceinline__ void run(const Arguments<T>& args) {
   using V = Vector<T, kBytes>;
@@ -73,7 +74,7 @@ void affine(const Pixels<const T>& base, const Pixels<const T>& x, const float* 
   if (out.count() == 0) return;
   const int bytes = AccessBytes().add(base).add(x).add(out);
   const int64_t units = out.channels * int64_t{sizeof(T)} / bytes;
-  // Enough threads for one pixel at least, whatever C.
+  // At least enough threads for one pixel, whatever C is.
   const int64_t blocks =
       std::max(ceil_div(units, kThreads),
                persistent_blocks(ceil_div(out.count() * units, kThreads), 1, kBlocks, 0));

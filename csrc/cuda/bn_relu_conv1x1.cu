@@ -3,13 +3,13 @@
 //           grad_x += scale*g;  sums = [sum g, sum g*(x - mean)]
 //           dW = dz^T @ relu(scale*x + shift)
 //
-// x, grad_x [M, C] and z, grad_bn [M, B], pixels their own strides apart; W, dW [B, C].
+// x, grad_x [M, C]; z, grad_bn [M, B]; each with its own pixel stride. W, dW [B, C].
 //
-// Elements moved a pixel: C + B forward, 3 C + 2 B backward, each once from device memory: blocks
-// that run side by side share x (forward, B beyond 128) or grad_bn and z (backward, a chunk of C
-// each) through the L2 cache. Backward is one kernel: dW of the chunk stays in registers over all
-// of a block's pixels, and so does W. Beside them each block leaves a row of moments, or of sums
-// and dW.
+// Elements moved per pixel: C + B forward, 3 C + 2 B backward, each from device memory once. Blocks
+// that run at the same time share inputs through the L2 cache. Forward they share x if B exceeds
+// 128; backward they share grad_bn and z, since each takes a chunk of C. Backward is one kernel: dW
+// and W of the chunk stay in registers for all of a block's pixels. In addition, each block writes
+// a row of moments, or of sums and dW.
 
 #include <torch/csrc/stable/library.h>
 
@@ -30,13 +30,13 @@ struct ForwardArguments {
   const float *scale, *shift;  // [C]
   Weight<const T> weight;      // [B, C]
   Pixels<T> z;
-  float* moments;  // [blocks, 1 + 2 B]; null: not wanted
+  float* moments;  // [blocks, 1 + 2 B]; null if not wanted
   int x_bytes, weight_bytes, z_bytes;
 };
 
-// A block makes tiles of kPixels x kOut of z, eight warps 4 x 2, stepping through C in a pipeline
-// of kStages. Two blocks share a multiprocessor, so that one loads or stores while the other
-// computes.
+// A block computes tiles of z of kPixels x kOut with eight warps, 4 x 2, and steps through C in a
+// pipeline of kStages stages. Two blocks share a multiprocessor, so that one loads or stores while
+// the other computes.
 template <class Math_, int kOut_>
 struct Forward {
   using Math = Math_;
@@ -45,7 +45,7 @@ struct Forward {
   static constexpr int kDepth = 64 / static_cast<int>(sizeof(T));
   static constexpr int kLd = padded<T>(kDepth), kOutLd = padded<T>(kOut);
   static constexpr int kStageSize = (kPixels + kOut) * kLd;
-  static constexpr int kWarpRows = 2, kWarpColumns = kOut / 16;  // fragments of a warp
+  static constexpr int kWarpRows = 2, kWarpColumns = kOut / 16;  // fragments per warp
   using Statistics = ColumnMoments<T, kOut, kThreads>;
 
   static constexpr int kTileSize =
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     };
     pipeline<kStages>(steps, load, compute);
 
-    // The pipeline's memory holds the tile of z now.
+    // The pipeline's memory now holds the tile of z.
     for_pairs(z, [&](int row, int column, float left, float right) {
       store_pair(tiles + (warp_row + row) * Config::kOutLd + warp_column + column, left, right);
     });
@@ -208,8 +208,8 @@ struct BackwardArguments {
   int stages;  // tiles in shared memory at a time
 };
 
-// A block takes kIn channels of x and all of B, at most kOut, and goes through tiles of kPixels:
-// dz is formed in shared memory; the warps share da [kPixels, kIn] 2 x 4 and dW [kOut, kIn] 4 x 2.
+// A block takes kIn channels of x and all of B, at most kOut, and goes through tiles of kPixels. It
+// forms dz in shared memory. The warps divide da [kPixels, kIn] 2 x 4 and dW [kOut, kIn] 4 x 2.
 template <class Math_, int kOut_>
 struct Backward {
   using Math = Math_;
@@ -217,7 +217,7 @@ struct Backward {
   static constexpr int kOut = kOut_, kIn = 64, kPixels = 32;
   static constexpr int kOutLd = padded<T>(kOut), kInLd = padded<T>(kIn);
   static constexpr int kStageSize = 2 * kPixels * (kOutLd + kInLd);
-  // Of a multiprocessor, by registers.
+  // The blocks per multiprocessor for which the registers suffice.
   static constexpr int kBlocks = sizeof(T) == 2 && kOut <= 128 ? 2 : 1;
   static constexpr int kVectors = 3 * kOut + 3 * kIn;
 
@@ -252,7 +252,7 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks)
   copy_vector<kIn, kThreads>(scale, args.scale, first_in, args.x.channels);
   copy_vector<kIn, kThreads>(shift, args.shift, first_in, args.x.channels);
 
-  // The warp's places in da and dW.
+  // The warp's positions in da and dW.
   constexpr int kDataColumns = 2, kWeightRows = kOut / 64, kWeightColumns = 4;  // fragments
   const int warp = warp_index(), lane = lane_index();
   const int data_row = warp / 4 * 16, data_column = warp % 4 * 16;
@@ -262,7 +262,7 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks)
   const TransposedColumnFragments<T> columns(kInLd);
   const Position at;
 
-  // W of the warp's columns of da, as fragments of b: by way of the memory the tiles will take.
+  // Loads W for the warp's columns of da, as fragments of b, through the memory of the tiles.
   static_assert(kOut * kInLd <= Config::kStageSize);
   copy_tile<kOut, kIn, kThreads>(tiles, kInLd, ins, args.weight_bytes, [&](int r) {
     return r < out ? args.weight.data + r * args.weight.out_stride + first_in : nullptr;
@@ -309,7 +309,7 @@ __global__ void __launch_bounds__(kThreads, Config::kBlocks)
     T* const grad_x = dz + kPixels * (2 * kOutLd + kInLd);
     const int rows = static_cast<int>(std::min(int64_t{kPixels}, pixels - int64_t{tile} * kPixels));
 
-    // dz in place of grad_bn; zero beyond the last pixel, where z_v would remain.
+    // Forms dz in place of grad_bn. Beyond the last pixel it must be zero, but z_v would remain.
     for (int i = thread_index(); i < kPixels * kOut / 2; i += kThreads) {
       const int r = i / (kOut / 2), b = i % (kOut / 2) * 2;
       T* to = dz + r * kOutLd + b;
@@ -440,7 +440,7 @@ void bn_relu_conv1x1_backward(const Tensor& grad_bn, const Tensor& z, const Tens
       return;
     }
     const Tensor dense = with_dense_rows(weight, weights);
-    // What doesn't fit is done in pieces of B, each adding its part to grad_x and to the sums.
+    // If B does not fit, pieces of it run one after another and add to grad_x and the sums.
     const auto run_pieces = [&](auto config) {
       using Config = decltype(config);
       for (int64_t b = 0; b < out; b += Config::kOut) {
@@ -464,7 +464,7 @@ void bn_relu_conv1x1_backward(const Tensor& grad_bn, const Tensor& z, const Tens
     };
     with_arithmetic<T>(tf32, [&](auto math) {
       using Math = decltype(math);
-      if constexpr (sizeof(T) == 2) {  // float's dW and W would not fit the registers
+      if constexpr (sizeof(T) == 2) {  // for float, dW and W would not fit in registers
         if (ceil_div(out, 192) < ceil_div(out, 128)) return run_pieces(Backward<Math, 192>{});
       }
       run_pieces(Backward<Math, 128>{});

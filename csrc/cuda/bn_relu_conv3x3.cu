@@ -1,22 +1,22 @@
-// Forward:  y = conv3x3(relu(scale*z + shift), W), padded with zeros after the activation, and
+// Forward:  y = conv3x3(relu(scale*z + shift), W), where the activation is padded with zeros, and
 //           y's mean and variance.
 // Backward: dy = grad + u*y + v
 //           g = conv3x3^T(dy, W) where scale*z + shift > 0, else 0;  grad_bn = g
 //           sums = [sum g, sum g*(z - mean)];  dW[k, b, tap] = sum_p dy[p, k] * a[p + tap, b]
 //
-// z, grad_bn [N, H, W, B], y, grad [N, H, W, K], pixels their own strides apart; W, dW
+// z, grad_bn [N, H, W, B]; y, grad [N, H, W, K]; each with its own pixel stride. W, dW
 // [K, B, 3, 3], any strides.
 //
-// Elements moved a pixel: B + K forward, 2 B + 2 K backward. A block takes patches of images:
-// forward z comes to shared memory with its border, is activated there once, and the nine taps are
-// nine shifted views of it. Backward does the same with dy, for both gradients in one kernel: a
-// block takes a chunk of B, keeps dW of all taps in registers over its patches, and W in shared
-// memory. What patches share at their borders, and chunks of B of dy, comes from the L2 cache.
+// Elements moved per pixel: B + K forward, 2 B + 2 K backward. A block takes patches of images.
+// Forward copies z with its border to shared memory and activates it there once; the nine taps are
+// nine shifted views of it. Backward does the same with dy, for both gradients in one kernel. There
+// a block takes a chunk of B, keeps dW of all taps in registers for all its patches, and keeps W in
+// shared memory. Patches read their common borders, and chunks of B read dy, from the L2 cache.
 //
-// What bounds them is reading fragments from shared memory, 128 bytes a cycle. So a warp goes down
-// lines of 16 pixels: a line's fragment is read once for the three lines of taps that see it. Bytes
-// a pixel at B = 128, K = 32 in 16 bits: 2304 for y where a warp has 64 pixels x 32 channels, in
-// large patches, and 3456 where it has 64 x 16; as many for g; 2240 or 2432 for dW.
+// The kernels are bound by reading fragments from shared memory, at 128 bytes per cycle. So a warp
+// goes down lines of 16 pixels, and reads a line's fragment once for the three lines of taps that
+// use it. For B = 128 and K = 32 in 16 bits, y takes 2304 bytes per pixel if a warp has 64 pixels x
+// 32 channels, in large patches, and 3456 if it has 64 x 16. g takes as many, and dW 2240 or 2432.
 
 #include <torch/csrc/stable/library.h>
 
@@ -30,15 +30,15 @@ namespace {
 
 constexpr int kTaps = 9;
 
-// Elements from a tap of the weight to the next in shared memory: in other banks, for neighbouring
-// threads write neighbouring taps.
+// The distance between two taps of the weight in shared memory, in elements. Padding puts
+// neighbouring taps, which neighbouring threads write, into different banks.
 template <class T>
 constexpr int tap_size(int elements) {
   return padded<T>(elements);
 }
 
-// W[first_out.., first_in.., tap] as [tap][kOut][kIn] in shared memory, zeros beyond its ends.
-// Threads that follow one another read what follows in a contiguous weight.
+// Copies W[first_out.., first_in.., tap] to shared memory as [tap][kOut][kIn], with zeros beyond
+// its ends. Consecutive threads read consecutive elements of a contiguous weight.
 template <int kOut, int kIn, int kThreads, class T>
 __device__ __forceinline__ void load_taps(T* to, int ld, const Weight<const T>& weight,
                                           int64_t first_out, int64_t first_in) {
@@ -53,10 +53,10 @@ __device__ __forceinline__ void load_taps(T* to, int ld, const Weight<const T>& 
   }
 }
 
-// c += the nine products of a stack of lines of 16 pixels: line i of c is of lines i to i + 2 of a,
-// each at three columns, over the first `depth` of kDepth channels. `tile` is where the stack's
-// `rows` count from, with `line` rows of `ld` elements to a line; `load_tap(b, t, k, j)` loads two
-// fragments of the weight that belongs to line t / 3 and column t % 3, columns from 8 j on.
+// c += the nine products for a stack of lines of 16 pixels, over the first `depth` of kDepth
+// channels. Line i of c uses lines i to i + 2 of a, each at three columns. The offsets of `rows`
+// are relative to `tile`, whose lines have `line` rows of `ld` elements. `load_tap(b, t, k, j)`
+// loads two fragments, with the columns from 8 j on, of the weight for line t / 3 and column t % 3.
 template <class Math, int kDepth, class T, int kStack, int kColumns, class LoadTap>
 __device__ __forceinline__ void multiply_taps(float (&c)[kStack][kColumns][4],
                                               const RowFragment<T>& rows, const T* tile, int ld,
@@ -79,9 +79,9 @@ __device__ __forceinline__ void multiply_taps(float (&c)[kStack][kColumns][4],
   }
 }
 
-// Whether large patches pay where there is room for them: their slots read a sixth less or better,
-// but a multiprocessor may have more of them to go through, where patches are too few for all or
-// larger ones emptier.
+// Whether large patches are faster, given that they fit. They read at least a sixth less per slot.
+// But if there are too few patches for all multiprocessors, or larger patches are emptier, the
+// busiest multiprocessor may have more slots to process.
 template <class Large, class Small, class T>
 bool large_patches_pay(const Pixels<T>& z, int64_t columns) {
   const auto slots_in_turn = [&](auto config) {
@@ -100,24 +100,24 @@ struct ForwardArguments {
   const float *scale, *shift;  // [B]
   Weight<const T> weight;      // [K, B, 3, 3]
   Pixels<T> y;
-  float* moments;  // [blocks, 1 + 2 K]; null: not wanted
+  float* moments;  // [blocks, 1 + 2 K]; null if not wanted
   Patches patches;
   int z_bytes, y_bytes;
   int kept;  // chunks of the weight in shared memory: all, or one at a time
 };
 
-// A block makes kOut channels of patches of kPixels slots, stepping through B in chunks of kDepth;
-// while it computes one chunk, the next is on its way. A warp has a stack of kStack lines and one
-// of kParts of the channels.
+// A block computes kOut channels of patches of kPixels slots, and steps through B in chunks of
+// kDepth; while it computes with one chunk, it loads the next. A warp has a stack of kStack lines
+// and one of kParts parts of the channels.
 template <class Math_, int kOut_, int kStack_, int kParts_>
 struct Forward {
   using Math = Math_;
   using T = typename Math::T;
   static constexpr int kThreads = 256, kStack = kStack_, kParts = kParts_;
   static constexpr int kPixels = kThreads / kWarp / kParts * 16 * kStack, kOut = kOut_;
-  // Eight images of 8 x 8 with their borders in 512 slots, one of 16 x 16 in 256.
+  // Enough for the bordered patch of eight images of 8 x 8 in 512 slots, or one of 16 x 16 in 256.
   static constexpr int kBordered = kPixels == 512 ? 736 : kPixels == 256 ? 360 : 200;
-  static constexpr int kBlocks = kPixels == 512 ? 1 : 2;  // of a multiprocessor, by registers
+  static constexpr int kBlocks = kPixels == 512 ? 1 : 2;  // per multiprocessor, by registers
   static constexpr int kDepth = 64 / static_cast<int>(sizeof(T));
   static constexpr int kLd = padded<T>(kDepth), kOutLd = padded<T>(kOut);
   static constexpr int kStageSize =
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
     }
     sync_threads();
 
-    // The last chunk's memory holds the patch of y now.
+    // The last chunk's memory now holds the patch of y.
     T* const tile = stages + (1 - stage) * Config::kStageSize;
     for_pairs(y, [&](int row, int column, float left, float right) {
       store_pair(tile + (warp_row + row) * Config::kOutLd + warp_column + column, left, right);
@@ -282,7 +282,7 @@ void bn_relu_conv3x3_forward(const Tensor& z, const Tensor& scale, const Tensor&
     }
     with_arithmetic<T>(tf32, [&](auto math) {
       using Math = decltype(math);
-      // Float's fragments are half as deep, and its tiles twice as large.
+      // For float, fragments are half as deep and tiles twice as large.
       constexpr int kStack = sizeof(T) == 2 ? 2 : 1;
       using Wide = Forward<Math, 48, kStack, 1>;
       using Small = Forward<Math, 32, 2 * kStack, 2>;
@@ -314,25 +314,25 @@ struct BackwardArguments {
   Pixels<T> grad_bn;
   float* rows;  // [blocks, 2 B + 9 K B]: sums, and dW as [tap][K][B] if wanted
   int64_t row_size;
-  bool wants_weight, accumulate;  // adds to grad_bn
+  bool wants_weight, accumulate;  // accumulate adds to grad_bn
   Patches patches;
   int grad_bytes, y_bytes, z_bytes, grad_bn_bytes;
   int stages;  // patches in shared memory at a time
 };
 
 // A block takes kIn channels of z and all of K, at most kOut, and goes through patches of kPixels
-// slots: a warp has da of one of kParts of the channels for a stack of kStack lines, and dW of
-// 16 x 16 channels, all taps.
+// slots. A warp computes da for one of kParts parts of the channels and a stack of kStack lines,
+// and dW for 16 x 16 channels and all taps.
 template <class Math_, int kOut_, int kStack_, int kParts_>
 struct Backward {
   using Math = Math_;
   using T = typename Math::T;
   static constexpr int kWarps = sizeof(T) == 2 ? 8 : 4, kThreads = kWarps * kWarp;
   static constexpr int kStack = kStack_, kParts = kParts_;
-  static constexpr int kDataWarps = kWarps / kParts;  // that share the pixels of da
+  static constexpr int kDataWarps = kWarps / kParts;  // they share the pixels of da
   static constexpr int kPixels = kDataWarps * 16 * kStack;
-  // One image of 16 x 16 with its border in 256 slots, two of 8 x 8 in 128, two halves of them
-  // in 64.
+  // Enough for the bordered patch of one image of 16 x 16 in 256 slots, two of 8 x 8 in 128 slots,
+  // or halves of two such images in 64 slots.
   static constexpr int kBordered = kPixels == 256 ? 336 : kPixels == 128 ? 200 : 120;
   static constexpr int kOut = kOut_, kIn = kWarps * 16 * 16 / kOut;
   static constexpr int kOutLd = padded<T>(kOut), kInLd = padded<T>(kIn);
@@ -432,8 +432,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const T* const y = dy + kBordered * kOutLd;
     T* const z = dy + 2 * kBordered * kOutLd;
 
-    // dy in place of grad; zero outside the images, where v would remain. A thread's channels are
-    // the same in all its rows.
+    // Forms dy in place of grad. Outside the images it stays zero, where v would remain otherwise.
+    // A thread has the same channels in all its rows.
     constexpr int kPairs = kOut / 2;
     static_assert(kThreads % kPairs == 0);
     const int pair = thread_index() % kPairs * 2;
@@ -452,7 +452,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         scales[j] = load_shared(scale + weight_column + 8 * j + lane / 4);
         shifts[j] = load_shared(shift + weight_column + 8 * j + lane / 4);
       }
-      // Down the lines of dy, each with the lines of z that see it: this one and the two before.
+      // Goes down the lines of dy, and pairs each with the lines of z that use it: the same line
+      // and the two before.
       const int width = patches.images * patches.columns;
       DENSE_EXT_NO_UNROLL for (int x = 0; x < width; x += Math::kDepth) {
         const int first = x / 16 * 16 * patches.lines + x % 16;
@@ -492,15 +493,15 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       }
     }
 
-    // The weight turned around: what a pixel's tap saw forward sees the pixel now.
+    // The taps in reverse order, for the transposed convolution.
     float da[Config::kStack][kColumns][4] = {};
     const auto load_tap = [&](uint32_t (&b)[2][2], int tap, int k, int j) {
       const T* of_tap = weights + (kTaps - 1 - tap) * Config::kTapSize;
       columns.load(b[0], b[1], of_tap + k * kInLd + data_column + 8 * j, kInLd);
     };
-    const int depth = kOut > 32 ? out : kOut;  // 48 of 64 is worth a branch
+    const int depth = kOut > 32 ? out : kOut;  // for example 48 of 64: worth a branch
     multiply_taps<Math, kOut>(da, data_rows, dy, kOutLd, patches.line, depth, load_tap);
-    sync_threads();  // z becomes grad_bn, which other warps have read for dW
+    sync_threads();  // all warps have read z for dW before grad_bn overwrites it
 
     Float2 s[kColumns], t[kColumns], m[kColumns];
     DENSE_EXT_UNROLL for (int j = 0; j < kColumns; j++) {
@@ -611,7 +612,7 @@ void bn_relu_conv3x3_backward(const Tensor& grad, const Tensor& y, const Tensor&
       if (grad_weight) zero(*grad_weight);
       return;
     }
-    // What doesn't fit is done in pieces of K, each adding its part to grad_bn and to the sums.
+    // If K does not fit, pieces of it run one after another and add to grad_bn and the sums.
     const auto run_pieces = [&](auto config) {
       using Config = decltype(config);
       for (int64_t k = 0; k < out; k += Config::kOut) {
@@ -635,7 +636,7 @@ void bn_relu_conv3x3_backward(const Tensor& grad, const Tensor& y, const Tensor&
     };
     with_arithmetic<T>(tf32, [&](auto math) {
       using Math = decltype(math);
-      if constexpr (sizeof(T) == 2) {  // float's tiles would not fit shared memory
+      if constexpr (sizeof(T) == 2) {  // for float, tiles would not fit in shared memory
         using Wide = Backward<Math, 64, 2, 2>;
         using Large = Backward<Math, 32, 4, 2>;
         using Small = Backward<Math, 32, 4, 4>;

@@ -1,18 +1,19 @@
-// Forward:  y = max over 3x3 windows, 2 apart, of relu(scale*x + shift); padding never wins.
-// Backward: the first maximum of each window in row-major order takes its gradient;
-//           g = the sum of what a pixel took where scale*x + shift > 0, else 0
+// Forward:  y = max over 3x3 windows, 2 apart, of relu(scale*x + shift); padding is ignored.
+// Backward: the first maximum of each window in row-major order takes the window's gradient;
+//           g = the sum of the gradients that a pixel took where scale*x + shift > 0, else 0
 //           grad_x = scale*g;  sums = [sum g, sum g*(x - mean)]
-// Backward through the norm: the sums, then grad_x = scale*g + u*x + v.
+// Backward through the norm: first the sums, then grad_x = scale*g + u*x + v.
 //
-// x, grad_x [N, H, W, C], y, grad [N, (H-1)/2 + 1, (W-1)/2 + 1, C], pixels their own strides apart.
+// x, grad_x [N, H, W, C]; y, grad [N, (H-1)/2 + 1, (W-1)/2 + 1, C]; each with its own pixel stride.
 //
-// Elements moved an input pixel: 5/4 C forward, 9/4 C backward, each once from device memory:
-// blocks that run side by side share the pixels at the edges of their strips through the L2 cache.
-// Through the norm 7/2 C, in two passes: u and v come of the sums, and x and grad read again are
-// less than grad_x written, read and written again.
-// A block goes down a strip of an image, whose lines pass through shared memory; each window's
-// maximum is found once. In the backward pass a pixel gathers from the windows it lies in, in a
-// fixed order. Beside the activations each of its blocks leaves a row of sums.
+// Elements moved per input pixel: 5/4 C forward, 9/4 C backward, each from device memory once.
+// Blocks that run at the same time share the pixels at the edges of their strips through the L2
+// cache. Backward through the norm moves 7/2 C in two passes, because u and v follow from the sums:
+// reading x and grad twice moves less than writing, reading and writing grad_x.
+//
+// A block goes down a strip of an image, whose lines pass through shared memory; it finds each
+// window's maximum once. In the backward pass a pixel gathers the gradients of its windows in a
+// fixed order. In addition, each block of the backward pass writes a row of sums.
 
 #include <torch/csrc/stable/library.h>
 
@@ -24,11 +25,11 @@
 namespace dense_ext {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / kWarp, kBlocks = 4;  // of a multiprocessor
-constexpr int kLines = 14, kColumns = 14;  // windows of a strip, at most
+constexpr int kThreads = 256, kWarps = kThreads / kWarp, kBlocks = 4;  // per multiprocessor
+constexpr int kLines = 14, kColumns = 14;  // the maximum windows of a strip
 constexpr int kAhead = 2, kStages = kAhead + 2;
 
-// A warp takes as many channels as fill 128 bytes, and each of its threads four bytes of them.
+// A warp takes as many channels of a pixel as fill 128 bytes; each thread takes four bytes of them.
 constexpr int kWordBytes = 4;
 template <class T>
 using Word = Vector<T, kWordBytes>;
@@ -41,11 +42,11 @@ __device__ __forceinline__ Word<T> load_word(const T* pixel) {
   return Word<T>(load_shared(reinterpret_cast<const Bytes<kWordBytes>*>(word)));
 }
 
-// The channels of a block, those of a thread, and the thread's part of per-channel vectors.
+// The channels of a block and of a thread, and access to the thread's part of per-channel vectors.
 template <class T>
 struct Channels {
   int64_t chunk, first;
-  int chunk_size, size;  // the latter is not positive beyond the last channel
+  int chunk_size, size;  // size is zero or negative beyond the last channel
 
   __device__ explicit Channels(int64_t channels)
       : chunk(int64_t{block_x()} * kChannels<T>),
@@ -61,7 +62,7 @@ struct Channels {
     return word;
   }
 
-  // Stores a word of a pixel, its elements one by one where words are not aligned.
+  // Stores a word of a pixel; if words are not aligned, it stores their elements one by one.
   __device__ void store(T* pixel, const Word<T>& word, int bytes) const {
     if (size <= 0) return;
     if (bytes >= kWordBytes) return store_bytes(pixel + first, word.stored());
@@ -71,7 +72,7 @@ struct Channels {
   }
 };
 
-// Near-equal parts of the windows of y: so many of them down and across an image.
+// Splits the windows of y into near-equal strips; counts them down and across an image.
 struct Strips {
   int64_t down, across;
 
@@ -93,14 +94,14 @@ struct Strip {
         columns(part_of(y.width, strips.across, index % strips.across)) {}
 };
 
-// The maximum of a window from zero on, which is that of the ReLU's values.
+// The maximum of a window's ReLU values: that of the values before the ReLU, but at least zero.
 template <class T>
 struct Maximum {
   static constexpr int kNone = 9;
   Word<T> value;
-  int index[Word<T>::kSize];  // of the first to have it, 3*line + column; kNone if none is positive
+  int index[Word<T>::kSize];  // 3*line + column of the first maximum; kNone if none is positive
 
-  // Three lines of pixels, and which lines and columns are inside the image.
+  // Takes three lines of pixels, and which of the lines and columns are inside the image.
   __device__ Maximum(const T* const (&lines)[3], const bool (&line_inside)[3],
                      const bool (&column_inside)[3], const Word<T>& scale, const Word<T>& shift) {
     DENSE_EXT_UNROLL for (int i = 0; i < Word<T>::kSize; i++) index[i] = kNone;
@@ -110,7 +111,7 @@ struct Maximum {
       const Word<T> x = load_word(lines[line] + column * kChannels<T>);
       DENSE_EXT_UNROLL for (int i = 0; i < Word<T>::kSize; i++) {
         const float a = scale.value[i] * x.value[i] + shift.value[i];
-        const bool wins = a > value.value[i] || a != a;  // as in PyTorch: NaN is a maximum
+        const bool wins = a > value.value[i] || a != a;  // NaN is a maximum, as in PyTorch
         value.value[i] = wins ? a : value.value[i];
         index[i] = wins ? number : index[i];
       }
@@ -118,11 +119,11 @@ struct Maximum {
   }
 };
 
-// A strip, with kHalo more windows on its right and below, line by line through shared memory.
-// There a ring of stages holds two lines of x each: of the windows of line l, counted from the
-// strip's first, stage l has the upper pixels in its second line, and stage l + 1 the middle and
-// the lower ones. Where kHalo is 1, each stage has a third line behind them: the windows' own
-// elements, in stage l + 1 those of line l.
+// Moves a strip, with kHalo more windows on its right and below, through shared memory line by
+// line. There a ring of stages holds two lines of x each. Lines of windows are counted from the
+// strip's first. For the windows of line l, the upper pixels are in the second line of stage l; the
+// middle and lower pixels are in the two lines of stage l + 1. If kHalo is 1, each stage has a
+// third line after the pixels, for the windows' own elements; stage l + 1 holds those of line l.
 template <class T, int kHalo>
 struct Ring {
   static constexpr int kWindows = kColumns + kHalo, kPixels = 2 * kWindows + 1;
@@ -131,19 +132,19 @@ struct Ring {
 
   T* stages;
   const Pixels<const T>& x;
-  int bytes;  // that an access to x moves
+  int bytes;  // per access to x
   const Channels<T>& channels;
   Word<T> scale, shift;
 
   __device__ T* stage(int i) const { return stages + i % kStages * kStageSize; }
-  // Column c is counted from the left of the strip's first window.
+  // Column c is counted from the left column of the strip's first window.
   __device__ T* pixel(int i, int line, int c) const {
     return stage(i) + (line * kPixels + c) * kChannels<T>;
   }
   __device__ T* windows(int i) const { return pixel(i, 2, 0); }
 
-  // Calls body(l) for each line of windows when its pixels are there; load_windows(l), ahead of
-  // that, to bring the windows' own elements.
+  // Calls body(l) for each line of windows when its pixels have arrived. Calls load_windows(l)
+  // earlier, to start copying the windows' own elements.
   template <class Load, class Body>
   __device__ void for_lines(const Strip& strip, const Load& load_windows, const Body& body) const {
     const int lines = static_cast<int>(strip.lines.size()) + kHalo;
@@ -164,7 +165,7 @@ struct Ring {
     sync_threads();
   }
 
-  // Calls body(j, maximum) for the windows of line l that are the warp's.
+  // Calls body(j, maximum) for the warp's windows of line l.
   template <class Body>
   __device__ void for_windows(const Strip& strip, int l, const Body& body) const {
     const int64_t line = strip.lines.begin + l;
@@ -264,15 +265,15 @@ struct BackwardArguments {
   Pixels<const T> grad, x;
   const float *mean, *scale, *shift;  // [C]
   const float *u, *v;                 // [C]
-  Pixels<T> grad_x;                   // data null: not wanted
+  Pixels<T> grad_x;                   // data is null if not wanted
   float* rows;                        // [blocks, 2 C]
   Strips strips;
   int grad_bytes, x_bytes, grad_x_bytes;
 };
 
-// A cell, the pixels (2i, 2j) to (2i + 1, 2j + 1), lies in window (i, j) and in the next ones on
-// its right and below. A warp takes one at a time, once both lines' maxima are known. With kAffine
-// it adds u*x + v to grad_x and takes no sums: registers are few.
+// A cell is the pixels (2i, 2j) to (2i + 1, 2j + 1). It overlaps window (i, j) and the next windows
+// on the right and below. A warp takes one cell at a time, once the maxima of both lines of windows
+// are known. With kAffine it adds u*x + v to grad_x and computes no sums, to save registers.
 template <class T, bool kAffine>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     backward_kernel(const BackwardArguments<T> args) {
@@ -282,7 +283,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const Ring<T, 1> ring{
       shared.take<T>(Ring<T, 1>::kSize), args.x, args.x_bytes, channels, channels.load(args.scale),
       channels.load(args.shift)};
-  // Which pixel takes the gradient of the windows of two lines: a byte a channel.
+  // The index of the pixel that takes a window's gradient, one byte per channel, for two lines.
   auto* const takers = shared.take<uint16_t>(2 * kWindows * kWarp);
   const auto takers_of = [&](int l, int j) {
     return takers + (l % 2 * kWindows + j) * kWarp + lane_index();
@@ -297,7 +298,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
   for (int64_t i = block_y(); i < args.strips.count(args.grad.images); i += grid_y()) {
     const Strip strip(args.grad, args.strips, i);
-    // Zero for windows outside the image: whichever pixel takes it, it adds nothing.
+    // Windows outside the image get a zero gradient, so that they add nothing to any pixel.
     const auto load_grad = [&](int l) {
       const int64_t line = strip.lines.begin + l;
       const int64_t first = (strip.image * args.grad.height + line) * args.grad.width;
@@ -361,7 +362,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
   if constexpr (kAffine) return;
 
-  // The ring's memory holds the warps' sums now.
+  // The ring's memory now holds the warps' sums.
   auto* const sums = reinterpret_cast<float*>(ring.stages);
   DENSE_EXT_UNROLL for (int c = 0; c < kSize; c++) {
     float* const sum = sums + warp_index() * 2 * kChannels<T> + lane_index() * kSize + c;
@@ -376,7 +377,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   store_global(args.rows + (2 * block_y() + which) * args.x.channels + channels.chunk + c, total);
 }
 
-// What of the arguments is not for this pass is absent, grad_x excepted.
+// Arguments that this pass does not need are absent, except grad_x.
 void run_backward(Pass pass, const Tensor& grad, const Tensor& x, const std::optional<Tensor>& mean,
                   const Tensor& scale, const Tensor& shift, const std::optional<Tensor>& u,
                   const std::optional<Tensor>& v, const Tensor& grad_x,

@@ -2,23 +2,28 @@
 // Backward: da = (grad @ W) / 4 for each pixel of a window
 //           g = da where scale*x + shift > 0, else 0;  grad_x = scale*g
 //           sums = [sum g, sum g*(x - mean)];  dW = grad^T @ p
-// Backward through the norm: the sums, then grad_x = scale*g + u*x + v.
+// Backward through the norm: first the sums, then grad_x = scale*g + u*x + v.
 //
-// x, grad_x [N, H, W, C], y, grad [N, H/2, W/2, K], pixels their own strides apart; W, dW [K, C],
+// x, grad_x [N, H, W, C]; y, grad [N, H/2, W/2, K]; each with its own pixel stride. W, dW [K, C],
 // any strides.
 //
-// Elements moved an output pixel: 4 C + K forward, 10 C + 2 K backward, each once from device
-// memory: blocks that run side by side share x (forward, K beyond a block's), grad (a chunk of C
-// each) or both factors of dW through the L2 cache. Backward is two kernels, since a block that
-// covers all of K has no registers for dW. The first writes grad_x and the sums, and leaves p in
-// scratch: C elements written and C read, where the second would read 4 C and pool them anew for
-// every 128 of K. Beside them each block leaves a row of sums, or its part of dW. Through the norm
-// 14 C + 3 K: the first kernel runs twice, without grad_x and then with nothing else, for u and v
-// come of the sums; that is less than to read grad_x and x, and write grad_x, once more.
+// Elements moved per output pixel: 4 C + K forward, 10 C + 2 K backward, each from device memory
+// once. Blocks that run at the same time share inputs through the L2 cache. Forward they share x if
+// K exceeds a block's. Backward they share grad, since each takes a chunk of C, and both factors of
+// dW.
 //
-// x goes through registers, 16 bytes a thread of each of a window's pixels: 16 registers, loaded a
-// step or a row ahead. Staged in shared memory, a step of 64 windows would take 16 KiB and cross it
-// twice, where only p, a quarter of that, has to be there.
+// Backward is two kernels, since a block that covers all of K has no registers for dW. The first
+// writes grad_x and the sums, and stores p in scratch. This takes C elements written and C read;
+// otherwise the second kernel would read 4 C and pool them again for every 128 of K. In addition,
+// each block writes a row of sums, or its part of dW.
+//
+// Backward through the norm moves 14 C + 3 K. The first kernel runs twice, because u and v follow
+// from the sums: first without grad_x, then for grad_x only. That moves less than reading grad_x
+// and x once more and writing grad_x again.
+//
+// x is loaded into registers, not into shared memory. A thread loads 16 bytes of each pixel of a
+// window, a step or a row ahead, into 16 registers. In shared memory, x of a step of 64 windows
+// would take 16 KiB, to be written and read; only p, a quarter of that, has to be there.
 
 #include <torch/csrc/stable/library.h>
 
@@ -34,20 +39,20 @@ constexpr int kThreads = 256;
 
 // --- windows -----------------------------------------------------------------------------------
 
-// The first of the pixels of an output pixel's window.
+// The index of the first pixel of an output pixel's window.
 template <class T>
 __device__ __forceinline__ int64_t corner_of(const Pixels<T>& x, int64_t window) {
   const int64_t out_height = x.height / 2, out_width = x.width / 2;
-  const int64_t line = window / out_width;  // of all images' output lines
+  const int64_t line = window / out_width;  // counted over all images
   return (line / out_height * x.height + line % out_height * 2) * x.width + window % out_width * 2;
 }
 
-// A thread takes 16 bytes of a pixel at a time, a unit of its channels, and computes four of them
-// at a time.
+// A thread loads 16 bytes of a pixel at a time, which is a unit of its channels, and computes with
+// four channels at a time.
 template <class T>
 constexpr int kUnit = 16 / static_cast<int>(sizeof(T));
 
-// The unit's q-th four channels.
+// Converts the q-th four channels of a unit to and from float.
 template <class T>
 __device__ __forceinline__ void widen(float (&four)[4], const Bytes<16>& unit, int q) {
   DENSE_EXT_UNROLL for (int i = 0; i < 4; i++) {
@@ -69,7 +74,7 @@ __device__ __forceinline__ void narrow(Bytes<16>& unit, int q, const float (&fou
   }
 }
 
-// The same of floats in shared memory.
+// Loads and stores four floats in shared memory.
 __device__ __forceinline__ void load_four(float (&four)[4], const float* at) {
   widen<float>(four, load_shared(reinterpret_cast<const Bytes<16>*>(at)), 0);
 }
@@ -84,7 +89,8 @@ template <class T>
 struct Window {
   Bytes<16> pixels[4];
 
-  // From x, where the unit of the window's first pixel is at `corner`; zeros from `columns` on.
+  // Loads from x; the unit of the window's first pixel is at `corner`. Channels from `columns` on
+  // become zeros.
   __device__ __forceinline__ void load(const Pixels<const T>& x, const T* corner, int columns,
                                        int bytes) {
     DENSE_EXT_UNROLL for (auto& pixel : pixels) pixel = {};
@@ -95,7 +101,7 @@ struct Window {
     });
   }
 
-  // To x, what lies below `columns`.
+  // Stores the channels below `columns` to x.
   __device__ __forceinline__ void store(const Pixels<T>& x, T* corner, int columns, int bytes) {
     for_accesses(x, columns, bytes, [&](auto width, void* part, int64_t offset) {
       using V = Bytes<decltype(width)::value>;
@@ -105,7 +111,8 @@ struct Window {
     });
   }
 
-  // The unit of p. Its scale and shift, in shared memory, are every four of them kStride apart.
+  // The unit of p. Its scale and shift are in shared memory, in groups of four that are kStride
+  // apart.
   template <int kStride>
   __device__ __forceinline__ Bytes<16> pooled(const float* scales, const float* shifts) const {
     Bytes<16> unit;
@@ -131,7 +138,8 @@ struct Window {
                                                const Body& body) {
     DENSE_EXT_UNROLL for (int pixel = 0; pixel < 4; pixel++) {
       const int64_t offset = (pixel / 2 * x.width + pixel % 2) * x.stride;
-      // Within the loop: single elements of all pixels at once would take twice the registers.
+      // Inside the loop, since single elements of all pixels at once would take twice the
+      // registers.
       for_width<T>(bytes, [&](auto width) {
         constexpr int kElements = decltype(width)::value / static_cast<int>(sizeof(T));
         DENSE_EXT_UNROLL for (int i = 0; i < kUnit<T>; i += kElements) {
@@ -154,9 +162,10 @@ struct ForwardArguments {
   int x_bytes, weight_bytes, y_bytes;
 };
 
-// A block makes tiles of kWindows x kOut of y, eight warps 2 x 4, stepping through C. While it
-// multiplies one step's p by W, it loads the next step's x into registers, then pools it into the
-// other of two tiles of p; W, which comes from the L2 cache, is copied two steps ahead.
+// A block computes tiles of y of kWindows x kOut with eight warps, 2 x 4, and steps through C.
+// While it multiplies one step's p by W, it loads the next step's x into registers; then it pools
+// that x into the other of two tiles of p. W, which comes from the L2 cache, is copied two steps
+// ahead.
 template <class Math_, int kOut_>
 struct Forward {
   using Math = Math_;
@@ -190,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int outs = std::min(kOut, static_cast<int>(args.y.channels) - first_out);
   const int in = static_cast<int>(args.x.channels), steps = (in + kDepth - 1) / kDepth;
 
-  constexpr int kWarpRows = 2, kWarpColumns = kOut / 32;  // fragments of a warp
+  constexpr int kWarpRows = 2, kWarpColumns = kOut / 32;  // fragments per warp
   const int warp_row = warp_index() / 4 * 32, warp_column = warp_index() % 4 * (kOut / 4);
   const RowFragment<T> p_rows([&](int r) { return (warp_row + r) * kLd; });
   const ColumnFragments<T> weight_columns(kLd);
@@ -208,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     copy_async_commit();
   };
 
-  // The thread's row of p and its unit of each step.
+  // The thread's row of p, and its unit in each step.
   const int row = first_access<Config::kUnits>() / Config::kUnits;
   const int unit = thread_index() % Config::kUnits * kUnit<T>;
 
@@ -216,7 +225,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int64_t tile = block_y(); tile < tile_count; tile += grid_y()) {
     const int64_t first = tile * kWindows;
     const int rows = static_cast<int>(std::min(int64_t{kWindows}, windows - first));
-    // Rows beyond the last are of the last window.
+    // Rows past the last window read the last window.
     const T* const corner = args.x.at(corner_of(args.x, first + std::min(row, rows - 1))) + unit;
     Window<T> window;
     const auto load_x = [&](int step) {
@@ -249,7 +258,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     sync_threads();
 
-    // The memory of W and p holds the tile of y now.
+    // The memory of W and p now holds the tile of y.
     for_pairs(y, [&](int r, int c, float left, float right) {
       store_pair(weights + (warp_row + r) * Config::kOutLd + warp_column + c, left, right);
     });
@@ -293,7 +302,7 @@ void bn_relu_pool_conv1x1_forward(const Tensor& x, const Tensor& scale, const Te
         .y_bytes = AccessBytes().add(ys)};
     with_arithmetic<T>(tf32, [&](auto math) {
       using Math = decltype(math);
-      // In FMAs the product takes far longer than to pool x again for every 128 of K.
+      // With FMAs the product takes far longer than pooling x again for every 128 of K.
       if constexpr (!Math::kExact) {
         if (out > 128) return run_forward<Forward<Math, 256>>(args);
       }
@@ -310,16 +319,17 @@ struct DataArguments {
   const float *mean, *scale, *shift;  // [C]
   const float *u, *v;                 // [C]
   Weight<const T> weight;             // [K, C]
-  Pixels<T> grad_x;                   // data null: not wanted
-  Pixels<T> pooled;                   // p; data null: not wanted
+  Pixels<T> grad_x;                   // data is null if not wanted
+  Pixels<T> pooled;                   // p; data is null if not wanted
   float* rows;                        // [blocks, 2 C]: sums
   int grad_bytes, x_bytes, weight_bytes, grad_x_bytes;
 };
 
-// A block takes kIn channels of x and goes through tiles of kWindows. Their da is a product over K
-// in a pipeline of kStages, eight warps 2 x 4; it then lies in shared memory, as floats, and each
-// thread spreads it over units of x, of the same channels in every tile, so that it keeps their
-// sums; or with kAffine their u and v, which it adds as u*x + v to grad_x.
+// A block takes kIn channels of x and goes through tiles of kWindows windows. A tile's da is a
+// product over K, in a pipeline of kStages stages, by eight warps 2 x 4. It is then stored in
+// shared memory as floats, and each thread applies it to units of x. A thread has the same channels
+// in every tile, so it keeps their sums in registers; with kAffine it adds u*x + v to grad_x
+// instead.
 template <class Math_, bool kAffine_>
 struct Data {
   static constexpr bool kAffine = kAffine_;
@@ -331,8 +341,9 @@ struct Data {
   static constexpr int kGradSize = kWindows * kLd, kStageSize = kGradSize + kDepth * kInLd;
   static constexpr int kUnits = kIn / kUnit<T>, kGroups = kThreads / kUnits;
 
-  // Rows of floats of kIn channels. The halves of a 16-bit type's units lie in two planes: what
-  // neighbouring threads read at a time are neighbours, and fragments don't meet in a bank.
+  // The layout of rows of kIn floats in shared memory. For 16-bit types, the two halves of each
+  // unit are in two planes. So neighbouring threads read neighbouring floats, and fragments use
+  // different banks.
   static constexpr int kFloatLd = kIn + 8, kPlane = kIn / 2 + 4;
   __device__ static int place(int channel) {
     return channel / kUnit<T> * 4 + channel % kUnit<T> / 4 * kPlane + channel % 4;
@@ -361,7 +372,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   float* const floats = reinterpret_cast<float*>(tiles);  // da, then the sums
   float* const scale = shared.take<float>(4 * kFloatLd);
   float *const shift = scale + kFloatLd, *const mean = shift + kFloatLd;
-  float *const u = mean, *const v = u + kFloatLd;  // in its place
+  float *const u = mean, *const v = u + kFloatLd;  // in place of mean
   int64_t* const corners = shared.take<int64_t>(kWindows);
 
   const int first_in = block_x() * kIn;
@@ -385,7 +396,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const RowFragment<T> grad_rows([&](int r) { return (warp_row + r) * kLd; });
   const TransposedColumnFragments<T> weight_columns(kInLd);
 
-  // The thread's unit, and the first of its rows, every kGroups-th of a tile.
+  // The thread's unit, and its group: it takes every kGroups-th row of a tile, from row `group` on.
   const int unit = thread_index() % Config::kUnits * kUnit<T>;
   const int place = Config::place(unit), columns = ins - unit;
   const int group = thread_index() / Config::kUnits;
@@ -395,7 +406,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int64_t tile = block_y(); tile < tile_count; tile += grid_y()) {
     const int64_t first = tile * kWindows;
     const int rows = static_cast<int>(std::min(int64_t{kWindows}, windows - first));
-    sync_threads();  // the last tile is done
+    sync_threads();  // the previous tile is complete
     for (int r = thread_index(); r < rows; r += kThreads) {
       store_shared(corners + r, corner_of(args.x, first + r));
     }
@@ -419,7 +430,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                                                    grad + Config::kGradSize + warp_column);
         });
 
-    Window<T> x[2];  // one on its way while the other is worked on
+    Window<T> x[2];  // one is loaded while the other is processed
     const auto load = [&](int i) {
       const int r = i * kGroups + group;
       if (r >= rows) return;
@@ -475,7 +486,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   if constexpr (Config::kAffine) return;
 
-  // Sums over the threads with the same unit.
+  // Adds the sums of the threads with the same unit.
   sync_threads();
   DENSE_EXT_UNROLL for (int q = 0; q < kUnit<T> / 4; q++) {
     float* const to = floats + group * kFloatLd + place + q * kPlane;
@@ -506,13 +517,14 @@ void run_data(DataArguments<typename Config::T> args, const Tensor& like, float*
   add_rows(rows, blocks, Sums<T>{.vector = sums, .vector_size = 2 * in});
 }
 
-// The pixels that no window covers: u*x + v, or with null zeros, an element a thread.
+// Writes grad_x of the pixels that no window covers, one element per thread: u*x + v, or zero if u
+// is null.
 template <class T>
 struct EdgeArguments {
   Pixels<const T> x;
   const float *u, *v;  // [C]
   Pixels<T> grad_x;
-  int below, right;  // of an image: in its last line, and of the others in its last column
+  int below, right;  // such pixels per image: in the last line, and in the last column above it
 };
 
 template <class T>
@@ -553,12 +565,12 @@ template <class T>
 struct WeightArguments {
   Pixels<const T> grad, pooled;
   float* rows;    // [blocks, K C]
-  int in_blocks;  // of kIn channels each
+  int in_blocks;  // blocks of kIn channels each
   int grad_bytes, pooled_bytes;
 };
 
-// A block makes kOut x kIn of dW, eight warps 4 x 2, from its share of the windows, kDepth at a
-// time in a pipeline of kStages.
+// A block computes kOut x kIn of dW with eight warps, 4 x 2, from its share of the windows: kDepth
+// windows at a time, in a pipeline of kStages stages.
 template <class Math_>
 struct WeightProduct {
   using Math = Math_;
@@ -634,7 +646,7 @@ void run_weight(WeightArguments<typename Config::T> args, const Tensor& like,
   add_rows(rows, blocks, to);
 }
 
-// What of the arguments is not for this pass is absent, grad_x excepted.
+// Arguments that this pass does not need are absent, except grad_x.
 void run_backward(Pass pass, const Tensor& grad, const Tensor& x, const std::optional<Tensor>& mean,
                   const Tensor& scale, const Tensor& shift, const std::optional<Tensor>& u,
                   const std::optional<Tensor>& v, const Tensor& weight, const Tensor& grad_x,
@@ -655,7 +667,7 @@ void run_backward(Pass pass, const Tensor& grad, const Tensor& x, const std::opt
     const auto grad_xs = pixels<T>(grad_x, "grad_x", xs, in);
     float* sum = channels<float>(sums, "sums", 2 * in);
     const Weight<T> dw = weight_of<T>(grad_weight, "grad_weight", out, in, 1);
-    if (windows == 0) {  // no image, or no room for a window
+    if (windows == 0) {  // no images, or images too small for a window
       zero(grad_x);
       if (sums) zero(*sums);
       if (grad_weight) zero(*grad_weight);
@@ -700,7 +712,7 @@ void run_backward(Pass pass, const Tensor& grad, const Tensor& x, const std::opt
           .rows = nullptr,
           .in_blocks = 0,
           .grad_bytes = args.grad_bytes,
-          .pooled_bytes = 16};  // whole units: beyond C they hold zeros
+          .pooled_bytes = 16};  // whole units, which hold zeros beyond C
       run_weight<WeightProduct<Math>>(weight_args, x, dw);
     });
   });

@@ -1,8 +1,8 @@
 // mean[c], var[c] = mean and biased variance of x[..., c].
 //
-// x [N, H, W, C], pixels `stride` apart; mean, var [C]. Moves C elements a pixel: a thread holds a
-// few pixels in registers, and goes over them twice, once for their mean and once for their squared
-// deviations from it. Beside them each block leaves a row of moments.
+// x [N, H, W, C] with any pixel stride; mean, var [C]. Moves C elements per pixel. A thread holds a
+// few pixels in registers and goes over them twice: for their mean, and for their squared
+// deviations from it. In addition, each block writes a row of moments.
 
 #include <torch/csrc/stable/library.h>
 
@@ -14,8 +14,8 @@ namespace dense_ext {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kUnits = kWarp;  // of a pixel that a block takes, at most
-constexpr int kBatch = 8;      // pixels a thread has under way
+constexpr int kUnits = kWarp;  // the maximum units of a pixel per block
+constexpr int kBatch = 8;      // pixels that a thread loads at a time
 
 constexpr int shared_bytes(int elements) {
   return SharedMemory::bytes_of(kThreads * elements * int64_t{sizeof(Moments)});
@@ -25,14 +25,14 @@ template <class T>
 struct Arguments {
   Pixels<const T> x;
   float* rows;  // [blocks, 1 + 2 C]
-  int bytes;    // that an access moves
-  int units;    // accesses that a pixel takes
-  int chunks;   // near-equal parts of the units, one of them a block's
-  int groups;   // of a block's threads: each takes a pixel
+  int bytes;    // bytes per access
+  int units;    // accesses per pixel
+  int chunks;   // near-equal parts of the units; a block takes one of them
+  int groups;   // groups of a block's threads; each takes one pixel at a time
 };
 
-// Thread t of a block takes unit t % units of the block's chunk, in group t / units. The groups go
-// through the same pixels in every chunk: a row of moments has one count.
+// Thread t of a block takes unit t % units of the block's chunk and belongs to group t / units. The
+// groups go through the same pixels in every chunk, since a row of moments has only one count.
 template <class T, int kBytes>
 __device__ __forceinline__ void run(const Arguments<T>& args) {
   using V = Vector<T, kBytes>;
@@ -70,7 +70,7 @@ __device__ __forceinline__ void run(const Arguments<T>& args) {
     DENSE_EXT_UNROLL for (int i = 0; i < V::kSize; i++) total[i].merge({count, mean[i], m2[i]});
   }
 
-  // The groups' moments in a tree.
+  // Merges the groups' moments in a tree.
   Moments* const part = parts + thread_index();
   DENSE_EXT_UNROLL for (int i = 0; i < V::kSize; i++) part[i * kThreads] = total[i];
   for (int half = kThreads / 2; half > 0; half /= 2) {

@@ -1,5 +1,5 @@
-// What kernels take from CUDA, and the only place they take it from: built for a GPU, each function
-// is a builtin or one PTX instruction; built with DENSE_EXT_EMULATOR, it is a call of
+// Everything that the kernels use of CUDA; they use nothing of it directly. Built for a GPU, each
+// function is a builtin or one PTX instruction. Built with DENSE_EXT_EMULATOR, each calls
 // tests/emulator, which runs the same kernels on the host.
 
 #pragma once
@@ -31,7 +31,7 @@ namespace dense_ext {
 
 constexpr int kWarp = 32;
 
-// --- where a thread is -------------------------------------------------------------------------
+// --- indices of a thread -----------------------------------------------------------------------
 
 #ifdef DENSE_EXT_EMULATOR
 inline int thread_index() { return emulator::thread_index(); }
@@ -85,7 +85,7 @@ __device__ __forceinline__ uint32_t bits_of(float f) {
   return bits;
 }
 
-// Two values of a 16-bit type in a register, the first in the low half.
+// Two values of a 16-bit type in one register, the first in the low half.
 template <class T>
 __device__ __forceinline__ uint32_t pack(float x, float y);
 template <class T>
@@ -154,7 +154,7 @@ __device__ __forceinline__ Float2 unpack<BFloat16>(uint32_t bits) {
 }
 
 __device__ __forceinline__ float to_float(float x) { return x; }
-// NaN passes, as in PyTorch.
+// NaN stays NaN, as in PyTorch.
 __device__ __forceinline__ float relu(float x) { return x <= 0 ? 0 : x; }
 
 template <class T>
@@ -209,7 +209,7 @@ __device__ __forceinline__ V shuffle_xor(V value, int mask) {
 
 // --- memory --------------------------------------------------------------------------------------
 
-// kBytes bytes, aligned to as many, that move in one access.
+// kBytes bytes, aligned to kBytes, which move in one access.
 template <int kBytes>
 struct alignas(kBytes) Bytes {
   uint8_t data[kBytes];
@@ -260,10 +260,10 @@ __device__ __forceinline__ void store_shared(V* p, const V& value DENSE_EXT_AT_P
   *p = value;
 }
 
-// A block's dynamic shared memory, handed out in the order in which every thread asks for it.
+// A block's dynamic shared memory, divided into arrays. Every thread takes them in the same order.
 class SharedMemory {
  public:
-  static constexpr int kAlign = 128;  // so that no array's banks depend on another's size
+  static constexpr int kAlign = 128;  // an array's banks don't depend on the sizes of others
   static constexpr int bytes_of(int64_t bytes) {
     return static_cast<int>((bytes + kAlign - 1) / kAlign * kAlign);
   }
@@ -285,7 +285,8 @@ class SharedMemory {
   int taken_ = 0;
 };
 
-// An asynchronous copy of kBytes (4, 8, 16) from global to shared memory; zeros where not `valid`.
+// An asynchronous copy of kBytes (4, 8, 16) from global to shared memory; writes zeros if not
+// `valid`.
 template <int kBytes>
 __device__ __forceinline__ void copy_async(void* shared, const void* global,
                                            bool valid DENSE_EXT_AT_PLACE) {
@@ -314,7 +315,7 @@ __device__ __forceinline__ void copy_async_commit() {
 #endif
 }
 
-// Waits until at most kGroups of the thread's last groups are on their way.
+// Waits until all but the last kGroups of the thread's groups of copies are complete.
 template <int kGroups>
 __device__ __forceinline__ void copy_async_wait() {
 #ifdef DENSE_EXT_EMULATOR
@@ -326,9 +327,9 @@ __device__ __forceinline__ void copy_async_wait() {
 
 // --- tensor cores --------------------------------------------------------------------------------
 
-// Four 8x8 matrices of 16-bit elements from shared memory: lane i gives the address of row i % 8 of
-// matrix i / 8, and gets elements (lane / 4, 2 * (lane % 4)) and the next one of each; of the
-// transposed matrices if kTransposed.
+// Loads four 8x8 matrices of 16-bit elements from shared memory. Lane i passes the address of row
+// i % 8 of matrix i / 8. It gets elements (i / 4, 2 * (i % 4)) and (i / 4, 2 * (i % 4) + 1) of each
+// matrix, or of each transposed matrix if kTransposed.
 template <bool kTransposed>
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4],
                                               const void* row DENSE_EXT_AT_PLACE) {
@@ -350,7 +351,7 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4],
 #endif
 }
 
-// float32 with tf32's ten bits of mantissa, rounded to nearest.
+// x rounded to nearest, to the ten mantissa bits of tf32.
 __device__ __forceinline__ uint32_t tf32_of(float x) {
 #ifdef DENSE_EXT_EMULATOR
   return emulator::tf32_of(x);
@@ -361,10 +362,12 @@ __device__ __forceinline__ uint32_t tf32_of(float x) {
 #endif
 }
 
-// c += a @ b of a warp, m16n8k16 for 16-bit T, m16n8k8 in tf32 for float. With g = lane / 4 and
-// t = lane % 4, c holds (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1); 16-bit a holds pairs
-// along k at (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8), b at (2t, g), (2t + 8, g);
-// tf32 a holds (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4), b (t, g), (t + 4, g).
+// A warp's product c += a @ b: m16n8k16 for 16-bit T, m16n8k8 in tf32 for float. The elements that
+// a lane holds, as (row, column) with g = lane / 4 and t = lane % 4:
+//   c:      (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
+//   16-bit: a: pairs along k from (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8);
+//           b: pairs along k from (2t, g), (2t + 8, g)
+//   tf32:   a: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4);  b: (t, g), (t + 4, g)
 template <class T>
 __device__ __forceinline__ void multiply_accumulate(float (&c)[4], const uint32_t (&a)[4],
                                                     const uint32_t (&b)[2] DENSE_EXT_AT_PLACE) {

@@ -1,4 +1,4 @@
-// has_code: whether the library was compiled for a GPU, or has PTX that its driver can compile.
+// has_code: whether the library was compiled for a GPU, or has PTX that the driver can compile.
 
 #include <torch/csrc/stable/library.h>
 
@@ -20,12 +20,12 @@ bool has_code(int64_t device) {
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, empty_kernel);
   if (error == cudaSuccess) return true;
-  cudaGetLastError();  // or the next launch would report it
+  cudaGetLastError();  // clears the error, which the next launch would report
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
       error == cudaErrorUnsupportedPtxVersion) {
     return false;
   }
-  check_cuda(error);  // such as a driver older than the library's CUDA
+  check_cuda(error);  // any other error, such as a driver older than the library's CUDA
   return false;
 }
 

@@ -1,4 +1,4 @@
-// Launching kernels on PyTorch's current stream, and what is known of the device.
+// Launching kernels on PyTorch's current stream, and the properties of the current device.
 
 #pragma once
 
@@ -14,7 +14,7 @@
 #include <mutex>
 #include <vector>
 
-// Absent from a PyTorch without CUDA, into which the library must load all the same.
+// Weak, because a PyTorch without CUDA lacks it, and the library must load there too.
 extern "C" __attribute__((weak)) AOTITorchError
 aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 #endif
@@ -23,8 +23,8 @@ namespace dense_ext {
 
 struct Device {
   int multiprocessors;
-  int shared_bytes;                 // a block's, at most
-  int multiprocessor_shared_bytes;  // of all blocks that run on one
+  int shared_bytes;                 // maximum per block
+  int multiprocessor_shared_bytes;  // for all blocks on a multiprocessor
 };
 
 #ifdef DENSE_EXT_EMULATOR
@@ -86,7 +86,7 @@ class OnDeviceOf {
 #endif
 };
 
-// What a block may have on every GPU from compute capability 8.0 on; 8.6's and 12.0's have no more.
+// Shared memory per block available on every supported GPU (the limit of 8.6, 8.9 and 12.0).
 constexpr int kSmallestSharedBytes = 99 << 10;
 
 struct Launch {
@@ -107,7 +107,7 @@ void launch(const Launch& on, const Arguments& args DENSE_EXT_AT_PLACE) {
       [&] { kKernel(args); }, __PRETTY_FUNCTION__, place);
 #else
   const int index = current_device_index();
-  // More than 48 KiB has to be asked for: all there is, once for each device.
+  // More than 48 KiB must be requested: request the maximum, once for each device.
   static std::vector<std::once_flag> asked(device_count());
   std::call_once(asked[index], [&] {
     check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
@@ -125,25 +125,25 @@ void launch(const Launch& on, const Arguments& args DENSE_EXT_AT_PLACE) {
 #endif
 }
 
-// How many blocks share `tiles` of work in each of `columns` columns of the grid: as many as run at
-// once, at most one a tile.
+// The number of blocks that share `tiles` tiles of work in each of `columns` columns of the grid:
+// as many as run at once, but at most one per tile.
 inline int64_t persistent_blocks(int64_t tiles, int64_t columns, int blocks_per_multiprocessor,
                                  int shared_bytes) {
   const Device device = current_device();
-  constexpr int kReserved = 1024;  // of each block's shared memory, by CUDA
+  constexpr int kReserved = 1024;  // bytes of shared memory that CUDA reserves per block
   const int64_t fit = std::max(1, device.multiprocessor_shared_bytes / (shared_bytes + kReserved));
   const int64_t at_once =
       device.multiprocessors * std::min<int64_t>(fit, blocks_per_multiprocessor);
   return std::max<int64_t>(1, std::min(tiles, at_once / columns));
 }
 
-// Scratch of `count` floats on the tensor's device; it lives until the op returns, and the stream
-// orders whoever gets the memory next behind the op's kernels.
+// Scratch memory for `count` floats on the tensor's device. It is freed when the op returns; the
+// stream runs the op's kernels before any kernel that gets the memory next.
 inline Tensor scratch(int64_t count, const Tensor& like) {
   return torch::stable::new_empty(like, {count}, ScalarType::Float);
 }
 
-// A 1x1 weight's tensor, copied if a row's elements don't lie side by side; `w` views it.
+// A 1x1 weight's tensor, copied if the elements of a row are not contiguous; makes `w` its view.
 template <class T>
 Tensor with_dense_rows(const Tensor& weight, Weight<const T>& w) {
   if (w.in == 1 || w.in_stride == 1) return weight;

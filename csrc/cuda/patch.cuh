@@ -1,11 +1,12 @@
-// Patches of images for 3x3 convolutions: a rectangle of pixels of one or, where they are small,
-// several images side by side, with a border one pixel wide around each, which neighbours share.
+// Patches of images for 3x3 convolutions. A patch is a rectangle of pixels of one image or, if the
+// images are small, of several images side by side. Each image has a border one pixel wide, which
+// neighbouring images share.
 //
-// Products take a patch's pixels in slots: 16 side by side, a fragment's rows, line below line for
-// as many lines as the patch has, then the next 16 columns. So a fragment shifted down by a line is
-// the next fragment, and what is read for one serves its neighbours in a stack. `lines` is a
-// multiple of a stack's; slots beyond the patch's pixels see whatever is there, and nobody their
-// products.
+// Products take a patch's pixels in slots. 16 slots side by side are the rows of one fragment. The
+// next 16 slots are the pixels below, and so on for all lines; then come the next 16 columns. So
+// the fragment shifted down by one line is the next fragment, and fragments are read once for
+// several lines. These lines form a stack; `lines` is a multiple of a stack's height. Slots past
+// the patch read arbitrary data; their products are discarded.
 
 #pragma once
 
@@ -18,23 +19,23 @@ namespace dense_ext {
 struct Patches {
   int64_t image_count;
   int height, width;          // of an image
-  int images, rows, columns;  // of a patch; the columns are an image's
+  int images, rows, columns;  // of a patch; columns per image
   int lines;                  // of slots
-  int line, bordered;         // pixels of a line of the bordered patch, and of all of it
-  int down, across;           // patches of an image
+  int line, bordered;         // pixels per line of the bordered patch, and in all of it
+  int down, across;           // patches per image, vertically and horizontally
   int count;
 
-  // A slot's column, of those of all images, and line.
+  // A slot's column, counted over all images of the patch, and its line.
   DENSE_EXT_HOST_DEVICE int column_of(int slot) const { return slot / 16 / lines * 16 + slot % 16; }
   DENSE_EXT_HOST_DEVICE int line_of(int slot) const { return slot / 16 % lines; }
 
-  // The upper left neighbour of a slot's pixel, in the bordered patch; of slots beyond the columns
-  // that of the last column.
+  // The index in the bordered patch of the upper left neighbour of a slot's pixel. Slots past the
+  // last column use the last column's.
   DENSE_EXT_HOST_DEVICE int corner(int slot) const {
     const int column = std::min(column_of(slot), images * columns - 1);
     return line_of(slot) * line + column + column / columns;
   }
-  // A slot's pixel in the bordered patch; -1 beyond the patch.
+  // The index of a slot's pixel in the bordered patch; -1 for slots past the patch.
   DENSE_EXT_HOST_DEVICE int center(int slot) const {
     const bool used = line_of(slot) < rows && column_of(slot) < images * columns;
     return used ? corner(slot) + line + 1 : -1;
@@ -47,7 +48,8 @@ struct Patches {
   DENSE_EXT_HOST_DEVICE int64_t origin(int patch) const {
     return first_image(patch) * height * width;
   }
-  // Where pixel p of the bordered patch lies, counted from the origin; -1 outside the images.
+  // The distance from the origin to pixel p of the bordered patch, in pixels; -1 outside the
+  // images.
   DENSE_EXT_HOST_DEVICE int source(int patch, int p) const {
     const int y = p / line, x = p % line, image = std::min(x / (columns + 1), images - 1);
     const int row = patch / across % down * rows + y - 1;
@@ -58,13 +60,13 @@ struct Patches {
   }
 };
 
-// The patches that cover [N, H, W, C] in the least number, and of those the smallest: of at most
-// Config::kPixels slots in stacks of kStack lines, and kBordered pixels with a border around all
-// lines.
+// The smallest number of patches that cover [N, H, W, C], and among those the smallest patches. A
+// patch has at most Config::kPixels slots, in stacks of kStack lines, and at most kBordered pixels
+// with a border around all lines.
 template <class Config, class T>
 Patches patches_of(const Pixels<T>& x) {
   constexpr int64_t kSlots = Config::kPixels, kStack = Config::kStack;
-  constexpr int64_t kMost = int64_t{1} << 31;  // pixels of a patch's images: 32-bit distances
+  constexpr int64_t kMost = int64_t{1} << 31;  // pixels of a patch's images, for 32-bit distances
   STD_TORCH_CHECK(x.height * x.width < kMost, "images of ", x.height, " x ", x.width,
                   " pixels are too large");
   Patches best{};
@@ -81,7 +83,7 @@ Patches patches_of(const Pixels<T>& x) {
     }
     const int64_t line = images * (columns + 1) + 1;
     const int64_t count = ceil_div(x.images, images) * down * across;
-    if (count > kMost / 2) continue;  // a block's next patch has a 32-bit number, too
+    if (count > kMost / 2) continue;  // the number of a block's next patch must fit in 32 bits too
     const auto narrow = [](int64_t i) { return static_cast<int>(i); };
     const Patches patches{.image_count = x.images,
                           .height = narrow(x.height),
@@ -103,14 +105,15 @@ Patches patches_of(const Pixels<T>& x) {
   return best;
 }
 
-// Where a block finds the pixels of two patches, this one's and the next one's, by `parity`:
-// divided out once, not in every access. In shared memory.
+// The positions of the pixels of two patches, the current one and the next one, which `parity`
+// tells apart. They are computed once per patch and kept in shared memory, because computing them
+// takes divisions.
 template <int kSlots, int kBordered, int kThreads>
 class Places {
  public:
   static constexpr int kInts = 2 * kBordered + kSlots;
 
-  // They are there after a barrier, as a patch that is located.
+  // The slots, and a patch that was located, can be read after the next barrier.
   __device__ Places(int* memory, const Patches& patches)
       : sources_(memory), centers_(memory + 2 * kBordered), patches_(patches) {
     for (int slot = thread_index(); slot < kSlots; slot += kThreads) {
@@ -123,11 +126,11 @@ class Places {
       store_shared(sources_ + parity * kBordered + p, patches_.source(patch, p));
     }
   }
-  // Where pixel p of the bordered patch lies, as in Patches.
+  // The position of pixel p of the bordered patch, as in Patches.
   __device__ int source(int parity, int p) const {
     return load_shared(sources_ + parity * kBordered + p);
   }
-  // Where a slot's pixel lies; -1: it has none.
+  // The position of a slot's pixel; -1 if the slot has none.
   __device__ int center(int parity, int slot) const {
     const int p = load_shared(centers_ + slot);
     return p >= 0 ? source(parity, p) : -1;

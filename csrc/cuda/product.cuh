@@ -1,8 +1,8 @@
-// Products of a warp: fragments of two factors from shared memory, batch norm and ReLU applied to
-// them in registers, and their product added to the warp's accumulators.
+// A warp's matrix products: loading fragments of the two factors from shared memory, applying batch
+// norm and ReLU to them in registers, and adding their product to the warp's accumulators.
 //
-// A product is of rows times columns over a depth: c[row][column] += a[row][k] * b[k][column]. With
-// 16-bit types it runs on tensor cores, with float either there in tf32 or, exact, in FMAs.
+// A product sums over a depth k: c[row][column] += a[row][k] * b[k][column]. 16-bit types use
+// tensor cores; float uses tensor cores in tf32, or FMAs if it is to be exact.
 
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace dense_ext {
 
-// How a product treats its factors: in which type they are stored, and whether float is exact.
+// The arithmetic of a product: the storage type of its factors, and whether float is exact.
 template <class T_, bool kExact_>
 struct Arithmetic {
   using T = T_;
@@ -27,15 +27,15 @@ void with_arithmetic(bool tf32, const Body& body) {
   body(Arithmetic<T, false>{});
 }
 
-// Elements between the rows of a tile in shared memory: an odd number of 16-byte units, so that
-// eight rows at the same column lie in different banks.
+// The distance between the rows of a tile in shared memory, in elements: an odd number of 16-byte
+// units, so that eight rows at the same column are in different banks.
 template <class T>
 constexpr int padded(int columns) {
   return columns + 16 / static_cast<int>(sizeof(T));
 }
 
-// A fragment of a: 16 rows, from a tile that stores k next to k. `offset(r)` is where row r
-// begins.
+// A fragment of a with 16 rows, from a tile whose k are contiguous. `offset(r)` is the offset of
+// row r in the tile.
 template <class T>
 struct RowFragment {
   static constexpr bool kTransposed = false;
@@ -53,7 +53,7 @@ struct RowFragment {
     }
   }
 
-  // `tile` begins with the fragment's first k.
+  // `tile` points to the fragment's first k.
   __device__ void load(uint32_t (&r)[4], const T* tile) const {
     if constexpr (sizeof(T) == 2) {
       load_matrices<false>(r, tile + at[0]);
@@ -66,8 +66,8 @@ struct RowFragment {
   }
 };
 
-// A fragment of a: 16 rows, from a tile that stores row next to row. `offset(k)` is where the
-// fragment's k-th step in depth begins.
+// A fragment of a with 16 rows, from a tile whose rows of a are contiguous. `offset(k)` is the
+// offset of depth k in the tile.
 template <class T>
 struct TransposedRowFragment {
   static constexpr bool kTransposed = true;
@@ -85,7 +85,7 @@ struct TransposedRowFragment {
     }
   }
 
-  // `tile` begins with the fragment's first row.
+  // `tile` points to the fragment's first row.
   __device__ void load(uint32_t (&r)[4], const T* tile) const {
     if constexpr (sizeof(T) == 2) {
       load_matrices<true>(r, tile + at[0]);
@@ -98,7 +98,7 @@ struct TransposedRowFragment {
   }
 };
 
-// Two fragments of b, 8 columns each, from a tile [column][k].
+// Two fragments of b with 8 columns each, from a tile [column][k].
 template <class T>
 struct ColumnFragments {
   static constexpr bool kTransposed = false;
@@ -110,7 +110,7 @@ struct ColumnFragments {
                         : lane / 4 * ld + lane % 4;
   }
 
-  // `tile` begins with the fragments' first column and k.
+  // `tile` points to the fragments' first column and k.
   __device__ void load(uint32_t (&b0)[2], uint32_t (&b1)[2], const T* tile, int ld) const {
     if constexpr (sizeof(T) == 2) {
       uint32_t r[4];
@@ -125,7 +125,7 @@ struct ColumnFragments {
   }
 };
 
-// Two fragments of b, 8 columns each, from a tile [k][column].
+// Two fragments of b with 8 columns each, from a tile [k][column].
 template <class T>
 struct TransposedColumnFragments {
   static constexpr bool kTransposed = true;
@@ -153,13 +153,13 @@ struct TransposedColumnFragments {
 
 // --- batch norm and ReLU in registers --------------------------------------------------------
 
-// scale and shift of the k a lane holds of a RowFragment.
+// The scale and shift of those k that a lane holds of a RowFragment.
 template <class T>
 struct DepthFactors {
   static constexpr int kCount = sizeof(T) == 2 ? 4 : 2;
   float scale[kCount], shift[kCount];
 
-  // Of the fragment whose first k is where the two vectors, in shared memory, begin.
+  // The two vectors, in shared memory, begin with the fragment's first k.
   __device__ DepthFactors(const float* scales, const float* shifts) {
     const int t = lane_index() % 4;
     if constexpr (sizeof(T) == 2) {
@@ -191,7 +191,7 @@ struct DepthFactors {
   }
 };
 
-// The same for a fragment of b, all of whose values in a lane are of one column.
+// Applies batch norm and ReLU to a fragment of b, of which a lane holds values of one column only.
 template <class T>
 __device__ __forceinline__ void activate_column(uint32_t (&b)[2], float scale, float shift) {
   DENSE_EXT_UNROLL for (int i = 0; i < 2; i++) {
@@ -204,7 +204,7 @@ __device__ __forceinline__ void activate_column(uint32_t (&b)[2], float scale, f
   }
 }
 
-// Zeros for the k of fragments of b, in depth the rows of a tile, whose bits are not kept.
+// Zeroes the elements of fragments of b whose k, a row of a tile, is masked out by `keep`.
 template <class T, int kColumns>
 __device__ __forceinline__ void keep_rows(uint32_t (&b)[kColumns][2], const BitsOf<T>* keep) {
   const int t = lane_index() % 4;
@@ -221,14 +221,14 @@ __device__ __forceinline__ void keep_rows(uint32_t (&b)[kColumns][2], const Bits
 
 // --- the product -----------------------------------------------------------------------------
 
-// c[i][first + j] += a[first_row + i] @ b[j], 16 x 8 values of a warp each.
+// c[i][first + j] += a[first_row + i] @ b[j] for a warp's fragments of 16 x 8 values.
 template <class Math, int kRows, int kAllColumns, int kAllRows, int kColumns>
 __device__ __forceinline__ void multiply(float (&c)[kRows][kAllColumns][4],
                                          uint32_t (&a)[kAllRows][4], uint32_t (&b)[kColumns][2],
                                          int first = 0, int first_row = 0) {
   using T = typename Math::T;
   if constexpr (sizeof(T) == 4 && Math::kExact) {
-    // A lane's rows and columns, collected from the lanes that hold them, step by step in depth.
+    // At each k, a lane collects its rows and columns from the lanes that hold them.
     const int lane = lane_index(), g = lane / 4 * 4, t = lane % 4;
     DENSE_EXT_UNROLL for (int k = 0; k < 8; k++) {
       float rows[kRows][2];
@@ -265,14 +265,14 @@ __device__ __forceinline__ void multiply(float (&c)[kRows][kAllColumns][4],
   }
 }
 
-// c += a @ b over kDepth of two tiles with kRowLd and kColumnLd elements between their rows; each
-// begins with the warp's first row of a or column of b.
+// c += a @ b over a depth of kDepth, for two tiles with kRowLd and kColumnLd elements between their
+// rows. They begin with the warp's first row of a and first column of b.
 template <class Math, int kDepth, int kRowLd, int kColumnLd, class Rows, class Columns, int kRows,
           int kColumns>
 __device__ __forceinline__ void multiply_tiles(float (&c)[kRows][kColumns][4], const Rows& rows,
                                                const typename Math::T* a, const Columns& columns,
                                                const typename Math::T* b) {
-  // Elements between rows of a, columns of b, and steps in depth.
+  // The distances between rows of a, between columns of b, and between steps in depth.
   constexpr int kRow = Rows::kTransposed ? 1 : kRowLd, kRowStep = Rows::kTransposed ? kRowLd : 1;
   constexpr int kColumn = Columns::kTransposed ? 1 : kColumnLd;
   constexpr int kColumnStep = Columns::kTransposed ? kColumnLd : 1;
@@ -292,17 +292,17 @@ __device__ __forceinline__ void multiply_tiles(float (&c)[kRows][kColumns][4], c
   }
 }
 
-// Where in a 16 x 8 fragment of c a lane's values are: rows `row` and row + 8, columns `column` and
-// column + 1.
+// The position of a lane's values in a 16 x 8 fragment of c: rows `row` and row + 8, columns
+// `column` and column + 1.
 struct Position {
   int row, column;
   __device__ Position() : row(lane_index() / 4), column(lane_index() % 4 * 2) {}
 };
 
-// Adds up what every lane has summed of its columns of c, two a fragment, over the lanes and over
-// the kWarps warps that share the columns, of which this is `warp`; writes the first `count`
-// columns of the block's kColumns. `scratch` has 2 * kWarps * kColumns floats, `first` is the
-// warp's first column.
+// Every lane has sums over its columns of c, two per fragment. This adds them over the lanes, and
+// over the kWarps warps that share the columns, and writes the first `count` of the block's
+// kColumns columns. `warp` numbers these warps, and `first` is the warp's first column. `scratch`
+// has 2 * kWarps * kColumns floats.
 template <int kThreads, int kWarps, int kColumns, int kFragments>
 __device__ __forceinline__ void write_column_sums(float* scratch, float (&g)[kFragments][2],
                                                   float (&gx)[kFragments][2], int warp, int first,
@@ -329,7 +329,7 @@ __device__ __forceinline__ void write_column_sums(float* scratch, float (&g)[kFr
   }
 }
 
-// Calls body(row, column, x, y) for the neighbouring values x and y of c a lane holds.
+// Calls body(row, column, x, y) for each two neighbouring values x and y of c that a lane holds.
 template <int kRows, int kColumns, class Body>
 __device__ __forceinline__ void for_pairs(const float (&c)[kRows][kColumns][4], const Body& body) {
   const Position at;

@@ -1,5 +1,5 @@
-// merge_moments and add_rows. A block takes 32 columns: each of its warps every kGroups-th row,
-// then their results in a tree. Bytes moved: those of the rows.
+// merge_moments and add_rows. A block takes 32 columns. Each of its warps combines every kGroups-th
+// row; then the warps' results are combined in a tree. Bytes moved: those of the rows.
 
 #include "reduce.cuh"
 #include "tile.cuh"

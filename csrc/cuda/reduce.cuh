@@ -1,5 +1,5 @@
-// The second stage of every reduction: what the blocks of a kernel left behind, one row of floats
-// each, put together in a fixed order.
+// The second stage of every reduction. In the first stage, each block of a kernel writes one row of
+// partial results in float32; here the rows are combined in a fixed order.
 
 #pragma once
 
@@ -9,11 +9,13 @@
 
 namespace dense_ext {
 
-// Rows [count, mean of each channel, m2 of each channel] -> mean and biased variance.
+// Merges rows [count, mean of each channel, m2 of each channel] into mean and biased variance; m2
+// is the sum of squared deviations from the mean.
 void merge_moments(const Tensor& rows, int64_t row_count, int64_t channels, float* mean,
                    float* var);
 
-// Calls launch(rows) to leave such rows, and merges them; with null where no moments are wanted.
+// Calls launch(rows), which fills such rows, and merges them. If mean is null, calls
+// launch(nullptr).
 template <class Launch>
 void with_moments(int64_t row_count, int64_t channels, const Tensor& like, float* mean, float* var,
                   const Launch& launch) {
@@ -23,17 +25,18 @@ void with_moments(int64_t row_count, int64_t channels, const Tensor& like, float
   merge_moments(rows, row_count, channels, mean, var);
 }
 
-// Where sums of rows go: the first `vector_size` to a vector, the rest, the elements of a weight
-// gradient [taps][out][in], to a tensor of T of any strides.
+// Where add_rows writes the sums of the rows: the first `vector_size` columns go to a vector. The
+// rest are the elements of a weight gradient [taps][out][in] and go to a tensor of T of any
+// strides.
 template <class T>
 struct Sums {
   float* vector;
   int64_t vector_size;
-  bool accumulate;        // add to the vector
-  Weight<T> weight = {};  // data null: there is none
+  bool accumulate;        // whether to add to the vector
+  Weight<T> weight = {};  // data is null if there is none
   int64_t taps = 0;
 
-  // The `count` output channels of a weight gradient from `first` on.
+  // Makes the target `count` output channels of `gradient`, from `first` on.
   void set_weight(const Weight<T>& gradient, int64_t first, int64_t count, int64_t tap_count) {
     weight = gradient;
     weight.data += first * gradient.out_stride;

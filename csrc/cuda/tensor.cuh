@@ -1,4 +1,4 @@
-// Tensors as the CUDA kernels take them.
+// Tensors on a GPU: the storage types of the CUDA kernels, and the views and checks of ../tensor.h.
 
 #pragma once
 
@@ -50,8 +50,8 @@ Pixels<T> slice(Pixels<T> p, int64_t first, int64_t count) {
   return p;
 }
 
-// The largest power of two, up to 16, that divides every address and distance it is told of: what
-// one access to global memory may move.
+// The number of bytes that one access to global memory may move: the largest power of two, up to
+// 16, that divides every address and every distance that was added.
 class AccessBytes {
  public:
   template <class T>
@@ -59,7 +59,7 @@ class AccessBytes {
     STD_TORCH_CHECK(p.stride < int64_t{1} << 31, "pixels are ", p.stride, " elements apart");
     return add(p.data, p.channels, p.count() > 1 ? p.stride : 0);
   }
-  // Rows of a matrix whose columns lie side by side.
+  // Adds the rows of a matrix, whose columns are contiguous.
   template <class T>
   AccessBytes& add(const T* data, int64_t columns, int64_t row_stride) {
     bits_ |= reinterpret_cast<uintptr_t>(data);

@@ -1,5 +1,5 @@
-// Tiles in shared memory: rows of a matrix brought there and back by a whole block, and moments of
-// their columns.
+// Tiles in shared memory: copying rows of a matrix there and back by a whole block, and the moments
+// of a tile's columns.
 
 #pragma once
 
@@ -7,11 +7,11 @@
 
 namespace dense_ext {
 
-// Neighbouring rows of 64 bytes, which padding keeps 80 apart, meet in a bank; a row and the fourth
-// after it don't. So threads take the rows in this order, of eight at a time.
+// Rows of 64 bytes are padded to 80 bytes. Neighbouring rows then share banks, but a row and the
+// fourth after it do not. So threads take each eight rows in this order.
 __device__ __forceinline__ int spread(int row) { return row / 8 * 8 + row % 2 * 4 + row % 8 / 2; }
 
-// A thread's first access to a tile of kUnits 16-byte accesses a row.
+// A thread's first access to a tile whose rows take kUnits accesses of 16 bytes.
 template <int kUnits>
 __device__ __forceinline__ int first_access() {
   const int i = thread_index();
@@ -19,19 +19,20 @@ __device__ __forceinline__ int first_access() {
 }
 
 // Calls body(row, column, valid) for each access of kBytes to the first `rows` rows of a tile of
-// kRows x kColumns.
+// kRows x kColumns; an access is valid if its column is below `columns`.
 template <class T, int kBytes, int kRows, int kColumns, int kThreads, class Body>
 __device__ __forceinline__ void for_accesses(int rows, int columns, const Body& body) {
   constexpr int kElements = kBytes / static_cast<int>(sizeof(T)), kUnits = kColumns / kElements;
   static_assert(kUnits != 4 || kRows % 8 == 0);
-  // Addresses of several accesses at once would cost the products' registers.
+  // Not unrolled: the addresses of several accesses would take registers that the products need.
   DENSE_EXT_NO_UNROLL for (int i = first_access<kUnits>(); i < rows * kUnits; i += kThreads) {
     const int column = i % kUnits * kElements;
     body(i / kUnits, column, column < columns);
   }
 }
 
-// Calls body(Width<n>{}) with the bytes an access may move; an element where that is less than 4.
+// Calls body(Width<n>{}) with the bytes an access may move: `bytes`, or one element if that is less
+// than 4.
 template <int kBytes>
 struct Width {
   static constexpr int value = kBytes;
@@ -49,21 +50,21 @@ __device__ __forceinline__ void for_width(int bytes, const Body& body) {
   }
 }
 
-// Rows side by side, the first `count` of them there; 32-bit distances spare registers.
+// Consecutive rows, of which the first `count` exist. 32-bit distances save registers.
 template <class T>
 struct Rows {
   T* data;
   int stride, count;
 
-  // Of pixels from `first` on, the channels from `channel` on.
+  // The rows are the pixels from `first` on; their elements are the channels from `channel` on.
   __device__ Rows(const Pixels<T>& p, int64_t first, int count, int64_t channel)
       : data(p.at(first) + channel), stride(static_cast<int>(p.stride)), count(count) {}
   __device__ T* operator()(int r) const { return r < count ? data + int64_t{r} * stride : nullptr; }
 };
 
-// Copies a tile into shared memory, asynchronously but for single 16-bit elements; columns from
-// `columns` on, and rows that are null, become zeros; rows from `rows` on stay what they are.
-// `row(r)` is row r's first element in global memory.
+// Copies a tile into shared memory, asynchronously except for single 16-bit elements. `row(r)` is
+// the address of row r's first element in global memory. Columns from `columns` on, and rows whose
+// address is null, become zeros. Rows from `rows` on are not written.
 template <int kRows, int kColumns, int kThreads, class T, class Row>
 __device__ __forceinline__ void copy_tile(T* tile, int ld, int columns, int bytes, const Row& row,
                                           int rows = kRows) {
@@ -82,7 +83,8 @@ __device__ __forceinline__ void copy_tile(T* tile, int ld, int columns, int byte
   });
 }
 
-// Writes the columns below `columns` of a tile's rows that are not null to global memory.
+// Writes the columns below `columns` of a tile's rows to global memory, except rows whose address
+// is null.
 template <int kRows, int kColumns, int kThreads, class T, class Row>
 __device__ __forceinline__ void store_tile(const T* tile, int ld, int columns, int bytes,
                                            const Row& row) {
@@ -99,8 +101,9 @@ __device__ __forceinline__ void store_tile(const T* tile, int ld, int columns, i
   });
 }
 
-// Calls compute(step) for each step, with what load(step) copies in shared memory and the next
-// kStages - 1 steps' copies under way: step % kStages says where. At the end the memory is free.
+// Calls compute(step) for each step when load(step)'s copies have arrived in shared memory. Copies
+// for the next steps are in flight meanwhile; step s uses stage s % kStages. At the end the stages'
+// memory is free.
 template <int kStages, class Load, class Compute>
 __device__ __forceinline__ void pipeline(int64_t steps, const Load& load, const Compute& compute) {
   for (int step = 0; step < kStages - 1; step++) {
@@ -118,7 +121,7 @@ __device__ __forceinline__ void pipeline(int64_t steps, const Load& load, const 
   sync_threads();
 }
 
-// Two neighbouring values of a tile, rounded to T.
+// Stores and loads two neighbouring values of a tile, stored as T.
 template <class T>
 __device__ __forceinline__ void store_pair(T* at, float x, float y) {
   if constexpr (sizeof(T) == 2) {
@@ -137,12 +140,12 @@ __device__ __forceinline__ Float2 load_pair(const T* at) {
   }
 }
 
-// relu(scale*x + shift) in place, rounded to T, of those of a tile's rows for which `valid(r)`.
+// Applies relu(scale*x + shift) in place, rounded to T, to the rows of a tile for which `valid(r)`.
 template <int kColumns, int kThreads, class T, class Valid>
 __device__ __forceinline__ void activate_rows(T* tile, int ld, int rows, const float* scale,
                                               const float* shift, const Valid& valid) {
   constexpr int kElements = 16 / static_cast<int>(sizeof(T)), kUnits = kColumns / kElements;
-  // A thread's columns are the same in all its rows.
+  // A thread has the same columns in all its rows.
   static_assert(kThreads % kUnits == 0);
   const int column = thread_index() % kUnits * kElements;
   float s[kElements], t[kElements];
@@ -167,7 +170,8 @@ __device__ __forceinline__ void activate_rows(T* tile, int ld, int rows, const f
   }
 }
 
-// kCount values of a vector of `count` from `first` on, zeros beyond its end, into shared memory.
+// Copies kCount values of a vector, from `first` on, into shared memory. Beyond the vector's end,
+// at `count`, it writes zeros.
 template <int kCount, int kThreads>
 __device__ __forceinline__ void copy_vector(float* shared, const float* vector, int64_t first,
                                             int64_t count) {
@@ -177,8 +181,8 @@ __device__ __forceinline__ void copy_vector(float* shared, const float* vector, 
   }
 }
 
-// Mean and sum of squared deviations of `count` values, merged as in Chan, Golub and LeVeque
-// (1979).
+// The mean and the sum of squared deviations (m2) of `count` values, merged as in Chan, Golub and
+// LeVeque (1979).
 struct Moments {
   float count = 0, mean = 0, m2 = 0;
 
@@ -192,7 +196,7 @@ struct Moments {
   }
 };
 
-// The moments of a tile's columns, over all tiles a block is given.
+// The moments of a tile's columns, over all tiles of a block.
 template <class T, int kColumns, int kThreads>
 class ColumnMoments {
   static constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
@@ -200,17 +204,17 @@ class ColumnMoments {
   static_assert(kColumns <= kThreads);
 
  public:
-  static constexpr int kScratch = kGroups * (2 * kColumns + 1);  // floats
+  static constexpr int kScratch = kGroups * (2 * kColumns + 1);  // in floats
 
   __device__ explicit ColumnMoments(float* scratch) : scratch_(scratch) {}
 
-  // Adds the rows of a tile for which `valid(r)`. Every thread comes here; the tile and the scratch
-  // are in use until the block's next barrier.
+  // Adds the rows of a tile for which `valid(r)`. All threads of the block must call it. The tile
+  // and the scratch are in use until the block's next barrier.
   template <int kRows, class Valid>
   __device__ void add(const T* tile, int ld, const Valid& valid) {
     const int word = thread_index() % kWords, group = thread_index() / kWords;
     const T* column = tile + word * kPerWord;
-    const int rows = group < kGroups ? kRows : 0;  // the threads that are left over do nothing
+    const int rows = group < kGroups ? kRows : 0;  // leftover threads do nothing
     const int first = kWords == 16 ? spread(group) : group;
     int count = 0;
     float mean[kPerWord] = {}, m2[kPerWord] = {};
@@ -244,8 +248,8 @@ class ColumnMoments {
     }
   }
 
-  // Writes the moments of `columns` columns: their number, the means, the m2, each vector `size`
-  // long, of which this block's begin at `first`.
+  // Writes the moments of `columns` columns to a row [count, means, m2]. Each of the two vectors
+  // has `size` elements, and this block's columns begin at `first`.
   __device__ void write(float* row, int64_t first, int64_t size, int columns) const {
     if (thread_index() >= columns) return;
     if (first == 0 && thread_index() == 0) store_global(row, total_.count);

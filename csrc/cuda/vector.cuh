@@ -1,4 +1,4 @@
-// Neighbouring elements that a thread moves in one access.
+// Vectors of neighbouring elements that a thread moves in one access.
 
 #pragma once
 
@@ -6,7 +6,7 @@
 
 namespace dense_ext {
 
-// As many elements as fill kBytes, widened.
+// The elements in kBytes bytes, widened to float.
 template <class T, int kBytes>
 struct Vector {
   static constexpr int kSize = kBytes / static_cast<int>(sizeof(T));

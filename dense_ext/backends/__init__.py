@@ -1,8 +1,8 @@
-"""The backends, and which of them runs a primitive.
+"""The backends, and the choice of the one that runs each primitive.
 
-``auto`` takes, primitive by primitive, the first backend that can run it, in the order of
-:mod:`dense_ext.backends.preference`. A backend asked for by name runs everything or raises the reason
-why it can't.
+For each primitive, ``auto`` takes the first backend that can run it, in the order of
+:mod:`dense_ext.backends.preference`. A backend that was requested by name runs every primitive, or the call
+raises the reason why it can't.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _forced: ContextVar[str | None] = ContextVar("dense_ext_backend", default=None)
 
 
 class Primitives:
-    """The primitives one block runs, each bound to the backend that serves it."""
+    """The primitives for one block, each bound to the backend that runs it."""
 
     def __init__(self, table: dict[str, Backend]) -> None:
         self.table = table
@@ -42,9 +42,9 @@ class Primitives:
             setattr(self, primitive, getattr(backend, primitive))
         for name, primitive in THROUGH_NORM.items():
             setattr(self, name, getattr(table[primitive], name))
-        self.most_pixels = min(backend.most_pixels for backend in table.values())
+        self.max_pixels = min(backend.max_pixels for backend in table.values())
 
-    def __getattr__(self, name: str) -> Any:  # only to type the attributes set above
+    def __getattr__(self, name: str) -> Any:  # tells mypy that the attributes set above exist
         raise AttributeError(name)
 
     def summary(self) -> str:
@@ -58,13 +58,13 @@ class Primitives:
 
 
 def check_backend_name(name: str) -> None:
-    """Raise ValueError unless ``name`` is "auto" or a backend."""
+    """Raise ValueError unless ``name`` is "auto" or a backend's name."""
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {name!r}")
 
 
 def requested(name: str = "auto") -> str:
-    """What is asked for: ``name``, unless "auto" defers to `use_backend` or the environment."""
+    """The requested backend: ``name``, or for "auto" the one set by `use_backend` or the environment."""
     if name == "auto":
         name = _forced.get() or os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
     check_backend_name(name)
@@ -72,30 +72,31 @@ def requested(name: str = "auto") -> str:
 
 
 @functools.cache
-def _say_not_built(reason: str) -> None:
-    """Say once in the life of the process that the slow backend serves for want of the fast one."""
+def _warn_not_built(reason: str) -> None:
+    """Warn, once per process, that the slow reference backend runs because the fast one is missing."""
     warnings.warn(f"dense_ext runs on its reference backend: {reason}", stacklevel=2)
 
 
 @functools.lru_cache(maxsize=256)
 def select(name: str, device_type: str, dtype: torch.dtype, pixels: int = 0) -> Primitives:
-    """The primitives for a resolved backend ``name`` and activations of M ``pixels``.
+    """The primitives for the backend ``name`` that `requested` returned, and activations of M ``pixels``.
 
     Raises:
-        RuntimeError: a backend asked for by name can't run one of them; says which and why.
+        RuntimeError: no backend that ``name`` allows can run some primitive. The message names the
+            primitive and gives each backend's reason.
     """
     device = torch.device(device_type)
     if name == "auto" and device_type == "cpu" and CPU.library.reason is not None:
-        _say_not_built(CPU.library.reason)
+        _warn_not_built(CPU.library.reason)
     table: dict[str, Backend] = {}
     for primitive in PRIMITIVES:
         candidates = preference.order(primitive, device, dtype) if name == "auto" else (name,)
         reasons = []
         for candidate in candidates:
             backend = BACKENDS[candidate]
-            reason = backend.can_run(primitive, device, dtype)
-            if reason is None and pixels > backend.most_pixels:
-                reason = f"takes up to {backend.most_pixels} pixels, got {pixels}"
+            reason = backend.unavailable_reason(primitive, device, dtype)
+            if reason is None and pixels > backend.max_pixels:
+                reason = f"takes up to {backend.max_pixels} pixels, got {pixels}"
             if reason is None:
                 table[primitive] = backend
                 break
@@ -111,12 +112,12 @@ def select(name: str, device_type: str, dtype: torch.dtype, pixels: int = 0) -> 
 def use_backend(name: str) -> Iterator[None]:
     """Make ``name`` the backend of every module with ``backend="auto"``, in this thread.
 
-    Threads that start inside the context, such as DataParallel's, choose as outside of it; the environment
-    variable ``DENSE_EXT_BACKEND`` holds for all. A forward decides for its own backward, also for one that
+    Threads started inside the context, such as DataParallel's, ignore it; the environment variable
+    ``DENSE_EXT_BACKEND`` applies to all threads. A backward pass uses its forward pass's backend, even if it
     runs after the context has ended.
 
     Raises:
-        ValueError: no such backend.
+        ValueError: there is no backend of that name.
     """
     check_backend_name(name)
     token = _forced.set(name)
@@ -129,16 +130,16 @@ def use_backend(name: str) -> Iterator[None]:
 def unavailable_reasons(
     device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> dict[str, str | None]:
-    """Each backend's name, with None if it runs every primitive there, else the reason why not.
+    """Maps each backend's name to the reason why it can't run every primitive, or to None if it can.
 
     Args:
-        device: where the tensors would live.
-        dtype: what they would hold.
+        device: the tensors' device.
+        dtype: the tensors' dtype.
     """
     device = torch.device(device)
     result: dict[str, str | None] = {}
     for name, backend in BACKENDS.items():
-        reasons = [r for p in PRIMITIVES if (r := backend.can_run(p, device, dtype))]
+        reasons = [r for p in PRIMITIVES if (r := backend.unavailable_reason(p, device, dtype))]
         result[name] = reasons[0] if reasons else None
     return result
 
@@ -149,8 +150,8 @@ def available_backends(
     """The names of the backends that run every primitive, fastest first.
 
     Args:
-        device: where the tensors would live; None for any device of this machine.
-        dtype: what they would hold.
+        device: the tensors' device; None for any device of this machine.
+        dtype: the tensors' dtype.
     """
     devices = [device] if device is not None else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     usable = {

@@ -1,22 +1,23 @@
-"""What a backend is: the primitives of the dense-block schedule, and whether it can run them.
+"""The interface of a backend: the primitives of the dense-block schedule, and where it can run them.
 
-Conventions, the same for every primitive and every backend:
+Every primitive of every backend follows these conventions:
 
 * Activations are NHWC *views* ``[N, H, W, C]`` with unit stride along C. The pixel stride may be
-  larger than C (a slice of a wider concatenation buffer); H and W are dense, that is, the strides
-  are ``(H*W*s, W*s, s, 1)`` with ``s >= C``. M = N*H*W is the number of pixels. Volumes
-  ``[N, D, H, W, C]`` are served by :mod:`dense_ext.backends.volume`.
-* Convolution weights have PyTorch's shapes ``[out, in, kh, kw]`` and any strides, and the
-  activations' dtype. So have their gradients.
+  larger than C (a slice of a wider concatenation buffer). H and W are dense: the strides are
+  ``(H*W*s, W*s, s, 1)`` with ``s >= C``. M = N*H*W is the number of pixels. Volumes
+  ``[N, D, H, W, C]`` run through :mod:`dense_ext.backends.volume`.
+* Convolution weights and their gradients have PyTorch's shape ``[out, in, kh, kw]``, any strides,
+  and the activations' dtype.
 * Per-channel vectors (``mean``, ``var``, ``scale``, ``shift``, ``weight``, ``bias``, ``u``, ``v``,
   ``sums``) are dense along channels and in the accumulation dtype: float64 for float64
   activations, else float32. ``var`` is the biased variance.
-* A primitive writes into tensors it is given, allocates only scratch, and returns nothing.
-  Outputs never overlap inputs unless said so. Statistics are of the values as *stored*.
-* Reductions run in a fixed order without atomics: equal inputs give equal bits.
+* A primitive writes into the tensors it is given, allocates only scratch memory, and returns nothing.
+  Outputs never overlap inputs unless the docstring says so. Statistics are taken from the values as
+  *stored*, that is, after rounding to the activations' dtype.
+* Reductions run in a fixed order without atomics, so equal inputs give equal bits.
 
-The algebra behind ``u`` and ``v`` (batch norm's backward deferred as an affine function of x)
-is in :mod:`dense_ext.batch_norm`.
+``u`` and ``v`` defer part of batch norm's backward as an affine function of x; see
+:mod:`dense_ext.batch_norm` for the algebra.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ PRIMITIVES = (
     "bn_relu_maxpool_backward",
 )
 
-# What a backend inherits, made of primitives, and may do in another way: each with the primitive whose
-# backend serves it.
+# Operations with a default built from primitives, which a backend may override. Each runs on the backend
+# that was chosen for the primitive it is mapped to.
 THROUGH_NORM = {
     "bn_relu_pool_conv1x1_norm_backward": "bn_relu_pool_conv1x1_backward",
     "bn_relu_maxpool_norm_backward": "bn_relu_maxpool_backward",
@@ -53,7 +54,7 @@ THROUGH_NORM = {
 
 
 def primitive_of(name: str) -> str:
-    """The primitive that stands for a primitive or one of ``THROUGH_NORM`` where a backend is chosen."""
+    """The primitive that decides which backend runs ``name``, a primitive or a key of ``THROUGH_NORM``."""
     return THROUGH_NORM.get(name, name)
 
 
@@ -61,12 +62,15 @@ STORAGE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums and per-channel vectors for activations of ``dtype``."""
+    """The dtype of channel sums and per-channel vectors for activations of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def gpu_lacks(device: int | None) -> str | None:
-    """Why kernels for tensor cores don't run on the GPU, the current one for None; None if they do."""
+def gpu_unavailable_reason(device: int | None) -> str | None:
+    """Why tensor-core kernels can't run on GPU ``device``, or None if they can.
+
+    ``device`` None means the current GPU.
+    """
     if not torch.cuda.is_available():
         return "there is no GPU"
     if torch.version.hip is None and (capability := torch.cuda.get_device_capability(device)) < (8, 0):
@@ -75,38 +79,38 @@ def gpu_lacks(device: int | None) -> str | None:
 
 
 def tf32_allowed(dtype: torch.dtype) -> bool:
-    """Whether products of such activations may be rounded to tf32: PyTorch's setting for convolutions."""
+    """Whether products of ``dtype`` activations may use tf32, by PyTorch's setting for convolutions."""
     convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     return dtype == torch.float32 and convolutions.fp32_precision == "tf32"
 
 
 class Backend(ABC):
-    """One implementation of the primitives. Stateless: an instance only names the code."""
+    """One implementation of the primitives. Calls leave no state in the instance."""
 
     name: ClassVar[str]
-    # Whether products take both factors in the activations' dtype, as tensor cores do, rather than
-    # widened; what they add up is in the accumulation dtype either way.
+    # Whether matrix products take both factors in the activations' dtype, as tensor cores do, rather than
+    # widened to the accumulation dtype. Products are summed in the accumulation dtype either way.
     rounds_operands: ClassVar[bool] = False
-    # Of a call's activations, M.
-    most_pixels: ClassVar[float] = math.inf
+    # The largest M that one call may have.
+    max_pixels: ClassVar[float] = math.inf
 
     @abstractmethod
-    def can_run(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
-        """None if ``primitive`` can run on tensors of ``dtype`` on ``device``, else the reason why not."""
+    def unavailable_reason(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why ``primitive`` can't run on tensors of ``dtype`` on ``device``, or None if it can."""
 
     def scratch_bytes(
         self, primitive: str, pixels: int, in_channels: int, out_channels: int, dtype: torch.dtype
     ) -> int:
-        """Bytes from PyTorch's allocator that a call of ``primitive`` holds at most beside its arguments.
+        """The peak bytes of scratch memory that a call of ``primitive`` takes from PyTorch's allocator.
 
-        For :mod:`dense_ext.memory`. A backend that does not say allocates nothing.
+        :mod:`dense_ext.memory` adds them to its plan. The default is none.
 
         Args:
             primitive: one of ``PRIMITIVES``.
-            pixels: M of what the primitive normalises: x, or z for the 3x3 convolution.
-            in_channels: C of the same.
-            out_channels: channels its forward writes.
-            dtype: of the activations.
+            pixels: M of the tensor that the primitive normalises: x, or z for the 3x3 convolution.
+            in_channels: the channels of that tensor.
+            out_channels: the channels that the primitive's forward writes.
+            dtype: the activations' dtype.
         """
         return 0
 
@@ -148,11 +152,10 @@ class Backend(ABC):
     ) -> None:
         """Finish a batch norm's backward from its channel sums.
 
-        With ``g`` the gradient at the norm's output, ``sums[0] = sum g`` and
-        ``sums[1] = sum g * (x - mean)``. Writes ``grad_bias = sums[0]`` and
-        ``grad_weight = sums[1] * invstd``; *adds* to ``u`` and ``v`` what the batch statistics
-        contribute to the gradient of x, ``u*x + v`` (``count`` = M). ``u`` and ``v`` are None
-        where the norm used running statistics: then there is no such term.
+        ``sums[0] = sum g`` and ``sums[1] = sum g * (x - mean)``, where ``g`` is the gradient at the
+        norm's output. Writes ``grad_bias = sums[0]`` and ``grad_weight = sums[1] * invstd``. The batch
+        statistics contribute ``u*x + v`` to the gradient of x; this call *adds* its share to ``u`` and
+        ``v`` (``count`` = M). They are None if the norm used running statistics: then the term is zero.
 
         Shapes: sums [2, C]; everything else [C].
         """
@@ -180,7 +183,7 @@ class Backend(ABC):
         mean: Tensor | None,
         var: Tensor | None,
     ) -> None:
-        """``z = relu(scale*x + shift) @ weight^T``, and z's channel statistics unless None.
+        """``z = relu(scale*x + shift) @ weight^T``; also z's channel statistics unless mean is None.
 
         Shapes: x [N, H, W, C]; weight [B, C, 1, 1]; z [N, H, W, B] (written); mean, var [B].
         """
@@ -204,11 +207,10 @@ class Backend(ABC):
     ) -> None:
         """Backward of :meth:`bn_relu_conv1x1_forward`, accumulating into ``grad_x``.
 
-        ``dz = z_scale*grad_bn + z_u*z + z_v`` is formed on the fly (``grad_bn`` is the gradient
-        at the output of the norm that follows z). Then ``g = (dz @ weight) * (scale*x + shift > 0)``,
+        ``dz = z_scale*grad_bn + z_u*z + z_v`` is formed on the fly, where ``grad_bn`` is the gradient
+        at the output of the norm that follows z. Then ``g = (dz @ weight) * (scale*x + shift > 0)``,
         ``grad_x += scale * g``, ``sums = [sum g, sum g*(x - mean)]`` and
-        ``grad_weight = dz^T @ relu(scale*x + shift)`` unless None. ``grad_bn`` is scratch
-        afterwards.
+        ``grad_weight = dz^T @ relu(scale*x + shift)`` unless None. ``grad_bn`` may be overwritten.
 
         Shapes: grad_bn, z [N, H, W, B]; z_* [B]; x, grad_x [N, H, W, C]; mean, scale, shift [C];
         weight, grad_weight [B, C, 1, 1]; sums [2, C] (written).
@@ -225,9 +227,9 @@ class Backend(ABC):
         mean: Tensor | None,
         var: Tensor | None,
     ) -> None:
-        """``y = conv3x3(relu(scale*z + shift), weight)``, zero padding after the activation.
+        """``y = conv3x3(relu(scale*z + shift), weight)``; the activation is padded with zeros.
 
-        Also y's channel statistics unless None.
+        Also writes y's channel statistics unless mean is None.
         Shapes: z [N, H, W, B]; weight [K, B, 3, 3]; y [N, H, W, K] (written); mean, var [K].
         """
 
@@ -251,8 +253,8 @@ class Backend(ABC):
 
         ``dy = grad + u*y + v`` is formed on the fly. Then
         ``grad_bn = conv3x3^T(dy, weight) * (scale*z + shift > 0)`` (written),
-        ``sums = [sum grad_bn, sum grad_bn*(z - mean)]`` and ``grad_weight`` unless None. ``grad`` is
-        scratch afterwards.
+        ``sums = [sum grad_bn, sum grad_bn*(z - mean)]`` and ``grad_weight`` unless None. ``grad`` may be
+        overwritten.
 
         Shapes: grad, y [N, H, W, K]; u, v [K]; z, grad_bn [N, H, W, B]; mean, scale, shift [B];
         weight, grad_weight [K, B, 3, 3]; sums [2, B] (written).
@@ -266,8 +268,8 @@ class Backend(ABC):
     ) -> None:
         """``y = avg_pool2x2(relu(scale*x + shift)) @ weight^T``.
 
-        The pool and the 1x1 convolution commute; pooling first is a quarter of the work. An odd
-        last row or column is left out, as in ``nn.AvgPool2d(2)``.
+        The pool and the 1x1 convolution commute; pooling first takes a quarter of the work. The last
+        row or column of an odd size is ignored, as in ``nn.AvgPool2d(2)``.
         Shapes: x [N, H, W, C]; weight [K, C, 1, 1]; y [N, H//2, W//2, K] (written).
         """
 
@@ -286,15 +288,15 @@ class Backend(ABC):
     ) -> None:
         """Backward of :meth:`bn_relu_pool_conv1x1_forward`.
 
-        ``g`` is the gradient at the norm's output; writes ``grad_x = scale * g`` (every pixel,
-        also those no pooling window covers), ``sums = [sum g, sum g*(x - mean)]`` and
-        ``grad_weight`` unless None.
+        ``g`` is the gradient at the norm's output. Writes ``grad_x = scale * g`` for every pixel, also
+        those that no pooling window covers, ``sums = [sum g, sum g*(x - mean)]`` and ``grad_weight``
+        unless None.
         Shapes: grad [N, H//2, W//2, K]; x, grad_x [N, H, W, C]; sums [2, C] (written).
         """
 
     @abstractmethod
     def bn_relu_maxpool_forward(self, x: Tensor, scale: Tensor, shift: Tensor, y: Tensor) -> None:
-        """``y = max_pool(relu(scale*x + shift))``, window 3, stride 2, padding 1: the stem.
+        """The stem: ``y = max_pool(relu(scale*x + shift))`` with window 3, stride 2, padding 1.
 
         Shapes: x [N, H, W, C]; y [N, (H-1)//2 + 1, (W-1)//2 + 1, C] (written).
         """
@@ -310,14 +312,15 @@ class Backend(ABC):
         grad_x: Tensor,
         sums: Tensor,
     ) -> None:
-        """Backward of :meth:`bn_relu_maxpool_forward`; the window's maximum is found anew.
+        """Backward of :meth:`bn_relu_maxpool_forward`; it finds each window's maximum again.
 
-        Of equal maxima the first in row-major order takes the gradient, as in PyTorch. Writes
-        ``grad_x = scale * g`` and ``sums = [sum g, sum g*(x - mean)]``.
+        Among equal maxima the first in row-major order takes the gradient, as in PyTorch. ``g`` is the
+        gradient at the norm's output. Writes ``grad_x = scale * g`` and
+        ``sums = [sum g, sum g*(x - mean)]``.
         Shapes: grad [N, (H-1)//2 + 1, (W-1)//2 + 1, C]; x, grad_x [N, H, W, C]; sums [2, C].
         """
 
-    # --- through a batch norm that used the batch's statistics --------------------------------
+    # --- backward through a batch norm that used the batch's statistics -------------------------
 
     def bn_relu_pool_conv1x1_norm_backward(
         self,
@@ -335,9 +338,9 @@ class Backend(ABC):
         grad_norm_bias: Tensor,
         grad_weight: Tensor | None,
     ) -> None:
-        """:meth:`bn_relu_pool_conv1x1_backward`, :meth:`bn_gradient` and ``u*x + v`` in one.
+        """:meth:`bn_relu_pool_conv1x1_backward`, :meth:`bn_gradient` and adding ``u*x + v``, in one call.
 
-        Writes the gradients of x, of the norm's weight and bias [C], and of weight unless None.
+        Writes the gradients of x, of the norm's weight and bias [C], and of ``weight`` unless None.
         """
         sums = x.new_empty(2, x.shape[-1], dtype=mean.dtype)
         self.bn_relu_pool_conv1x1_backward(grad, x, mean, scale, shift, weight, grad_x, sums, grad_weight)
@@ -357,7 +360,10 @@ class Backend(ABC):
         grad_norm_weight: Tensor,
         grad_norm_bias: Tensor,
     ) -> None:
-        """:meth:`bn_relu_maxpool_backward`, :meth:`bn_gradient` and ``u*x + v`` in one."""
+        """:meth:`bn_relu_maxpool_backward`, :meth:`bn_gradient` and adding ``u*x + v``, in one call.
+
+        Writes the gradients of x and of the norm's weight and bias [C].
+        """
         sums = x.new_empty(2, x.shape[-1], dtype=mean.dtype)
         self.bn_relu_maxpool_backward(grad, x, mean, scale, shift, grad_x, sums)
         self._finish(sums, x, mean, var, norm_weight, eps, grad_x, grad_norm_weight, grad_norm_bias)

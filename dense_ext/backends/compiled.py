@@ -1,7 +1,7 @@
-"""What the compiled backends share: a library of ops, found and loaded, or the reason why there is none.
+"""The common part of the compiled backends: finding and loading a library of PyTorch ops.
 
-Each library has its ops in a namespace of its own (csrc/ops.cpp), so that every one of them can be
-loaded, in any process and beside the others.
+Each library registers its ops in its own namespace (csrc/ops.cpp), so that several libraries can be loaded
+into one process.
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ import torch
 
 from .base import PRIMITIVES, Backend
 
-# Where setup.py puts the libraries.
+# The folder in which setup.py puts the libraries.
 PACKAGE = Path(__file__).resolve().parent.parent
 
 
 @functools.cache
 def _load(path: Path, namespace: str, names: tuple[str, ...]) -> None:
-    """Load a library with ops of these names, once.
+    """Load the library at ``path``, once, and check that it has ops of these ``names``.
 
     Raises:
-        OSError: it can't be loaded.
-        AttributeError: it is another version's, and lacks an op.
+        OSError: the library can't be loaded.
+        AttributeError: the library lacks an op, since it was built from another version.
     """
     torch.ops.load_library(path)
     for name in names:
-        # Ops that only write into what they are given: on fake tensors there is nothing to do.
+        # Ops that return nothing only write into their arguments; on fake tensors they have nothing to do.
         if not getattr(getattr(torch.ops, namespace), name).default._schema.returns:
             torch.library.register_fake(f"{namespace}::{name}", lambda *args: None)
 
 
 class Library:
-    """The first of some libraries that was built, loaded.
+    """Loads the first library that exists among several candidates.
 
     Args:
-        paths: where they would be.
-        namespace: of their ops.
-        absent: why there is none, if none is there.
-        names: of their ops.
+        paths: the candidates, best first.
+        namespace: the namespace of their ops.
+        absent: the reason to give if no candidate exists.
+        names: the names of their ops.
 
     Attributes:
         path: the library in use, None if there is none.
-        reason: why there is none, else None.
+        reason: why no library is in use, None if one is.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Library:
         return self.path.name if self.path is not None else str(self.reason)
 
     def op(self, name: str) -> Callable[..., Any]:
-        """The op, called with its arguments; without the library, an error."""
+        """The op of that name; without a library, a function that raises RuntimeError with the reason."""
         if self.path is None:
             return functools.partial(_unavailable, f"{name}: {self.reason}")
         return getattr(getattr(torch.ops, self.namespace), name).default
@@ -80,12 +80,12 @@ def _unavailable(why: str, *args: object, **kwargs: object) -> NoReturn:
 
 
 def op(name: str) -> Any:
-    """The op itself as the attribute: it takes no self, and a call costs no second Python frame."""
+    """A property that returns the op itself, so that calling it as a method adds no Python frame."""
     return property(lambda self: self.ops[name])
 
 
 class CompiledBackend(Backend):
-    """The primitives as a library's ops, ``torch.ops.<namespace>.*``; see csrc/ops.cpp."""
+    """Runs each primitive as an op of a library, ``torch.ops.<namespace>.*``; see csrc/ops.cpp."""
 
     def __init__(self, library: Library) -> None:
         self.library = library

@@ -1,7 +1,7 @@
 """The C++ backend for CPUs.
 
-setup.py compiles the same sources for several instruction sets; the library for the one that PyTorch
-itself uses here (``torch.backends.cpu.get_cpu_capability()``) is loaded, once.
+setup.py compiles the same sources for several instruction sets. The library that is loaded is the one for
+the instruction set that PyTorch uses on this machine (``torch.backends.cpu.get_cpu_capability()``).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from .base import PRIMITIVES, STORAGE_DTYPES, accumulate_dtype
 from .compiled import PACKAGE, CompiledBackend, Library
 
-# PyTorch's name for the instruction set -> the libraries such a machine runs, best first.
+# PyTorch's name for the instruction set -> the libraries that such a machine can run, best first.
 LIBRARIES = {
     "AVX512": ("_cpu_avx512", "_cpu_avx2", "_cpu_default"),
     "AVX2": ("_cpu_avx2", "_cpu_default"),
@@ -25,7 +25,7 @@ def _library() -> Library:
     return Library([PACKAGE / f"{name}.so" for name in names], "dense_ext", absent)
 
 
-# The most values in the matrix product's vectors and panels, over instruction sets; see csrc/cpu/gemm.h.
+# The widest vector and panel of the matrix product over all instruction sets, in values; see csrc/cpu/gemm.h.
 _VECTOR, _PANEL = 16, 32
 
 
@@ -35,14 +35,14 @@ def _whole(channels: int, width: int) -> int:
 
 
 class CPUBackend(CompiledBackend):
-    """The primitives as C++ for the CPU."""
+    """Runs the primitives in C++ on the CPU."""
 
     name = "cpu"
 
     def __init__(self) -> None:
         super().__init__(_library())
 
-    def can_run(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    def unavailable_reason(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
         if self.library.reason is not None:
             return self.library.reason
         if primitive not in PRIMITIVES:
@@ -57,10 +57,10 @@ class CPUBackend(CompiledBackend):
         self, primitive: str, pixels: int, in_channels: int, out_channels: int, dtype: torch.dtype
     ) -> int:
         threads, wide = torch.get_num_threads(), accumulate_dtype(dtype).itemsize
-        sums = 2 * 8 * threads * max(in_channels, out_channels)  # in float64
+        sums = 2 * 8 * threads * max(in_channels, out_channels)  # two float64 per thread and channel
         if "conv" not in primitive:
             return sums
-        # The weight, packed; backward packs it transposed, and each thread has a gradient of its own.
+        # Forward packs the weight. Backward packs it transposed, and each thread has its own weight gradient.
         taps = 9 if "conv3x3" in primitive else 1
         transposed = taps * _whole(in_channels, _PANEL) * out_channels
         if primitive.endswith("forward"):

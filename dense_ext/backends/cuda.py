@@ -1,4 +1,4 @@
-"""The CUDA backend: kernels in CUDA C++ for NVIDIA GPUs from compute capability 8.0."""
+"""The CUDA backend: CUDA C++ kernels for NVIDIA GPUs of compute capability 8.0 and later."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import PRIMITIVES, THROUGH_NORM, gpu_lacks, tf32_allowed
+from .base import PRIMITIVES, THROUGH_NORM, gpu_unavailable_reason, tf32_allowed
 from .compiled import PACKAGE, CompiledBackend, Library, op
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 OPS = (*PRIMITIVES, *THROUGH_NORM)
-HAS_CODE = "has_code"  # of a GPU's index: whether the library was compiled for it
-# What multiplies matrices, and so is told how float32 may be rounded for it.
+HAS_CODE = "has_code"  # takes a GPU's index and returns whether the library was compiled for that GPU
+# The ops that multiply matrices; they take an argument that says whether float32 may be rounded to tf32.
 PRODUCTS = tuple(name for name in OPS if "conv" in name)
 
 
 class CUDABackend(CompiledBackend):
-    """The primitives as CUDA kernels.
+    """Runs the primitives as CUDA kernels.
 
     Args:
-        library: the compiled kernels.
-        namespace: of the library's ops.
-        device_type: of the tensors it takes; other than "cuda" where a GPU is emulated.
+        library: the path of the library of compiled kernels.
+        namespace: the namespace of the library's ops.
+        device_type: the device type of the tensors it takes: "cuda", or "cpu" for an emulated GPU.
     """
 
     name = "cuda"
@@ -40,8 +40,8 @@ class CUDABackend(CompiledBackend):
         device_type: str = "cuda",
     ) -> None:
         absent = (
-            f"the CUDA library is not built: {library.name} is not in {library.parent}; installing compiles "
-            "it for the GPUs of the machine, where there is nvcc (DENSE_EXT_CUDA=1: for all, or says why not)"
+            f"the CUDA library is not built: {library.name} is not in {library.parent}; installing with nvcc "
+            "compiles it for the GPUs of the machine (DENSE_EXT_CUDA=1: for all GPUs, or the install fails)"
         )
         super().__init__(Library([library], namespace, absent, (*OPS, HAS_CODE)))
         self.device_type = device_type
@@ -51,7 +51,7 @@ class CUDABackend(CompiledBackend):
     bn_relu_pool_conv1x1_norm_backward = op("bn_relu_pool_conv1x1_norm_backward")
     bn_relu_maxpool_norm_backward = op("bn_relu_maxpool_norm_backward")
 
-    def can_run(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    def unavailable_reason(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
         if self.library.reason is not None:
             return self.library.reason
         if primitive not in PRIMITIVES:
@@ -60,22 +60,25 @@ class CUDABackend(CompiledBackend):
             return f"runs on {self.device_type}, not on {device.type}"
         if dtype not in STORAGE_DTYPES:
             return f"dtype {dtype} is not one of {', '.join(str(d) for d in STORAGE_DTYPES)}"
-        return _gpu_lacks(device.index, self.ops[HAS_CODE]) if device.type == "cuda" else None
+        return _gpu_unavailable_reason(device.index, self.ops[HAS_CODE]) if device.type == "cuda" else None
 
 
 def _multiply(op: Any, *args: Any, **kwargs: Any) -> None:
-    """Call a product's op with what PyTorch's settings say of float32 at that moment."""
+    """Call a product's op with PyTorch's current setting for tf32."""
     activations: Tensor = args[0] if args else kwargs["weight"]
     op(*args, **kwargs, tf32=tf32_allowed(activations.dtype))
 
 
 @functools.cache
-def _gpu_lacks(device: int | None, has_code: Callable[[int], bool]) -> str | None:
-    """None if the kernels run on the GPU, the current one for None, else the reason why not."""
-    if reason := gpu_lacks(device):
+def _gpu_unavailable_reason(device: int | None, has_code: Callable[[int], bool]) -> str | None:
+    """Why the kernels can't run on GPU ``device``, or None if they can.
+
+    ``device`` None means the current GPU.
+    """
+    if reason := gpu_unavailable_reason(device):
         return reason
     if torch.version.hip is not None:
-        return "runs on NVIDIA GPUs, this PyTorch is for AMD's"
+        return "runs on NVIDIA GPUs, but this PyTorch was built for AMD GPUs"
     try:
         found = has_code(torch.cuda.current_device() if device is None else device)
     except RuntimeError as error:

@@ -1,9 +1,9 @@
-"""In which order ``auto`` tries the backends: by what was measured, else the general order.
+"""The order in which ``auto`` tries the backends: a measured order where there is one, else the general one.
 
 ``preference.json`` is a list of rows ``{"primitive", "on", "dtype", "order", "measured"}``. ``on`` is
-"cpu", or a GPU's architecture as in "sm_90" and "gfx942"; ``order`` names backends, fastest first;
-``measured`` says where, when and with which PyTorch. While it is null nobody has measured, and the
-row does not count.
+"cpu", or a GPU's architecture such as "sm_90" or "gfx942". ``order`` names backends, fastest first.
+``measured`` says where, when and with which PyTorch the order was measured; rows where it is null have not
+been measured and are ignored.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-# Fastest first.
+# The general order, fastest first.
 PREFERENCE = ("cpu", "triton", "cuda", "reference")
 
 SHIPPED = Path(__file__).with_name("preference.json")
@@ -27,7 +27,7 @@ def _measured() -> dict[tuple[str, str, str], tuple[str, ...]]:
 
 
 def architecture(device: torch.device) -> str:
-    """The device's name in the table's column ``on``."""
+    """The device's name in the ``on`` field of ``preference.json``."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return device.type
     properties = torch.cuda.get_device_properties(device)
@@ -37,6 +37,6 @@ def architecture(device: torch.device) -> str:
 
 
 def order(primitive: str, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
-    """The backends in the order to try them in; what a measured row leaves out comes after it."""
+    """The backends in the order to try them: those of a measured row, then the others in general order."""
     key = primitive, architecture(device), str(dtype).removeprefix("torch.")
     return tuple(dict.fromkeys((*_measured().get(key, ()), *PREFERENCE)))

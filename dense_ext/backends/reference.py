@@ -1,4 +1,7 @@
-"""All primitives in plain ATen: any device, any floating dtype. The oracle, and the place to learn them."""
+"""All primitives in plain ATen, for any device and any floating dtype.
+
+The tests take this backend as their oracle. It is also the best place to learn what each primitive does.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from .base import STORAGE_DTYPES, Backend, accumulate_dtype
 
 
 def _widen(x: Tensor) -> Tensor:
-    """The tensor in its accumulation dtype."""
+    """``x`` in its accumulation dtype."""
     return x.to(accumulate_dtype(x.dtype))
 
 
@@ -49,9 +52,9 @@ def _spatial(x: Tensor) -> int:
 
 
 def _mask_and_sum(g: Tensor, activation: Tensor, x: Tensor, mean: Tensor, sums: Tensor) -> None:
-    """ReLU's backward on the gradient ``g``, in place, and its channel sums; ``activation`` is used up.
+    """Apply ReLU's backward to the gradient ``g`` in place, and write its channel sums to ``sums``.
 
-    A NaN activation lets the gradient through, as in PyTorch.
+    ``activation`` is overwritten. Where it is NaN the gradient passes, as in PyTorch.
     """
     pixels = tuple(range(x.dim() - 1))
     g.masked_fill_(activation <= 0, 0)
@@ -60,46 +63,46 @@ def _mask_and_sum(g: Tensor, activation: Tensor, x: Tensor, mean: Tensor, sums: 
 
 
 class ReferenceBackend(Backend):
-    """Every primitive as the formula in :mod:`dense_ext.backends.base`, step by step.
+    """Computes every primitive step by step, as the formulas in :mod:`dense_ext.backends.base` say.
 
-    For images and, through :mod:`dense_ext.backends.volume`, for volumes.
+    It takes images and, through :mod:`dense_ext.backends.volume`, volumes.
     """
 
     name = "reference"
 
     def factor(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """What a 3x3 convolution multiplies, from activations of ``dtype``: widened."""
+        """``x`` as a factor of the 3x3 convolution: widened, whatever the activations' ``dtype``."""
         return _widen(x)
 
-    def can_run(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    def unavailable_reason(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
         if dtype not in STORAGE_DTYPES:
-            return f"dtype {dtype} is not a floating type it handles"
+            return f"dtype {dtype} is not one of {', '.join(str(d) for d in STORAGE_DTYPES)}"
         return None
 
     def scratch_bytes(
         self, primitive: str, pixels: int, in_channels: int, out_channels: int, dtype: torch.dtype
     ) -> int:
-        """Counted from the formulas below for images; c and k are a pixel's in and out channels, widened.
+        """The largest sum of temporaries alive at once in the formulas below, for images.
 
-        Widening copies 16-bit activations, which shows where nothing larger is alive.
+        ``c`` and ``k`` are the bytes of one pixel's input and output channels in the accumulation dtype.
         """
         wide = accumulate_dtype(dtype)
         c, k = in_channels * wide.itemsize, out_channels * wide.itemsize
-        copy = c if wide != dtype else 0
-        summing = max(copy, in_channels)  # where ReLU let nothing through, a byte each; x
-        indices = 8 * in_channels / 4  # of the max pool, int64
+        copy = c if wide != dtype else 0  # widening copies 16-bit activations
+        summing = max(copy, in_channels)  # _mask_and_sum: x widened, or ReLU's mask of one byte per value
+        indices = 8 * in_channels / 4  # of the max pool: an int64 for each of a quarter of the pixels
         a_pixel = {
             "channel_stats": copy,
             "affine_gradient": 2 * c + copy,
             "scaled_accumulate": c + 2 * copy,
             "bn_relu_conv1x1_forward": c + max(copy, k),
-            "bn_relu_conv1x1_backward": k + 3 * c + copy,  # dz; a, g; what grad_x becomes
+            "bn_relu_conv1x1_backward": k + 3 * c + copy,  # dz; a, g, the new grad_x
             "bn_relu_conv3x3_forward": c + max(copy, k),
             "bn_relu_conv3x3_backward": k + 2 * c + summing,  # dy; a, da
             "bn_relu_pool_conv1x1_forward": c + max(copy, (c + k) / 4),
-            "bn_relu_pool_conv1x1_backward": 3 * c,  # a, the windows' gradient spread, g
+            "bn_relu_pool_conv1x1_backward": 3 * c,  # a, spread, g
             "bn_relu_maxpool_forward": c + max(copy, c / 4 + indices),
-            "bn_relu_maxpool_backward": 2.25 * c + indices + summing,  # a, the maxima, da
+            "bn_relu_maxpool_backward": 2.25 * c + indices + summing,  # a, da, the maxima
         }
         return math.ceil(pixels * a_pixel.get(primitive, 0))
 

@@ -1,8 +1,9 @@
-"""Volumes, activations [N, D, H, W, C]: what a backend does for images serves them, as far as it can.
+"""Runs volumes [N, D, H, W, C] on an image backend's primitives where possible.
 
-What looks at each pixel by itself, a layer's 1x1x1 convolution, statistics and sums, sees a volume as an
-image of D*H rows and runs on the backend. The 3x3x3 convolution, the transition and the stem are PyTorch's
-own operators, over an activation made for the call: memory is linear in depth all the same.
+Some primitives treat each pixel by itself: the 1x1x1 convolution, the statistics and the sums. They take a
+volume as an image of D*H rows and run on the image backend. The 3x3x3 convolution, the transition and the
+stem use PyTorch's own operators, on an activation that lives only for the call. So memory still grows
+linearly with depth.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _OF_PIXELS = (
 
 
 def _as_image(value: Any) -> Any:
-    """A volume [N, D, H, W, C] as [N, D*H, W, C], a weight [B, C, 1, 1, 1] as [B, C, 1, 1]; in its memory."""
+    """A volume [N, D, H, W, C] as [N, D*H, W, C], a weight [B, C, 1, 1, 1] as [B, C, 1, 1]; views."""
     if not isinstance(value, Tensor) or value.dim() != 5:
         return value
     first, second, third, *rest = value.shape
@@ -42,25 +43,25 @@ def _on_images(primitive: Callable[..., None]) -> Callable[..., None]:
 
 
 class VolumeBackend(ReferenceBackend):
-    """The primitives for volumes: some of a backend's, the others PyTorch's.
+    """The primitives for volumes: some from an image backend, the others from PyTorch's operators.
 
     Args:
-        images: the primitives for images on the same device and dtype.
+        images: the primitives for images, for the same device and dtype.
     """
 
     def __init__(self, images: Primitives) -> None:
         self.name = f"{images.summary()}; PyTorch (3x3x3, pools)"  # type: ignore[misc]
-        self.most_pixels = images.most_pixels  # type: ignore[misc]
+        self.max_pixels = images.max_pixels  # type: ignore[misc]
         for name in _OF_CHANNELS:
             setattr(self, name, getattr(images, name))
         for name in _OF_PIXELS:
             setattr(self, name, _on_images(getattr(images, name)))
 
     def factor(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """In the activations' dtype, as eager convolves."""
+        """``x`` in the activations' dtype, in which eager PyTorch convolves too."""
         return x.to(dtype)
 
-    # The pools go volume by volume: before them activations are largest.
+    # The transition and the stem run volume by volume, since the activations before a pool are the largest.
 
     def bn_relu_pool_conv1x1_forward(
         self, x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, y: Tensor
@@ -117,5 +118,5 @@ class VolumeBackend(ReferenceBackend):
 
 @functools.lru_cache(maxsize=256)
 def for_volumes(images: Primitives) -> Primitives:
-    """The primitives for volumes, from those that were selected for images."""
+    """The primitives for volumes, given those that were selected for images."""
     return Primitives(dict.fromkeys(PRIMITIVES, VolumeBackend(images)))

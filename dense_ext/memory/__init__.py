@@ -1,8 +1,9 @@
-"""What a training step will need, before it runs.
+"""Estimates the memory of a training step before it runs.
 
-:func:`estimate` follows one step of dense_ext through its schedule and says where its memory peaks and
-what for; :class:`Planner` does so for any batch and policy, and finds what fits a budget.
-:class:`TrackedStep` is for networks that dense_ext does not run: PyTorch's tracker on fake tensors.
+:func:`estimate` follows one step of dense_ext through its schedule. It returns the peak memory, the point in
+the step where the peak occurs, and a breakdown. :class:`Planner` does so for any batch size and recompute
+policies, and finds those that fit a budget. :class:`TrackedStep` is for networks that dense_ext does not run.
+It uses PyTorch's memory tracker on fake tensors.
 """
 
 from .plan import Estimate, Planner, estimate

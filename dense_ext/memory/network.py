@@ -1,4 +1,4 @@
-"""The shape of a DenseNet: all the planner knows of a model."""
+"""The shape of a DenseNet, which is all that the planner uses of a model."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..models import MODELS
 
 @dataclass(frozen=True)
 class BlockShape:
-    """A dense block: L layers of growth K on c0 channels."""
+    """A dense block: L layers, each of which adds K channels, on an input of c0 channels."""
 
     name: str
     layers: int  # L
     in_channels: int  # c0
     growth_rate: int  # K
-    bottleneck: int  # B, 0 without bottleneck
-    drops: bool  # some layer drops out
+    bottleneck: int  # B, or 0 without a bottleneck
+    drops: bool  # whether any layer has dropout
 
     @property
     def out_channels(self) -> int:
@@ -29,19 +29,19 @@ class BlockShape:
 
     @property
     def read_channels(self) -> list[int]:
-        """C of each layer."""
+        """C, the number of channels read, for each layer."""
         return [self.in_channels + i * self.growth_rate for i in range(self.layers)]
 
     @property
     def conv_weights(self) -> int:
-        """Elements of all convolution weights."""
+        """The number of elements of all convolution weights."""
         if self.bottleneck:
             return self.bottleneck * (sum(self.read_channels) + self.layers * 9 * self.growth_rate)
         return 9 * self.growth_rate * sum(self.read_channels)
 
     @property
     def norm_channels(self) -> int:
-        """Channels of all norms."""
+        """The total number of channels of all norms."""
         return sum(self.read_channels) + self.layers * self.bottleneck
 
 
@@ -59,8 +59,8 @@ class Network:
     """A DenseNet: stem, blocks and transitions; then norm, ReLU, average pool and classifier."""
 
     in_channels: int  # of the images
-    channels: int  # the first convolution makes
-    kernel_size: int  # of the first convolution, as stride and padding
+    channels: int  # of the first convolution's output
+    kernel_size: int  # of the first convolution; so are stride and padding
     stride: int
     padding: int
     pools: bool  # whether norm, ReLU and max pool follow the first convolution
@@ -69,7 +69,7 @@ class Network:
     parameter_dtype: torch.dtype
     parameter_bytes: int
     trainable_bytes: int
-    largest_bytes: int  # of the trainable parameters
+    largest_bytes: int  # of the largest trainable parameter
     buffer_bytes: int
 
     @property
@@ -131,12 +131,12 @@ def network_of(model: nn.Module | str) -> Network:
     """The shape of a model.
 
     Args:
-        model: a :class:`dense_ext.DenseNet`, or a DenseNet that :func:`dense_ext.swap` knows, swapped or
-            not; or a name of ``dense_ext.models.MODELS``.
+        model: a :class:`dense_ext.DenseNet`, a DenseNet that :func:`dense_ext.swap` supports (swapped or
+            not), or a name from ``dense_ext.models.MODELS``.
 
     Raises:
-        TypeError: neither a module nor a name.
-        ValueError: an unknown name; a module that is no DenseNet.
+        TypeError: model is neither a module nor a name.
+        ValueError: the name is unknown, or the module is not a DenseNet.
     """
     if isinstance(model, str):
         if model not in MODELS:

@@ -1,4 +1,4 @@
-"""How much memory a training step takes, what fits, and what to recompute so that it fits."""
+"""The memory of a training step, the largest batch that fits, and what to recompute to make a step fit."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .search import largest
 from .step import OPTIMIZERS, PARTS, Setting, Step
 from .units import parse_bytes
 
-# What is asked for, and what is taken to run on a GPU that is not here.
-_ON_A_GPU_ELSEWHERE = {"auto": "triton", "triton": "triton", "cuda": "cuda"}
+# The backend assumed for a GPU if this machine has none, by the backend requested.
+_ASSUMED_ON_GPU = {"auto": "triton", "triton": "triton", "cuda": "cuda"}
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Estimate:
     """The peak of a training step.
 
     Args:
-        peak: bytes.
-        point: where in the step, e.g. ``"backward, denseblock1"``.
-        parts: bytes held there by what for, in order; they add up to ``peak``.
-        recompute: each block's policy, by its name in ``features``.
+        peak: the peak in bytes.
+        point: the point in the step where the peak occurs, e.g. ``"backward, denseblock1"``.
+        parts: the bytes held at that point, by purpose in a fixed order; they add up to ``peak``.
+        recompute: each block's policy, by the block's name in ``features``.
     """
 
     peak: int
@@ -39,27 +39,29 @@ class Estimate:
 
 
 class Planner:
-    """Estimates for one model, in one setting, at any batch and policy.
+    """Estimates for one model in one setting, at any batch size and recompute policies.
 
     Args:
-        model: a :class:`dense_ext.DenseNet` or one that :func:`dense_ext.swap` knows, swapped or not, on
-            any device; or a name of ``dense_ext.models.MODELS``. Never changed or run. It is taken to
-            train as if all of its dense parts were fused.
-        image_shape: C, H, W of the images.
-        dtype: the activations', None for the parameters' own. A narrower one means autocast.
+        model: a :class:`dense_ext.DenseNet` or a DenseNet that :func:`dense_ext.swap` supports, swapped or
+            not, on any device; or a name from ``dense_ext.models.MODELS``. It is never changed or run. The
+            estimates assume that it trains with all of its dense parts fused.
+        image_shape: the shape [C, H, W] of an image.
+        dtype: the activations' dtype; None for the parameters' dtype. A narrower one means autocast.
         optimizer: ``"none"`` (forward and backward only), ``"sgd"``, ``"momentum"`` or ``"adamw"``.
-        device: where it will train, None for where the model is (a name: the CPU). A GPU need not be here.
-        backend: as :class:`dense_ext.DenseBlock`.
-        channels_last: memory format of the images; contiguous ones cost copies in the stem.
+        device: the device to train on; None for the model's device (for a name, the CPU). The machine need
+            not have a GPU to plan for one.
+        backend: as for :class:`dense_ext.DenseBlock`.
+        channels_last: whether the images are in channels_last memory; contiguous ones cost copies in the
+            stem.
 
     Raises:
-        TypeError: a model that is neither a module nor a name.
-        ValueError: an unknown name, dtype, optimizer or backend; no DenseNet; images that do not go
-            with it.
-        RuntimeError: a backend asked for by name cannot run there.
+        TypeError: model is neither a module nor a name.
+        ValueError: the name, dtype, optimizer or backend is unknown; the model is not a DenseNet; or the
+            images have the wrong number of channels or are too small.
+        RuntimeError: the requested backend cannot run on the device.
 
     Attributes:
-        backend: what runs the primitives there, in words.
+        backend: a summary of the backends that run the primitives.
     """
 
     def __init__(
@@ -89,7 +91,7 @@ class Planner:
         if device is None:
             device = "cpu" if isinstance(model, str) else next(model.parameters()).device
         kind = torch.device(device).type.replace("meta", "cpu")
-        backends, self.backend = _serving(requested(backend), kind, dtype)
+        backends, self.backend = _backends_on(kind, requested(backend), dtype)
         self.setting = Setting(self.network, dtype, optimizer, kind, backends, channels_last)
         self.estimate(1)  # refuses images that are too small
 
@@ -104,7 +106,7 @@ class Planner:
         return policies
 
     def estimate(self, batch: int, recompute: str | Sequence[str] = "bottleneck") -> Estimate:
-        """The peak of a step of ``batch`` images; ``recompute`` is one policy or one per block."""
+        """The peak of a step with ``batch`` images. ``recompute`` is one policy, or one for each block."""
         if batch < 1:
             raise ValueError(f"the batch must be at least 1, got {batch}")
         policies = self._policies(recompute)
@@ -114,18 +116,18 @@ class Planner:
         return Estimate(step.peak, step.peak_point, parts, dict(zip(names, policies, strict=True)))
 
     def largest_batch(self, memory: int | str, recompute: str | Sequence[str] = "bottleneck") -> int:
-        """The largest batch whose peak is within ``memory`` (bytes, or as ``"80GiB"``); 0 if none is."""
+        """The largest batch whose peak fits into ``memory`` (bytes, or as in ``"80GiB"``); 0 if none fits."""
         return largest(lambda batch: self.estimate(batch, recompute).peak, parse_bytes(memory))
 
     def choose(self, batch: int, memory: int | str) -> Estimate | None:
-        """The policies, block by block, that compute least again and fit; None if nothing fits.
+        """The estimate with the policies for the blocks that fit and recompute least; None if none fits.
 
         Args:
-            batch: images a step.
-            memory: bytes, or as ``"80GiB"``.
+            batch: the number of images per step.
+            memory: the memory to fit into, in bytes or as in ``"80GiB"``.
         """
         budget = parse_bytes(memory)
-        # What a block computes again does not depend on the others: try all mixtures, cheapest first.
+        # A block's cost does not depend on the other blocks' policies, so try all mixtures, cheapest first.
         costs = self._costs(batch)
         mixtures = itertools.product(RECOMPUTE, repeat=len(costs))
         by_cost = sorted(mixtures, key=lambda m: sum(c[p] for c, p in zip(costs, m, strict=True)))
@@ -133,32 +135,32 @@ class Planner:
         return next((e for e in estimates if e.peak <= budget), None)
 
     def _costs(self, batch: int) -> list[dict[str, int]]:
-        """For each block and policy, the multiply-adds of what backward computes again."""
+        """For each block and policy, the multiply-adds that backward recomputes."""
         step = Step(self.setting, (batch, *self.image_shape), self._policies("bottleneck"))
         step.forward()
         return [
             {
                 policy: step.block_pixels[block.name] * weights
-                for policy, weights in zip(RECOMPUTE, _weights_applied_again(block), strict=True)
+                for policy, weights in zip(RECOMPUTE, _recomputed_weights(block), strict=True)
             }
             for block in self.network.blocks
         ]
 
 
-def _serving(name: str, device: str, dtype: torch.dtype) -> tuple[Mapping[str, Backend], str]:
-    """The backend of each primitive on a device of this kind, and all of them in words."""
+def _backends_on(device: str, name: str, dtype: torch.dtype) -> tuple[Mapping[str, Backend], str]:
+    """The backend of each primitive on a device of this type, and a summary of them."""
     elsewhere = device == "cuda" and not torch.cuda.is_available() and dtype != torch.float64
-    if elsewhere and name in _ON_A_GPU_ELSEWHERE:
-        name = _ON_A_GPU_ELSEWHERE[name]
+    if elsewhere and name in _ASSUMED_ON_GPU:
+        name = _ASSUMED_ON_GPU[name]
         return dict.fromkeys(PRIMITIVES, BACKENDS[name]), name
     primitives = select(name, device, dtype)
     return primitives.table, primitives.summary()
 
 
-def _weights_applied_again(block: BlockShape) -> tuple[int, int, int]:
-    """Weights that backward applies again at each pixel, under each policy of ``RECOMPUTE``."""
+def _recomputed_weights(block: BlockShape) -> tuple[int, int, int]:
+    """The multiply-adds that backward recomputes per pixel, under each policy of ``RECOMPUTE``."""
     bottleneck = block.bottleneck * sum(block.read_channels)
-    # "block" computes the whole forward, and the bottlenecks once more.
+    # "block" recomputes the whole forward, and then the bottlenecks once more.
     return 0, bottleneck, block.conv_weights + bottleneck
 
 
@@ -175,16 +177,16 @@ def estimate(
 ) -> Estimate:
     """The peak memory of one training step of dense_ext, without running it or allocating anything.
 
-    It counts what PyTorch's allocator hands out; fragmentation, a GPU's context and what cuDNN or
-    oneDNN take for themselves come on top. So does the scratch of the GPU backends: mostly it is not held
-    where the peak is, and adds some 20 MB to it at the most. Gradients count throughout the step.
+    It counts the memory of PyTorch's allocator. It does not count fragmentation, a GPU's context, or the
+    workspaces of cuDNN and oneDNN. Nor does it count the GPU backends' scratch memory. This adds at most
+    some 20 MB to the peak, and mostly is not held when the peak occurs. Gradients count throughout the step.
 
     Args:
-        input_shape: N, C, H, W of the images.
+        input_shape: the shape [N, C, H, W] of the images.
         recompute: one policy, or one for each block.
-        model, dtype, optimizer, device, backend, channels_last: as :class:`Planner`.
+        model, dtype, optimizer, device, backend, channels_last: as for :class:`Planner`.
 
-    Raises: as :class:`Planner`; ValueError also for a shape that is not 4-D or an unknown policy.
+    Raises: as :class:`Planner`; also ValueError if the shape is not 4-D or a policy is unknown.
     """
     shape = tuple(input_shape)
     if len(shape) != 4:

@@ -1,4 +1,4 @@
-"""How much of something fits into memory."""
+"""Finds the largest number (a batch size, a depth) that fits into memory."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import itertools
 import sys
 from collections.abc import Callable
 
-_BY_LINE = 8  # looks, before the rest is halved: what is far from a line
+_SECANT_STEPS = 8  # the number of secant steps before the search bisects; memory may be far from linear
 
 
 def largest(nbytes: Callable[[int], float], budget: int, first: int = 1, at_most: int = sys.maxsize) -> int:
-    """The largest n that takes no more than ``budget`` bytes, while n + 1 takes more; 0 if 1 does.
+    """The largest n for which ``nbytes(n)`` is within ``budget``; 0 if ``nbytes(1)`` is not.
 
-    Memory is nearly in line over a batch or a depth, so each look is where the line through the last two
-    leads: three or four do.
+    Memory is nearly linear in a batch size or a depth, so the search is a secant method: each step follows
+    the line through the last two points. Three or four steps usually suffice.
 
     Args:
-        nbytes: of n, growing with it; infinite where it ran out of memory.
-        budget: bytes.
-        first: n to look at first.
-        at_most: not to be exceeded; the result where all of it fits.
+        nbytes: the memory for n in bytes, growing with n; infinite if n ran out of memory.
+        budget: the memory to fit into, in bytes.
+        first: the first n to try.
+        at_most: the largest n to try; the result if it fits.
     """
     fits, too_many = 0, at_most + 1
     before, held_before, n = 0, 0.0, min(first, at_most)
-    for look in itertools.count(1):
+    for tries in itertools.count(1):
         held = nbytes(n)
         if held <= budget:
             fits = n
@@ -32,7 +32,7 @@ def largest(nbytes: Callable[[int], float], budget: int, first: int = 1, at_most
         if too_many - fits == 1:
             break
         slope = (held - held_before) / (n - before)
-        if look < _BY_LINE and 0 < slope < float("inf"):
+        if tries < _SECANT_STEPS and 0 < slope < float("inf"):
             following = n + int((budget - held) // slope)
         else:
             following = (fits + too_many) // 2 if too_many <= at_most else 2 * n

@@ -1,9 +1,9 @@
-"""A training step's memory, followed through forward and backward.
+"""Follows a training step's memory through forward and backward.
 
-This mirrors :mod:`dense_ext.schedule`, :mod:`dense_ext.transition` and :mod:`dense_ext.ops`: the same
-buffers in the same order, alive for as long, but only their sizes. As autograd does, each part's
-forward leaves a backward on a tape, which takes the gradient of the part's output and gives that of
-its input. Letters as in the schedule: M pixels, C channels read, K growth, B bottleneck.
+This mirrors :mod:`dense_ext.schedule`, :mod:`dense_ext.transition` and :mod:`dense_ext.ops`. It holds the
+same buffers, in the same order and for the same time, but only their sizes. As in autograd, each part's
+forward puts a backward on a tape. That backward takes the gradient of the part's output and returns that of
+its input. The letters are the schedule's: M pixels, C channels read, K growth rate, B bottleneck channels.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from ..backends.base import Backend, accumulate_dtype
 from .network import BlockShape, Network, TransitionShape
 from .timeline import Held, Timeline
 
-# What memory is held for, in the order of a report.
+# The purposes for which memory is held, in the order of a report.
 PARTS = (
     "parameters", "gradients", "optimizer state", "input", "stem", "concat buffers", "kept bottlenecks",
     "transitions", "head", "gradient buffers", "statistics", "weight copies", "new gradients", "scratch",
 )  # fmt: skip
 
-# Values an optimizer keeps for each trainable parameter.
+# The number of values that an optimizer keeps for each trainable parameter.
 OPTIMIZERS = {"none": 0, "sgd": 0, "momentum": 1, "adamw": 2}
 
 Backward = Callable[[Held], Held]
@@ -32,15 +32,15 @@ Backward = Callable[[Held], Held]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a step is run with.
+    """The setting in which a step runs.
 
     Args:
         network: the model's shape.
-        dtype: the activations'. Where the parameters are wider, autocast narrows them.
+        dtype: the activations' dtype. If the parameters are wider, autocast narrows them.
         optimizer: a key of ``OPTIMIZERS``.
-        device: the kind that runs it.
-        backends: what runs each primitive there, by its name.
-        channels_last: memory format of the images, or of the first convolution's weight.
+        device: the type of the device that runs the step.
+        backends: the backend that runs each primitive, by the primitive's name.
+        channels_last: whether the images or the first convolution's weight are in channels_last memory.
     """
 
     network: Network
@@ -73,16 +73,16 @@ class Block:
         self.recomputed: Held | None = None
 
     def buffer(self) -> Held:
-        """X, unwritten."""
+        """Hold the memory for X."""
         elements = self.pixels * self.shape.out_channels
         return self.step.timeline.hold("concat buffers", elements * self.step.item)
 
     def bottleneck(self, buffers: int) -> AbstractContextManager[None]:
-        """While this many [N, H, W, B] are held."""
+        """A context in which this many buffers [N, H, W, B] are held."""
         return self.step.scratch(buffers * self.pixels * self.shape.bottleneck)
 
     def dropout(self, buffers: int) -> AbstractContextManager[None]:
-        """While this many [N, H, W, K] are held, if layers drop out."""
+        """A context in which this many buffers [N, H, W, K] are held, if the layers have dropout."""
         return self.step.scratch(buffers * self.pixels * self.shape.growth_rate if self.shape.drops else 0)
 
     def run_forward(self, keeps_bottleneck: bool) -> None:
@@ -97,7 +97,7 @@ class Block:
                     pass  # the mask
 
     def output(self) -> Held:
-        """X for a backward: kept, or computed again once for whoever comes first."""
+        """X for a backward: the kept one, or one that the first caller recomputes for all."""
         if self.policy != "block":
             return self.out
         if self.recomputed is None:
@@ -106,7 +106,7 @@ class Block:
         return self.recomputed
 
     def backward(self, grad: Held) -> Held:
-        """``grad`` is G: it is accumulated in place."""
+        """The block's backward; it accumulates in place into ``grad``, which is G."""
         t, shape, step = self.step.timeline, self.shape, self.step
         x = self.output()
         new = step.new_gradients(shape.conv_weights, 2 * shape.norm_channels)
@@ -126,10 +126,10 @@ class Block:
         k, b = shape.growth_rate, shape.bottleneck
         if b and self.policy != "none":
             step.primitive("bn_relu_conv1x1_forward", m, c, b)
-        with step.scratch(0 if b else m * c):  # without bottleneck, the gradient at the norm
+        with step.scratch(0 if b else m * c):  # without a bottleneck, the gradient at the norm's output
             with self.dropout(2):
-                pass  # the mask, and the gradient behind it
-            with self.dropout(1):  # that gradient
+                pass  # the mask, and the convolution's gradient
+            with self.dropout(1):  # the convolution's gradient
                 step.primitive("bn_relu_conv3x3_backward", m, b or c, k)
             if not b:
                 step.primitive("scaled_accumulate", m, c, c)
@@ -141,8 +141,8 @@ class Step:
     """One training step on images [N, C, H, W]; :meth:`run` follows it.
 
     Args:
-        setting: what it is run with.
-        input_shape: N, C, H, W.
+        setting: the setting in which the step runs.
+        input_shape: the shape [N, C, H, W] of the images.
         policies: the recompute policy of each block, in order.
     """
 
@@ -158,23 +158,25 @@ class Step:
 
     @property
     def pixels(self) -> int:
-        """M where the forward is now."""
+        """M at the current point of the forward."""
         return self.batch * self.height * self.width
 
     def resize(self, height: int, width: int) -> None:
-        """Go on with images of another size.
+        """Continue with images of another size.
 
         Raises:
-            ValueError: nothing is left of them.
+            ValueError: the images would be empty.
         """
         if min(height, width) < 1:
-            raise ValueError(f"the images are too small for the network: {self.timeline.point} needs more")
+            raise ValueError(
+                f"the images are too small for the network: {self.timeline.point} needs larger ones"
+            )
         self.height, self.width = height, width
 
     def run(self) -> Timeline:
         """Follow the step from its images to the optimizer's update.
 
-        Gradients are held throughout, as they are when they are zeroed or accumulated.
+        Gradients are held throughout the step, as they are if they are zeroed or accumulated in place.
         """
         t, network = self.timeline, self.network
         t.hold("parameters", network.parameter_bytes + network.buffer_bytes)
@@ -187,8 +189,8 @@ class Step:
             t.point = f"backward, {name}"
             grad = backward(grad)
         if self.setting.optimizer != "none":
-            # By default PyTorch updates all parameters at once on a GPU, with a temporary for each, and
-            # one after another elsewhere, with two at a time.
+            # By default PyTorch updates all parameters at once on a GPU, with one temporary for each
+            # parameter. Elsewhere it updates one after another, with two temporaries at a time.
             t.point = "optimizer step"
             at_once = self.setting.device == "cuda"
             t.need("scratch", network.trainable_bytes if at_once else 2 * network.largest_bytes)
@@ -210,37 +212,37 @@ class Step:
                 y = block.out
             else:
                 y = self.transition(shape, x, block)
-            t.release(x)  # goes, unless kept
+            t.release(x)  # frees x unless a backward keeps it
             x = y
         t.point = "forward, head"
         self.head(x)
 
-    # --- what all parts use -------------------------------------------------------------------
+    # --- used by all parts --------------------------------------------------------------------
 
     @contextmanager
     def scratch(self, elements: int) -> Iterator[None]:
-        """While this many activations are held beside everything else."""
+        """A context in which scratch memory for this many activation elements is held."""
         held = self.timeline.hold("scratch", elements * self.item)
         yield
         self.timeline.release(held)
 
     def primitive(self, name: str, pixels: int, in_channels: int, out_channels: int) -> None:
-        """Call a primitive: what its backend allocates meanwhile."""
+        """Call a primitive: count the scratch memory of its backend."""
         backend = self.setting.backends[name]
         nbytes = backend.scratch_bytes(name, pixels, in_channels, out_channels, self.setting.dtype)
         self.timeline.need("scratch", nbytes)
 
     def weight_copy(self, elements: int) -> Held:
-        """What autocast keeps of convolution weights in the activations' dtype."""
+        """Hold the copies of weights that autocast makes in the activations' dtype."""
         return self.timeline.hold("weight copies", elements * self.item if self.setting.autocast else 0)
 
     def new_gradients(self, convs: int, norms: int) -> Held:
-        """A part's parameter gradients, by elements, until they are added to those of the step."""
+        """Hold a part's parameter gradients, given in elements, until they are added to the step's."""
         norms *= self.network.parameter_dtype.itemsize
         return self.timeline.hold("new gradients", convs * self.item + norms)
 
     def accumulate(self, new: Held, convs: int) -> None:
-        """Add a part's gradients to those of the step; under autocast widened, at most all at once."""
+        """Add a part's gradients to the step's; under autocast they are widened, at most all at once."""
         if self.setting.autocast:
             self.timeline.need("new gradients", convs * self.network.parameter_dtype.itemsize)
         self.timeline.release(new)
@@ -265,7 +267,7 @@ class Step:
                 self.timeline.need("scratch", elements * self.item)  # the gradient in the images' format
             t.release(grad, *saved)
             self.accumulate(new, weights)
-            return t.hold("stem", 0)  # nobody asks for the images' gradient
+            return t.hold("stem", 0)  # the images need no gradient
 
         self.tape.append(("stem", backward))
         return t.hold("stem", elements * self.item)
@@ -274,7 +276,7 @@ class Step:
         """The stem's norm, ReLU and max pool."""
         t, channels, pixels = self.timeline, self.network.channels, self.pixels
         statistics = t.hold("statistics", 2 * channels * self.wide)
-        # The operator works in channels_last memory, if need be on a copy.
+        # The operator works in channels_last memory, on a copy if the images are contiguous.
         copy = 0 if self.setting.channels_last else pixels * channels
         self.resize((self.height - 1) // 2 + 1, (self.width - 1) // 2 + 1)
         y = t.hold("stem", self.pixels * channels * self.item)
@@ -294,7 +296,7 @@ class Step:
         return y
 
     def transition(self, shape: TransitionShape, x: Held, block: Block | None) -> Held:
-        """A transition after ``block``: after one that keeps only its input, it keeps nothing."""
+        """A transition after ``block``. It does not save its input if the block keeps only its own input."""
         t, c, k, pixels = self.timeline, shape.in_channels, shape.out_channels, self.pixels
         self.resize(self.height // 2, self.width // 2)
         saved = [self.weight_copy(c * k)]
@@ -320,7 +322,7 @@ class Step:
         return y
 
     def head(self, x: Held) -> None:
-        """Norm, ReLU in place, average pool, classifier and loss: PyTorch's own."""
+        """Norm, ReLU in place, average pool, classifier and loss, all with PyTorch's own operators."""
         t, channels = self.timeline, self.network.blocks[-1].out_channels
         nbytes = self.pixels * channels * self.item
         activation = t.hold("head", nbytes)
@@ -329,7 +331,7 @@ class Step:
         vector = t.hold("head", self.batch * channels * self.item)  # the pooled features
         copies = self.weight_copy(weights)
         t.hold("head", self.batch * features * self.item)  # the logits, which the caller keeps
-        # Autocast leaves the loss wide.
+        # Autocast computes the loss in float32.
         loss_bytes = self.batch * features * (self.wide if self.setting.autocast else self.item)
         probabilities = t.hold("head", loss_bytes)
 

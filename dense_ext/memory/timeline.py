@@ -1,4 +1,4 @@
-"""What a training step holds at each moment, without holding it."""
+"""Counts the memory that a training step holds at each moment, without allocating it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(eq=False)
 class Held:
-    """Memory that is alive while somebody uses it, as a tensor's storage is."""
+    """Memory that is held until its last user releases it, like a tensor's storage."""
 
     part: str
     nbytes: int
@@ -16,17 +16,17 @@ class Held:
 
 
 class Timeline:
-    """Memory taken and given back in the order of a step; remembers the highest moment."""
+    """Memory held and released in the order of a step; it records the peak with its breakdown."""
 
     def __init__(self) -> None:
-        self.point = ""  # where in the step we are
+        self.point = ""  # the current point in the step
         self.total = self.peak = 0
         self.peak_point = ""
         self.parts: Counter[str] = Counter()
         self.peak_parts: dict[str, int] = {}
 
     def hold(self, part: str, nbytes: int) -> Held:
-        """Take ``nbytes`` for ``part``."""
+        """Hold ``nbytes`` for ``part``, with one user."""
         self.total += nbytes
         self.parts[part] += nbytes
         if self.total > self.peak:
@@ -34,12 +34,12 @@ class Timeline:
         return Held(part, nbytes)
 
     def keep(self, held: Held) -> Held:
-        """One more user of ``held``."""
+        """Add a user to ``held``."""
         held.users += 1
         return held
 
     def release(self, *helds: Held) -> None:
-        """One user less of each; its memory goes with the last."""
+        """Remove one user from each; memory without users is freed."""
         for held in helds:
             held.users -= 1
             if held.users == 0:
@@ -47,5 +47,5 @@ class Timeline:
                 self.parts[held.part] -= held.nbytes
 
     def need(self, part: str, nbytes: int) -> None:
-        """Take ``nbytes`` and give them back at once."""
+        """Hold ``nbytes`` and release them at once."""
         self.release(self.hold(part, nbytes))

@@ -1,4 +1,4 @@
-"""The peak of any network's training step, tracked by PyTorch on tensors without memory."""
+"""The peak memory of any network's training step, tracked by PyTorch on fake tensors."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ def _optimizer(name: str, network: nn.Module) -> torch.optim.Optimizer:
 
 
 class TrackedStep:
-    """A training step with cross entropy, at any batch: seconds each, whatever the batch.
+    """A training step with cross entropy. Tracking one takes seconds, whatever the batch.
 
-    It counts what tensors hold, on a CPU, where the optimizer takes one parameter after another.
+    It counts the memory of tensors as on a CPU, where the optimizer updates one parameter after another.
 
     Args:
-        network: on the CPU, from images [N, C, H, W] to logits [N, classes]. Copied, without its values.
-        image_shape: C, H, W of the images, which are in channels_last memory.
-        dtype: other than float32 the forward runs under autocast to it.
-        optimizer: as :class:`dense_ext.memory.Planner`.
+        network: a module on the CPU that maps images [N, C, H, W] to logits [N, classes]. It is copied
+            without its values.
+        image_shape: the shape [C, H, W] of an image; the images are in channels_last memory.
+        dtype: the activations' dtype; if it is not float32, the forward runs under autocast.
+        optimizer: as for :class:`dense_ext.memory.Planner`.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class TrackedStep:
         dtype: torch.dtype = torch.float32,
         optimizer: str = "momentum",
     ) -> None:
-        # Imported here: slow to load.
+        # Imported here because it loads slowly.
         from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
         self._fake = FakeTensorMode()
@@ -46,7 +47,7 @@ class TrackedStep:
             self._network = copy.deepcopy(network).train()
         self._image_shape, self._dtype = tuple(image_shape), dtype
         self._updates, self._update = optimizer != "none", _optimizer(optimizer, self._network)
-        self._step(*self._inputs(_FIRST_BATCH))  # gradients and momentum, which later steps find
+        self._step(*self._inputs(_FIRST_BATCH))  # creates the gradients and the optimizer's state
 
     def _inputs(self, batch: int) -> tuple[Tensor, Tensor]:
         with self._fake:
@@ -63,8 +64,8 @@ class TrackedStep:
                 self._update.step()
 
     def peak(self, batch: int) -> int:
-        """Bytes at the peak of a step of ``batch`` images: parameters, gradients, all that tensors hold."""
-        # Not in every build of PyTorch.
+        """The peak in bytes of a step with ``batch`` images, over all tensors, parameters included."""
+        # Imported here because not every build of PyTorch has it.
         from torch.distributed._tools.mem_tracker import MemTracker
 
         images, labels = self._inputs(batch)

@@ -1,4 +1,4 @@
-"""Sizes of memory: as people write them, and as machines have them."""
+"""Memory sizes: parsing them, and the memory of a device."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
 def parse_bytes(size: int | str) -> int:
-    """Bytes of a size such as 10**9, ``"80GiB"`` (2**30 bytes each), ``"1.5 GB"`` (10**9) or ``"4096"``.
+    """The bytes in a size such as 10**9, ``"80GiB"`` (units of 2**30), ``"1.5 GB"`` (10**9) or ``"4096"``.
 
     Raises:
-        TypeError: neither an integer nor a string.
-        ValueError: no positive number, or an unknown unit.
+        TypeError: size is neither an integer nor a string.
+        ValueError: size is not a positive number, or its unit is unknown.
     """
     if isinstance(size, bool) or not isinstance(size, int | str):
         raise TypeError(f"a memory size must be bytes or a string such as '80GiB', got {size!r}")
@@ -34,10 +34,12 @@ def parse_bytes(size: int | str) -> int:
 
 
 def device_memory(device: torch.device) -> int:
-    """Bytes this process can have on a device: free or already reserved on a GPU, all on a CPU.
+    """The bytes that this process can use on a device.
+
+    On a GPU that is the free memory plus what PyTorch has already reserved; on a CPU it is all memory.
 
     Raises:
-        ValueError: torch does not say for this device.
+        ValueError: the device is neither a CPU nor an available GPU.
     """
     if device.type == "cpu":
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,8 +1,8 @@
-"""Recognition of densely connected modules that no library adapter knows, by what their forward computes.
+"""Recognises densely connected modules of unknown classes by what their forward computes.
 
-The forward is traced in every mode and read as dense blocks and transitions (:mod:`description`). The
-modules in it are checked as those of known classes are. Then the fused operators are compared with the
-original by numbers (:mod:`proof`). A module that one of these steps refuses stays as it is.
+The forward is traced in every mode and interpreted as dense blocks and transitions (:mod:`description`). Its
+submodules are checked like those of known classes. Then the fused operators' results are compared with the
+original's (:mod:`proof`). A module that fails one of these steps stays unchanged.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Found:
-    """A module that is a run of dense blocks and transitions, or looks like one and is refused."""
+    """A module that is a sequence of dense blocks and transitions, or looks like one but is refused."""
 
-    name: str  # dotted, in the model
+    name: str  # the dotted name in the model
     module: nn.Module
     plan: Plan | None
-    reason: str | None  # why it is refused, None if it has a plan
+    reason: str | None  # why it is refused; None if it has a plan
 
 
 def find(model: nn.Module, known: set[nn.Module]) -> list[Found]:
-    """The outermost modules of a model that are recognised, and the refused ones that concatenate.
+    """The outermost modules of a model that are recognised, and refused modules that concatenate.
 
     Args:
-        model: looked at, not changed.
-        known: modules that are not to be looked at, with all inside them.
+        model: the model; it is not changed.
+        known: modules to skip, with everything inside them.
     """
     found: list[Found] = []
     _visit(model, "", known, found)
@@ -54,7 +54,7 @@ def find(model: nn.Module, known: set[nn.Module]) -> list[Found]:
 
 
 def _visit(module: nn.Module, name: str, known: set[nn.Module], found: list[Found]) -> bool:
-    """Look at a module, then at those inside it; whether any was recognised."""
+    """Visit a module, and then its children; returns whether any was recognised or is known."""
     if module in known or is_torchs(module) or not _may_be_dense(module):
         return False
     reason, holds_known = None, not known.isdisjoint(module.modules())
@@ -78,7 +78,7 @@ def _visit(module: nn.Module, name: str, known: set[nn.Module], found: list[Foun
     if holds_known or any(recognised):
         return True
     if reason is not None and _concatenates(module):
-        del found[before:]  # the outermost says it
+        del found[before:]  # only the outermost module gives a reason
         found.append(Found(name, module, None, reason))
     return False
 
@@ -89,7 +89,7 @@ def _may_be_dense(module: nn.Module) -> bool:
 
 
 def _concatenates(module: nn.Module) -> bool:
-    """Whether a module's own forward, or that of every child of a container, names ``torch.cat``."""
+    """Whether a module's own forward, or the forward of every child of a Sequential, calls ``torch.cat``."""
     names = getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
     if {"cat", "concat", "concatenate"} & set(names):
         return True
@@ -98,10 +98,10 @@ def _concatenates(module: nn.Module) -> bool:
 
 
 def recognise(module: nn.Module) -> Plan:
-    """The plan of a module, proven.
+    """The plan of a module, verified by comparing results.
 
     Raises:
-        RefusedError: why there is none.
+        RefusedError: the module is not recognised; the message gives the reason.
     """
     plan = describe(module)
     if len(plan.blocks) == len(plan.steps) == 1 and len(plan.blocks[0].layers) < 2:
@@ -113,17 +113,17 @@ def recognise(module: nn.Module) -> Plan:
     return plan
 
 
-# --- what the network does with a part's result -------------------------------------------------------
+# --- uses of a part's result --------------------------------------------------------------------------
 
-# They need the memory layout that eager's result has.
+# Functions that need the memory layout of eager's result.
 _LAYOUT = {"view", "view_as", "as_strided", "stride", "is_contiguous", "data_ptr", "numpy", "unfold"}
 
 
 def wants_copies(model: nn.Module, parts: dict[str, nn.Module]) -> set[str]:
-    """The parts whose result has to be contiguous memory of its own, by name.
+    """The names of the parts whose result has to be a contiguous copy.
 
-    A part's result lies in channels_last memory, and its backward reads it. So a network that makes a view
-    of it, writes into it or returns it gets a copy. What cannot be traced might do any of these.
+    A part's result is in channels_last memory, and its backward reads it. So a network that makes a view of
+    it, writes into it or returns it must get a copy. A network that cannot be traced might do any of these.
     """
     if "" in parts:
         return {""}

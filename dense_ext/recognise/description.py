@@ -1,8 +1,8 @@
-"""What a traced forward computes: dense blocks and transitions, whatever its modules are called.
+"""Interprets a traced forward as dense blocks and transitions, whatever its modules are called.
 
-The graph is read over groups of channels. A group is what the input, a convolution or a pool makes; a value
-is a tuple of groups, which ``torch.cat`` joins, and perhaps a norm and a ReLU on top of them. What cannot be
-said in these words is refused.
+The graph is interpreted in terms of groups of channels. A *group* is the output of a convolution or pool, or
+the input. A *value* is a tuple of groups, which ``torch.cat`` joins, possibly with a norm and a ReLU applied.
+A forward that can't be described in these terms is refused.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Block:
     """Dense layers that read all features before them.
 
     Attributes:
-        newest_first: a layer's features come before the older ones, not behind them.
-        only_new: the block returns what its layers add, without its input.
-        drop_rate: of the dropout behind each layer, in training.
+        newest_first: whether a layer's features are concatenated before the older ones, not after them.
+        only_new: whether the block returns only the features that its layers add, without its input.
+        drop_rate: the probability of the dropout after each layer in training.
     """
 
     layers: tuple[DenseLayer, ...]
@@ -56,7 +56,7 @@ class Transition:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a module computes, step by step, while the guards hold."""
+    """The steps that a module computes as long as the guards hold."""
 
     steps: tuple[Block | Transition, ...]
     guards: Guards
@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def kind(self) -> str:
-        """What it is, in one word or two."""
+        """The kind of part: "dense block", "transition", or "stage" for several steps."""
         if len(self.steps) > 1:
             return "stage"
         return "dense block" if self.blocks else "transition"
@@ -97,7 +97,7 @@ def describe(module: nn.Module) -> Plan:
     """The plan of a module.
 
     Raises:
-        RefusedError: it computes something else, or something else in another mode.
+        RefusedError: the module computes something else, or its modes compute different things.
     """
     plans, guards = [], Guards()
     for training, graph, read in traces(module):
@@ -106,7 +106,7 @@ def describe(module: nn.Module) -> Plan:
     (_, first), *others = plans
     for training, plan in others:
         if plan.steps != (first if training else without_dropout(first)).steps:
-            raise RefusedError("its forward computes something else in another mode")
+            raise RefusedError("its forward computes different things in different modes")
     modules = [module.get_submodule(name) for name in (*first.norms, *first.convs)]
     if len(set(modules)) < len(modules):
         raise RefusedError("a norm or convolution is used more than once")
@@ -114,7 +114,7 @@ def describe(module: nn.Module) -> Plan:
 
 
 def without_dropout(plan: Plan) -> Plan:
-    """The plan as it is in eval mode."""
+    """The plan in eval mode."""
     steps = [replace(step, drop_rate=0.0) if isinstance(step, Block) else step for step in plan.steps]
     return replace(plan, steps=tuple(steps))
 
@@ -126,13 +126,13 @@ def without_dropout(plan: Plan) -> Plan:
 class _Group:
     """Channels that one operation makes."""
 
-    width: int | None  # None while it is the input's and no module has said it
+    width: int | None  # None for the input until a module that reads it determines it
     sources: tuple[_Group, ...] = ()
-    norm: str = ""  # the names of the modules that make it; a pool's are its convolution's
+    norm: str = ""  # the names of the modules that make it; a pool has its convolution's
     relu: bool = False
     conv: str = ""
     drop_rate: float = 0.0
-    pooled: _Group | None = None  # the convolution's group that this is the pool of
+    pooled: _Group | None = None  # for a pool, the convolution's group that it pools
     readers: list[_Group] = field(default_factory=list)
 
 
@@ -144,7 +144,7 @@ class _Value:
 
     @property
     def features(self) -> bool:
-        """Whether it is channels as they were made, not yet normalised or activated."""
+        """Whether no norm or ReLU has been applied to the channels."""
         return not self.norm and not self.relu
 
 
@@ -154,19 +154,19 @@ def _width(groups: tuple[_Group, ...]) -> int | None:
 
 
 class _Reading:
-    """One graph, read node by node."""
+    """Interprets one graph, node by node."""
 
     def __init__(self, module: nn.Module, graph: fx.Graph, training: bool) -> None:
         self.module, self.training = module, training
         self.values: dict[fx.Node, _Value] = {}
         self.input: _Group | None = None
         self.output: _Value | None = None
-        self.made: list[_Group] = []  # by convolutions and pools
-        self.used: list[str] = []  # names of norms and convolutions called
+        self.made: list[_Group] = []  # the outputs of convolutions and pools
+        self.used: list[str] = []  # the names of the norms and convolutions that are called
         for node in graph.nodes:
             getattr(self, f"_{node.op}")(node)
 
-    # Nodes by kind.
+    # --- handlers by kind of node
 
     def _placeholder(self, node: fx.Node) -> None:
         if self.input is not None:
@@ -227,17 +227,17 @@ class _Reading:
         else:
             raise RefusedError(f"it calls Tensor.{node.target}")
 
-    # Values by what is done to them.
+    # --- handlers by operation
 
     def _value(self, source: Any) -> _Value:
         if not isinstance(source, fx.Node):
-            raise RefusedError("a constant stands where features are expected")
+            raise RefusedError("it uses a constant as features")
         return self.values[source]
 
     def _features(self, source: Any, what: str) -> _Value:
         value = self._value(source)
         if not value.features:
-            raise RefusedError(f"{what} of what a norm or ReLU returns")
+            raise RefusedError(f"{what} of the output of a norm or ReLU")
         return value
 
     def _reads(self, groups: tuple[_Group, ...], channels: int, name: str) -> None:
@@ -255,9 +255,9 @@ class _Reading:
     def _activated(self, source: Any, inplace: Any = False) -> _Value:
         value = self._value(source)
         if not value.norm or value.relu:
-            raise RefusedError("it takes a ReLU of what no norm has made")
+            raise RefusedError("it takes a ReLU of something else than the output of a norm")
         if inplace and len(source.users) != 1:
-            raise RefusedError("an in-place ReLU changes what others read")
+            raise RefusedError("an in-place ReLU changes a tensor that has other readers")
         return _Value(value.groups, value.norm, relu=True)
 
     def _convolved(self, source: Any, name: str, conv: Any) -> _Value:
@@ -277,12 +277,12 @@ class _Reading:
         if not training or not rate:
             return value
         if not self.training:
-            raise RefusedError("it drops out in eval mode, too")
+            raise RefusedError("it applies dropout in eval mode too")
         group = value.groups[0]
         if not value.features or len(value.groups) > 1 or not group.conv or group.pooled or group.drop_rate:
-            raise RefusedError("it drops out elsewhere than once behind a convolution")
+            raise RefusedError("it applies dropout other than once after a convolution")
         if len(source.users) != 1:
-            raise RefusedError("somebody reads what a dropout will change")
+            raise RefusedError("it reads a convolution's output before dropout")
         group.drop_rate = float(rate)
         return value
 
@@ -314,18 +314,18 @@ class _Reading:
         self.made.append(pool)
         return _Value((pool,))
 
-    # Steps.
+    # --- the steps
 
     def steps(self) -> Iterator[Block | Transition]:
-        """The dense blocks and transitions that the values make up.
+        """The dense blocks and transitions that the graph consists of.
 
         Raises:
-            RefusedError: they make up something else.
+            RefusedError: the graph computes something else.
         """
         assert self.input is not None
         assert self.output is not None
         if not self.output.features:
-            raise RefusedError("it returns what a norm or ReLU makes")
+            raise RefusedError("it returns the output of a norm or ReLU")
         base, layers, named = self.input, [], []  # type: ignore[var-annotated]
         for group in self.made:
             if self._is_bottleneck(group) or (group.pooled is None and any(r.pooled for r in group.readers)):
@@ -341,10 +341,10 @@ class _Reading:
         if base is self.input and not layers:
             raise RefusedError("it has no dense layer and no transition")
         if sorted(named) != sorted(self.used):
-            raise RefusedError("a norm or convolution is used more than once, or for nothing")
+            raise RefusedError("a norm or convolution is used more than once, or its output is not used")
 
     def _is_bottleneck(self, group: _Group) -> bool:
-        """Whether one convolution reads the group by itself, and nobody else does."""
+        """Whether the group has exactly one reader, a convolution that reads nothing else."""
         assert self.output is not None
         if group.pooled or len(group.readers) != 1 or group in self.output.groups:
             return False
@@ -356,7 +356,7 @@ class _Reading:
         return [name for g in (*inner, group) for name in (g.norm, g.conv)]
 
     def _closed(self, base: _Group, layers: list[_Group], read: tuple[_Group, ...]) -> Iterator[Block]:
-        """The block of these layers on top of ``base``, of which somebody then reads ``read``."""
+        """The block of these layers on top of ``base``; ``read`` are the groups that its reader reads."""
         if not layers:
             if read != (base,):
                 raise RefusedError("it leaves out or repeats features")
@@ -369,7 +369,7 @@ class _Reading:
                 outer = inner[0]
                 names.insert(0, (outer.norm, outer.conv))
                 if outer.drop_rate:
-                    raise RefusedError("it drops out inside a layer")
+                    raise RefusedError("it applies dropout inside a layer")
             order = _order((base, *layers[:i]), outer.sources)
             newest_first = order if newest_first is None else newest_first
             if i and order != newest_first:
@@ -388,7 +388,7 @@ class _Reading:
 
 
 def _order(made: tuple[_Group, ...], read: tuple[_Group, ...]) -> bool | None:
-    """Whether groups are read with the newest first; None for a single one."""
+    """Whether groups are read with the newest first; None for a single group."""
     if read not in (made, made[::-1]):
         raise RefusedError("its layers do not read all features before them, in one order")
     return None if len(made) == 1 else read == made[::-1]

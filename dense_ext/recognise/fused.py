@@ -1,4 +1,4 @@
-"""A recognised module: its class becomes one that runs its plan through the fused operators."""
+"""The class of a recognised module, which runs the module's plan with the fused operators."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from .description import Block, Plan, Transition
 
 
 class Recognised(Fused):
-    """Mixin: a module whose plan is known runs it, as long as it is what was recognised.
+    """Mixin that runs a module's plan, as long as the module is unchanged since it was recognised.
 
     Attributes:
-        plan: what it computes.
-        kinds: the class of every submodule by its dotted name, as recognised.
-        returns_copy: it returns contiguous memory of its own, for a network that relies on that.
+        plan: what the module computes.
+        kinds: the class of every submodule when the module was recognised, by dotted name.
+        returns_copy: whether to return a contiguous copy, for a network that relies on it.
     """
 
     plan: Plan
@@ -56,14 +56,14 @@ class Recognised(Fused):
         return own_memory(out) if written_by_hooks(self) else out  # type: ignore[arg-type]
 
     def __getitem__(self, idx: Any) -> Any:
-        """As a Sequential's; a slice is another module, and not recognised."""
+        """Index like a Sequential; a slice is another module, which is not recognised."""
         found = super().__getitem__(idx)  # type: ignore[misc]
         if isinstance(idx, slice):
             found.__class__ = original_class(type(self))
         return found
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """A pickle names the original's class, from which the recognised one is made again."""
+        """Pickle the original's class, from which unpickling makes the recognised class again."""
         return _new, (original_class(type(self)),), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class Recognised(Fused):
         if reason is None and any([block.drop_rate for block in self.plan.blocks]):  # noqa: C419  # compiled
             modes = {m.training for m in self.modules() if not isinstance(m, nn.modules.batchnorm._BatchNorm)}  # type: ignore[attr-defined]
             if len(modes) > 1:
-                return "some of its modules drop out and some do not"
+                return "some of its modules apply dropout and some do not"
         return reason
 
     @classmethod
@@ -90,7 +90,7 @@ class Recognised(Fused):
         return [*attributes, *variables, *((original, *item) for item in known_methods(original).items())]
 
     def run(self, x: Tensor) -> Tensor:
-        """The module's output by the fused operators."""
+        """The module's output, computed by the fused operators."""
         carried = ops.NOTHING_CARRIED
         for step in self.plan.steps:
             if isinstance(step, Transition):
@@ -128,7 +128,7 @@ def _submodule(module: Any, name: str) -> Any:
     return module
 
 
-# --- features that come newest first ------------------------------------------------------------------
+# --- blocks that concatenate the newest features first --------------------------------------------------
 
 
 def _reversed(x: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
@@ -139,9 +139,10 @@ def _reversed(x: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
 def _run_newest_first(
     x: Tensor, norms: Sequence[Any], convs: Sequence[Any], drop_rate: float, recompute: str, backend: str
 ) -> Tensor:
-    """A block whose layers read [newest, ..., oldest, input], by the operator, which has them the other way.
+    """Run a block whose layers read [newest, ..., oldest, input].
 
-    So a layer's parameters are put in the buffer's order, and the result in the module's.
+    The operator's buffer has the opposite order. So the layers' parameters are put into the buffer's order,
+    and the result into the module's.
     """
     per_layer = 2 if convs[0].kernel_size[0] == 1 else 1
     growth, width = convs[-1].out_channels, x.shape[1]
@@ -169,7 +170,7 @@ def _run_newest_first(
         parts, new_starts = [], [0]
         for i, norm in enumerate(norms):
             part = stats[:, starts[i] : starts[i] + norm.num_features]
-            # The buffer has the input first; reversed sizes are the buffer's.
+            # The buffer begins with the input, so its sizes are the reversed ones.
             parts.append(_reversed(part, sizes[i][::-1], 1) if i in sizes else part)
             new_starts.append(new_starts[-1] + norm.num_features)
         update_running_stats(norms, torch.cat(parts, 1), new_starts[:-1], values_per_channel(x))
@@ -183,9 +184,9 @@ def _run_newest_first(
 
 
 def changes(module: Any, kinds: dict[str, type], plan: Plan) -> str | None:
-    """What is other than when the module was recognised, or None."""
+    """What has changed since the module was recognised, or None."""
     if {name: type(m) for name, m in module.named_modules() if m is not module} != kinds:
-        return "its modules are others than those recognised"
+        return "its modules have changed since it was recognised"
     original = original_class(type(module)) if isinstance(module, Recognised) else type(module)
     if not torch.compiler.is_compiling() and (name := patched_method(original)):
         return f"its class's {name} has been replaced"
@@ -204,12 +205,12 @@ def changes(module: Any, kinds: dict[str, type], plan: Plan) -> str | None:
 
 
 def equal(found: Any, value: Any) -> bool:
-    """Whether a guard's value is there; True is not 1."""
+    """Whether a guard's value is unchanged; unlike ``==``, True does not equal 1."""
     return found is value or (type(found) is type(value) and found == value)
 
 
 def _holder(module: str, path: str) -> tuple[Any, str]:
-    """What has the last name of a dotted path in a Python module, and that name."""
+    """The object that holds the last name of a dotted path in a Python module, and that name."""
     found: Any = sys.modules.get(module)
     *names, last = path.split(".")
     for name in names:
@@ -218,7 +219,7 @@ def _holder(module: str, path: str) -> tuple[Any, str]:
 
 
 def unsupported(module: Any, plan: Plan) -> str | None:
-    """Why the operators do not compute the plan, or None."""
+    """Why the operators cannot compute the plan, or None."""
     norm_types = {type(_submodule(module, name)) for name in plan.norms}
     if len(norm_types) > 1:
         return "it is for images and for volumes"
@@ -267,17 +268,17 @@ def _recognised_class(kind: Any) -> Any:
     return type(kind.__name__, (Recognised, kind), own)
 
 
-# Typed anew: to mypy, a class is not hashable.
+# Annotated again because mypy does not treat classes as hashable.
 recognised_class: Callable[[Any], Any] = _recognised_class
 
 
 def recognised_base(kind: type) -> Any:
-    """The recognised class in the ancestry of ``kind``, which ``fully_shard`` may have wrapped."""
+    """The recognised class among the bases of ``kind``, which ``fully_shard`` may have derived from it."""
     return next(base for base in kind.__mro__ if Recognised in base.__bases__)
 
 
 def original_class(kind: type) -> Any:
-    """The class that a recognised class was made of."""
+    """The class from which a recognised class was made."""
     return recognised_base(kind).__bases__[1]
 
 

@@ -1,4 +1,4 @@
-"""Proof by numbers: a recognised module computes what its original does, in float64."""
+"""Verifies numerically, in float64, that a recognised module computes the same as its original."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from .description import Plan, Transition, without_dropout
 from .fused import Recognised, recognised_class
 from .tracing import RefusedError
 
-# Far above rounding in float64, far below any mistake.
+# The relative error allowed: far above rounding in float64, far below any mistake.
 TOLERANCE = 1e-9
 _DROPOUTS = (F.dropout, torch.dropout, torch.native_dropout, torch.dropout_)
 
 
 class _WithoutDropout(TorchFunctionMode):
-    """Dropout returns its input: two networks draw different masks. Its place is known from the graph."""
+    """Makes dropout return its input, since two networks would draw different masks.
+
+    The position of dropout is already known from the graph.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -30,7 +33,7 @@ class _WithoutDropout(TorchFunctionMode):
 
 
 def install(module: Any, plan: Plan, recompute: str, backend: str, name: str, returns_copy: bool) -> None:
-    """Make a module a recognised one, in place."""
+    """Make a module run its plan, in place."""
     kinds = {path: type(m) for path, m in module.named_modules() if m is not module}
     module.__class__ = recognised_class(type(module))
     module.plan, module.kinds, module.returns_copy = plan, kinds, returns_copy
@@ -38,9 +41,9 @@ def install(module: Any, plan: Plan, recompute: str, backend: str, name: str, re
 
 
 def prove(module: nn.Module, plan: Plan) -> None:
-    """Compare a module with its plan, run by the operators, on random parameters and inputs.
+    """Compare a module with its plan, which the operators run, on random parameters and inputs.
 
-    Compares outputs, input and parameter gradients and buffers, in training and eval mode.
+    Compares outputs, gradients of input and parameters, and buffers, in training and eval mode.
 
     Raises:
         RefusedError: they differ, or cannot be compared.
@@ -57,7 +60,7 @@ def prove(module: nn.Module, plan: Plan) -> None:
     _randomize(eager, generator)
     ours.load_state_dict(eager.state_dict())
     for a, b in zip(ours.buffers(), eager.buffers(), strict=True):
-        a.copy_(b)  # also those that the state has not
+        a.copy_(b)  # includes buffers that are not in the state dict
     install(ours, without_dropout(plan), "bottleneck", "auto", "", False)
     first = eager.get_submodule(plan.norms[0])
     dims = 3 if isinstance(first, nn.BatchNorm3d) else 2
@@ -72,7 +75,7 @@ def prove(module: nn.Module, plan: Plan) -> None:
 
 
 def _randomize(module: nn.Module, generator: torch.Generator) -> None:
-    """Values that hide nothing: no zeros, ones or symmetric weights."""
+    """Set random values that hide no mistake: no zeros, ones or symmetric weights."""
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):
             if not tensor.is_floating_point():
@@ -107,7 +110,7 @@ def _compare(what: str, found: Tensor | None, expected: Tensor | None) -> None:
     elif found.shape != expected.shape or found.dtype != expected.dtype:
         same = False
     else:
-        # NaN, too, is a difference.
+        # NaN counts as a difference.
         same = bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max().clamp_min(1e-300))
     if not same:
-        raise RefusedError(f"computed by its plan, its {what} differs")
+        raise RefusedError(f"computed by the fused operators, its {what} differs")

@@ -1,9 +1,8 @@
-"""A module's forward as a graph, and everything besides its input that the graph depends on.
+"""Traces a module's forward into a graph, and finds everything else that the graph depends on.
 
 ``torch.fx`` traces the module with torch.nn's modules as leaves. A proxy has no truth value, so a forward
-that branches on its input cannot be traced. What remains is refused or guarded here: a forward may read
-plain attributes and globals, whose values are returned as guards; it may write nothing and draw no random
-numbers.
+that branches on its input cannot be traced. A forward may read plain attributes and globals; their values are
+returned as guards. It may write no attributes and draw no random numbers.
 """
 
 from __future__ import annotations
@@ -24,40 +23,40 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 
-# Forwards outside torch may call these modules of the standard library; others may depend on the moment.
+# The standard library's modules that a forward may use; results of others may differ from call to call.
 _HARMLESS = {"builtins", "collections", "contextlib", "functools", "itertools", "math", "operator", "typing"}
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _LIBRARY = os.path.dirname(os.__file__) + os.sep
 _SITE = os.path.dirname(os.path.dirname(torch.__file__)) + os.sep
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.Size, enum.Enum)
-# What every module has: the tracer looks at these itself, and none is the forward's own state.
+# Attributes that every module has: the tracer reads these itself, and none is state of the forward.
 _OF_EVERY_MODULE = frozenset([*dir(nn.Module()), "__class__", "__dict__"])
 
 
 class RefusedError(Exception):
-    """Why a module is not recognised."""
+    """A module is not recognised; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Guards:
-    """What a forward reads besides its input, and what it found: it does the same while these are equal.
+    """The values that a forward reads besides its input; while they are unchanged, it computes the same.
 
     Attributes:
-        attributes: submodule's dotted name, attribute, value.
-        variables: a Python module's name, a dotted name in it, value.
+        attributes: tuples of a submodule's dotted name, an attribute, and its value.
+        variables: tuples of a Python module's name, a dotted name in it, and its value.
     """
 
     attributes: tuple[tuple[str, str, Any], ...] = ()
     variables: tuple[tuple[str, str, Any], ...] = ()
 
     def __or__(self, other: Guards) -> Guards:
-        """Both."""
+        """The union of two sets of guards."""
         attributes = dict.fromkeys((*self.attributes, *other.attributes))
         return Guards(tuple(attributes), tuple(dict.fromkeys((*self.variables, *other.variables))))
 
 
 class _Proxy(fx.Proxy):
-    """Passes for a tensor in ``isinstance``, so that a forward takes the way it takes with tensors."""
+    """Counts as a tensor for ``isinstance``, so that a forward takes the same branches as for tensors."""
 
     requires_grad = True
 
@@ -78,11 +77,11 @@ class _Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _ambient() != self.ambient:
-            raise RefusedError("it changes gradient mode or autocast on its way")
+            raise RefusedError("it changes gradient mode or autocast")
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
-        # Before fx asks whether it is a tensor.
+        # Checked before fx does, since fx would treat the proxy as a tensor.
         return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -90,7 +89,7 @@ class _Tracer(fx.Tracer):
 
 
 def is_torchs(module: nn.Module) -> bool:
-    """Whether a module's class is torch.nn's, containers excepted: their contents are traced."""
+    """Whether a module's class is torch.nn's, except containers, whose contents are traced."""
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     return type(module).__module__.startswith("torch.nn.") and not isinstance(module, containers)
 
@@ -106,10 +105,10 @@ def _ambient() -> tuple[Any, ...]:
 
 
 def graph_of(module: nn.Module, leaves: Callable[[nn.Module], bool], needs_grad: bool = True) -> fx.Graph:
-    """The graph of a module's forward in its present mode; ``leaves`` says which modules to keep whole.
+    """The graph of a module's forward in its current mode; modules for which ``leaves`` holds are not traced.
 
     Raises:
-        RefusedError: it cannot be traced.
+        RefusedError: the forward cannot be traced.
     """
     try:
         return _Tracer(needs_grad, leaves).trace(module)
@@ -120,7 +119,7 @@ def graph_of(module: nn.Module, leaves: Callable[[nn.Module], bool], needs_grad:
         raise RefusedError(f"its forward cannot be traced: {type(error).__name__}: {first[:120]}") from error
 
 
-# Training or not, gradients or not, autocast or not: a forward may look at each.
+# A forward may depend on training mode, gradient mode and autocast.
 _MODES = [
     (training, grad, autocast)
     for training in (True, False)
@@ -129,10 +128,10 @@ _MODES = [
 
 
 def traces(module: nn.Module) -> Iterator[tuple[bool, fx.Graph, Guards]]:
-    """A graph of the forward in every mode: whether it is that of training, the graph, its guards.
+    """For every mode: whether it is training mode, the forward's graph, and its guards.
 
     Raises:
-        RefusedError: it cannot be traced, has side effects, or reads what cannot be guarded.
+        RefusedError: the forward cannot be traced, has side effects, or reads values that cannot be guarded.
     """
     was = {m: m.training for m in module.modules()}
     before, drawn = _state(module), _generators()
@@ -164,7 +163,7 @@ def traces(module: nn.Module) -> Iterator[tuple[bool, fx.Graph, Guards]]:
 
 @contextmanager
 def _autocast(device: str, enabled: bool) -> Iterator[None]:
-    """Autocast of a device switched, also of one that is not here."""
+    """Switch a device's autocast on or off, even if this machine has no such device."""
     was = torch.is_autocast_enabled(device)
     torch.set_autocast_enabled(device, enabled)
     try:
@@ -175,7 +174,7 @@ def _autocast(device: str, enabled: bool) -> Iterator[None]:
 
 @contextmanager
 def _transparent_checkpoints() -> Iterator[None]:
-    """``checkpoint(f, *args)`` is ``f(*args)``: it changes when a forward runs, not what it computes."""
+    """Make ``checkpoint(f, *args)`` call ``f(*args)``, which computes the same."""
 
     def checkpoint(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         kept = (
@@ -200,12 +199,12 @@ def _has(module: Any, name: str, value: Any) -> bool:
     return getattr(module, "__dict__", {}).get(name) is value
 
 
-# --- what it reads ------------------------------------------------------------------------------------
+# --- the values that a forward reads ------------------------------------------------------------------
 
 
 @contextmanager
 def _recorded_reads(module: nn.Module) -> Iterator[list[tuple[nn.Module, str, Any]]]:
-    """The attributes that user-written modules are asked for inside the context, with their values."""
+    """Records the attributes of user-written modules that are read inside the context, with their values."""
     read: list[tuple[nn.Module, str, Any]] = []
 
     def recording(kind: Any) -> Any:
@@ -236,7 +235,7 @@ def _attribute_guards(
     found: dict[tuple[str, str, Any], None] = {}
     for m, name, value in read:
         if isinstance(value, nn.Module) or _is_code(value):
-            continue  # a module is in the graph; that methods stay as they are is checked by class
+            continue  # modules are in the graph; changes of methods are checked by class
         if not is_plain(value):
             raise RefusedError(f"its forward reads {type(m).__name__}.{name}, a {type(value).__name__}")
         found[names[m], name, value] = None
@@ -244,7 +243,7 @@ def _attribute_guards(
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a value cannot change in place, so that a guard need only compare it."""
+    """Whether a value is immutable, so that comparing it is enough for a guard."""
     return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(map(is_plain, value)))
 
 
@@ -255,7 +254,7 @@ def _is_code(value: Any) -> bool:
 
 @contextmanager
 def _recorded_code() -> Iterator[dict[types.CodeType, types.FrameType]]:
-    """The code outside PyTorch and the standard library that runs inside the context."""
+    """Records the code outside PyTorch and the standard library that runs inside the context."""
     seen: dict[types.CodeType, Any] = {}
 
     def profile(frame: types.FrameType, event: str, _: Any) -> None:
@@ -285,7 +284,7 @@ def _variable_guards(seen: dict[types.CodeType, Any]) -> tuple[tuple[str, str, A
     for code, (variables, free) in seen.items():
         for name, value in free.items():
             if name != "__class__" and code not in made_inside and not _is_code(value):
-                raise RefusedError(f"{code.co_name} reads {name} from the function around it")
+                raise RefusedError(f"{code.co_name} reads {name} from the enclosing function")
         for path, value in _globals_read(code, variables):
             if isinstance(value, types.ModuleType):
                 package = value.__name__.partition(".")[0]
@@ -299,7 +298,7 @@ def _variable_guards(seen: dict[types.CodeType, Any]) -> tuple[tuple[str, str, A
 
 
 def _globals_read(code: types.CodeType, variables: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The globals that code reads, and what it reads of modules and classes among them."""
+    """The globals that code reads, and the attributes that it reads from modules and classes among them."""
     path, value = "", None
     for instruction in dis.get_instructions(code):
         name = instruction.argval
@@ -309,7 +308,7 @@ def _globals_read(code: types.CodeType, variables: dict[str, Any]) -> Iterator[t
             value, (types.ModuleType, type)
         ):
             if str(getattr(value, "__module__", None) or value.__name__).partition(".")[0] == "torch":
-                value = None  # its functions and constants; what others replace, the gate looks at
+                value = None  # torch's functions and constants; the gate checks those that tools replace
                 continue
             try:
                 path, value = f"{path}.{name}", getattr(value, name)
@@ -322,11 +321,11 @@ def _globals_read(code: types.CodeType, variables: dict[str, Any]) -> Iterator[t
         yield path, value
 
 
-# --- what it leaves behind ----------------------------------------------------------------------------
+# --- side effects -------------------------------------------------------------------------------------
 
 
 def _state(module: nn.Module) -> dict[tuple[nn.Module, str], Any]:
-    """Every attribute's identity, and the contents of plain containers."""
+    """The identity of every attribute, and the contents of plain containers."""
 
     def contents(value: Any) -> Any:
         if isinstance(value, (list, tuple, set, frozenset)):

@@ -1,9 +1,8 @@
-"""Swap the dense parts of an existing DenseNet for fused ones, in place, and back.
+"""Swap the dense parts of an existing DenseNet for fused ones, in place, and restore the originals.
 
-A swapped module stays the same object: only its class changes, to one that inherits from the
-original and replaces ``forward``. So parameters, buffers, hooks, names, mode, dtype and device
-stay by construction, ``isinstance`` still holds, and what the fusion cannot serve at run time is
-served by the original's forward.
+A swapped module stays the same object; only its class changes, to one that inherits from the original and
+replaces ``forward``. So parameters, buffers, hooks, names, mode, dtype and device stay the same, and
+``isinstance`` still holds. The original's forward runs whenever a call can't be fused.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from ..eligibility import Fused
 from .adapter import ADDED, Adapter, Candidate, adapters
 from .automatic import policies_that_fit
 from .recognition import Recognition, restore_recognised
-from .report import Report, Row, served_by
+from .report import Report, Row, swapped_rows
 
 __all__ = ["Report", "Row", "report", "restore", "restored", "swap"]
 
@@ -29,20 +28,21 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def _candidates(model: nn.Module, recognise: bool) -> list[tuple[Adapter | Recognition, Candidate]]:
-    """Every part of the model that is, or looks like, something that can be swapped.
+    """Every part of the model that an adapter knows or that recognition finds; not all can be swapped.
 
-    Recognition looks at what adapters do not know, and at what they refuse.
+    Recognition checks the modules that adapters do not know, and those that they refuse.
     """
     found: list[tuple[Adapter | Recognition, Candidate]] = [
         (adapter, candidate) for adapter in adapters() for candidate in adapter.candidates(model)
     ]
     if not recognise:
         return found
-    served = {candidate.module for _, candidate in found if candidate.reason is None}
-    recognition = Recognition(model, served - {c.module for _, c in found if c.kind in ("features", "stem")})
+    accepted = {candidate.module for _, candidate in found if candidate.reason is None}
+    features = {candidate.module for _, candidate in found if candidate.kind in ("features", "stem")}
+    recognition = Recognition(model, accepted - features)
     more = list(recognition.candidates(model))
     recognised = {candidate.module for candidate in more if candidate.reason is None}
-    # An adapter's reason is the better one.
+    # If both refuse a module, give the adapter's reason, which is more specific.
     refused = {candidate.module for _, candidate in found} - recognised
     return [
         *((adapter, c) for adapter, c in found if c.module not in recognised),
@@ -63,32 +63,32 @@ def swap(
 ) -> Model:
     """Make a DenseNet's dense blocks, transitions and stem run fused. In place; returns ``model``.
 
-    ``state_dict()`` keys and order, Parameter objects, buffers, train/eval mode, ``requires_grad``,
-    dtype and device stay. A part that cannot be served exactly stays as it is; one warning and
-    :func:`report` say why. Swapping again changes the options.
+    ``state_dict()`` keys and order, Parameter objects, buffers, train/eval mode, ``requires_grad``, dtype and
+    device stay the same. A part that can't be fused exactly stays unchanged; one warning and :func:`report`
+    give the reason. Swapping again changes the options.
 
     Args:
         model: any densely connected network. Classes of torchvision, timm, MONAI (2-D, 3-D) and
             TorchXRayVision are known; other modules are recognised by what their forward computes.
-        recompute: as :class:`dense_ext.DenseBlock`; or ``"auto"``: for each block what computes least
-            again while a training step with AdamW's state still fits
-            (:meth:`dense_ext.memory.Planner.choose`). The model is then itself a DenseNet, for images.
-        backend: as :class:`dense_ext.DenseBlock`.
-        strict: raise, before anything is changed, if a part cannot be served.
-        recognise: trace modules whose classes are unknown, and fuse those that compute dense blocks or
-            transitions; False for known classes only. A recognised module has been compared with its
-            original in float64, which takes seconds, once.
-        input_shape: for ``"auto"``, N, C, H, W of the images of a step.
-        memory: for ``"auto"``, the bytes to fit into, also as ``"80GiB"``; None for what the model's
-            device has for this process.
-        dtype: for ``"auto"``, the activations' under autocast, None for the parameters' own.
+        recompute: as for :class:`dense_ext.DenseBlock`, or ``"auto"``. ``"auto"`` chooses each block's policy
+            so that a training step with AdamW's state fits into memory and recomputes as little as possible
+            (:meth:`dense_ext.memory.Planner.choose`). The model must then itself be a DenseNet, for images.
+        backend: as for :class:`dense_ext.DenseBlock`.
+        strict: whether to raise, before anything is changed, if a part can't be fused.
+        recognise: whether to trace modules of unknown classes, and fuse those that compute dense blocks or
+            transitions. Each recognised module is compared with its original in float64 once, which takes
+            seconds. With False, only known classes are fused.
+        input_shape: for ``"auto"``, the shape [N, C, H, W] of a step's images.
+        memory: for ``"auto"``, the memory to fit into, in bytes or as in ``"80GiB"``; None for the memory
+            that the model's device has available to this process.
+        dtype: for ``"auto"``, the activations' dtype under autocast; None for the parameters' dtype.
 
     Raises:
-        TypeError: model is not a module, or memory is no size.
-        ValueError: an unknown option; no dense block in the model; with ``strict``, a part that
-            cannot be served; ``"auto"`` without input_shape, or for a model that is not a whole
-            DenseNet of parts that can be served, or no policy fits; input_shape, memory or dtype
-            without ``"auto"``. Nothing is changed then.
+        TypeError: model is not a module, or memory is not a size.
+        ValueError: an option is unknown, or the model has no dense block. With ``strict``: a part can't be
+            fused. With ``"auto"``: input_shape is missing, the model is not a DenseNet whose parts can all be
+            fused, or no policy fits. Without ``"auto"``: input_shape, memory or dtype is given. The model is
+            then unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -98,7 +98,7 @@ def swap(
         raise ValueError(
             f'input_shape, memory and dtype go with recompute="auto", got recompute={recompute!r}'
         )
-    # What the planner follows is a DenseNet of known classes.
+    # The planner supports only DenseNets of known classes.
     found = _candidates(model, recognise and not automatic)
     if not any(candidate.kind != "features" for _, candidate in found):
         how = "knows or recognises" if recognise and not automatic else "knows"
@@ -117,7 +117,7 @@ def swap(
 
 
 def restore(model: Model) -> Model:
-    """Undo :func:`swap`, in place; returns ``model``. What was never swapped stays as it is."""
+    """Undo :func:`swap` in place; returns ``model``. Modules that were never swapped stay unchanged."""
     for adapter in adapters():
         adapter.restore(model)
     restore_recognised(model)
@@ -126,10 +126,10 @@ def restore(model: Model) -> Model:
 
 @contextmanager
 def restored(model: Model) -> Iterator[Model]:
-    """The original model inside the context, the swapped one with its options behind it.
+    """Restore the original model inside the context, and swap it back with the same options afterwards.
 
-    For tools that need the original's classes: ``with dense_ext.restored(model): tool(model)``. Tracing,
-    scripting and exporting do not: they see the original's operators anyway.
+    Some tools need the original's classes: ``with dense_ext.restored(model): tool(model)``. Tracing,
+    scripting and exporting do not; they record the original's operators in any case.
     """
     own = (*ADDED, "forward")
     swapped = [
@@ -147,12 +147,13 @@ def restored(model: Model) -> Iterator[Model]:
 
 
 def report(model: nn.Module) -> Report:
-    """What runs each dense part of ``model``: a table to print, rows to read.
+    """How each dense part of ``model`` runs: a table to print, with ``rows`` to read.
 
-    A row is a dense block, transition or stem: fused with its recompute policy and the backend
-    that serves it for the parameters' device and dtype, or the reason why it is not.
+    There is a row for each dense block, transition and stem. If the part is fused, the row gives its
+    recompute policy and the backends for the parameters' device and dtype; else the reason why it is not
+    fused.
     """
-    return Report([*served_by(model), *(
+    return Report([*swapped_rows(model), *(
         Row(c.name, c.kind, "eager", "", c.reason or "not swapped")
         for _, c in _candidates(model, recognise=True)
         if not c.swapped and c.kind != "features"

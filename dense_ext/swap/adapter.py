@@ -1,4 +1,4 @@
-"""What an adapter to another library's DenseNet is. Each library has a file of its own beside this one."""
+"""The adapter to another library's DenseNet. Each library has its own file in this package."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from torch import nn
 
 from ..modules import FusedDenseBlock, FusedFeatures, FusedTransition
 
-# Library -> the adapter's module; loaded only if the process has imported the library itself.
+# Library -> the adapter's module, which is loaded only if the process has imported the library.
 _LIBRARIES = {
     "torchvision.models.densenet": "torchvision",
     "timm.models.densenet": "timm",
     "monai.networks.nets.densenet": "monai",
     "torchxrayvision.models": "torchxrayvision",
 }
-# Attributes a swap adds and a restore takes away.
+# Attributes that a swap adds and a restore removes.
 ADDED = ("recompute", "backend", "part_name", "plan", "kinds", "returns_copy")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A part of a model that an adapter knows by its class."""
+    """A part of a model whose class an adapter knows."""
 
-    name: str  # dotted, in the model
+    name: str  # the dotted name in the model
     kind: str  # "dense block", "transition" or "stem"; "features" for a Sequential of blocks without a stem
     module: Any
     reason: str | None  # why it cannot be swapped, None if it can
@@ -38,15 +38,15 @@ class Candidate:
 
 
 class SwappedFeatures(FusedFeatures):
-    """A Sequential that was swapped; a network of dense_ext's own has the class itself."""
+    """A Sequential that was swapped; dense_ext's own networks use FusedFeatures itself."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A library's classes, and those that take their place: each inherits from both sides.
+    """A library's classes, and the fused classes that replace them.
 
-    Parts are found by class. A Sequential that has a dense block is a network's features; its stem is
-    served by the Sequential itself.
+    Each fused class inherits from its original. Parts are found by class. A Sequential that has a dense block
+    as a child is a network's features; it runs the stem itself.
     """
 
     block: type[nn.Module]
@@ -57,7 +57,7 @@ class Adapter:
 
     @property
     def _classes(self) -> dict[Any, Any]:
-        """Each original class, and what a swap makes of it."""
+        """Each original class with the fused class that replaces it."""
         return {
             self.block: self.fused_block,
             self.transition: self.fused_transition,
@@ -65,7 +65,7 @@ class Adapter:
         }
 
     def candidates(self, model: nn.Module) -> Iterator[Candidate]:
-        """The model's dense parts, in order."""
+        """The model's dense parts, in the order of ``named_modules``."""
         one_by_one = dict(_called_one_by_one(model))
         for name, module in model.named_modules():
             found = self._kind(module)
@@ -79,10 +79,10 @@ class Adapter:
             yield Candidate(name, kind, module, reason, swapped and reason is None)
 
     def swap(self, candidate: Candidate, recompute: str, backend: str) -> None:
-        """Swap a candidate: its class changes, the object stays.
+        """Swap a candidate: change its class, but keep the object.
 
-        One with a reason against it stays as it is. But the Sequential around blocks and transitions is
-        swapped whatever its stem is, to hand activations from one to the other.
+        A candidate with a reason against swapping stays unchanged. But the Sequential around blocks and
+        transitions is swapped even if its stem can't be fused, since it passes activations between them.
         """
         module, kind = candidate.module, candidate.kind
         around = kind in ("stem", "features")
@@ -115,7 +115,7 @@ class Adapter:
                     module.__dict__.pop(attribute, None)
 
     def _kind(self, module: nn.Module) -> tuple[str, Any, Any] | None:
-        """What a module is, its original class and the fused one; None if it is no dense part."""
+        """A module's kind, its original class and the fused class; None if it is not a dense part."""
         if isinstance(module, self.block):
             return "dense block", self.block, self.fused_block
         if isinstance(module, self.transition):
@@ -132,11 +132,11 @@ def _why_not_swapped(module: nn.Module, original: type[nn.Module], fused: Any) -
     kind = type(module)
     if swapped_class(kind, original, fused) is None:
         own = (
-            "with a forward of its own" if kind.forward is not original.forward else "dense_ext does not know"
+            "with its own forward" if kind.forward is not original.forward else "that dense_ext does not know"
         )
         return f"{kind.__name__} is a subclass {own}"
     if "forward" in module.__dict__ and rebound_forward(module, original.forward, fused.forward) is None:
-        return "it carries a forward of its own"
+        return "the instance has its own forward"
     if issubclass(fused, FusedFeatures) and not fused.has_stem(module):
         return None
     return fused.why_not_at_rest(module)
@@ -144,9 +144,10 @@ def _why_not_swapped(module: nn.Module, original: type[nn.Module], fused: Any) -
 
 @functools.cache
 def _swapped_class(kind: Any, before: Any, after: Any) -> Any:
-    """``kind`` with ``after`` in place of ``before``; None if that cannot be had.
+    """``kind`` with its base ``before`` replaced by ``after``; None if that is not possible.
 
-    ``fully_shard`` makes a class of its own of a module's and ``FSDPModule``; that stays around the other.
+    ``fully_shard`` changes a module's class to a new one that inherits from ``FSDPModule`` and the original.
+    The result then inherits from ``FSDPModule`` and ``after``.
     """
     if kind is before:
         return after
@@ -156,7 +157,7 @@ def _swapped_class(kind: Any, before: Any, after: Any) -> Any:
     return None
 
 
-# Typed anew: to mypy, a class is not hashable.
+# Annotated again because mypy does not treat classes as hashable.
 swapped_class: Callable[[Any, Any, Any], Any] = _swapped_class
 
 
@@ -165,10 +166,10 @@ def _shards(kind: type) -> bool:
 
 
 def rebound_forward(module: nn.Module, before: Any, after: Any) -> Any:
-    """A module's own ``forward`` that goes on to the method ``before``, going on to ``after`` instead.
+    """An instance's own ``forward``, rebuilt to call the method ``after`` where it called ``before``.
 
-    ``block.forward = functools.partial(checkpoint, block.forward)`` holds the original's method. None if
-    the module has no forward of its own, or one that is not made of partials of that method.
+    For example, ``block.forward = functools.partial(checkpoint, block.forward)`` holds the original's method.
+    None if the instance has no forward of its own, or one that is not built from partials of that method.
     """
 
     def rebound(function: Any) -> Any:
@@ -192,9 +193,9 @@ def rebound_forward(module: nn.Module, before: Any, after: Any) -> Any:
 
 
 def _called_one_by_one(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Stems and transitions whose children the network's own forward calls by name, with the reason.
+    """Stems and transitions whose children the network's own forward calls by name, each with a reason.
 
-    Encoders of U-Nets want the activations before each pool. Their forward names what it calls.
+    Encoders of U-Nets return the activations before each pool, so their forward calls these children by name.
     """
     for network in model.modules():
         features = network._modules.get("features")
@@ -210,7 +211,7 @@ def _called_one_by_one(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 def adapters() -> list[Adapter]:
-    """The adapters of the libraries this process has imported."""
+    """The adapters of the libraries that this process has imported."""
     found = []
     for library, name in _LIBRARIES.items():
         if library in sys.modules:

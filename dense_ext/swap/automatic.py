@@ -1,4 +1,4 @@
-"""``swap(model, recompute="auto")``: what each block recomputes, so that a step fits."""
+"""``swap(model, recompute="auto")``: chooses what each block recomputes, so that a training step fits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def policies_that_fit(
     dtype: torch.dtype | None,
     backend: str,
 ) -> dict[str, str]:
-    """Each block's policy by its name in the model; arguments and errors as :func:`dense_ext.swap`."""
+    """Maps each block's name to its policy. Arguments and errors as for :func:`dense_ext.swap`."""
     if any(isinstance(module, nn.Conv3d) for module in model.modules()):
         raise ValueError('recompute="auto" plans for images, not for volumes')
     if input_shape is None or len(input_shape) != 4:
@@ -28,7 +28,7 @@ def policies_that_fit(
     budget = device_memory(weight.device) if memory is None else parse_bytes(memory)
     batch, *image_shape = input_shape
     first = next((m.weight for m in model.modules() if isinstance(m, nn.Conv2d)), weight)
-    # The images' memory format is not known; they follow the weights' if those are channels_last.
+    # The images' memory format is not known yet; assume that of the first convolution's weight.
     channels_last = first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last)
     planner = Planner(
         model, image_shape, dtype=dtype, optimizer="adamw", backend=backend, channels_last=channels_last
@@ -39,6 +39,6 @@ def policies_that_fit(
         largest = max(planner.largest_batch(budget, policy) for policy in RECOMPUTE)
         raise ValueError(
             f"no recompute policy fits images {list(input_shape)} into {budget} bytes: "
-            f"they need {least}; a batch of {largest} fits"
+            f"they need at least {least} bytes; a batch of {largest} fits"
         )
     return {f"features.{name}": policy for name, policy in choice.recompute.items()}

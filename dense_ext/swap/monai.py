@@ -1,7 +1,7 @@
 """MONAI's DenseNet: ``monai.networks.nets.densenet``, for images and for volumes.
 
-A layer's modules are in a Sequential of their own, dropout among them; it drops whole channels, which the
-operator does not.
+Each layer keeps its modules in a Sequential, including dropout. That dropout drops whole channels, which the
+fused operator does not support.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class SwappedTransition(FusedTransition, _Transition):
     """MONAI's transition, run as one operator."""
 
 
-# It carries metadata beside its values, and PyTorch hands the metadata on.
+# A MetaTensor's values are read like a plain tensor's; PyTorch passes its metadata on to the results.
 VOUCHED_TENSORS.add(MetaTensor)
 
 ADAPTER = Adapter(_DenseBlock, _Transition, SwappedDenseBlock, SwappedTransition)

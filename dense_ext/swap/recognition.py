@@ -1,4 +1,4 @@
-"""Modules that no adapter knows, recognised by what they compute: an adapter's interface over them."""
+"""Swaps modules that no adapter knows but that are recognised by what they compute."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from .adapter import ADDED, Candidate, swapped_class
 
 
 class Recognition:
-    """What recognition finds in a model.
+    """The recognised parts of a model, with an adapter's interface.
 
     Args:
-        model: looked at, not changed.
-        served: the modules that adapters swap.
+        model: the model; it is not changed.
+        known: the modules that adapters swap.
     """
 
-    def __init__(self, model: nn.Module, served: set[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, known: set[nn.Module]) -> None:
         fused = {module for module in model.modules() if isinstance(module, Fused)}
         self.swapped: list[tuple[str, Any]] = [
             (name, module) for name, module in model.named_modules() if isinstance(module, Recognised)
         ]
-        self.found = find(model, served | fused)
+        self.found = find(model, known | fused)
         self.plans: dict[nn.Module, Plan] = {part.module: part.plan for part in self.found if part.plan}
         parts: dict[str, Any] = dict(self.swapped)
         parts |= {part.name: part.module for part in self.found if part.plan}
         self.copies = wants_copies(model, parts) if self.plans else set()
 
     def candidates(self, model: nn.Module) -> Iterator[Candidate]:
-        """The model's recognised parts and those that look dense, in order."""
+        """The model's swapped parts, then those that are recognised or that look dense but are refused."""
         for name, module in self.swapped:
             yield Candidate(name, module.plan.kind, module, None, True)
         for part in self.found:
@@ -40,7 +40,7 @@ class Recognition:
             yield Candidate(part.name, kind, part.module, part.reason, False)
 
     def swap(self, candidate: Candidate, recompute: str, backend: str) -> None:
-        """Swap a recognised part: its class changes, the object stays. One with a reason stays as it is."""
+        """Swap a recognised part: change its class, but keep the object. Refused parts stay unchanged."""
         module = candidate.module
         if candidate.swapped:
             module.recompute, module.backend = recompute, backend

@@ -1,4 +1,4 @@
-"""The table of what runs each dense part of a model."""
+"""The report on a model: how each of its dense parts runs."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ..recognise import Recognised
 
 @dataclass(frozen=True)
 class Row:
-    """One dense part: ``runs`` is "fused" or "eager"."""
+    """One dense part. ``runs`` is "fused", "eager", or "refused" if the requested backend can't run it."""
 
     name: str
     kind: str
     runs: str
     recompute: str
-    detail: str  # the backends, or the reason why it is not fused
+    detail: str  # the backends, or the reason why the part is not fused
 
 
 @dataclass(frozen=True)
 class Report:
-    """Rows in the model's order of kinds; printing it gives a table."""
+    """The rows for a model's dense parts, first those that are swapped; printing it gives a table."""
 
     rows: list[Row]
 
@@ -43,8 +43,8 @@ class Report:
         return "\n".join(lines)
 
 
-def served_by(model: nn.Module) -> Iterator[Row]:
-    """A row for each fused part: what would run it now, on its parameters' device and dtype."""
+def swapped_rows(model: nn.Module) -> Iterator[Row]:
+    """A row for each swapped part, saying how it would run now on its parameters' device and dtype."""
     kinds = ((FusedDenseBlock, "dense block"), (FusedTransition, "transition"), (FusedFeatures, "stem"))
     for name, module in model.named_modules():
         kind = next((k for cls, k in kinds if isinstance(module, cls)), None)

@@ -1,4 +1,4 @@
-"""timm's DenseNet: ``timm.models.densenet``. Its norms do the activation as well."""
+"""timm's DenseNet: ``timm.models.densenet``. Its norms also apply the activation."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .adapter import Adapter
 from .adapter import SwappedFeatures as _SwappedFeatures
 
 
-class _OfNormsThatActivate(Fused):
+class _WithActivatingNorms(Fused):
     parts_of_norm: ClassVar = {"drop": nn.Identity, "act": nn.ReLU}
 
 
-class SwappedDenseBlock(_OfNormsThatActivate, FusedDenseBlock, DenseBlock):
+class SwappedDenseBlock(_WithActivatingNorms, FusedDenseBlock, DenseBlock):
     """timm's dense block, run as one operator."""
 
     parts: ClassVar = {
@@ -30,14 +30,14 @@ class SwappedDenseBlock(_OfNormsThatActivate, FusedDenseBlock, DenseBlock):
     layer_type = DenseLayer
 
 
-class SwappedTransition(_OfNormsThatActivate, FusedTransition, DenseTransition):
+class SwappedTransition(_WithActivatingNorms, FusedTransition, DenseTransition):
     """timm's transition, run as one operator."""
 
     parts: ClassVar = {"norm": BatchNormAct2d, "conv": nn.Conv2d, "pool": nn.AvgPool2d}
 
 
-class SwappedFeatures(_OfNormsThatActivate, _SwappedFeatures):
-    """timm's features: the stem is the norm that activates before the pool, and the pool."""
+class SwappedFeatures(_WithActivatingNorms, _SwappedFeatures):
+    """timm's features, whose stem is a norm with activation, followed by the pool."""
 
     parts: ClassVar = {"norm0": BatchNormAct2d, "pool0": nn.MaxPool2d}
 

@@ -1,4 +1,4 @@
-"""torchvision's DenseNet: ``torchvision.models.densenet``, and what is built on its blocks."""
+"""torchvision's DenseNet: ``torchvision.models.densenet``, and other networks built from its blocks."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What the campaign of `tests/test_campaign.py` draws from: networks, changes to them, and calls."""
+"""The networks, changes to them and calls from which `tests/test_campaign.py` draws its cases."""

@@ -1,4 +1,4 @@
-"""How the campaign calls a network: what is run, and in which of autograd's ways."""
+"""How the campaign calls a network: which part runs, and how autograd is used."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import dense_ext
 
-#: A part of a network as a function of images; it returns one tensor or several.
+#: A part of a network as a function of images, which returns one tensor or several.
 Function = Callable[[Tensor], Any]
-#: What a call found, by name: tensors, and whatever else must be equal.
+#: A call's results by name: tensors and other values that must be equal.
 Found = dict[str, Any]
 
-# --- what is called ----------------------------------------------------------------------------------------
+# --- the part that is called -------------------------------------------------------------------------------
 
 
 def _one_by_one(features: nn.Sequential) -> Function:
-    """The children in turn, whose results are all returned, as an encoder does."""
+    """Call the children in turn and return all their results, as an encoder does."""
 
     def run(x: Tensor) -> list[Tensor]:
         children = list(features.children())
         found = [x := child(x) for child in children]
-        # What a ReLU in place has overwritten is its input, and that of nobody behind it.
+        # Leave out the results that an in-place ReLU has overwritten.
         return [
             y for y, after in zip(found, [*children[1:], None], strict=True) if not isinstance(after, nn.ReLU)
         ]
@@ -41,7 +41,7 @@ def _one_by_one(features: nn.Sequential) -> Function:
 
 
 def _slices(features: Any) -> Function:
-    """The features in two slices."""
+    """Call the features as two slices."""
 
     def run(x: Tensor) -> Tensor:
         middle = len(features) // 2 + 1
@@ -55,12 +55,12 @@ def _beginning(features: Any) -> Function:
 
 
 def _reversed_twice(features: Any) -> Function:
-    """The features and their output once more, both used."""
+    """Call the features twice, with x and with x / 2, and use both outputs."""
     return lambda x: [features(x), features(x * 0.5)]
 
 
 def _written_into(features: Any) -> Function:
-    """The features' output, written into."""
+    """Call the features and write into their output."""
 
     def run(x: Tensor) -> Tensor:
         y = features(x)
@@ -80,7 +80,7 @@ PARTS: dict[str, Callable[[Any], Function]] = {
     "features without their last": lambda model: model.features[:-1],
 }
 
-# --- how ---------------------------------------------------------------------------------------------------
+# --- the way autograd is used ------------------------------------------------------------------------------
 
 
 def _outputs(function: Function, x: Tensor) -> tuple[list[Tensor], Found]:
@@ -89,7 +89,7 @@ def _outputs(function: Function, x: Tensor) -> tuple[list[Tensor], Found]:
     found: Found = {}
     for i, y in enumerate(ys):
         found[f"output {i}"] = y.detach().clone()
-        # What contiguous images give. Blocks and transitions called by themselves are free to choose.
+        # Only for contiguous images. Blocks and transitions called on their own may return either format.
         if len(ys) == 1 and x.is_contiguous():
             found[f"memory format of output {i}"] = memory_formats(y)
         found[f"whether output {i} requires a gradient"] = y.requires_grad
@@ -97,14 +97,14 @@ def _outputs(function: Function, x: Tensor) -> tuple[list[Tensor], Found]:
 
 
 def memory_formats(y: Tensor) -> tuple[bool, bool]:
-    """Whether a tensor is contiguous, and whether it is so with its channels last."""
+    """Whether a tensor is contiguous, and whether it is contiguous in channels_last memory."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     last = y.dim() in formats and y.is_contiguous(memory_format=formats[y.dim()])
     return y.is_contiguous(), last
 
 
 def _loss(ys: list[Tensor]) -> Tensor:
-    """A number with some curvature in every output."""
+    """A scalar loss with some curvature in every output."""
     total = torch.zeros((), dtype=torch.float64)
     for y in ys:
         weights = torch.arange(y.numel(), dtype=y.dtype).sin().view(y.shape)
@@ -121,14 +121,14 @@ def _backward(model: nn.Module, function: Function, x: Tensor) -> Found:
 
 
 def _plain_sum(model: nn.Module, function: Function, x: Tensor) -> Found:
-    """A gradient that is one number, expanded."""
+    """The output's gradient is one number, expanded."""
     ys, found = _outputs(function, x)
     ys[-1].sum().backward()
     return found
 
 
 def _given_gradient(model: nn.Module, function: Function, x: Tensor) -> Found:
-    """A gradient of the user's, which stays as it is."""
+    """The user passes the output's gradient, which must not be modified."""
     ys, found = _outputs(function, x)
     grad = torch.linspace(-1, 1, ys[-1].numel(), dtype=torch.float64).view(ys[-1].shape)
     kept = grad.clone()
@@ -137,7 +137,7 @@ def _given_gradient(model: nn.Module, function: Function, x: Tensor) -> Found:
 
 
 def _gradient_from_hook(model: nn.Module, function: Function, x: Tensor) -> Found:
-    """A hook on the output that keeps its gradient, and retain_grad."""
+    """A hook on the output keeps its gradient, and so does retain_grad."""
     ys, found = _outputs(function, x)
     kept: list[Tensor] = []
     ys[0].register_hook(kept.append)
@@ -162,7 +162,7 @@ def _two_forwards(model: nn.Module, function: Function, x: Tensor) -> Found:
 
 
 def _parts_of_gradients(model: nn.Module, function: Function, x: Tensor) -> Found:
-    """Gradients of some parameters, then of others, of one graph."""
+    """Gradients of some parameters and then of others, from the same graph."""
     ys, found = _outputs(function, x)
     loss = _loss(ys)
     wanted = [t for t in (x, *model.parameters()) if t.requires_grad]
@@ -174,7 +174,7 @@ def _parts_of_gradients(model: nn.Module, function: Function, x: Tensor) -> Foun
 
 
 def _penalty(model: nn.Module, function: Function, x: Tensor) -> Found:
-    """The input gradient's norm as a loss."""
+    """The loss is the norm of the input's gradient."""
     ys, found = _outputs(function, x)
     (grad,) = torch.autograd.grad(_loss(ys), x, create_graph=True)
     grad.square().sum().backward()
@@ -182,7 +182,7 @@ def _penalty(model: nn.Module, function: Function, x: Tensor) -> Found:
 
 
 def _penalty_of_parameters(model: nn.Module, function: Function, x: Tensor) -> Found:
-    """All parameter gradients' norm and the loss itself as a loss."""
+    """The loss is the norm of all parameter gradients plus the original loss."""
     ys, found = _outputs(function, x)
     loss = _loss(ys)
     wanted = [p for p in model.parameters() if p.requires_grad]
@@ -239,7 +239,8 @@ def _checkpoint(function: Function, x: Tensor, use_reentrant: bool) -> Found:
         ys = function(x)
         return tuple(ys) if isinstance(ys, list) else (ys,)
 
-    # Stopping early, it leaves running statistics as they are that come after what was needed last.
+    # If it stopped early, it would not update the running statistics of the norms after the last needed
+    # tensor.
     with set_checkpoint_early_stop(False):
         ys, found = _outputs(lambda x: checkpoint(several, x, use_reentrant=use_reentrant), x)
         _loss(ys).backward()
@@ -247,7 +248,7 @@ def _checkpoint(function: Function, x: Tensor, use_reentrant: bool) -> Found:
 
 
 def _saved_elsewhere(model: nn.Module, function: Function, x: Tensor) -> Found:
-    """Saved tensors as copies."""
+    """Hooks return copies of the saved tensors."""
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t):
         ys, found = _outputs(function, x)
     _loss(ys).backward()
@@ -267,7 +268,7 @@ def _anomalies(model: nn.Module, function: Function, x: Tensor) -> Found:
 
 
 def _written_input(model: nn.Module, function: Function, x: Tensor) -> Found:
-    """The input is written into between forward and backward: what has kept it says so."""
+    """The input is modified between forward and backward, which raises if the input was saved."""
     y = x * 1
     ys, found = _outputs(function, y)
     with torch.no_grad():
@@ -302,7 +303,7 @@ def _after_no_grad(model: nn.Module, function: Function, x: Tensor) -> Found:
 
 
 def _eval_then_train(model: nn.Module, function: Function, x: Tensor) -> Found:
-    """The mode changes between forward and backward, and forward again."""
+    """The mode changes between forward and backward, and before another forward."""
     ys, found = _outputs(function, x)
     model.train(not model.training)
     _loss(ys).backward()
@@ -314,7 +315,7 @@ def _several_in_one(ys: Any) -> Tensor:
 
 
 def _in_eval(how: Any) -> Any:
-    """torch.func refuses what a training step writes into running statistics."""
+    """Run in eval mode, since torch.func refuses updates of running statistics."""
 
     @functools.wraps(how)
     def run(model: nn.Module, function: Function, x: Tensor) -> Found:
@@ -351,7 +352,7 @@ def _forward_mode(model: nn.Module, function: Function, x: Tensor) -> Found:
 
 @_in_eval
 def _per_sample(model: nn.Module, function: Function, x: Tensor) -> Found:
-    """Gradients sample by sample."""
+    """Gradients for each sample."""
     grad = torch.func.grad(lambda x: _several_in_one(function(x[None])))
     return {"gradients": torch.func.vmap(grad)(x.detach())}
 
@@ -371,7 +372,7 @@ def _hessian(model: nn.Module, function: Function, x: Tensor) -> Found:
 
 
 def _functional_call(model: nn.Module, function: Function, x: Tensor) -> Found:
-    """With other parameters, which get the gradients."""
+    """functional_call with other parameters, which get the gradients."""
     parameters = {k: (p.detach() * 1.1).requires_grad_() for k, p in model.named_parameters()}
     ys, found = _outputs(lambda x: torch.func.functional_call(model, parameters, (x,)), x)
     grads = torch.autograd.grad(_loss(ys), list(parameters.values()), allow_unused=True)
@@ -390,12 +391,12 @@ HOW: dict[str, Callable[[nn.Module, Function, Tensor], Found]] = {
     )
 }  # fmt: skip
 
-# --- in which surroundings ---------------------------------------------------------------------------------
+# --- the surroundings of the call --------------------------------------------------------------------------
 
 
 @contextmanager
 def _patched_relu() -> Iterator[None]:
-    """``F.relu`` replaced, as libraries do that record what is called."""
+    """Replace ``F.relu``, as libraries do that record calls."""
     original = F.relu
     F.relu = lambda *args, **kwargs: original(*args, **kwargs) * 0.5
     try:
@@ -406,7 +407,7 @@ def _patched_relu() -> Iterator[None]:
 
 @contextmanager
 def _global_hook() -> Iterator[None]:
-    """A hook on every module, which halves what convolutions compute."""
+    """A hook on every module halves the convolutions' outputs."""
 
     def halve(module: nn.Module, args: Any, y: Any) -> Any:
         return y * 0.5 if isinstance(module, (nn.Conv2d, nn.Conv3d)) else None
@@ -420,7 +421,7 @@ def _global_hook() -> Iterator[None]:
 
 @contextmanager
 def _patched_class() -> Iterator[None]:
-    """The norms' forward replaced on the class."""
+    """Replace the norms' forward on the class."""
     original = nn.BatchNorm2d.forward
     nn.BatchNorm2d.forward = lambda self, x: original(self, x) * 0.5
     try:
@@ -431,7 +432,7 @@ def _patched_class() -> Iterator[None]:
 
 SURROUNDINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "nothing": nullcontext,
-    # float64 is left alone by autocast.
+    # Autocast does not change float64.
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "reference": lambda: dense_ext.use_backend("reference"),
     "relu replaced": _patched_relu,
@@ -442,14 +443,14 @@ SURROUNDINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 @dataclass(frozen=True)
 class Call:
-    """A part of a network, called in one of autograd's ways."""
+    """A call of a part of a network, with one way of using autograd, in some surroundings."""
 
     part: str = "network"
     how: str = "backward"
     surroundings: str = "nothing"
 
     def run(self, model: Any, x: Tensor) -> Found:
-        """What the call finds."""
+        """Make the call; returns its results."""
         with ExitStack() as stack:
             stack.enter_context(SURROUNDINGS[self.surroundings]())
             return HOW[self.how](model, PARTS[self.part](model), x)

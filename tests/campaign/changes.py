@@ -1,6 +1,6 @@
-"""What the campaign changes in a network, before its dense parts are fused or after.
+"""The changes that the campaign makes to a network, before or after its dense parts are fused.
 
-A change is a function of the model and a number, which says at which of the modules it happens.
+A change is a function of the model and a number that selects the module to change.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def _change(function: Changing) -> Changing:
 
 @dataclass(frozen=True)
 class Change:
-    """One change; a change may take another model's place for the model."""
+    """One change; it may replace the model by another."""
 
     what: str
     at: int = 0
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """The changed model; as it is where it has no such module."""
+        """The changed model; unchanged if it has no such module."""
         try:
             return CHANGES[self.what](model, self.at) or model
         except NoSuchModule:
@@ -47,7 +47,7 @@ class Change:
 
 
 class NoSuchModule(Exception):  # noqa: N818
-    """There is nothing that the change could be made to."""
+    """The model has no module to which the change applies."""
 
 
 changes = st.lists(
@@ -55,7 +55,7 @@ changes = st.lists(
     max_size=3,
 ).map(tuple)
 
-# --- where -------------------------------------------------------------------------------------------------
+# --- selecting modules -------------------------------------------------------------------------------------
 
 _NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
 _CONVS = (nn.Conv2d, nn.Conv3d)
@@ -71,7 +71,7 @@ def _pick(model: nn.Module, at: int, kind: Any = nn.Module) -> Any:
 
 
 def _pick_with_parent(model: nn.Module, at: int, kind: Any = nn.Module) -> tuple[Any, str, Any]:
-    """Parent, name and module of the ``at``-th of a kind inside the features, with wrap-around."""
+    """Parent, name and module of number ``at`` of a kind inside the features, modulo their number."""
     found = [
         (parent, name, child)
         for parent in _features(model).modules()
@@ -92,7 +92,7 @@ def _layers(model: nn.Module) -> Iterator[list[Any]]:
 
 # --- hooks -----------------------------------------------------------------------------------------------
 
-#: What the hooks have seen, in the order they ran; whoever runs a model clears it.
+#: What the hooks have seen, in the order they ran; the code that runs a model clears it.
 SEEN: list[Tensor] = []
 
 
@@ -103,12 +103,12 @@ def _see(values: Any) -> None:
 
 
 def read_input(module: nn.Module, args: Any) -> None:
-    """A forward pre-hook that looks."""
+    """A forward pre-hook that only reads."""
     _see(args)
 
 
 def write_input(module: nn.Module, args: Any) -> Any:
-    """A forward pre-hook that passes something else on."""
+    """A forward pre-hook that returns another input."""
     return tuple(a * 1.5 if isinstance(a, Tensor) else a for a in args)
 
 
@@ -119,12 +119,12 @@ def write_into_input(module: nn.Module, args: Any) -> None:
 
 
 def read_output(module: nn.Module, args: Any, output: Any) -> None:
-    """A forward hook that looks."""
+    """A forward hook that only reads."""
     _see(output)
 
 
 def write_output(module: nn.Module, args: Any, output: Any) -> Any:
-    """A forward hook that returns something else."""
+    """A forward hook that returns another output."""
     return output * 0.5
 
 
@@ -134,23 +134,23 @@ def write_into_output(module: nn.Module, args: Any, output: Any) -> None:
 
 
 def read_gradients(module: nn.Module, inputs: Any, outputs: Any) -> None:
-    """A full backward hook that looks."""
+    """A full backward hook that only reads."""
     _see(inputs)
     _see(outputs)
 
 
 def write_gradients(module: nn.Module, inputs: Any, outputs: Any) -> Any:
-    """A full backward hook that returns something else."""
+    """A full backward hook that returns other gradients."""
     return tuple(g if g is None else g * 1.5 for g in inputs)
 
 
 def read_output_gradient(module: nn.Module, outputs: Any) -> None:
-    """A full backward pre-hook that looks."""
+    """A full backward pre-hook that only reads."""
     _see(outputs)
 
 
 def write_output_gradient(module: nn.Module, outputs: Any) -> Any:
-    """A full backward pre-hook that returns something else."""
+    """A full backward pre-hook that returns another gradient."""
     return tuple(g if g is None else g * 1.5 for g in outputs)
 
 
@@ -173,7 +173,7 @@ def _hook_changes() -> None:
         getattr(_pick(model, at), register)(hook)
 
     def on_child(register: str, hook: Any, model: nn.Module, at: int) -> None:
-        """On the features or one of its children, where fused parts are called."""
+        """A hook on the features or one of its children, where fused parts are called."""
         children = [*_features(model).children(), _features(model)]
         getattr(children[at % len(children)], register)(hook)
 
@@ -277,13 +277,13 @@ CHANGES.update({
 
 @_change
 def add_a_module(model: nn.Module, at: int) -> None:
-    """One more module behind the others in a Sequential of the features."""
+    """Append a module to a Sequential of the features."""
     _pick(model, at, nn.Sequential).add_module("more", nn.Tanh())
 
 
 @_change
 def insert_a_module(model: nn.Module, at: int) -> None:
-    """One more module between the children of the features."""
+    """Insert a module between the children of the features."""
     features = _features(model)
     children = list(features.named_children())
     children.insert(at % (len(children) + 1), ("more", nn.Softplus()))
@@ -293,20 +293,20 @@ def insert_a_module(model: nn.Module, at: int) -> None:
 
 @_change
 def take_out_a_module(model: nn.Module, at: int) -> None:
-    """A module less."""
+    """Remove a module."""
     parent, name, _ = _pick_with_parent(model, at)
     delattr(parent, name)
 
 
 @_change
 def share_a_norm(model: nn.Module, at: int) -> None:
-    """Two layers of a block have one norm2."""
+    """Two layers of a block share norm2."""
     _share(model, at, "norm2")
 
 
 @_change
 def share_a_convolution(model: nn.Module, at: int) -> None:
-    """Two layers of a block have one conv2."""
+    """Two layers of a block share conv2."""
     _share(model, at, "conv2")
 
 
@@ -319,7 +319,7 @@ def _share(model: nn.Module, at: int, name: str) -> None:
 
 @_change
 def share_a_weight(model: nn.Module, at: int) -> None:
-    """Two convolutions have one Parameter."""
+    """Two convolutions share a Parameter."""
     convs = [m for m in _features(model).modules() if isinstance(m, _CONVS)]
     one = convs[at % len(convs)]
     for other in convs:
@@ -329,7 +329,7 @@ def share_a_weight(model: nn.Module, at: int) -> None:
 
 @_change
 def exchange_layers(model: nn.Module, at: int) -> None:
-    """The first and the last layer of a block change places; of equal widths that works."""
+    """Exchange the first and the last layer of a block; it works if their widths are equal."""
     blocks = list(_layers(model))
     for child in _features(model).children():
         if blocks and list(child.children()) == blocks[at % len(blocks)]:
@@ -378,7 +378,7 @@ CHANGES.update({
 
 @_change
 def drop_everything(model: nn.Module, at: int) -> None:
-    """Layers that drop out all they compute: dropout without chance."""
+    """Layers drop all their outputs, which makes dropout deterministic."""
     blocks = list(_layers(model))
     for layer in blocks[at % len(blocks)] if blocks else ():
         if hasattr(layer, "drop_rate"):
@@ -387,7 +387,7 @@ def drop_everything(model: nn.Module, at: int) -> None:
 
 @_change
 def weight_as_a_plain_tensor(model: nn.Module, at: int) -> None:
-    """A weight that is no Parameter, as functional code has it."""
+    """A weight is a plain tensor and not a Parameter, as in functional code."""
     conv = _pick(model, at, _CONVS)
     weight = conv.weight.detach().clone().requires_grad_()
     del conv.weight
@@ -396,7 +396,7 @@ def weight_as_a_plain_tensor(model: nn.Module, at: int) -> None:
 
 @_change
 def norm_weight_as_a_buffer(model: nn.Module, at: int) -> None:
-    """A norm's weight that is not learnt."""
+    """A norm's weight is a buffer, which is not trained."""
     norm = _pick(model, at, _NORMS)
     weight = norm.weight.detach().clone()
     del norm.weight
@@ -404,12 +404,12 @@ def norm_weight_as_a_buffer(model: nn.Module, at: int) -> None:
 
 
 class OwnParameter(nn.Parameter):
-    """A Parameter of the user's own class."""
+    """A user-defined subclass of Parameter."""
 
 
 @_change
 def weight_of_another_class(model: nn.Module, at: int) -> None:
-    """A weight of a subclass of Parameter."""
+    """A weight is of a subclass of Parameter."""
     conv = _pick(model, at, (*_CONVS, *_NORMS))
     conv.weight = OwnParameter(conv.weight.detach().clone())
 
@@ -419,19 +419,19 @@ def weight_of_another_class(model: nn.Module, at: int) -> None:
 
 @_change
 def part_in_eval(model: nn.Module, at: int) -> None:
-    """One module and all in it in eval mode."""
+    """One module and its children are in eval mode."""
     _pick(model, at).eval()
 
 
 @_change
 def part_in_train(model: nn.Module, at: int) -> None:
-    """One module and all in it in training mode."""
+    """One module and its children are in training mode."""
     _pick(model, at).train()
 
 
 @_change
 def all_norms_in_eval(model: nn.Module, at: int) -> None:
-    """As for fine-tuning."""
+    """All norms are in eval mode, as for fine-tuning."""
     for module in model.modules():
         if isinstance(module, _NORMS):
             module.eval()
@@ -439,13 +439,13 @@ def all_norms_in_eval(model: nn.Module, at: int) -> None:
 
 @_change
 def part_frozen(model: nn.Module, at: int) -> None:
-    """One module's parameters without gradients."""
+    """One module's parameters require no gradients."""
     _pick(model, at).requires_grad_(False)
 
 
 @_change
 def all_frozen_but_one(model: nn.Module, at: int) -> None:
-    """Only one module's parameters with gradients."""
+    """Only one module's parameters require gradients."""
     model.requires_grad_(False)
     _pick(model, at, (*_NORMS, *_CONVS)).requires_grad_(True)
 
@@ -476,7 +476,7 @@ def _expanded(t: Tensor) -> Tensor:
 
 @_change
 def norm_vectors_strided(model: nn.Module, at: int) -> None:
-    """Every vector of a norm, the running ones too, is a slice of something."""
+    """Every vector of a norm, including the running statistics, is a strided slice."""
     norm = _pick(model, at, _NORMS)
     for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
         if tensor is not None:
@@ -485,7 +485,7 @@ def norm_vectors_strided(model: nn.Module, at: int) -> None:
 
 @_change
 def norm_vectors_offset(model: nn.Module, at: int) -> None:
-    """Every vector of a norm begins somewhere in memory."""
+    """Every vector of a norm begins at an offset in its storage."""
     norm = _pick(model, at, _NORMS)
     for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
         if tensor is not None:
@@ -494,7 +494,7 @@ def norm_vectors_offset(model: nn.Module, at: int) -> None:
 
 @_change
 def norm_weight_expanded(model: nn.Module, at: int) -> None:
-    """One number for all channels."""
+    """A norm's weight is one number expanded over all channels."""
     norm = _pick(model, at, _NORMS)
     for tensor in (norm.weight, norm.bias):
         if tensor is not None:
@@ -504,7 +504,7 @@ def norm_weight_expanded(model: nn.Module, at: int) -> None:
 
 @_change
 def weights_channels_last(model: nn.Module, at: int) -> nn.Module:
-    """As `model.to(memory_format=torch.channels_last)` makes them."""
+    """Weights are in channels_last memory, as after `model.to(memory_format=torch.channels_last)`."""
     volumes = any(isinstance(m, nn.Conv3d) for m in model.modules())
     return model.to(memory_format=torch.channels_last_3d if volumes else torch.channels_last)
 
@@ -527,10 +527,10 @@ CHANGES.update({
 
 
 def norm_vectors_dense(model: nn.Module) -> None:
-    """Every vector of a norm in memory of its own.
+    """Make every vector of a norm dense.
 
-    Eager PyTorch 2.11 on a CPU takes them for dense in the backward of channels_last images, and reads
-    what lies behind them.
+    In the backward of channels_last images, eager PyTorch 2.11 on a CPU assumes that they are, and reads
+    the wrong memory if they are not.
     """
     for norm in model.modules():
         if isinstance(norm, _NORMS):
@@ -551,38 +551,38 @@ class Scaled(nn.Module):
 
 @_change
 def parametrized(model: nn.Module, at: int) -> None:
-    """A weight that is computed."""
+    """A weight is computed by a parametrization."""
     parametrize.register_parametrization(_pick(model, at, (*_CONVS, *_NORMS)), "weight", Scaled())
 
 
 @_change
 def weight_normalized(model: nn.Module, at: int) -> None:
-    """Weight norm as a parametrization."""
+    """A weight has weight norm as a parametrization."""
     parametrizations.weight_norm(_pick(model, at, _CONVS))
 
 
 @_change
 def weight_normalized_by_a_hook(model: nn.Module, at: int) -> None:
-    """Weight norm of the old kind."""
+    """A weight has the older weight norm, which uses a hook."""
     nn.utils.weight_norm(_pick(model, at, _CONVS))
 
 
 @_change
 def spectrally_normalized(model: nn.Module, at: int) -> None:
-    """Spectral norm, which has buffers."""
+    """A weight has spectral norm, which has buffers."""
     torch.manual_seed(3)
     parametrizations.spectral_norm(_pick(model, at, _CONVS))
 
 
 @_change
 def pruned(model: nn.Module, at: int) -> None:
-    """Half of a weight set to zero at each call."""
+    """Pruning sets half of a weight to zero at each call."""
     prune.l1_unstructured(_pick(model, at, _CONVS), "weight", amount=0.5)
 
 
 @_change
 def patched(model: nn.Module, at: int) -> None:
-    """A forward of an instance, around the one it had."""
+    """An instance gets its own forward, which wraps the previous one."""
     module = _pick(model, at)
     forward = module.forward
     module.forward = lambda *args: forward(*args) * 0.5
@@ -590,7 +590,7 @@ def patched(model: nn.Module, at: int) -> None:
 
 @_change
 def patched_child(model: nn.Module, at: int) -> None:
-    """The same at one of the features' children or themselves."""
+    """The same for the features or one of their children."""
     children = [*_features(model).children(), _features(model)]
     module = children[at % len(children)]
     forward = module.forward
@@ -599,7 +599,7 @@ def patched_child(model: nn.Module, at: int) -> None:
 
 @_change
 def checkpointed(model: nn.Module, at: int) -> None:
-    """A child of the features that is computed again in backward; in eval, so that it is no second step."""
+    """A child of the features is recomputed in backward; in eval mode, so that it counts no step."""
     children = list(_features(model).children())
     module = children[at % len(children)].eval()
     module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
@@ -607,7 +607,7 @@ def checkpointed(model: nn.Module, at: int) -> None:
 
 @_change
 def of_a_subclass(model: nn.Module, at: int) -> None:
-    """A module of a class of the user's own, derived from the one it had."""
+    """A module's class is a user-defined subclass of its previous class."""
     module = _pick(model, at)
     kind: Any = type(module)
     module.__class__ = type("Own", (kind,), {"forward": lambda self, *a: kind.forward(self, *a) * 0.5})
@@ -615,7 +615,7 @@ def of_a_subclass(model: nn.Module, at: int) -> None:
 
 @_change
 def inner_method_patched(model: nn.Module, at: int) -> None:
-    """A convolution's own ``_conv_forward``."""
+    """A convolution instance gets its own ``_conv_forward``."""
     conv = _pick(model, at, _CONVS)
     inner = conv._conv_forward
     conv._conv_forward = lambda *args: inner(*args) * 0.5
@@ -626,58 +626,58 @@ def inner_method_patched(model: nn.Module, at: int) -> None:
 
 @_change
 def deepcopied(model: nn.Module, at: int) -> nn.Module:
-    """The copy goes on."""
+    """Continue with a deep copy."""
     return copy.deepcopy(model)
 
 
 @_change
 def pickled(model: nn.Module, at: int) -> nn.Module:
-    """What comes out of a pickle goes on."""
+    """Continue with the unpickled model."""
     return pickle.loads(pickle.dumps(model))
 
 
 @_change
 def state_loaded(model: nn.Module, at: int) -> None:
-    """The state out and in again, changed."""
+    """Load a changed state dict."""
     state = {k: v * 1.1 if v.is_floating_point() else v for k, v in model.state_dict().items()}
     model.load_state_dict(state)
 
 
 @_change
 def state_assigned(model: nn.Module, at: int) -> None:
-    """The state in by assignment, which exchanges the Parameters."""
+    """Load the state dict with assign=True, which replaces the Parameters."""
     model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
 
 
 @_change
 def there_and_back(model: nn.Module, at: int) -> None:
-    """To float32, after which float64 is not what it was, and back."""
+    """Convert to float32, which rounds the weights, and back to float64."""
     model.float().double()
 
 
 @_change
 def restored(model: nn.Module, at: int) -> None:
-    """Restored if it was swapped, and called so."""
+    """Restore the model if it was swapped, and call it."""
     dense_ext.restore(model)
 
 
 @_change
 def swapped_again(model: nn.Module, at: int) -> None:
-    """With another policy if it was swapped."""
+    """Swap again with another policy if it was swapped."""
     if any(isinstance(m, Fused) for m in model.modules()) and not isinstance(model, dense_ext.DenseNet):
         dense_ext.swap(model, recompute=("none", "block", "bottleneck")[at % 3])
 
 
 @_change
 def restored_for_a_while(model: nn.Module, at: int) -> None:
-    """A tool looks at the original in between."""
+    """Restore the original temporarily, as for a tool."""
     with dense_ext.restored(model):
         pass
 
 
 @_change
 def called_once(model: nn.Module, at: int) -> None:
-    """So that what comes after comes after a first call: snapshots have been taken."""
+    """Call the model once, so that later changes come after snapshots have been taken."""
     dimensions = 3 if any(isinstance(m, nn.Conv3d) for m in model.modules()) else 2
     with torch.no_grad():
         model(torch.linspace(-1, 1, 2 * 3 * 16**dimensions).double().view(2, 3, *[16] * dimensions))

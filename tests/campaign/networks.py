@@ -1,4 +1,4 @@
-"""The networks and images the campaign draws, and how a network's dense parts are fused."""
+"""The networks and images that the campaign draws, and the options for fusing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Network:
     small_inputs: bool = False
 
     def build(self) -> nn.Module:
-        """The network in float64, as its library runs it; the same weights every time."""
+        """The network in float64, as its library runs it, with the same weights every time."""
         torch.manual_seed(0)
         return randomize(_as_its_library_runs_it(_LIBRARIES[self.library](self))).double()
 
@@ -81,7 +81,7 @@ _EAGER = {DenseBlock: EagerDenseBlock, Transition: nn.Sequential, FusedFeatures:
 
 
 def _as_its_library_runs_it(model: nn.Module) -> nn.Module:
-    """dense_ext's own network layer by layer; the others are that already."""
+    """Make dense_ext's own network run layer by layer, as the other libraries' networks do."""
     for module in model.modules():
         if type(module) in _EAGER:
             module.__class__ = _EAGER[type(module)]
@@ -90,7 +90,7 @@ def _as_its_library_runs_it(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Options:
-    """How the dense parts are fused: a policy for each block in turn, and a backend."""
+    """How the dense parts are fused: recompute policies, which the blocks take in turn, and a backend."""
 
     recompute: tuple[str, ...] = ("bottleneck",)
     backend: str = "auto"
@@ -114,7 +114,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Images:
-    """A batch, its layout in memory, and whether its gradient is asked for."""
+    """A batch, its memory layout, and whether it requires a gradient."""
 
     batch: int = 2
     sizes: tuple[int, ...] = (16, 16)
@@ -122,7 +122,7 @@ class Images:
     requires_grad: bool = True
 
     def make(self) -> Tensor:
-        """The images, a leaf."""
+        """The images as a leaf tensor."""
         shape = (self.batch, 3, *self.sizes)
         x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         return LAYOUTS[self.layout](x).requires_grad_(self.requires_grad)
@@ -151,7 +151,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 networks = st.builds(
     Network,
     library=st.sampled_from(list(_LIBRARIES)),
-    # Not 1: a tensor of one channel is in both memory formats, and eager's concatenation picks either.
+    # Not 1: a tensor of one channel is in both memory formats, and eager's concatenation may pick either.
     growth=st.integers(2, 5),
     blocks=st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple),
     bn_size=st.sampled_from([1, 2, 3, None]),
@@ -166,7 +166,7 @@ options = st.builds(
 
 
 def images_for(network: Network) -> st.SearchStrategy[Images]:
-    """Images large enough for the network's pools, but for a few."""
+    """Images that are large enough for the network's pools, except a few."""
     enough = 2 ** (len(network.blocks) + 1) + 1
     sizes = st.integers(-1, 15).map(lambda more: max(1, enough + more if more >= 0 else enough // 2))
     return st.builds(

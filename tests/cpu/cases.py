@@ -1,4 +1,4 @@
-"""Every primitive's cases, and networks; as a program, through a sanitized build of the CPU's kernels."""
+"""Runs every primitive's cases, and networks, through a sanitized build of the CPU kernels."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ..compiling import CSRC, ROOT, STABLE, compile_source, compiler_with, link
 from ..sanitizers import Sanitizer, put_in_place, run_cases, train_a_network
 
 NAMESPACE = "dense_ext_cpu_sanitized"
-# No instruction set beyond the compiler's default: a masked vector is loaded value by value, where
-# a sanitizer sees each. -Og: compiling takes longer than running.
+# No instruction set beyond the compiler's default, so that masked vectors are loaded value by value and a
+# sanitizer checks each value. -Og, since compiling takes longer than running.
 FLAGS = (STABLE, "-Og")
 THREADS = 4
 
 
 def build(sanitizer: Sanitizer, csrc: Path = CSRC, kernels: str = "*.cpp") -> Path:
-    """Compile what has changed, under build/sanitized: these files of csrc/cpu, on threads of our own."""
+    """Compile these files of csrc/cpu under build/sanitized, if changed, with threads.cpp's threads."""
     command = compiler_with([*FLAGS, *sanitizer.flags])
     headers = [*sorted(csrc.glob("*.h")), *sorted((csrc / "cpu").glob("*.h"))]
     results = ROOT / "build" / "sanitized"
@@ -37,7 +37,7 @@ def build(sanitizer: Sanitizer, csrc: Path = CSRC, kernels: str = "*.cpp") -> Pa
     sources = [*sorted((csrc / "cpu").glob(kernels)), csrc / "ops.cpp", Path(__file__).parent / "threads.cpp"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, sources))
-    # Else a call to PyTorch's threads would find those of libtorch first.
+    # Otherwise calls to parallel_for would find libtorch's first.
     return link("_cpu.so", objects, [*command, "-Wl,-Bsymbolic-functions"], results)
 
 
@@ -48,13 +48,13 @@ def run_sanitized(
     csrc: Path = CSRC,
     kernels: str = "*.cpp",
 ) -> subprocess.CompletedProcess[str]:
-    """Run the cases of the primitives whose names begin so through a build of these files."""
+    """Run the cases of the primitives whose names begin with this prefix through a build of these files."""
     names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
     return sanitizer.run(__name__, str(build(sanitizer, csrc, kernels)), primitives, *names)
 
 
 class SanitizedBackend(CPUBackend):
-    """The CPU backend of a library other than the installed one."""
+    """The CPU backend with another library than the installed one."""
 
     def __init__(self, library: Path) -> None:
         CompiledBackend.__init__(self, Library([library], NAMESPACE, "it is not built"))
@@ -64,10 +64,11 @@ def main(library: str, primitives: str, *dtypes: str) -> None:
     torch.set_num_threads(THREADS)
     backend = SanitizedBackend(Path(library))
     assert backend.library.reason is None, backend.library.reason
-    # No pixel has a neighbour's or a guard's channel after its last: what is read there shows.
+    # After a pixel's last channel comes no channel of a neighbour or a guard, so that reading there is
+    # noticed.
     run_cases(backend, [getattr(torch, name) for name in dtypes], primitives, guard=0)
     if not primitives:
-        from ..test_threads import train_together  # as late as what it imports with torchvision
+        from ..test_threads import train_together  # imported late, since it imports torchvision
 
         put_in_place(backend)
         train_together(backend.name)

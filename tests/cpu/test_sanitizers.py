@@ -1,4 +1,4 @@
-"""No kernel for the CPU leaves its memory, computes what C++ leaves undefined, or races with itself."""
+"""No CPU kernel accesses memory out of bounds, has undefined behaviour, or has data races."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from ..compiling import plant
 from ..sanitizers import ADDRESS, THREAD, Sanitizer, assert_passed
 from .cases import run_sanitized
 
-# How work is split over threads does not depend on the dtype; the networks have all of them.
+# The split of the work over threads does not depend on the dtype; the networks run in all dtypes.
 RUNS = {"address and undefined": (ADDRESS, STORAGE_DTYPES), "thread": (THREAD, [torch.float32])}
 
 
 @pytest.fixture(autouse=True)
 def skip_without(sanitizer: Sanitizer) -> None:
-    """For a machine that has no compiler, or one without the sanitizer's libraries."""
+    """Skip if there is no compiler, or if it lacks the sanitizer's libraries."""
     if not sanitizer.is_here():
         pytest.skip(f"there is no compiler with {sanitizer.runtime[0]}")
 
 
 @pytest.mark.parametrize(("sanitizer", "dtypes"), RUNS.values(), ids=list(RUNS))
 def test_every_primitive_and_networks(sanitizer: Sanitizer, dtypes: Sequence[torch.dtype]) -> None:
-    """In every size, on several threads; several networks at a time."""
+    """In every size and on several threads; several networks run at a time."""
     assert_passed(run_sanitized(sanitizer, dtypes))
 
 
-# Planted in channel_stats.cpp: what a sanitizer says, and the text that is replaced.
+# Faults in channel_stats.cpp: the sanitizer, its message, the text that is replaced, and the replacement.
 FAULTS = {
     "a pixel beyond the last": (
         ADDRESS,
@@ -61,4 +61,4 @@ def test_planted_fault(sanitizer: Sanitizer, says: str, text: str, replacement: 
     ran = run_sanitized(sanitizer, [torch.float32], "channel_stats", csrc, file)
     assert ran.returncode != 0
     assert says in ran.stderr
-    assert file in ran.stderr, "it names the place"
+    assert file in ran.stderr, "the report names the file"

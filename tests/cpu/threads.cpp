@@ -1,8 +1,9 @@
-// PyTorch's threads as a sanitizer can follow them, in libtorch's place: a thread for each index.
+// Replaces libtorch's parallel_for by one that a sanitizer can follow: it starts a new thread for
+// each index.
 //
-// OpenMP's threads hand each other work inside a library that is not compiled for ThreadSanitizer,
-// which would take all that follows for a race. A new thread also begins with no scratch: what it
-// takes is as large as asked for, not as an earlier call left it.
+// OpenMP's threads synchronise inside a library that is not built with ThreadSanitizer, which would
+// therefore report races in correct code. A new thread also begins without scratch buffers, so that
+// their size is the requested one and not that of an earlier call.
 
 #include <torch/csrc/stable/c/shim.h>
 

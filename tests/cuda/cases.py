@@ -1,4 +1,4 @@
-"""Every primitive's cases, and a network; as a program, through a sanitized build of CUDA's kernels."""
+"""Runs every primitive's cases, and a network, through a sanitized build of the CUDA kernels."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..emulator import Emulator
 from ..emulator.build import build
 from ..sanitizers import ADDRESS, run_cases, train_a_network
 
-# -O1: compiling takes about as long as running.
+# -O1, with which compiling takes about as long as running.
 SANITIZED = (*ADDRESS.flags, "-O1")
 
 
 def run_sanitized(primitives: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run the cases of the primitives whose names begin so through a build with these options."""
+    """Run the cases of the primitives with this prefix of their name through a build with these options."""
     namespace = options.setdefault("namespace", "dense_ext_sanitized")
     library = build(flags=SANITIZED, **options)
     return ADDRESS.run(__name__, str(library), namespace, primitives)
@@ -26,7 +26,7 @@ def run_sanitized(primitives: str = "", **options: Any) -> subprocess.CompletedP
 
 def main(library: str, namespace: str, primitives: str) -> None:
     gpu = Emulator(Path(library), namespace)
-    gpu.reset(multiprocessors=1)  # several tiles a block
+    gpu.reset(multiprocessors=1)  # so that a block has several tiles
     run_cases(gpu.backend, STORAGE_DTYPES, primitives)
     if not primitives:
         train_a_network(gpu.backend)

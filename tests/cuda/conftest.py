@@ -10,7 +10,7 @@ from ..primitives.conftest import exact_products as exact_products
 
 @pytest.fixture(autouse=True)
 def gpu(request: pytest.FixtureRequest) -> Emulator:
-    """The emulator, as the tests' first line of settings leaves it."""
+    """The emulator; tests change its settings with ``reset``."""
     if request.config.getoption("--device") != "emulator":
         pytest.skip("runs in the emulator (--device emulator)")
     return emulator()

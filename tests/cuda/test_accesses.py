@@ -1,6 +1,6 @@
-"""What the kernels move to and from global memory, and how their accesses to shared memory meet.
+"""The bytes that the kernels move to and from global memory, and their bank conflicts in shared memory.
 
-In bfloat16 with channels and slices that are multiples of 32 bytes: what the kernels are made for.
+The tests use bfloat16, and channels and slices that are multiples of 32 bytes, as in a DenseNet.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from ..primitives.common import MakeCase, Size
 from ..primitives.harness import Maker
 from ..sanitizers import CPU
 
-NARROW, WIDE = 2, 4  # bytes of an activation or a weight, and of the float32 of vectors and sums
+NARROW, WIDE = 2, 4  # the bytes of an activation or a weight, and of a float32 in vectors and sums
 SECTOR = 32
-PASS, FRAGMENT = 128, 512  # of shared memory: what it gives in a cycle, and 16 x 16 of a product's factor
+PASS, FRAGMENT = 128, 512  # bytes: what shared memory delivers per cycle, and a product's fragment of 16 x 16
 
 
 @dataclass
 class Traffic:
-    """Bytes, by the numbers at the head of each kernel's file and what it says is read again.
+    """The expected bytes, from the counts in each kernel file's header and what it says is read again.
 
     Attributes:
-        columns: blocks side by side, each with a part of the channels.
-        row: floats that each row of blocks leaves for a second kernel, which reads and reduces
-            ``row_read`` floats of it for ``reduced`` results.
-        block_loads: of each row of blocks, beside that.
-        scattered: elements of a weight's gradient, stored one by one in the order of the rows, not
-            of the weight.
-        passes: kernels of the same grid.
-        others: blocks of further kernels.
+        columns: the number of blocks side by side, each with a part of the channels.
+        row: the floats of partial results that each row of blocks writes for a second kernel, which reads
+            ``row_read`` floats of them and reduces them to ``reduced`` results.
+        block_loads: the further bytes that each row of blocks loads.
+        scattered: the elements of a weight gradient, which are stored one by one in the order of the
+            partial results, not of the weight.
+        passes: the number of kernels with the same grid.
+        others: the blocks of further kernels.
     """
 
     loads: int
@@ -55,14 +55,14 @@ class Traffic:
     others: int = 0
 
     def total(self, blocks: int) -> tuple[int, int]:
-        """Loaded and stored by so many blocks, of all kernels."""
+        """The bytes that all kernels load and store, for this number of blocks."""
         rows = (blocks - math.ceil(self.reduced / 32) - self.others) // self.columns // self.passes
         loads = self.loads + rows * (self.block_loads + self.row_read * WIDE)
         return loads, self.stores + rows * self.row * WIDE
 
 
 def moments(channels: int) -> dict[str, int]:
-    """A row of moments: one count, read for every channel."""
+    """Reads and writes a row of moments, whose single count is read for every channel."""
     return {"row": 1 + 2 * channels, "row_read": 3 * channels, "reduced": channels}
 
 
@@ -71,7 +71,7 @@ def sums(count: int) -> dict[str, int]:
 
 
 def conv1x1_forward(n: int, h: int, w: int, c: int, b: int) -> Traffic:
-    """Each 128 channels of z read x; each tile reads the weight and two vectors."""
+    """X is read for each 128 channels of z; each tile reads the weight and two vectors."""
     m, columns, tiles = n * h * w, math.ceil(b / 128), math.ceil(n * h * w / 128)
     return Traffic(
         loads=columns * m * c * NARROW + tiles * (b * c * NARROW + columns * 2 * c * WIDE),
@@ -82,7 +82,7 @@ def conv1x1_forward(n: int, h: int, w: int, c: int, b: int) -> Traffic:
 
 
 def conv1x1_backward(n: int, h: int, w: int, c: int, b: int) -> Traffic:
-    """Each 64 channels of x read grad_bn and z; a block reads the weight and the vectors once."""
+    """grad_bn and z are read for each 64 channels of x; a block reads the weight and the vectors once."""
     m, columns = n * h * w, math.ceil(c / 64)
     return Traffic(
         loads=m * (2 * c + columns * 2 * b) * NARROW,
@@ -95,14 +95,14 @@ def conv1x1_backward(n: int, h: int, w: int, c: int, b: int) -> Traffic:
 
 
 def with_borders(h: int, w: int, rows: int, columns: int) -> int:
-    """The pixels of an image, and again those that patches see of their neighbours."""
+    """The number of pixels that patches read: those of the image, and those at their borders again."""
     return (h + 2 * (h // rows - 1)) * (w + 2 * (w // columns - 1))
 
 
 def conv3x3_forward(n: int, h: int, w: int, b: int, k: int) -> Traffic:
-    """Each 32 or 48 channels of y read z, with the borders of patches of 16 x 16, and two vectors a patch.
+    """z, with the borders of patches of 16 x 16, and two vectors per patch, for each 32 or 48 channels of y.
 
-    The weight fits into shared memory: a block reads it once.
+    The weight fits into shared memory, so a block reads it once.
     """
     m, columns, patches = n * h * w, min(math.ceil(k / 32), math.ceil(k / 48)), n * (h // 16) * (w // 16)
     return Traffic(
@@ -115,7 +115,7 @@ def conv3x3_forward(n: int, h: int, w: int, b: int, k: int) -> Traffic:
 
 
 def conv3x3_backward(n: int, h: int, w: int, b: int, k: int) -> Traffic:
-    """Each 64 channels of z read grad and y, with the borders of patches of 16 x 16."""
+    """Grad and y, with the borders of patches of 16 x 16, are read for each 64 channels of z."""
     m, columns = n * h * w, math.ceil(b / 64)
     return Traffic(
         loads=columns * 2 * n * with_borders(h, w, 16, 16) * k * NARROW + m * b * NARROW,
@@ -128,7 +128,7 @@ def conv3x3_backward(n: int, h: int, w: int, b: int, k: int) -> Traffic:
 
 
 def maxpool_forward(n: int, h: int, w: int, c: int) -> Traffic:
-    """Of images of one strip, whose edges nobody shares; the vectors for each of a block's 8 warps."""
+    """The images have one strip, so no edges are read twice; each of a block's 8 warps reads the vectors."""
     m = n * h * w
     loads, stores = m * c * NARROW, m // 4 * c * NARROW
     return Traffic(loads, stores, columns=math.ceil(c / 64), block_loads=8 * 2 * c * WIDE)
@@ -146,7 +146,7 @@ def maxpool_backward(n: int, h: int, w: int, c: int) -> Traffic:
 
 
 def maxpool_norm_backward(n: int, h: int, w: int, c: int) -> Traffic:
-    """The sums, then with them grad_x: x and grad are read twice."""
+    """Computes the sums and then grad_x, so x and grad are read twice."""
     m = n * h * w
     return Traffic(
         loads=2 * (m + m // 4) * c * NARROW + 7 * c * WIDE,
@@ -160,7 +160,7 @@ def maxpool_norm_backward(n: int, h: int, w: int, c: int) -> Traffic:
 
 
 def transition_forward(n: int, h: int, w: int, c: int, k: int) -> Traffic:
-    """Each 256 channels of y read x and two vectors; a tile of 64 windows the weight, from the L2 cache."""
+    """X and two vectors are read for each 256 channels of y; each tile of 64 windows reads the weight."""
     windows, columns = n * h * w // 4, math.ceil(k / 256)
     return Traffic(
         loads=columns * 4 * windows * c * NARROW + windows // 64 * (k * c * NARROW + columns * 2 * c * WIDE),
@@ -170,9 +170,11 @@ def transition_forward(n: int, h: int, w: int, c: int, k: int) -> Traffic:
 
 
 def transition_backward(n: int, h: int, w: int, c: int, k: int) -> Traffic:
-    """Two kernels of equal grids. The first reads x once and leaves p; each 128 channels of x read grad, and
-    each tile of 64 windows the weight. The second reads p for each 128 of K, and grad as the first does. What
-    is read again is read by blocks side by side, and comes from the L2 cache.
+    """Two kernels with equal grids.
+
+    The first reads x once and writes p; it reads grad for each 128 channels of x, and the weight for each
+    tile of 64 windows. The second reads p for each 128 of K, and grad as the first does. Blocks that run at
+    the same time read the same data, so repeated reads come from the L2 cache.
     """
     windows, columns = n * h * w // 4, math.ceil(c / 128)
     return Traffic(
@@ -187,7 +189,7 @@ def transition_backward(n: int, h: int, w: int, c: int, k: int) -> Traffic:
 
 
 def transition_norm_backward(n: int, h: int, w: int, c: int, k: int) -> Traffic:
-    """The first kernel again, for grad_x, with u and v, which come of the sums: x and grad are read twice."""
+    """Runs the first kernel again for grad_x, with the u and v from the sums; x and grad are read twice."""
     traffic, windows, columns = transition_backward(n, h, w, c, k), n * h * w // 4, math.ceil(c / 128)
     again = (4 * windows * c + columns * windows * k + windows // 64 * k * c) * NARROW
     return replace(
@@ -205,7 +207,7 @@ def stats(n: int, h: int, w: int, c: int) -> Traffic:
 
 
 def affine_gradient(n: int, h: int, w: int, c: int) -> Traffic:
-    """Two vectors of 8 channels for each of a block's 256 threads."""
+    """Each of a block's 256 threads reads two vectors of 8 channels."""
     size = n * h * w * c * NARROW
     return Traffic(loads=2 * size, stores=size, block_loads=256 * 2 * 8 * WIDE)
 
@@ -237,14 +239,14 @@ TESTED = {
 
 
 def count(gpu: Emulator, make: MakeCase, size: Size, **settings: object) -> None:
-    """Run a case on four multiprocessors, counting."""
+    """Run a case on four multiprocessors and count its accesses."""
     gpu.reset(count=True, multiprocessors=4, **settings)
     make(Maker(torch.bfloat16, CPU, guard=SECTOR // NARROW), size).run(gpu.backend)
 
 
 @pytest.mark.parametrize("name", TESTED)
 def test_bytes(gpu: Emulator, name: str) -> None:
-    """As many as the formula says, in accesses that leave hardly a part of a sector unused."""
+    """The bytes are those of the formula, and accesses leave almost no part of a sector unused."""
     make, size, formula = TESTED[name]
     count(gpu, make, size)
     counters, traffic = gpu.counters, formula(*size)
@@ -257,7 +259,7 @@ def test_bytes(gpu: Emulator, name: str) -> None:
 
 
 def conflicts(gpu: Emulator) -> Counter[str]:
-    """Passes that accesses to shared memory take beyond the least, by file."""
+    """The passes beyond the minimum that accesses to shared memory take, by file."""
     files: Counter[str] = Counter()
     for place, extra in gpu.counters.bank_conflicts.items():
         files[place.split(":")[0]] += extra
@@ -271,21 +273,22 @@ def test_conv1x1(gpu: Emulator, case: MakeCase) -> None:
 
 
 def weight_passes(blocks: int, channels: int) -> int:
-    """Where a block puts all taps of 32 outputs: a warp's 32 elements are of nine taps, and there are
-    eight places for them to begin.
+    """The extra passes of storing all taps of 32 outputs.
+
+    A warp's 32 elements belong to nine taps, which start in only eight different banks.
     """
     return blocks * 9 * 32 * channels // 32
 
 
 def check_conv3x3(gpu: Emulator, patches: int) -> None:
-    """Fragments have no conflicts: a matrix's eight rows are eight pixels of a line, or again its last."""
+    """Fragments have no conflicts: a matrix's eight rows are pixels of one line, or repeat its last pixel."""
     found = conflicts(gpu)
     assert set(found) <= {"bn_relu_conv3x3.cu", "patch.cuh", "tile.cuh"}
     assert found["bn_relu_conv3x3.cu"] <= weight_passes(patches, 64)
-    # Where a slot's pixel lies, which is asked of several lines at once, and only where there is one.
+    # Looking up the pixels of slots: of several lines at once, and only of slots that have one.
     lookups = sum(taken for place, taken in gpu.counters.shared_passes.items() if "patch.cuh" in place)
     assert found["patch.cuh"] <= lookups / 8
-    # The last turn of a copy, which is for a part of the lanes.
+    # The last iteration of a copy, which only some lanes take part in.
     assert found["tile.cuh"] <= patches * 4
 
 
@@ -302,15 +305,17 @@ def test_conv3x3_backward(gpu: Emulator, width: int) -> None:
 
 
 def stack_bytes(lines: int, columns: int) -> float:
-    """Of fragments for 16 of depth and nine taps, a pixel and 16 channels: a warp with a stack of lines of
-    16 pixels reads each line and the two below once for a column of taps, by 16 * ``columns`` channels.
+    """The bytes of fragments per pixel and 16 channels, for a depth of 16 and nine taps.
+
+    A warp with a stack of lines of 16 pixels reads each line, and the two below, once per column of taps.
+    It does so for 16 * ``columns`` channels.
     """
     return 3 * (lines + 2 + 3 * columns) * FRAGMENT / (16 * lines * columns)
 
 
 def weight_gradient_bytes(lines: int) -> float:
-    """The same of dW: each line of z with its mask of two passes, of dy three times that line and the two
-    below.
+    """The same for dW: each line of z with its mask, which takes two passes, and three times that line of dy
+    and the two below.
     """
     return ((3 * (lines + 2) + lines) * FRAGMENT + lines * 2 * PASS) / (16 * lines)
 
@@ -329,7 +334,7 @@ FRAGMENT_BYTES = {
 
 @pytest.mark.parametrize("name", FRAGMENT_BYTES)
 def test_conv3x3_fragments(gpu: Emulator, name: str) -> None:
-    """What bounds the 3x3 kernels, beside the few that a block's sums take at its end."""
+    """The passes that bound the 3x3 kernels, plus the few that a block's sums take at its end."""
     make, chip, expected = FRAGMENT_BYTES[name]
     n, h, w, b, k = 8, 16, 16, 128, 32
     count(gpu, make, (n, h, w, b, k), shared_bytes=SHARED_BYTES[chip])
@@ -342,6 +347,6 @@ def test_conv3x3_fragments(gpu: Emulator, name: str) -> None:
     "case", [transition.forward_case, transition.backward_case], ids=lambda c: c.__name__
 )
 def test_pool_conv1x1(gpu: Emulator, case: MakeCase) -> None:
-    """Of two thousand requests some once in a block: vectors that come in, sums that go out."""
+    """Of two thousand requests, only a few per block conflict: loading vectors and storing sums."""
     count(gpu, case, (2, 16, 16, 128, 64))
     assert sum(conflicts(gpu).values()) <= gpu.counters.blocks * 40

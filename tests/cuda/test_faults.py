@@ -1,6 +1,6 @@
-"""What the emulator is for: faults planted in the kernels, one at a time, are caught.
+"""The emulator catches faults that are planted in the kernels, one at a time.
 
-Each is a text of a source replaced by another. The same cases pass with the source as it is.
+A fault replaces a text in a source by another. The same cases pass with the unchanged source.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from .test_schedules import SCHEDULES
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault, where it shows, and what catches it.
+    """A fault, the case that shows it, and the error that catches it.
 
     Attributes:
-        kernel: the .cu file that shows it, with ``case`` of ``size``.
-        path: the file it is in.
-        text: what is replaced there by ``replacement``; it occurs once.
-        caught: what the error says.
+        kernel: the .cu file that shows the fault, in ``case`` with ``size``.
+        path: the file that contains the fault.
+        text: the text in that file that ``replacement`` replaces; it occurs once.
+        caught: a pattern that the error matches.
     """
 
     kernel: str
@@ -47,13 +47,13 @@ class Fault:
     caught: str
 
     def plant(self, folder: Path) -> Path:
-        """A copy of csrc/cuda with it."""
+        """A copy of csrc/cuda with the fault."""
         return plant(folder, f"cuda/{self.path}", self.text, self.replacement) / "cuda"
 
     def run(self, gpu: Emulator) -> None:
-        """Some faults show only where a certain warp runs ahead: try several orders."""
+        """Run the case in several orders of warps; some faults show only if a certain warp runs ahead."""
         for order, seed in SCHEDULES:
-            gpu.reset(order=order, seed=seed, multiprocessors=1)  # several tiles a block
+            gpu.reset(order=order, seed=seed, multiprocessors=1)  # so that a block has several tiles
             check_values(gpu.backend, self.case(Maker(torch.bfloat16, CPU, guard=ALIGNED), self.size))
 
 
@@ -66,7 +66,7 @@ stats = partial(Fault, "channel_stats.cu", channel_stats.stats_case, (2, 9, 9, 4
 WRONG_VALUES = "off by|NaN in other places"
 
 FAULTS = {
-    # What one warp writes, another reads too early or too late.
+    # One warp reads too early or too late what another writes.
     "no barrier before reading": backward_1x1(
         "bn_relu_conv1x1.cu",
         "    sync_threads();\n\n    if (args.wants_weight) {\n",
@@ -96,7 +96,7 @@ FAULTS = {
         "{",
         "a thread ends with copies under way that nothing waited for",
     ),
-    # Threads part at what they must do together.
+    # Threads diverge at a collective operation.
     "a barrier for some": stats(
         "reduce.cu",
         "    sync_threads();\n    if (warp_index() < half) parts[thread_index()].merge",
@@ -115,7 +115,7 @@ FAULTS = {
         "      if (at.row > 0) break;\n",
         "threads wait for each other: 32 at product.cuh:.* 224 at product.cuh:",
     ),
-    # Wrong places.
+    # Wrong addresses.
     "one channel too many": pool(
         (1, 16, 16, 33),
         "bn_relu_maxpool.cu",
@@ -141,7 +141,7 @@ FAULTS = {
         "bytes_of(kThreads / 2 * elements",
         "the block takes .* bytes of shared memory, launched with",
     ),
-    # Registers nothing has written.
+    # Uninitialised registers.
     "a sum that begins with nothing": backward_1x1(
         "bn_relu_conv1x1.cu",
         "float da[1][kDataColumns][4] = {};",
@@ -150,12 +150,12 @@ FAULTS = {
     ),
 }
 
-# The least of a build; its parts that have no fault are compiled once.
+# The flags for the fastest build. Files without a fault are compiled only once.
 FAST = ("-O0",)
 
 
 def planted(name: str, folder: Path) -> Emulator:
-    """An emulator of a fault's kernel."""
+    """An emulator that runs a fault's kernel."""
     fault, namespace = FAULTS[name], "dense_ext_fault_" + re.sub(r"\W", "_", name)
     return Emulator(build(fault.plant(folder / "csrc"), fault.kernel, namespace, FAST), namespace)
 
@@ -168,15 +168,15 @@ def test_fault(gpu: Emulator, name: str, tmp_path: Path) -> None:
 
 
 def test_after_a_failure(tmp_path: Path) -> None:
-    """The next launch finds nothing of one that failed."""
+    """A failed launch does not affect the next one."""
     name = "a shuffle for some"
     gpu = planted(name, tmp_path)
     with pytest.raises(RuntimeError, match="threads wait for each other"):
         FAULTS[name].run(gpu)
-    FAULTS["no wait for copies"].run(gpu)  # a forward pass, which has no fault here
+    FAULTS["no wait for copies"].run(gpu)  # its fault is not planted here, so it passes
 
 
-# What the emulator lets pass: memory beyond an array in shared memory, or beyond a tensor.
+# Faults that only a sanitizer catches: accesses beyond an array in shared memory, or beyond a tensor.
 INVALID_ACCESSES = {
     "beyond an array": stats(
         "channel_stats.cu",
@@ -195,9 +195,9 @@ INVALID_ACCESSES = {
 
 @pytest.mark.parametrize("name", INVALID_ACCESSES)
 def test_invalid_access(name: str, tmp_path: Path) -> None:
-    """test_sanitizers.py shows that the source as it is passes."""
+    """The sanitizer catches them; test_sanitizers.py shows that the unchanged source passes."""
     fault = INVALID_ACCESSES[name]
     ran = run_sanitized("channel_stats", cuda=fault.plant(tmp_path / "csrc"), kernels=fault.kernel)
     assert ran.returncode != 0
     assert fault.caught in ran.stderr
-    assert fault.path in ran.stderr, "it names the place"
+    assert fault.path in ran.stderr, "the report names the file"

@@ -1,4 +1,4 @@
-"""No primitive leaves its memory or computes what C++ leaves undefined."""
+"""No primitive accesses memory out of bounds or has undefined behaviour."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from .cases import run_sanitized
 
 
 def test_every_primitive_and_a_network() -> None:
-    """In every dtype and size: one access beyond a tensor or an array in shared memory ends the program."""
+    """In every dtype and size; a single access beyond a tensor or a shared array would end the program."""
     assert_passed(run_sanitized())

@@ -1,4 +1,4 @@
-"""The convolutions' results don't depend on which warp runs ahead, nor on how much shared memory there is."""
+"""The convolutions' results depend neither on which warp runs ahead nor on the size of shared memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..primitives.common import MakeCase, Size
 from ..primitives.harness import ALIGNED, Case, Maker, base_of, check_values, equal_bits
 from ..sanitizers import CPU
 
-# Several tiles, and with one multiprocessor several a block, the last of them partly filled.
+# Several tiles, the last partly filled; with one multiprocessor, several per block.
 CONVOLUTIONS = {
     "1x1 forward": (conv1x1.forward_case, (4, 15, 17, 72, 48)),
     "1x1 backward": (conv1x1.backward_case, (4, 15, 17, 72, 48)),
@@ -24,13 +24,13 @@ CONVOLUTIONS = {
     "3x3 forward, large patches": (conv3x3.forward_case, (2, 33, 30, 40, 32)),
     "3x3 backward, large patches": (conv3x3.backward_case, (2, 30, 14, 40, 32)),
 }
-# Images and pixels: whole ones side by side, the last fewer; parts of one; bands of several.
+# Images whose patches are: several images side by side, fewer in the last; parts of one; bands of several.
 IMAGES = [(11, 7, 7), (7, 8, 8), (3, 14, 14), (5, 28, 28), (2, 19, 45), (70, 1, 1), (9, 3, 2), (3, 2, 65)]
 SCHEDULES = [("FIRST", 0), ("LAST", 0), *(("RANDOM", seed) for seed in range(4))]
 
 
 def same_bits(a: Case, b: Case) -> bool:
-    """Whether two calls left the same behind in all their tensors."""
+    """Whether two calls left the same bits in all their tensors."""
     return all(
         equal_bits(base_of(value), base_of(b.arguments[name]))
         for name, value in a.arguments.items()
@@ -45,13 +45,13 @@ def test_order_of_warps(gpu: Emulator, make: MakeCase, size: Size) -> None:
         gpu.reset(order=order, seed=seed, multiprocessors=1)
         done.append(make(Maker(torch.bfloat16, CPU, guard=ALIGNED), size))
         check_values(gpu.backend, done[-1])
-        assert same_bits(done[-1], done[0]), f"{order} {seed}: other bits"
+        assert same_bits(done[-1], done[0]), f"{order} {seed}: the bits differ"
 
 
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES, ids=str)
 @pytest.mark.parametrize(("make", "size"), CONVOLUTIONS.values(), ids=list(CONVOLUTIONS))
 def test_shared_memory(gpu: Emulator, make: MakeCase, size: Size, dtype: torch.dtype) -> None:
-    """Each kernel takes what there is, if it has a use for it; ``run`` refuses one that takes more."""
+    """Each kernel uses the shared memory there is, if it can; ``run`` refuses a launch that requests more."""
     for shared_bytes in SHARED_BYTES.values():
         gpu.reset(shared_bytes=shared_bytes)
         check_values(gpu.backend, make(Maker(dtype, CPU, guard=ALIGNED), size))
@@ -60,7 +60,7 @@ def test_shared_memory(gpu: Emulator, make: MakeCase, size: Size, dtype: torch.d
 @pytest.mark.parametrize("images", IMAGES, ids=str)
 @pytest.mark.parametrize("make", [conv3x3.forward_case, conv3x3.backward_case], ids=lambda c: c.__name__)
 def test_patches(gpu: Emulator, make: MakeCase, images: Size) -> None:
-    """Of every shape: small and large, as there are many or few for the multiprocessors."""
+    """Patches of every shape; they are small or large depending on how many there are per multiprocessor."""
     for dtype, multiprocessors in ((torch.float32, 1), (torch.bfloat16, 1), (torch.bfloat16, 16)):
         gpu.reset(multiprocessors=multiprocessors)
         check_values(gpu.backend, make(Maker(dtype, CPU, guard=ALIGNED), (*images, 24, 16)))

@@ -1,4 +1,4 @@
-"""The CUDA backend on the host; see README.md."""
+"""Runs the CUDA backend on the host; see README.md."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dense_ext.backends.cuda import CUDABackend
 
 from .build import NAMESPACE, build
 
-# What a block of a chip may take of shared memory, by which the kernels choose.
+# The maximum shared memory per block of each kind of GPU; the kernels' choices depend on it.
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}
 
 
@@ -19,11 +19,13 @@ class Emulator:
 
     Attributes:
         backend: the CUDA backend, for tensors on the CPU.
-        settings: what the next launches go by; see Settings in emulator.h.
+        settings: the settings for the next launches; see Settings in emulator.h.
     """
 
     def __init__(self, library: Path, namespace: str = NAMESPACE) -> None:
-        # A process has one module of a name; its function is looked for by what follows the last dot.
+        # A process can load only one module of a name; Python derives the init function from the part after
+        # the
+        # last dot.
         spec = importlib.util.spec_from_file_location(f"{namespace}._emulator", library)
         assert spec is not None
         assert spec.loader is not None
@@ -33,14 +35,14 @@ class Emulator:
         self.settings = self._module.settings()
 
     def reset(self, **settings: object) -> None:
-        """The default settings but for those given, by their names; the counters at zero."""
+        """Restore the default settings except those given by name, and set the counters to zero."""
         self._module.reset()
         for name, value in settings.items():
             setattr(self.settings, name, getattr(self._module.Order, value) if name == "order" else value)
 
     @property
     def counters(self) -> Any:
-        """What happened since the last reset; see Counters in emulator.h."""
+        """The counters since the last reset; see Counters in emulator.h."""
         return self._module.counters()
 
 
@@ -48,7 +50,7 @@ _running: Emulator | None = None
 
 
 def emulator() -> Emulator:
-    """The emulator of this process, built if need be."""
+    """The emulator of this process, which is built first if necessary."""
     global _running
     if _running is None:
         _running = Emulator(build())

@@ -1,4 +1,4 @@
-"""Compiles the CUDA kernels for the host, with the emulator in the GPU's place."""
+"""Compiles the CUDA kernels for the host, with the emulator in place of the GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 CUDA = CSRC / "cuda"
 
 NAMESPACE = "dense_ext_emulator"
-# As setup.py's for nvcc, but on CPU tensors. The module's own file is not of the stable ABI.
+# The same as setup.py's for nvcc, but for CPU tensors. The module's own source does not use the stable ABI.
 KERNEL_FLAGS = (
     "-DDENSE_EXT_EMULATOR",
     "-DDENSE_EXT_GPU",
@@ -26,16 +26,16 @@ KERNEL_FLAGS = (
 def build(
     cuda: Path = CUDA, kernels: str = "*.cu", namespace: str = NAMESPACE, flags: Sequence[str] = ()
 ) -> Path:
-    """Compile what has changed, under build/emulator.
+    """Compile the changed files, under build/emulator.
 
     Args:
-        cuda: a folder as csrc/cuda.
-        kernels: which of its files.
-        namespace: of the ops, which a process can have once.
-        flags: for the compiler, beside those it always gets.
+        cuda: a folder like csrc/cuda.
+        kernels: a pattern for its kernel files.
+        namespace: the ops' namespace, which a process can register only once.
+        flags: compiler flags besides those that are always given.
 
     Returns:
-        The module ``_emulator``: a library of ops, and what tests set and read of the emulator.
+        The module ``_emulator``: a library of ops, with the emulator's settings and counters.
     """
     folders = [Path(sysconfig.get_paths()["include"]), HERE, cuda.parent]
     headers = sorted(HERE.glob("*.h"))
@@ -51,7 +51,7 @@ def build(
 
     sources = [
         *sorted(cuda.glob(kernels)),
-        cuda / "reduce.cu",  # and what else other files call
+        cuda / "reduce.cu",  # and the other files whose functions the kernels call
         cuda / "batch_norm.cu",
         CSRC / "ops.cpp",
         *HERE.glob("*.cpp"),

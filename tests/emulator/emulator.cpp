@@ -21,7 +21,8 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr size_t kStackBytes = 128 << 10;
-// The chance that a warp which could go on gives way to another, and that a copy lands at once.
+// The probabilities that a warp that could continue yields to another, and that a copy lands at
+// once.
 constexpr double kRedraw = 0.02, kEager = 0.5;
 
 class Random {
@@ -59,8 +60,8 @@ struct Thread {
   Fiber fiber;
   int index = 0;
   Place place = {};                      // where it waits
-  void* mine = nullptr;                  // for the other lanes of its warp
-  std::deque<std::vector<Copy>> groups;  // of copies under way; the last is not committed
+  void* mine = nullptr;                  // its value for the other lanes of its warp
+  std::deque<std::vector<Copy>> groups;  // of copies in flight; the last is not committed
 };
 
 struct Access {
@@ -70,14 +71,15 @@ struct Access {
 };
 
 struct Warp {
-  uint32_t all = 0, ready = 0, together = 0;  // a bit for each lane
-  // Since its lanes were last together: by place, whether the memory is shared, and the lane's
-  // how-many-th access of that kind there. Lanes are taken to access together at the same count.
+  uint32_t all = 0, ready = 0, together = 0;  // one bit per lane
+  // The accesses since the warp's last collective operation, by place, whether the memory is
+  // shared, and the number of the lane's access there. Accesses with equal numbers count as
+  // simultaneous.
   std::map<std::tuple<const char*, unsigned, bool, size_t>, std::vector<Access>> requests;
   std::map<std::tuple<const char*, unsigned, bool, int>, size_t> times;  // by lane
 };
 
-// One block at a time runs, on this thread.
+// Blocks run one at a time, on this thread.
 struct Block {
   const Grid* grid = nullptr;
   const std::function<void()>* kernel = nullptr;
@@ -101,7 +103,7 @@ Fiber scheduler;
 Warp& warp_of(const Thread& thread) { return block.warps[thread.index / kWarp]; }
 uint32_t bit_of(const Thread& thread) { return 1u << thread.index % kWarp; }
 
-// Back to the scheduler until this thread may go on.
+// Returns to the scheduler until this thread may continue.
 void wait(Place place) {
   Thread& self = *block.running;
   warp_of(self).ready &= ~bit_of(self);
@@ -136,9 +138,9 @@ struct Passes {
   int least, taken;
 };
 
-// How often a warp's access to shared memory passes the banks, at the least and as it is: of the
-// words in one bank, one is served at a time. Eight lanes at a time for 16-byte accesses, sixteen
-// for 8.
+// The number of passes that a warp's access to shared memory takes, at minimum and actually: each
+// bank serves one word per pass. Eight lanes access together if accesses have 16 bytes, and sixteen
+// if they have 8.
 Passes passes_of(const std::vector<Access>& accesses) {
   const int at_once = 128 / std::max(4, accesses.front().bytes);
   Passes passes{};
@@ -184,7 +186,7 @@ void count_requests(Warp& warp) {
 
 // --- the scheduler -------------------------------------------------------------------------------
 
-// Who runs first of those who can.
+// The order in which threads that can continue run.
 struct Ahead {
   std::vector<int> warps;
   bool last_lane;
@@ -199,7 +201,7 @@ struct Ahead {
     }
   }
 
-  // The thread to run next; null if all wait.
+  // Returns the thread to run next, or null if all wait.
   Thread* next() const {
     for (const int warp : warps) {
       const uint32_t ready = block.warps[warp].ready;
@@ -220,7 +222,7 @@ struct Ahead {
   fail("threads wait for each other:" + where);
 }
 
-// What a barrier does once all have come.
+// Ends a barrier when all threads have arrived.
 void open_barrier() {
   block.at_barrier = 0;
   counters().barriers++;
@@ -429,7 +431,7 @@ void* shared_array(int index, int64_t bytes, int64_t reserved) {
     fail("the block takes " + std::to_string(block.reserved) +
          " bytes of shared memory, launched with " + std::to_string(block.grid->shared_bytes));
   }
-  // The bytes and no more, from where bank 0 is.
+  // Exactly these bytes, starting at bank 0.
   void* memory = nullptr;
   if (posix_memalign(&memory, 128, std::max<int64_t>(bytes, 1)) != 0) fail("out of memory");
   std::memset(memory, 0xff, bytes);

@@ -1,4 +1,4 @@
-// A GPU on the host, as far as csrc/cuda/device.cuh needs one; see README.md.
+// Emulates a GPU on the host, as far as csrc/cuda/device.cuh needs one; see README.md.
 //
 // A block's threads are fibers that run until they wait. Blocks run one after another.
 
@@ -15,9 +15,9 @@
 
 namespace dense_ext::emulator {
 
-// --- where a thread is, and where in the source --------------------------------------------------
+// --- indices of a thread, and places in the source -----------------------------------------------
 
-// Of the thread that runs.
+// The indices of the running thread.
 struct Coordinates {
   int thread, block_x, block_y, grid_y;
 };
@@ -42,16 +42,16 @@ struct Grid {
   int x, y, threads, shared_bytes;
 };
 
-// Runs `kernel` once for every thread of every block, for one caller at a time. Throws what goes
-// wrong in one of them. `name` and `place` say which kernel it is, and where it is launched.
+// Runs `kernel` once for every thread of every block, for one caller at a time. Throws an error
+// that occurs in a thread. `name` and `place` are the kernel's name and where it is launched.
 void run(const Grid& grid, const std::function<void()>& kernel, const char* name, Place place);
 
-// --- what threads do together --------------------------------------------------------------------
+// --- collective operations -----------------------------------------------------------------------
 
 void barrier(Place place);
 
-// Waits for the other lanes of the warp at the same place; the last to come runs `body` on what all
-// of them brought: `mine` of every lane, by lane.
+// Waits for the other lanes of the warp at the same place. The last lane to arrive runs `body` on
+// the values `mine` of all lanes, ordered by lane.
 void together(void* mine, void (*body)(void* const*), Place place);
 
 template <class V>
@@ -77,7 +77,7 @@ V shuffle(V value, int lane, Place place) {
 
 void load_matrices(uint32_t (&r)[4], const void* row, bool transposed, Place place);
 
-// `kind`: 0 for bfloat16, 1 for half, 2 for tf32.
+// `kind` is 0 for bfloat16, 1 for half, 2 for tf32.
 void multiply_accumulate(int kind, float* c, const uint32_t* a, const uint32_t* b, Place place);
 template <class T>
 void multiply_accumulate(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
@@ -91,8 +91,9 @@ void multiply_accumulate(float (&c)[4], const uint32_t (&a)[4], const uint32_t (
 
 // --- memory --------------------------------------------------------------------------------------
 
-// The index-th array of the block's shared memory: memory of its own, so that a sanitizer sees its
-// ends. It takes `reserved` bytes of what the launch asked for.
+// Array number `index` of the block's shared memory. It is allocated on its own, so that a
+// sanitizer knows its bounds. It takes `reserved` bytes of the shared memory that the launch
+// requested.
 void* shared_array(int index, int64_t bytes, int64_t reserved);
 
 void copy_async(void* shared, const void* global, int bytes, bool valid, Place place);
@@ -109,7 +110,7 @@ uint16_t half_of(float x);
 float float_of_half(uint16_t bits);
 uint32_t tf32_of(float x);
 
-// --- what tests set and read ---------------------------------------------------------------------
+// --- settings and counters -----------------------------------------------------------------------
 
 enum class Order { kRandom, kFirst, kLast };  // which warp runs ahead of the others
 
@@ -117,19 +118,19 @@ struct Settings {
   uint64_t seed = 0;
   Order order = Order::kRandom;
   int multiprocessors = 4;
-  int shared_bytes = 227 << 10;  // a block's, at most
-  bool count = false;            // accesses and bank conflicts: slow
+  int shared_bytes = 227 << 10;  // maximum per block
+  bool count = false;            // whether to count accesses and bank conflicts; slow
 };
 Settings& settings();
 
 struct Counters {
   int64_t launches = 0, blocks = 0, barriers = 0, products = 0;
   int64_t global_loads = 0, global_stores = 0;      // bytes
-  int64_t global_requests = 0, global_sectors = 0;  // of a warp; 32 bytes each
-  int64_t shared_requests = 0;                      // of a warp
-  // Of such requests, by their place: passes of 128 bytes, and those beyond the least.
+  int64_t global_requests = 0, global_sectors = 0;  // per warp; of 32 bytes
+  int64_t shared_requests = 0;                      // per warp
+  // The passes of 128 bytes of such requests, and those beyond the minimum, by place in the source.
   std::map<std::string, int64_t> shared_passes, bank_conflicts;
-  // Of each kernel launched, by its file and name: threads of a block, and the most shared memory.
+  // For each launched kernel, by file and name: threads per block, and the maximum shared memory.
   std::map<std::pair<std::string, std::string>, std::pair<int, int>> kernels;
 };
 Counters& counters();

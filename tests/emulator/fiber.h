@@ -1,4 +1,5 @@
-// Stacks to switch between: on x86-64 six registers and a stack pointer, elsewhere ucontext.
+// Fibers: stacks to switch between. On x86-64 a switch saves six registers and the stack pointer;
+// elsewhere it uses ucontext.
 
 #pragma once
 
@@ -23,12 +24,12 @@ struct Fiber {
   ucontext_t context;
 #endif
 
-  // Makes a later switch run `main`, which must never return.
+  // Makes the next switch to this fiber run `main`, which must never return.
   void start(size_t bytes, void (*main)());
 };
 
 #ifdef __x86_64__
-// Pushes the callee-saved registers, leaves the stack in *from and goes on with `to`.
+// Pushes the callee-saved registers, stores the stack pointer in *from and continues with `to`.
 extern "C" void dense_ext_switch_stack(void** from, void* to);
 asm(R"(
 .text
@@ -58,11 +59,11 @@ dense_ext_switch_stack:
 inline void Fiber::start(size_t bytes, void (*main)()) {
   if (!stack) stack.reset(new unsigned char[bytes]);
 #if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(stack.get(), bytes);  // of frames an error left behind
+  __asan_unpoison_memory_region(stack.get(), bytes);  // clears frames that an error left behind
 #endif
 #ifdef __x86_64__
   auto top = (reinterpret_cast<uintptr_t>(stack.get()) + bytes) & ~uintptr_t{15};
-  auto** slots = reinterpret_cast<void**>(top) - 8;  // six registers, main, its caller: none
+  auto** slots = reinterpret_cast<void**>(top) - 8;  // six registers, main, and its absent caller
   for (int i = 0; i < 8; i++) slots[i] = nullptr;
   slots[6] = reinterpret_cast<void*>(main);
   pointer = slots;
@@ -74,7 +75,7 @@ inline void Fiber::start(size_t bytes, void (*main)()) {
 #endif
 }
 
-// Leaves `from` until somebody switches back to it.
+// Leaves `from` until another fiber switches back to it.
 inline void switch_fiber(Fiber& from, Fiber& to) {
 #ifdef __x86_64__
   dense_ext_switch_stack(&from.pointer, to.pointer);

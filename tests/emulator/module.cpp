@@ -1,4 +1,4 @@
-// What tests set and read of the emulator, as a Python module.
+// The emulator's settings and counters as a Python module.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -7,7 +7,7 @@
 
 namespace py = pybind11;
 
-// Local, so that a process can have several builds.
+// Local to the module, so that a process can load several builds.
 PYBIND11_MODULE(_emulator, m) {
   py::enum_<emulator::Order>(m, "Order", py::module_local())
       .value("RANDOM", emulator::Order::kRandom)
@@ -32,7 +32,7 @@ PYBIND11_MODULE(_emulator, m) {
       .def_readonly("shared_passes", &emulator::Counters::shared_passes)
       .def_readonly("bank_conflicts", &emulator::Counters::bank_conflicts)
       .def_readonly("kernels", &emulator::Counters::kernels);
-  // The ones in use.
+  // References to the values in use.
   m.def("settings", &emulator::settings, py::return_value_policy::reference);
   m.def("counters", &emulator::counters, py::return_value_policy::reference);
   m.def("reset", [] {

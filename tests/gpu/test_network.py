@@ -1,6 +1,6 @@
-"""A whole DenseNet through the GPU backends' kernels.
+"""Runs a whole DenseNet through the GPU backends' kernels.
 
-Triton's in its interpreter, CUDA's in the emulator; both on a GPU, see ``--device``.
+Triton's kernels run in its interpreter and CUDA's in the emulator, or both on a GPU; see ``--device``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STEPS = 3
 def architecture(
     request: pytest.FixtureRequest, backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[str]:
-    """The schedules of each kind of chip; on a GPU its own, once."""
+    """Run a test with the choices for each kind of GPU; on a GPU, only once with its own."""
     architecture = str(request.param)
     if device.type == "cuda":
         if request.param_index > 0:
@@ -44,9 +44,9 @@ def architecture(
 
 
 def train(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """Outputs, input gradients and, at the end, parameters and buffers of some SGD steps.
+    """The outputs and input gradients of some SGD steps, and the parameters and buffers at the end.
 
-    Small steps: large ones multiply a rounding error by a thousand each.
+    The steps are small, since each large step would multiply a rounding error by a thousand.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     found = []
@@ -62,13 +62,13 @@ def train(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
-    """Relative L2 distances."""
+    """The relative L2 distances between tensors."""
     return [((a - e).norm() / e.norm()).item() for a, e in zip(found, exact, strict=True) if e.norm() > 0]
 
 
 @pytest.mark.parametrize("recompute", ["none", "bottleneck"])
 def test_blocks_and_transitions_of_volumes(device: torch.device, backend: str, recompute: str) -> None:
-    """Their 1x1 convolutions, statistics and sums; the kernels see D*H rows."""
+    """Their 1x1x1 convolutions, statistics and sums run in the kernels, as images of D*H rows."""
     exact = nn.Sequential(eager_block(growth_rate=6), eager_transition(24, 8), eager_block(2, 8, 6))
     exact = in_three_dimensions(exact).to(device)
     eager = copy.deepcopy(exact).float()
@@ -83,10 +83,10 @@ def test_blocks_and_transitions_of_volumes(device: torch.device, backend: str, r
 @pytest.mark.usefixtures("architecture")
 @pytest.mark.parametrize("recompute", ["none", "bottleneck"])
 def test_trains_as_exactly_as_eager(device: torch.device, backend: str, recompute: str) -> None:
-    """float32 with float32 products: off float64 no more than eager itself, as a median over tensors.
+    """In float32 with float32 products, the median error over tensors is at most twice eager's.
 
-    The ratio of two equally exact programs scatters with the rounding, most of all in this network, whose
-    last norms are over two values; its mean over draws scatters less. Twice is allowed.
+    Errors are taken against float64. The ratio of two equally exact programs scatters with the rounding,
+    especially in this network, whose last norms are over two values. Its mean over draws scatters less.
     """
     ratios = []
     for seed in range(3):
@@ -100,7 +100,7 @@ def test_trains_as_exactly_as_eager(device: torch.device, backend: str, recomput
             mine, theirs = errors(train(ours, x), truth), errors(train(eager, x), truth)
         assert all(row.runs == "fused" for row in dense_ext.report(ours).rows)
         ratios.append(statistics.median(mine) / statistics.median(theirs))
-        # A tensor much further off would be a mistake that the median hides.
+        # A single tensor with a much larger error would be a mistake that the median hides.
         assert max(mine) <= 10 * max(theirs)
     assert statistics.geometric_mean(ratios) <= 2, ratios
 
@@ -108,9 +108,9 @@ def test_trains_as_exactly_as_eager(device: torch.device, backend: str, recomput
 @pytest.mark.usefixtures("architecture")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_sixteen_bits_are_as_exact_as_eagers(device: torch.device, backend: str, dtype: torch.dtype) -> None:
-    """A block's and a transition's outputs and gradients against float64.
+    """Compares the errors of a block's and a transition's outputs and gradients against float64.
 
-    Over several draws and a few hundred pixels: in a whole small network a single ReLU mask that
+    It uses several draws and a few hundred pixels, because in a whole small network a single ReLU mask that
     flips outweighs all rounding. Equally exact programs then differ by some percent.
     """
     if reason := dense_ext.backends.unavailable_reasons(device, dtype)[backend]:
@@ -155,7 +155,7 @@ def test_every_policy_gives_the_same_bits(device: torch.device, backend: str) ->
 
 
 def test_gradient_that_nobody_else_holds_is_the_buffer(device: torch.device, backend: str) -> None:
-    """Found by counts of references, which on a GPU autograd's own thread sees."""
+    """It is found by reference counts, which on a GPU are taken in autograd's own thread."""
     block = dense_ext.swap(eager_block().float().to(device), backend=backend)
     y = block(torch.randn(2, 6, 5, 4, device=device))
     pointers: list[int] = []
@@ -179,7 +179,7 @@ def test_eval_and_dropout(device: torch.device, backend: str) -> None:
 
 
 def strided_norm_vectors(model: nn.Module) -> None:
-    """As columns of a table: weight, bias and the running statistics."""
+    """Make weight, bias and running statistics columns of one table, so that they have strides."""
     for norm in [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]:
         table = torch.stack([norm.weight, norm.bias, norm.running_mean, norm.running_var], 1).detach()
         norm.weight, norm.bias = nn.Parameter(table[:, 0]), nn.Parameter(table[:, 1])
@@ -201,16 +201,16 @@ def unchanged(model: nn.Module) -> None:
         (strided_norm_vectors, "bottleneck", True),
         (strided_norm_vectors, "bottleneck", False),
         (permuted_weights, "bottleneck", True),
-        (unchanged, "none", True),  # X and z come back in contiguous memory
+        (unchanged, "none", True),  # X and z return in contiguous memory
         (unchanged, "bottleneck", True),
-        (unchanged, "block", True),  # here the block's input
+        (unchanged, "block", True),  # the block's input does
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_layouts_change_no_bits(
     device: torch.device, backend: str, change: Callable[[nn.Module], None], recompute: str, training: bool
 ) -> None:
-    """Of parameters, statistics and saved tensors, which hooks bring back in contiguous memory."""
+    """The layouts of parameters, statistics and saved tensors; hooks return the last contiguous."""
     parts = nn.Sequential(eager_block(2, 8, 8, bn_size=2), eager_transition(24, 8)).float().to(device)
     usual = dense_ext.swap(parts.train(training), recompute=recompute, backend=backend)
     strided = copy.deepcopy(usual)

@@ -1,4 +1,4 @@
-"""Tensors whose last pixels begin beyond 2^31 elements: memory reserved, and only a few pages touched."""
+"""Tensors whose last pixels begin beyond 2^31 elements; memory is reserved, but few pages are touched."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..primitives.common import MakeCase
 from ..primitives.groups import GROUPS
 from ..primitives.harness import Maker, assert_close, tolerance
 
-STRIDE = 2**29 + 8  # elements from one pixel to the next: the sixth begins beyond 2^31
+STRIDE = 2**29 + 8  # elements from one pixel to the next; the sixth begins beyond 2^31
 CASES = [(case, (1, 2, 3, 16, 8)[: len(group.small)]) for group in GROUPS for case in group.cases]
 
 
 class FarApart(Maker):
-    """Makes activations and gradients with almost nothing but room between their pixels."""
+    """Makes activations and gradients whose pixels are far apart in memory."""
 
     def _slice(self, values: Tensor) -> Tensor:
         n, h, w, _ = values.shape

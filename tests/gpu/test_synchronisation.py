@@ -1,7 +1,7 @@
-"""A training step neither waits for the GPU nor reads what that computes.
+"""A training step without dropout neither waits for the GPU nor reads its results.
 
-Without dropout, whose seeds are the host's. On a GPU PyTorch itself refuses what waits; elsewhere nothing
-does, and what would is known by the operator or the call from Python.
+Dropout is excluded because its seeds are on the host. On a GPU, PyTorch itself refuses calls that wait. On a
+CPU no call waits; the tests refuse the operators and Python calls that would wait on a GPU.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from dense_ext.schedule import Block
 
 from ..helpers import eager_block, small_densenet
 
-# How PyTorch marks what depends on values: item, equal, nonzero, masks as indices; not is_nonzero.
+# PyTorch's tag for operators that depend on values: item, equal, nonzero, masks as indices; not is_nonzero.
 READING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-# What reaches no operator where tensors are on the host already.
+# Calls that run no operator if the tensors are already on the host.
 COPYING = {Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.__array__}
 NOTICED = r"copies to the host|reads values|synchronizing"
 
@@ -39,7 +39,7 @@ class NoCopies(TorchFunctionMode):
 
 
 class NoReads(TorchDispatchMode):
-    """Refuses operators that depend on values."""
+    """Refuses operators whose results depend on tensors' values."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -50,14 +50,14 @@ class NoReads(TorchDispatchMode):
         assert not reads, f"{func} reads values"
         if not func.namespace.startswith("dense_ext"):
             return func(*args, **(kwargs or {}))
-        # While an operator runs no mode is on: call its kernel instead, with both.
+        # Modes are off while an operator runs, so call its kernel directly, with both modes on.
         with NoCopies(), self:
             return func.redispatch(self.kernels, *args, **(kwargs or {}))
 
 
 @contextmanager
 def nothing_waits(device: torch.device) -> Iterator[None]:
-    """Raises where the host waits for the device, or for what stands for it."""
+    """Raises if the host waits for the device or, on a CPU, would wait on a GPU."""
     on_gpu = device.type == "cuda"
     try:
         if on_gpu:
@@ -88,7 +88,7 @@ def test_waiting_is_noticed(
     read: Callable[[Tensor], Any],
     where: str,
 ) -> None:
-    """Inside an operator, too, and called by autograd."""
+    """Also inside an operator, and in code that autograd calls."""
     run = getattr(schedule, where)
 
     def reading(ops: Primitives, block: Block, x: Tensor, *rest: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What the tests of other tools share: a small network, and a look at which operators run."""
+"""Shared by the tests of other tools: a small network, and recording which operators run."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ from ..helpers import randomize, twin
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
-# Of float32, relative to the largest value: unit roundoff times the longest sum of each of the ten
-# operators in a row that `tiny_densenet` has (conv0: 3 * 49; any other: at most 8 * 9), for both programs.
+# The error allowed in float32, relative to the largest value. It is the unit roundoff times the longest sums
+# of the ten consecutive operators of `tiny_densenet` (3 * 49 for conv0, at most 8 * 9 for others), for both
+# programs.
 FLOAT32 = 2 * 2**-24 * (3 * 49 + 9 * 8 * 9)
 
 # The parts of `tiny_densenet`, each called once.
@@ -35,12 +36,12 @@ UNFUSED: Counter[str] = Counter()
 
 
 def tiny_densenet(layers: int = 2) -> nn.Module:
-    """A torchvision DenseNet of two blocks, in float64."""
+    """A torchvision DenseNet of two blocks in float64."""
     return randomize(DenseNet(4, (layers, layers), 8, 2, 0.0, num_classes=3)).double()
 
 
 def swapped_and_eager(layers: int = 2) -> tuple[nn.Module, nn.Module]:
-    """Two equal networks, the first one swapped; in evaluation mode."""
+    """Two equal networks in eval mode, of which the first is swapped."""
     return twin(tiny_densenet(layers).eval(), dense_ext.swap)
 
 
@@ -57,40 +58,40 @@ class FusedCalls(TorchDispatchMode):
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        # Once in a process a block of one pixel runs, to see how autograd holds a gradient.
+        # Once per process a block of one pixel runs, to calibrate the counts of an exclusive gradient.
         if func.namespace == "dense_ext" and "backward" not in str(func) and args[0].numel() > 1:
             self.counts[str(func).split(".")[1]] += 1
         return func(*args, **(kwargs or {}))
 
 
 def fused_calls(function: Callable[[], object]) -> Counter[str]:
-    """Which fused operators run during a call."""
+    """The fused operators that run during a call, with their numbers."""
     with FusedCalls() as mode:
         function()
     return mode.counts
 
 
 def in_graph(nodes: Iterable[Any]) -> Counter[str]:
-    """Which fused operators a graph has."""
+    """The fused operators in a graph, with their numbers."""
     targets = [str(node.target) for node in nodes if node.op == "call_function"]
     return Counter(t.split(".")[1] for t in targets if t.startswith("dense_ext."))
 
 
 @contextlib.contextmanager
 def says_unfused(*parts: str) -> Iterator[None]:
-    """Each of these parts, and no other, warns that it runs its original forward."""
+    """Assert that exactly these parts warn that they run their original forward."""
     with pytest.warns(UserWarning, match="runs its original forward") as caught:
         yield
     said = [re.match(r"dense_ext: (\S+) runs its original forward", str(w.message)) for w in caught]
     assert sorted(match.group(1) for match in said if match) == sorted(parts)
 
 
-# Standing in a program's first lines: nothing after them gets at dense_ext.
+# The first lines of a program, which make importing dense_ext fail.
 _WITHOUT = "import sys; sys.modules['dense_ext'] = None\n"
 
 
 def run_elsewhere(program: str, *arguments: object, without_dense_ext: bool = True) -> None:
-    """Run a program in a process of its own, by default in one that can't import dense_ext."""
+    """Run a program in its own process, by default in one that can't import dense_ext."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     text = (_WITHOUT if without_dense_ext else "") + program
     command = [sys.executable, "-c", text, *map(str, arguments)]

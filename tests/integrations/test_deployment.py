@@ -1,4 +1,4 @@
-"""Compiled, exported and converted: what becomes of a swapped network where it is served."""
+"""Deploying a swapped network: compiling, exporting and converting it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .common import (
     swapped_and_eager,
 )
 
-# Loads what a test has saved and compares; arguments: what, model file, file with input and output.
+# Loads a saved model and compares its output. Arguments: format, model file, file with input and output.
 _LOAD_AND_COMPARE = """
 import sys, torch
 what, model, expected = sys.argv[1:]
@@ -216,5 +216,5 @@ def test_openvino(of: str) -> None:
     served = openvino.compile_model(converted, "CPU", exact)
     y = torch.from_numpy(served(x.numpy())[0])
     assert_equal(y, eager(x).detach(), "output", FLOAT32)
-    # The conversion leaves the network as it was.
+    # The conversion does not change the network.
     assert fused_calls(lambda: ours(x)) == FUSED

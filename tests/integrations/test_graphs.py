@@ -1,4 +1,4 @@
-"""torch.fx and what is built on it: graphs of a swapped network are the original's."""
+"""torch.fx and tools built on it: the graphs of a swapped network are the original's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..helpers import assert_equal, assert_same_state
 from .common import FUSED, UNFUSED, fused_calls, images, swapped_and_eager
 
 NODES = ["features.denseblock1", "features.denseblock2"]
-# torchvision's blocks and transitions, and what inherits from them, as calls of whole modules.
+# Makes torchvision's blocks and transitions, and their subclasses, leaves: calls of whole modules.
 WHOLE = {"leaf_modules": [_DenseBlock, _Transition]}
 
 
@@ -49,7 +49,7 @@ def test_feature_extractor_after_the_swap() -> None:
 
 
 def test_feature_extractor_of_whole_blocks() -> None:
-    """With blocks and transitions as leaves they stay fused, and the swap may come first or last."""
+    """Blocks and transitions that are leaves stay fused, whether the swap comes first or last."""
     ours, eager = swapped_and_eager()
     later = copy.deepcopy(eager)
     after = create_feature_extractor(ours, NODES, tracer_kwargs=WHOLE)
@@ -67,7 +67,7 @@ def test_feature_extractor_of_whole_blocks() -> None:
 
 
 def test_feature_extractor_before_the_swap() -> None:
-    """Without leaves nothing is left of the blocks."""
+    """Without leaves, the graph has no blocks that could be swapped."""
     _, eager = swapped_and_eager()
     extractor = create_feature_extractor(eager, ["features.norm5"])
     with pytest.raises(ValueError, match="contains no dense block"):
@@ -79,7 +79,7 @@ def test_fx_quantization() -> None:
     from torch.ao.quantization import get_default_qconfig_mapping
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
-    torch.use_deterministic_algorithms(False)  # PyTorch has no such form of its 8-bit operators
+    torch.use_deterministic_algorithms(False)  # PyTorch's 8-bit operators have no deterministic version
     x = images().float()
     prepared, converted = [], []
     for model in swapped_and_eager():
@@ -92,7 +92,7 @@ def test_fx_quantization() -> None:
 
 
 def test_dynamic_quantization() -> None:
-    """Of the linear layer; it makes a copy, in either order with the swap."""
+    """It quantizes the linear layer of a copy, before or after the swap."""
     ours, eager = (model.float() for model in swapped_and_eager())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)

@@ -1,4 +1,4 @@
-"""Every row of the guide's table names a test that exists, and every test here stands in a row."""
+"""Every row of the guide's table names an existing test, and every test in this folder has a row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ROWS = [
 
 
 def _tests(path: str) -> set[str]:
-    """The names of a file's tests, those of its classes too."""
+    """The names of a file's tests, including those in classes."""
     tree = ast.parse((ROOT / path).read_text())
     names = (node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
     return {name for name in names if name.startswith("test_")}

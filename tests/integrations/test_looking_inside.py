@@ -1,4 +1,4 @@
-"""Tools that look inside a network or transform its calls: explanations, torch.func, counters, profilers."""
+"""Tools that inspect a network or transform its calls: explanations, torch.func, counters, profilers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TestGradCAM:
         assert_equal(maps[0], self._map(eager, layer, x), "map", 2**-20)
 
     def test_grad_cam_of_the_last_norm(self) -> None:
-        """The network's own ReLU then writes in place into what the hook has seen."""
+        """The network's own ReLU afterwards writes in place into the output that the hook has received."""
         ours, eager = swapped_and_eager()
         x, layer = images(), "features.norm5"
         assert_equal(self._map(ours, layer, x), self._map(eager, layer, x), "map", 2**-20)
@@ -81,7 +81,7 @@ class TestCaptum:
             found = attr.GuidedBackprop(ours).attribute(x, target=1)
         said = [w for w in caught if "runs its original forward" in str(w.message)]
         assert len(said) == 4
-        with warnings.catch_warnings():  # captum says that it sets hooks
+        with warnings.catch_warnings():  # captum warns that it sets hooks
             warnings.simplefilter("ignore")
             expected = attr.GuidedBackprop(eager).attribute(x, target=1)
         assert_equal(found, expected, "attribution")
@@ -123,7 +123,7 @@ class TestFunc:
 
 
 def test_flop_counter() -> None:
-    """Its hooks for all modules have the original's operators run, which it knows how to count."""
+    """Its global hooks make the original's operators run, which it can count."""
     counts = []
     for model in swapped_and_eager():
         with FlopCounterMode(display=False) as counter:

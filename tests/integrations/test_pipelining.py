@@ -22,7 +22,7 @@ def _loss(y: Tensor, target: Tensor) -> Tensor:
 
 
 class _Tail(nn.Module):
-    """The second stage, cut by hand."""
+    """The second stage of the network, split by hand."""
 
     def __init__(self, model: nn.Module, start: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def _worker(rank: int, folder: str) -> None:
 
 
 def _train(rank: int, traced: bool) -> None:
-    """A step of this process's stage; output and gradients are eager's."""
+    """Run a step of this process's stage, and compare output and gradients with eager's."""
     torch.manual_seed(0)
     ours, eager = swapped_and_eager()
     x, target = images(4), torch.randn(4, 3, dtype=torch.float64)
@@ -65,7 +65,7 @@ def _train(rank: int, traced: bool) -> None:
     schedule = ScheduleGPipe(stage, n_microbatches=2, loss_fn=_loss, scale_grads=False)
     with FusedCalls() as calls:
         y = schedule.step(target=target) if rank else schedule.step(x)
-    # The first stage has the stem, a block and a transition, the second a block.
+    # The first stage has the stem, a block and a transition; the second has a block.
     parts = {"dense_block"} if rank else {"dense_block", "stem", "transition"}
     assert set(calls.counts) == (set() if traced else parts)
     expected = eager(x)

@@ -1,4 +1,4 @@
-"""What runs or changes a training: Lightning, Accelerate, PEFT, pruning, checkpointing, offloading."""
+"""Tools that run or change training: Lightning, Accelerate, PEFT, pruning, checkpointing, offloading."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_lightning(tmp_path: Path) -> None:
         assert fused_calls(lambda m=model, t=trainer: t.fit(Training(m.train()), _data())) == expected
         trainer.save_checkpoint(tmp_path / "model.ckpt")
     assert_same_state(ours, eager)
-    # The eager network's checkpoint goes into the swapped one.
+    # The swapped network loads the eager network's checkpoint.
     saved = torch.load(tmp_path / "model.ckpt", weights_only=True)["state_dict"]
     Training(ours).load_state_dict(saved)
 
@@ -90,7 +90,7 @@ def test_accelerate(accelerate: Any) -> None:
 
 
 def test_accelerate_offloads_weights(accelerate: Any) -> None:
-    """Its hooks bring the weights of single convolutions, so that these have to be called."""
+    """Its hooks load the weights of single convolutions, so these modules must be called."""
     ours, eager = swapped_and_eager()
     x = images()
     expected = eager(x)
@@ -185,9 +185,9 @@ def _swap_wrapped(model: nn.Module) -> nn.Module:
     ids=["swap first", "swap last"],
 )
 def test_activation_checkpointing(change: Callable[[nn.Module], nn.Module], fused: Counter[str]) -> None:
-    """Of each block, which runs again in backward, but updates its running statistics only once.
+    """Each block is checkpointed: it runs again in backward, but updates its running statistics only once.
 
-    Eager's checkpointed blocks update them twice, so it is plain eager that is compared with.
+    Eager's checkpointed blocks update them twice, so the test compares with eager without checkpointing.
     """
     _, eager = swapped_and_eager()
     ours = change(copy.deepcopy(eager)).train()

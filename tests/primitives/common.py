@@ -1,4 +1,4 @@
-"""The tests every primitive has to pass; each test file says for which cases and sizes."""
+"""The tests that every primitive has to pass; each primitive's test file gives its cases and sizes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ MakeMaker = Callable[..., Maker]
 class PrimitiveTests:
     """Base of a primitive's test class.
 
-    ``cases`` are functions of a Maker and a size; ``sizes`` are tried in every dtype, ``small`` and
-    ``large`` in other tests. A size begins with the number of images.
+    ``cases`` are functions of a Maker and a size. ``sizes`` are tested in every dtype; ``small`` and
+    ``large`` are used in other tests. A size begins with the number of images.
     """
 
     cases: ClassVar[tuple[MakeCase, ...]]
@@ -34,12 +34,12 @@ class PrimitiveTests:
         check_values(backend, case(maker(dtype), size))
 
     def test_aligned(self, backend: Backend, maker: MakeMaker, dtype: torch.dtype, case: MakeCase) -> None:
-        """Pixels that begin at 16 bytes, as a model's do: accesses may be as wide."""
+        """Pixels are aligned to 16 bytes, as in a model, so that accesses can be 16 bytes wide."""
         channels = (-(-c // ALIGNED) * ALIGNED for c in self.small[3:])
         check_values(backend, case(maker(dtype, guard=ALIGNED), (*self.small[:3], *channels)))
 
     def test_tf32(self, backend: Backend, maker: MakeMaker, case: MakeCase) -> None:
-        """Where PyTorch's own convolutions may round float32 to tf32, products may."""
+        """Products may round float32 to tf32 if PyTorch's own convolutions may."""
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
             check_values(backend, case(maker(torch.float32), self.small))
 
@@ -59,7 +59,7 @@ class PrimitiveTests:
         check_values(backend, case(maker(dtype, special=True), self.small))
 
     def test_activation_at_zero(self, backend: Backend, maker: MakeMaker, case: MakeCase) -> None:
-        """Where scale*x + shift is zero, no gradient passes."""
+        """No gradient passes where scale*x + shift is zero."""
         zero = case(maker(torch.float32), self.small)
         for name in {"scale", "shift"} & zero.arguments.keys():
             zero.arguments[name].zero_()
@@ -70,7 +70,7 @@ class PrimitiveTests:
 
 
 class OptionalOutputTests:
-    """Base of the test class where outputs may be None: ``optional_cases`` leave them out."""
+    """Base of the test class of a primitive with optional outputs; ``optional_cases`` pass None for them."""
 
     optional_cases: ClassVar[tuple[MakeCase, ...]]
     small: ClassVar[Size]

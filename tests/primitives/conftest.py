@@ -1,4 +1,4 @@
-"""Fixtures of the primitives' tests: every backend but the reference, every dtype it runs."""
+"""Fixtures of the primitives' tests: every backend except the reference, in every dtype that it supports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .harness import Maker
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The backends that run on ``--device``; the cases and sizes of a PrimitiveTests class."""
+    """Parametrize with the backends that run on ``--device``, and with a class's cases and sizes."""
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", checked_backends(metafunc.config), indirect=True)
     for name, values in (("case", "cases"), ("optional_case", "optional_cases"), ("size", "sizes")):
@@ -27,20 +27,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where the tensors live."""
+    """The tensors' device."""
     return device_of(request.config)
 
 
 @pytest.fixture(autouse=True)
 def exact_products() -> Iterator[None]:
-    """float32 products in float32, not in tf32."""
+    """Compute float32 products in float32, not in tf32."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
 
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Backend:
-    """Each backend that is checked against the reference."""
+    """Each backend that is compared with the reference."""
     return BACKENDS[request.param]
 
 
@@ -53,11 +53,11 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture
 def maker(backend: Backend, device: torch.device) -> Callable[..., Maker]:
-    """Makes a Maker for a dtype, or skips with the reason why the backend doesn't run it."""
+    """A function that makes a Maker for a dtype, or skips the test with the backend's reason."""
 
     def make(dtype: torch.dtype, **options: Any) -> Maker:
         for primitive in PRIMITIVES:
-            if reason := backend.can_run(primitive, device, dtype):
+            if reason := backend.unavailable_reason(primitive, device, dtype):
                 pytest.skip(f"{backend.name}: {reason}")
         return Maker(dtype, device, **options)
 
@@ -66,7 +66,7 @@ def maker(backend: Backend, device: torch.device) -> Callable[..., Maker]:
 
 @pytest.fixture(params=[1, 7], ids=lambda n: f"{n}threads")
 def threads(request: pytest.FixtureRequest, backend: Backend, device: torch.device) -> Iterator[int]:
-    """One thread, and more than there are cores or, often, tiles; in the emulator multiprocessors."""
+    """One thread, and more threads than cores (often more than tiles); in the emulator, multiprocessors."""
     if request.param > 1 and (backend.name == "triton" or device.type != "cpu"):
         pytest.skip("PyTorch's threads do not run these kernels")
     if request.config.getoption("--device") == "emulator":
@@ -78,5 +78,5 @@ def threads(request: pytest.FixtureRequest, backend: Backend, device: torch.devi
 
 
 def _id(value: object) -> str:
-    function = getattr(value, "func", value)  # of a functools.partial
+    function = getattr(value, "func", value)  # unwraps a functools.partial
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(function.__name__)

@@ -1,4 +1,4 @@
-"""The tests of all primitives that address pixels, for what goes through their cases."""
+"""The test classes of all primitives that address pixels, for tests that run all of their cases."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""How a primitive is tested: a backend against the reference in float64, on equal inputs.
+"""Tests a primitive: compares a backend with the reference in float64, on equal inputs.
 
-Inputs are made so that scale*x + shift is exact in every accumulation type and never zero: then
-all backends agree on every ReLU mask, and what differs is rounding alone. Tensors are slices of
-wider ones, outputs hold NaN before they are written, and after a call nothing but the outputs may
-have changed, to the bit.
+Inputs are chosen so that scale*x + shift is exact in every accumulation type and never zero. Then all
+backends agree on every ReLU mask, and only rounding differs. Tensors are slices of wider ones, outputs
+hold NaN before they are written, and a call must not change a single bit except in its outputs.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from dense_ext.backends.base import Backend, accumulate_dtype, tf32_allowed
 from dense_ext.backends.compiled import CompiledBackend
 from dense_ext.backends.reference import ReferenceBackend
 
-# Channels of the wider tensor on either side of a slice; of one that begins and ends at 16 bytes.
+# The channels of the wider tensor on either side of a slice; and the same for a 16-byte aligned slice.
 GUARD, ALIGNED = 3, 8
 
 BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
@@ -32,12 +31,13 @@ class Case:
     """One call of a primitive.
 
     Attributes:
-        primitive: its name, or that of what a backend makes of several.
-        arguments: by name, the outputs among them.
-        lengths: of each output, how many rounded terms a value is the sum of.
+        primitive: the primitive's name, or a key of ``THROUGH_NORM``.
+        arguments: the arguments by name, including the outputs.
+        lengths: for each output, the number of rounded terms in the sum that makes one value.
         statistics: (mean, var, of): outputs that are the moments of another output, as stored.
-        scratch: arguments the call may destroy.
-        first: what a backend may call first, and then go on with its outputs of the same names.
+        scratch: arguments that the call may overwrite.
+        first: the first call of a method that a backend inherits from the base class; it stores intermediate
+            values in outputs of the same names.
     """
 
     primitive: str
@@ -49,18 +49,18 @@ class Case:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the activations."""
+        """The activations' dtype."""
         dtypes = {v.dtype for v in self.arguments.values() if isinstance(v, Tensor)}
         return min(dtypes, key=lambda dtype: dtype.itemsize)
 
     def run(self, backend: Backend) -> dict[str, Tensor]:
-        """Call the backend; the outputs by name."""
+        """Call the backend; returns the outputs by name."""
         getattr(backend, self.primitive)(**self.arguments)
         names = [*self.lengths, *(self.statistics or ())[:2]]
         return {n: self.arguments[n] for n in names if self.arguments[n] is not None}
 
     def copy(self, dtype: torch.dtype | None = None) -> Case:
-        """The same with every tensor copied, with its strides or as a dense one of ``dtype`` on the CPU."""
+        """The case with every tensor copied: with the same strides, or dense, of ``dtype`` and on the CPU."""
 
         def copied(value: Any) -> Any:
             if not isinstance(value, Tensor):
@@ -78,8 +78,8 @@ class Maker:
     """Makes the tensors of a case.
 
     Attributes:
-        special: put NaN and infinities into the activations.
-        guard: channels on either side of a slice.
+        special: whether to put NaN and infinities into the activations.
+        guard: the number of channels on either side of a slice.
     """
 
     dtype: torch.dtype
@@ -99,35 +99,35 @@ class Maker:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)
 
     def _slice(self, values: Tensor) -> Tensor:
-        """The values in the middle of a wider tensor of random numbers."""
+        """The values as a slice in the middle of a wider tensor of random numbers."""
         wide = self._normal(*values.shape[:-1], values.shape[-1] + 2 * self.guard)
         inside = slice(self.guard, self.guard + values.shape[-1])
         wide[..., inside] = values
         return wide.to(self.device, self.dtype)[..., inside]
 
     def activations(self, *shape: int) -> Tensor:
-        """[N, H, W, C] multiples of 1/16 up to 4: exact in every dtype."""
+        """Activations [N, H, W, C]: multiples of 1/16 up to 4, which are exact in every dtype."""
         values = self._integers(-64, 64, *shape) / 16
-        if self.special:  # away from the border, whose zeros a kernel may or may not multiply by
+        if self.special:  # away from the border: a kernel may or may not multiply by the padding's zeros
             for i, value in enumerate((math.nan, math.inf, -math.inf)):
                 values[0, shape[1] // 2, shape[2] // 2, 7 + 11 * i] = value
         return self._slice(values)
 
     def gradients(self, *shape: int) -> Tensor:
-        """[N, H, W, C], normally distributed."""
+        """Gradients [N, H, W, C], normally distributed."""
         return self._slice(self._normal(*shape))
 
     def unwritten(self, *shape: int) -> Tensor:
-        """[N, H, W, C] of NaN, for an output."""
+        """An output [N, H, W, C], filled with NaN."""
         return self._slice(torch.full(shape, math.nan, dtype=torch.float64))
 
     def scale(self, channels: int) -> Tensor:
-        """Multiples of 1/4, of both signs."""
+        """A scale [C]: multiples of 1/4 of both signs."""
         values = self._integers(1, 8, channels) / 4 * (self._integers(0, 1, channels) * 2 - 1)
         return values.to(self.device, self.accumulate)
 
     def shift(self, channels: int) -> Tensor:
-        """Odd multiples of 1/128: scale*x + shift, x and scale as above, is never zero."""
+        """A shift [C]: odd multiples of 1/128, so that scale*x + shift is never zero."""
         values = self._integers(-16, 16, channels) / 16 + 1 / 128
         return values.to(self.device, self.accumulate)
 
@@ -137,7 +137,7 @@ class Maker:
         return (values.abs() + 0.1 if positive else values).to(self.device, self.accumulate)
 
     def unwritten_vector(self, *shape: int) -> Tensor:
-        """A per-channel vector of NaN, for an output."""
+        """An output [C], filled with NaN."""
         return torch.full(shape, math.nan, device=self.device, dtype=self.accumulate)
 
     def weight(self, out: int, channels: int, size: int, channels_last: bool = False) -> Tensor:
@@ -147,12 +147,12 @@ class Maker:
         return weight.contiguous(memory_format=torch.channels_last) if channels_last else weight
 
     def unwritten_like(self, weight: Tensor) -> Tensor:
-        """A weight of NaN with the same strides, for an output."""
+        """An output with the weight's shape and strides, filled with NaN."""
         return torch.full_like(weight, math.nan)
 
 
 def through_norm(case: Case, make: Maker) -> Case:
-    """The case of a backward pass through a norm of the batch's statistics."""
+    """The case of the backward pass through a norm that used the batch's statistics."""
     arguments = dict(case.arguments)
     del arguments["sums"]
     channels = arguments["grad_x"].shape[3]
@@ -169,7 +169,7 @@ def through_norm(case: Case, make: Maker) -> Case:
     return Case(case.primitive.replace("_backward", "_norm_backward"), arguments, lengths, first=case)
 
 
-# --- what is checked ---------------------------------------------------------------------------
+# --- checks ------------------------------------------------------------------------------------
 
 
 def base_of(tensor: Tensor) -> Tensor:
@@ -178,26 +178,26 @@ def base_of(tensor: Tensor) -> Tensor:
 
 
 def same_view(tensor: Tensor, base: Tensor) -> Tensor:
-    """The part of ``base`` that ``tensor`` is of its own base."""
+    """The view of ``base`` that corresponds to ``tensor`` as a view of its own base."""
     if tensor._base is None:
         return base
     return base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def equal_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same bits; NaN may equal NaN."""
+    """Whether two tensors hold the same bits, also where they are NaN."""
     bits = BITS[a.element_size()]
     return torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
 
 
 def tolerance(dtype: torch.dtype, length: int, operands: torch.dtype | None = None) -> float:
-    """What rounding explains: a store in ``dtype`` of a sum of ``length`` terms.
+    """The relative error that rounding explains for a sum of ``length`` terms stored in ``dtype``.
 
-    A store rounds to nearest, off by half an eps at most. The rounding errors of a sum are random
-    and of either sign: relative to the result they grow with the square root of the length
-    (Higham, Accuracy and Stability, section 2.8). Where both factors of a product were rounded to
-    ``operands`` first, each term is off by an eps of it at the most, again at random: relative to
-    the result, whose terms are of either sign too, that is an eps whatever the length.
+    A store rounds to nearest, with an error of at most half an eps. The rounding errors of a sum are random
+    and of either sign, so relative to the result they grow with the square root of the length (Higham,
+    Accuracy and Stability, section 2.8). If both factors of a product were first rounded to ``operands``,
+    each term is off by at most one eps of that type, again at random. The terms have either sign too, so
+    relative to the result that is one eps, whatever the length.
     """
     store = torch.finfo(dtype).eps / 2
     rounded = 0.0 if operands is None else torch.finfo(operands).eps
@@ -205,7 +205,7 @@ def tolerance(dtype: torch.dtype, length: int, operands: torch.dtype | None = No
 
 
 def assert_close(what: str, got: Tensor, expected: Tensor, tol: float) -> None:
-    """Relative to the largest value, for each element, and relative L2; NaN and inf must agree."""
+    """Compare each element relative to the largest value, and the relative L2 error; NaN and inf agree."""
     got = got.double()
     assert got.shape == expected.shape, what
     assert torch.equal(got.isnan(), expected.isnan()), f"{what}: NaN in other places"
@@ -222,7 +222,7 @@ def assert_close(what: str, got: Tensor, expected: Tensor, tol: float) -> None:
 
 
 def assert_moments(what: str, mean: Tensor, var: Tensor, x: Tensor) -> None:
-    """``mean`` and ``var`` are the moments of x [N, H, W, C] over its pixels."""
+    """Assert that ``mean`` and ``var`` are the moments of x [N, H, W, C] over its pixels."""
     x = x.double().flatten(0, 2)
     if not x.isfinite().all():
         assert torch.equal(var.isfinite(), x.isfinite().all(0)), f"{what}: NaN in other places"
@@ -232,13 +232,13 @@ def assert_moments(what: str, mean: Tensor, var: Tensor, x: Tensor) -> None:
     mean_error = (mean.double() - true_mean).abs()
     size = x.square().mean(0).sqrt()
     assert (mean_error <= tol * size).all(), f"{what}: mean off by {mean_error.max():.3e}"
-    # A mean off by d adds d^2 to the variance.
+    # An error of d in the mean adds d^2 to the variance.
     var_error = (var.double() - true_var).abs()
     assert (var_error <= tol * true_var + (tol * size) ** 2).all(), f"{what}: variance"
 
 
 def check_values(backend: Backend, case: Case) -> None:
-    """The backend's outputs are the reference's, and it changed nothing else."""
+    """Assert that the backend's outputs equal the reference's, and that it changed nothing else."""
     expected = case.copy(torch.float64).run(ReferenceBackend())
     before = case.copy()
     outputs = case.run(backend)
@@ -249,7 +249,7 @@ def check_values(backend: Backend, case: Case) -> None:
     for name, length in case.lengths.items():
         if name in outputs:
             tol = tolerance(outputs[name].dtype, length, operands)
-            if name in first:  # rounded once before, in another size
+            if name in first:  # the first call has rounded an intermediate value before
                 tol += torch.finfo(outputs[name].dtype).eps / 2 * _ratio(first[name], expected[name])
             assert_close(f"{case.primitive} {name}", outputs[name].cpu(), expected[name], tol)
     if case.statistics is not None and case.statistics[0] in outputs:
@@ -266,7 +266,7 @@ def check_values(backend: Backend, case: Case) -> None:
 
 
 def _ratio(a: Tensor, b: Tensor) -> float:
-    """The size of a in that of b, by the largest value or the norm; NaN and inf aside."""
+    """The size of a relative to b, by the largest value or the norm, ignoring NaN and inf."""
     a, b = (t[t.isfinite()] for t in (a, b))
     if not a.any() or not b.any():
         return 0.0
@@ -274,12 +274,12 @@ def _ratio(a: Tensor, b: Tensor) -> float:
 
 
 def _operands(case: Case) -> torch.dtype:
-    """What the factors of products are rounded to; tf32 has as many bits as float16."""
+    """The dtype to whose precision the factors of products are rounded; tf32 has float16's precision."""
     return torch.float16 if tf32_allowed(case.dtype) else case.dtype
 
 
 def check_repeats(backend: Backend, case: Case) -> None:
-    """The same inputs give the same bits."""
+    """Assert that the same inputs give the same bits."""
     again = case.copy()
     first, second = case.run(backend), again.run(backend)
     for name in first:
@@ -287,7 +287,7 @@ def check_repeats(backend: Backend, case: Case) -> None:
 
 
 def check_op(backend: Backend, case: Case) -> None:
-    """The op behind a compiled backend's primitive passes torch.library.opcheck."""
+    """Assert that the op of a compiled backend's primitive passes torch.library.opcheck."""
     if isinstance(backend, CompiledBackend) and case.primitive in backend.library.names:
         op = backend.library.op(case.primitive)
         given = {**case.arguments, "tf32": False}
@@ -295,7 +295,7 @@ def check_op(backend: Backend, case: Case) -> None:
 
 
 def check_refuses(backend: Backend, case: Case, name: str, value: Tensor | None, message: str) -> None:
-    """A compiled backend refuses the case with ``value`` for the argument ``name``."""
+    """Assert that a compiled backend refuses the case with ``value`` for the argument ``name``."""
     if not isinstance(backend, CompiledBackend):
         pytest.skip(f"{backend.name} leaves checking to its caller")
     wrong = case.copy()

@@ -45,7 +45,7 @@ def test_in_place(backend: Backend, maker: MakeMaker, dtype: torch.dtype) -> Non
 
 
 def test_rounds_to_nearest(backend: Backend, maker: MakeMaker, dtype: torch.dtype) -> None:
-    """A sum that is exact before it is stored has one right result, ties to even and all."""
+    """A sum that is exact before it is stored must round to nearest, ties to even."""
     case = accumulate_case(maker(dtype), SIZES[-1])
     case.arguments["scale"].fill_(1)
     exact = case.arguments["out"].double() + case.arguments["grad"].double()

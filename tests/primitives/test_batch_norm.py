@@ -57,7 +57,7 @@ def test_values(
 
 
 def test_running_statistics(backend: Backend, maker: MakeMaker) -> None:
-    """Without u and v the batch's statistics have no gradient."""
+    """A norm that used running statistics has no u and v; the other outputs are right all the same."""
     check_values(backend, gradient_case(maker(torch.float32), 5, statistics=False))
 
 

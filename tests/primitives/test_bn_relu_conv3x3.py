@@ -73,7 +73,7 @@ def test_channels_last_weight(backend: Backend, maker: MakeMaker, case: MakeCase
 
 @pytest.mark.parametrize("case", [forward_case, backward_case])
 def test_many_bands(backend: Backend, maker: MakeMaker, case: MakeCase) -> None:
-    """An image too large for the cache is done in bands of rows, which see each other's edges."""
+    """An image too large for the cache is computed in bands of rows, which read each other's edges."""
     check_values(backend, case(maker(torch.float32), (1, 13, 100, 128, 12)))
 
 

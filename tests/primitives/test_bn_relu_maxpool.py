@@ -1,4 +1,4 @@
-"""bn_relu_maxpool_forward and bn_relu_maxpool_backward, also through the norm."""
+"""bn_relu_maxpool_forward and bn_relu_maxpool_backward, also the backward through the norm."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dense_ext.backends.base import Backend
 from .common import MakeMaker, PrimitiveTests
 from .harness import Case, Maker, check_refuses, check_values, through_norm
 
-# N, H, W, C. Activations are multiples of 1/64: windows have equal maxima often enough.
+# N, H, W, C. Activations are multiples of 1/64, so that windows often have equal maxima.
 SIZES = [
     (1, 1, 1, 5),
     (2, 5, 7, 33),
@@ -51,7 +51,7 @@ def norm_backward_case(make: Maker, size: tuple[int, ...]) -> Case:
 
 
 def test_equal_maxima(backend: Backend, maker: MakeMaker) -> None:
-    """Of a window's equal maxima the first in row-major order takes the gradient."""
+    """Among a window's equal maxima, the first in row-major order takes the gradient."""
     case = backward_case(maker(torch.float32), SMALL)
     case.arguments["x"].fill_(1)
     case.arguments["scale"].fill_(1)
@@ -59,7 +59,7 @@ def test_equal_maxima(backend: Backend, maker: MakeMaker) -> None:
 
 
 def test_many_bands(backend: Backend, maker: MakeMaker) -> None:
-    """An image too large for the cache is done in bands, which share the windows between them."""
+    """An image too large for the cache is computed in bands, and windows across an edge belong to both."""
     check_values(backend, backward_case(maker(torch.float32), (1, 61, 50, 130)))
 
 

@@ -1,4 +1,4 @@
-"""bn_relu_pool_conv1x1_forward and bn_relu_pool_conv1x1_backward, also through the norm."""
+"""bn_relu_pool_conv1x1_forward and bn_relu_pool_conv1x1_backward, also the backward through the norm."""
 
 from __future__ import annotations
 

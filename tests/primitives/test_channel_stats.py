@@ -24,7 +24,7 @@ def stats_case(make: Maker, size: tuple[int, ...]) -> Case:
 
 
 def test_large_mean(backend: Backend, maker: MakeMaker) -> None:
-    """A variance of 1e-10 of the squared mean: E[x^2] - E[x]^2 would lose all of it."""
+    """The variance is 1e-10 of the squared mean; E[x^2] - E[x]^2 would lose all its digits."""
     case = stats_case(maker(torch.float32), (4, 33, 17, 40))
     case.arguments["x"].mul_(0.03).add_(3000)
     check_values(backend, case)

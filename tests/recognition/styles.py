@@ -1,7 +1,7 @@
-"""Densely connected networks as people write them: one function a style, each a small network.
+"""Densely connected networks as people write them: one function per style returns a small network.
 
-``C`` is the number of channels that the first block reads, ``K`` the growth rate. A comment names what is
-uncommon about a style.
+``C`` is the number of channels that the first block reads, and ``K`` the growth rate. Comments explain what
+is uncommon about a style.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def conv3(inputs: int, outputs: int) -> nn.Conv2d:
 
 
 class Classifier(nn.Module):
-    """A first convolution, a body of ``C`` to ``channels`` channels, norm, pool and a linear layer."""
+    """A convolution, a body from ``C`` to ``channels`` channels, a norm, a pool and a linear layer."""
 
     def __init__(self, body: nn.Module, channels: int, dims: int = 2) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Classifier(nn.Module):
 
 
 class TwoConvolutions(nn.Module):
-    """The modules of a layer with bottleneck, under common names; what forward does is the subclass's."""
+    """The modules of a layer with a bottleneck, under common names; subclasses define forward."""
 
     def __init__(self, inputs: int, inplace: bool = True) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def sequential_of_layers() -> nn.Module:
 
 class NewestFirst(TwoConvolutions):
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.new(x), x], 1)  # the other way round
+        return torch.cat([self.new(x), x], 1)  # the new features come first
 
 
 @style
@@ -182,7 +182,7 @@ def dropout_module() -> nn.Module:
 
 
 class ListBlock(nn.Module):
-    """Layers take the list of all features; children are not in the order they run."""
+    """Layers take the list of all features, and the children are not in the order in which they run."""
 
     def __init__(self, count: int = 3) -> None:
         super().__init__()
@@ -235,7 +235,7 @@ def starred_features() -> nn.Module:
 
 
 class CheckpointedBlock(nn.Module):
-    """Whole layers are checkpointed where gradients are recorded; eager counts their statistics twice."""
+    """Whole layers are checkpointed if gradients are enabled; eager updates their statistics twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -257,7 +257,7 @@ def optional_checkpoints() -> nn.Module:
 
 
 class OnlyNew(nn.Module):
-    """Returns what its layers add, as in the upsampling path of a fully convolutional DenseNet."""
+    """Returns only the new features, as in the upsampling path of a fully convolutional DenseNet."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -278,7 +278,7 @@ def only_the_new_features() -> nn.Module:
 
 
 class SharedActivation(nn.Module):
-    """One activation for all layers, defined last; setattr'd names."""
+    """All layers share one activation, which is defined last; names are set with setattr."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -335,7 +335,7 @@ def stage_ends_with_its_transition() -> nn.Module:
 
 
 class NoActivation(nn.Module):
-    """A transition without ReLU stays as it is."""
+    """A transition without ReLU is not fused."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -352,7 +352,7 @@ def transition_without_activation() -> nn.Module:
 
 
 class MaxPooled(nn.Module):
-    """A max pool behind the transition's convolution stays as it is."""
+    """A transition with a max pool after its convolution is not fused."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -371,7 +371,7 @@ def transition_with_max_pool() -> nn.Module:
 
 
 class OneForward(nn.Module):
-    """Everything in one module; only parts of its forward are dense, so no module of its own is."""
+    """Everything is in one module; only parts of its forward are dense, so no module can be fused."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -388,7 +388,7 @@ class OneForward(nn.Module):
         out = self.trans1(self.dense1(self.conv(x)))
         out = self.dense2(out)
         out = F.avg_pool2d(F.relu(self.bn(out)), 4)
-        return self.linear(out.view(out.size(0), -1))  # a view of what has one pixel
+        return self.linear(out.view(out.size(0), -1))  # a view of features with one pixel
 
 
 @style
@@ -397,7 +397,7 @@ def one_forward_for_all() -> nn.Module:
 
 
 class ViewedFeatures(nn.Module):
-    """Views the features themselves, which needs contiguous memory."""
+    """Makes a view of the features themselves, for which they must be contiguous."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -469,7 +469,7 @@ def volumes() -> nn.Module:
 
 
 class Configured(nn.Module):
-    """Reads its settings in every forward: they are guarded."""
+    """Reads its settings in every forward, so they are guarded."""
 
     def __init__(self, widths: Sequence[int] = (C, C + K)) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Networks in every style people write them in: recognised, fused, and equal to eager PyTorch."""
+"""Networks in the styles in which people write them are recognised, fused, and equal to eager PyTorch."""
 
 from __future__ import annotations
 

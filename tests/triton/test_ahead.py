@@ -1,6 +1,7 @@
-"""Every kernel in every shipped configuration, compiled for its chip: nothing spills, all fits.
+"""Every kernel compiles in every shipped configuration for its GPU, fits and spills nothing.
 
-Needs no GPU. ``benchmarks/triton_resources.py`` writes the same as a table, which is held to what is found.
+This needs no GPU. ``benchmarks/triton_resources.py`` writes the same figures as a table; the tests compare
+it.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles no
 
 ROWS = list(read_rows(SHIPPED))
 RENEW = "run: python benchmarks/triton_resources.py"
-# What multiplies matrices, the bias of a mean aside.
+# The kernels that multiply matrices.
 PRODUCTS = ("conv1x1", "conv3x3")
 
 
 @pytest.fixture
 def page(benchmark_script: Callable[[str], Any]) -> Any:
-    """The program that writes the table."""
+    """The script that writes the table."""
     return benchmark_script("triton_resources")
 
 
@@ -38,7 +39,7 @@ def test_resources(row: Row, page: Any) -> None:
     committed = page.RESULT.read_text()
     for number, dtype in enumerate(ahead.dtypes_of(row.precision)):
         kernel, found = ahead.compile_row(row, dtype)
-        if number == 0 and page.TITLE in committed:  # by this Triton
+        if number == 0 and page.TITLE in committed:  # the table is from this version of Triton
             assert page.line(row, found) in committed.splitlines(), RENEW
         assert found.spilled == 0, f"{dtype}: {found.spilled} bytes spilled"
         assert found.shared <= ahead.SHARED[row.architecture][1], f"{dtype}: {found.shared} bytes"
@@ -47,7 +48,7 @@ def test_resources(row: Row, page: Any) -> None:
         if row.architecture == "sm_90" and row.precision == "16bit" and "conv" in row.kernel:
             assert "wgmma" in kernel.asm["ptx"], f"{dtype}: not Hopper's matrix instruction"
         if not row.architecture.startswith("gfx") and dtype.itemsize == 2:
-            # A 16-bit element must not travel alone where rows are aligned.
+            # If rows are aligned, no access may move a single 16-bit element.
             assert "2" not in found.accesses, found.accesses
             assert found.accesses.get("16", 0) > 0
 

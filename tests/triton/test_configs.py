@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("table")
 OTHER = Config({"BLOCK_M": 32, "BLOCK_B": 32, "BLOCK_C": 32}, num_warps=4)
 
 
-def test_a_row_of_the_users_own_goes_before_the_shipped_one(table: Path) -> None:
+def test_a_users_row_precedes_the_shipped_one(table: Path) -> None:
     shape = shape_class(50000, 200, 128)
     assert shape == "65536x256x128"
     shipped = find_config(*KEY, shape)
@@ -38,7 +38,7 @@ def test_blocks_are_cut_to_the_problem() -> None:
     assert config.fit(BLOCK_C=1000).blocks["BLOCK_C"] == 16
 
 
-def test_what_is_no_table_is_said_so(table: Path) -> None:
+def test_a_file_that_is_not_a_table_is_refused(table: Path) -> None:
     table.parent.mkdir()
     table.write_text('[{"kernel": "x"}]')
     with pytest.raises(ValueError, match=r"triton\.json is not a table of Triton configurations"):

@@ -1,4 +1,4 @@
-"""More tiles than an axis of a grid can have."""
+"""Grids with more tiles than one axis can have."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_two_axes_hold_all_tiles_and_hardly_more(tiles: int) -> None:
 def test_transition_on_two_axes(make, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     case = make(Maker(torch.float32, torch.device("cpu")), (3, 26, 22, 9, 7))
     expected = case.copy().run(BACKENDS["triton"])
-    monkeypatch.setattr(launch, "MOST_ON_AXIS", 3)
+    monkeypatch.setattr(launch, "MAX_ON_AXIS", 3)
     launch.forget_plans()
     found = case.run(BACKENDS["triton"])
     launch.forget_plans()

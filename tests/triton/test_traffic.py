@@ -1,4 +1,4 @@
-"""Each kernel moves the bytes its launch counts, and a training step's total is near the least."""
+"""Each kernel moves the bytes that its launch counts, and a training step's total is near the minimum."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TESTED = [(case, group.small) for group in GROUPS for case in group.cases]
 def test_bytes_of_a_launch(
     monkeypatch: pytest.MonkeyPatch, case: MakeCase, size: tuple[int, ...], architecture: str
 ) -> None:
-    """What the interpreter sees of loads and stores, address by address, is what is counted."""
+    """The bytes that the interpreter loads and stores, address by address, are those that are counted."""
     monkeypatch.setattr(launch.Target, "architecture", architecture)
     with recorded(monkeypatch, runs=True) as calls:
         case(Maker(torch.float16, torch.device("cpu")), size).run(BACKENDS["triton"])
@@ -39,9 +39,9 @@ def test_bytes_of_a_launch(
 
 BATCH, SIDE, GROWTH, BOTTLENECK = 256, 224, 32, 128
 MB = 1e6
-# The schedule's least, a training step and image, counted by hand from its table of reads and
-# writes: C + 2b + k a pixel and layer forward, 3C + 4b + 2k backward, and what stands between the
-# blocks; C + b more where the bottleneck is computed again, the whole forward where X is, too.
+# The schedule's minimum per training step and image, counted by hand from its table of reads and writes:
+# per pixel and layer C + 2b + k forward and 3C + 4b + 2k backward, plus the parts between the blocks. It
+# is C + b more if the bottleneck is recomputed, and the whole forward more if X is recomputed too.
 LEAST = {"none": 153, "bottleneck": 180, "block": 218}
 
 
@@ -78,7 +78,7 @@ def activations(channels: int, side: int) -> Tensor:
 
 
 def densenet121_step(ops: Primitives, recompute: str) -> int:
-    """Run the operators of a training step; bytes moved by what is not a primitive."""
+    """Run the operators of a training step; returns the bytes that operators other than primitives move."""
     size = torch.bfloat16.itemsize
     side, channels = SIDE // 2, 64
     others = 0
@@ -88,14 +88,14 @@ def densenet121_step(ops: Primitives, recompute: str) -> int:
         y, stats = transition.forward(ops, norm(channels), weight, x, known)
         transition.backward(ops, norm(channels), weight, torch.empty_like(y), x, stats, True)
 
-    # The first convolution, by cuDNN: image and output forward; image and gradient backward.
+    # The first convolution, in cuDNN: forward image and output, backward image and gradient.
     others += 2 * (3 * SIDE * SIDE + channels * side * side) * size * BATCH
     pool(None, channels, side)
     side //= 2
     for index, layers in enumerate((6, 12, 24, 16)):
         dense = block(layers, channels)
         x = activations(channels, side)
-        others += 2 * x.nbytes  # copied into the block's buffer
+        others += 2 * x.nbytes  # x is copied into the block's buffer
         out, stats, z = schedule.forward(ops, dense, x, recompute == "none")
         if recompute == "block":
             out, _, z = schedule.forward(ops, dense, x, False)
@@ -105,7 +105,7 @@ def densenet121_step(ops: Primitives, recompute: str) -> int:
         if index < 3:
             pool(weight(channels // 2, channels, 1), channels, side, stats[:, :channels])
             channels, side = channels // 2, side // 2
-    # The last norm, ReLU and mean: statistics, normalisation, activation and pool, and back.
+    # The last norm, ReLU and mean, forward and backward: statistics, normalisation, activation and pool.
     return others + 12 * channels * side * side * size * BATCH
 
 
@@ -114,7 +114,7 @@ def densenet121_step(ops: Primitives, recompute: str) -> int:
 def test_training_step(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], recompute: str
 ) -> None:
-    """As an H200 runs it: 132 multiprocessors of sm_90. No kernel is launched, memory only reserved."""
+    """As on an H200: 132 multiprocessors of sm_90. No kernel is launched, and memory is only reserved."""
     hopper = launch.Target(launch.target_of(-1).gpu, 132)
     monkeypatch.setattr(launch, "target_of", lambda device: hopper)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)

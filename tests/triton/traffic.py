@@ -1,7 +1,7 @@
-"""How many bytes each Triton kernel moves: counted from its launch, and seen in the interpreter.
+"""The bytes that each Triton kernel moves, counted from its launch and observed in the interpreter.
 
-The count is of *different* addresses a launch reads, plus those it writes: what has to come from
-device memory if what programs share comes from the cache.
+The count is the number of *different* addresses that a launch reads, plus those that it writes. That is what
+must come from device memory if programs read shared data from the cache.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dense_ext.backends.triton import launch
 
 @dataclass
 class Call:
-    """One launch: the kernel's numbers and constants by name, and which pointers it has."""
+    """One launch: the kernel's numbers and constants by name, and which of its pointers are not None."""
 
     kernel: str
     grid: tuple[int, ...]
@@ -29,13 +29,13 @@ class Call:
     itemsize: int
 
     def __getitem__(self, name: str) -> int:
-        """A number; sizes given in units as elements."""
+        """A number by name; sizes given in units are converted to elements."""
         if f"{name}_units" in self.numbers:
             return int(self.numbers[f"{name}_units"] * self.numbers["UNIT"])
         return int(self.numbers[name])
 
     def bytes(self) -> int:
-        """What the launch moves."""
+        """The bytes that the launch moves."""
         return COUNTS[self.kernel](self)
 
 
@@ -99,7 +99,7 @@ def _conv3x3_backward(c: Call) -> int:
 
 
 def _windowed(c: Call) -> int:
-    """Input pixels that lie in a 2x2 window."""
+    """The number of input pixels that lie in a 2x2 window."""
     return 4 * c["Q"]
 
 
@@ -161,7 +161,7 @@ COUNTS: dict[str, Callable[[Call], int]] = {
 
 @contextmanager
 def recorded(patch: pytest.MonkeyPatch, runs: bool) -> Iterator[list[tuple[Call, int | None]]]:
-    """Collects launches, with the bytes seen if ``runs``, that is, if the interpreter computes them."""
+    """Collects launches; if ``runs``, the interpreter runs them and their observed bytes are recorded."""
     calls: list[tuple[Call, int | None]] = []
     bind = launch.Kernel.bind
 
@@ -199,7 +199,7 @@ def recorded(patch: pytest.MonkeyPatch, runs: bool) -> Iterator[list[tuple[Call,
 
 @contextmanager
 def counted(patch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
-    """Counts the different addresses that the interpreter reads, and writes, in bytes."""
+    """Counts the bytes at different addresses that the interpreter reads and writes."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     read: list[np.ndarray] = []
@@ -221,7 +221,7 @@ def counted(patch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
         return store(self, pointers, value, mask, *rest)
 
     with patch.context() as watching:
-        # Loads and stores without a mask go through these, too.
+        # Loads and stores without a mask call these too.
         watching.setattr(InterpreterBuilder, "create_masked_load", watched_load)
         watching.setattr(InterpreterBuilder, "create_masked_store", watched_store)
         yield lambda: sum(

@@ -1,7 +1,7 @@
-"""The Triton backend: for every GPU that Triton reaches. One module a primitive beside this one.
+"""The Triton backend, for every GPU that Triton supports. Each primitive has a module in this package.
 
-Triton is imported when a GPU's tensor first asks for it, or at once where ``TRITON_INTERPRET`` is
-set: whoever has no GPU does not wait for a compiler.
+Triton is imported only when a GPU first needs it, or if ``TRITON_INTERPRET`` is set. So machines without
+a GPU do not wait for the import.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @functools.cache
 def _kernels() -> ModuleType | str:
-    """The module with every primitive, or the reason why there is none."""
+    """The module with every primitive, or the reason why it can't be imported."""
     try:
         return importlib.import_module(".kernels", __name__)
     except ImportError as error:
@@ -29,7 +29,7 @@ def _kernels() -> ModuleType | str:
 
 
 def _kernel(name: str) -> Any:
-    """The primitive's function itself: a call costs no second Python frame."""
+    """A property that returns the function itself, so that calling it as a method adds no Python frame."""
 
     def function(self: Backend) -> Any:
         module = _kernels()
@@ -41,14 +41,14 @@ def _kernel(name: str) -> Any:
 
 
 class TritonBackend(Backend):
-    """The primitives as Triton kernels."""
+    """Runs the primitives as Triton kernels."""
 
     name = "triton"
     rounds_operands = True
-    # Offsets are 64-bit; the number of a pixel, also of one beyond the last tile, is 32-bit.
-    most_pixels = 2**31 - 2**16
+    # Offsets are 64-bit but pixel indices are 32-bit, and the last tile's may exceed M; hence the margin.
+    max_pixels = 2**31 - 2**16
 
-    def can_run(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    def unavailable_reason(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
         if primitive not in PRIMITIVES:
             return f"there is no primitive {primitive!r}"
         if device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
@@ -56,7 +56,7 @@ class TritonBackend(Backend):
         if dtype not in STORAGE_DTYPES:
             return f"dtype {dtype} is not one of {', '.join(str(d) for d in STORAGE_DTYPES)}"
         module = _kernels()
-        return module if isinstance(module, str) else module.can_run(device, dtype)
+        return module if isinstance(module, str) else module.unavailable_reason(device, dtype)
 
     channel_stats = _kernel("channel_stats")
     bn_scale_shift = _kernel("bn_scale_shift")

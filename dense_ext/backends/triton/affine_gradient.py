@@ -1,7 +1,7 @@
 """affine_gradient: ``out = factor*grad + u*x + v``; scaled_accumulate: ``out += scale*grad``.
 
-grad, x, out [M, C], rows their own strides apart; factor (1 if absent), u, v, scale [C]. ``out`` may
-be ``grad``. Elements moved a pixel: 3 C each.
+Shapes: grad, x, out [M, C], each with its own pixel stride; factor (1 if absent), u, v, scale [C].
+``out`` may be ``grad``. Each moves 3 C elements per pixel.
 """
 
 from __future__ import annotations
@@ -87,7 +87,10 @@ def bind_affine(
     alignment: int,
     has_factor: bool = False,
 ) -> Callable[..., None]:
-    """Called with grad, factor (or None), x, u, v, out; ``strides`` are the pixel strides of grad, x, out."""
+    """Returns ``launch(grad, factor, x, u, v, out)``, with None for factor unless ``has_factor``.
+
+    ``strides`` are the pixel strides of grad, x and out.
+    """
     unit = alignment // dtype.itemsize
     config = configure(_affine, device, "any", (pixels, channels)).fit(BLOCK_C=channels)
     grid = triton.cdiv(pixels, config.blocks["BLOCK_M"]), triton.cdiv(channels, config.blocks["BLOCK_C"])

@@ -1,7 +1,7 @@
-"""Compiling the table's kernels ahead of time, for chips that are not here, and what they take.
+"""Compiles the table's kernels ahead of time, also for GPUs this machine lacks, and reports their resources.
 
-The registers, spilled bytes and shared memory of a kernel decide whether a configuration is worth
-shipping; they are known without a GPU.
+The registers, spilled bytes and shared memory of a kernel decide whether a configuration is worth shipping.
+They are known without a GPU.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ GPUS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# Bytes of shared memory a multiprocessor has, and a block may take (CUDA C++ Programming Guide,
-# "Compute capabilities"; AMD CDNA3: 64 KiB of LDS). sm_80's rows also serve 8.6, 8.9 and 12.0.
+# Bytes of shared memory per multiprocessor, and the maximum per block (CUDA C++ Programming Guide,
+# "Compute capabilities"; AMD CDNA3 has 64 KiB of LDS). Compute capabilities 8.6, 8.9 and 12.0 use sm_80's
+# rows, so the maximum per block is theirs.
 SHARED = {
     "sm_80": (164 << 10, 99 << 10),
     "sm_90": (228 << 10, 227 << 10),
@@ -46,15 +47,15 @@ _MODULES = {
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes.
+    """The resources a compiled kernel uses.
 
     Attributes:
-        registers: of a thread.
-        spilled: bytes of stack a thread spills to.
-        shared: bytes of shared memory of a block.
-        occupancy: blocks that fit one multiprocessor at a time (NVIDIA only, else None).
-        tensor_core_instructions: matrix instructions in the code.
-        accesses: loads and stores of global memory by their width in bytes (NVIDIA only).
+        registers: registers per thread.
+        spilled: bytes of stack per thread to which registers spill.
+        shared: bytes of shared memory per block.
+        occupancy: blocks that fit on one multiprocessor at a time (NVIDIA only, else None).
+        tensor_core_instructions: the number of matrix instructions in the code.
+        accesses: the number of loads and stores of global memory by width in bytes (NVIDIA only).
     """
 
     registers: int
@@ -66,20 +67,20 @@ class Resources:
 
 
 def kernel_of(name: str) -> Kernel:
-    """The kernel a row of the table is for."""
+    """The kernel of that name in the table."""
     module = _MODULES.get(name) or re.sub(r"_(forward|backward|sums|weight|data)(_\w+)?$", "", name)
     functions = importlib.import_module(f".{module}", __package__)
     return Kernel(getattr(functions, f"{name}_kernel"))
 
 
 def dtypes_of(precision: str) -> list[torch.dtype]:
-    """The storage types a row serves."""
+    """The storage dtypes to which a row of that precision applies."""
     sixteen = [torch.bfloat16, torch.float16]
     return {"16bit": sixteen, "any": [*sixteen, torch.float32]}.get(precision, [torch.float32])
 
 
 def variant_of(row: Row, dtype: torch.dtype, alignment: int = 16) -> Variant:
-    """What the row's kernel is compiled with for the common case: aligned, with every output."""
+    """How the row's kernel is compiled in the common case: with every output, and 16-byte alignment."""
     names = kernel_of(row.kernel).function.arg_names
     constants = {
         "UNIT": alignment // dtype.itemsize,
@@ -95,7 +96,7 @@ def variant_of(row: Row, dtype: torch.dtype, alignment: int = 16) -> Variant:
 
 
 def compile_row(row: Row, dtype: torch.dtype, alignment: int = 16) -> tuple[CompiledKernel, Resources]:
-    """Compile a row's kernel for its architecture."""
+    """Compile a row's kernel for its architecture, and measure its resources."""
     kernel = kernel_of(row.kernel).compile(variant_of(row, dtype, alignment), GPUS[row.architecture])
     measure = _amd_resources if row.architecture.startswith("gfx") else _nvidia_resources
     return kernel, measure(row, kernel)
@@ -115,7 +116,8 @@ def _nvidia_resources(row: Row, kernel: CompiledKernel) -> Resources:
     registers, spilled = _registers_and_stack(kernel.asm["cubin"])
     shared, threads = kernel.metadata.shared, row.config.num_warps * 32
     available, _ = SHARED[row.architecture]
-    # Registers are given out in eights; a block's shared memory has 1 KiB of the system's beside it.
+    # Registers are allocated in multiples of 8 per thread, and the system reserves 1 KiB of shared memory
+    # per block.
     occupancy = min(
         REGISTERS // (-(-registers // 8) * 8 * threads),
         available // (shared + 1024),
@@ -136,7 +138,7 @@ def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
         ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", report)
     if found is None:
-        raise RuntimeError(f"cuobjdump did not say what the kernel takes: {report!r}")
+        raise RuntimeError(f"cuobjdump did not report the kernel's registers and stack: {report!r}")
     return int(found.group(1)), int(found.group(2))
 
 

@@ -1,4 +1,4 @@
-"""bn_scale_shift and bn_gradient: what a batch norm needs of its per-channel vectors, all [C]."""
+"""bn_scale_shift and bn_gradient: a batch norm's arithmetic on per-channel vectors, all [C]."""
 
 from __future__ import annotations
 
@@ -97,5 +97,5 @@ def bn_gradient(
 
 
 def sums_and_uv(mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Unwritten sums [2, C], and u and v [2, C] of zeros, for a norm whose vectors are like ``mean``."""
+    """Uninitialised sums [2, C], and zeroed u and v as [2, C], for a norm whose ``mean`` is [C]."""
     return mean.new_empty(2, mean.shape[0]), mean.new_zeros(2, mean.shape[0])

@@ -1,20 +1,23 @@
-"""bn_relu_conv1x1: a 1x1 convolution of the activated X, and its backward.
+"""bn_relu_conv1x1: a 1x1 convolution of the activated x, and its backward.
 
 Forward:  z = relu(scale*x + shift) @ W^T, and z's channel moments
 Backward: dz = z_scale*grad_bn + z_u*z + z_v;  g = (dz @ W) where scale*x + shift > 0, else 0
           grad_x += scale*g;  sums = [sum g, sum g*(x - mean)];  dW = dz^T @ relu(scale*x + shift)
 
-x, grad_x [M, C] and z, grad_bn [M, B], rows their own strides apart; W, dW [B, C].
-Elements moved a pixel, at the least: forward C + B, backward 3C + 2B. Partial results beside them:
-a row of moments, or of sums and dW, for each program of the second grid axis.
+Shapes: x, grad_x [M, C]; z, grad_bn [M, B]; each with its own pixel stride. W, dW [B, C].
+Minimum elements moved per pixel: forward C + B, backward 3C + 2B. In addition, each program on the second
+grid axis writes one row of partial results: moments, or sums and dW.
 
-Backward has two forms. Fused, one program holds dW for a chunk of C and all of B, forms dz itself
-and uses each loaded tile for both gradients: everything is read once, chunks that run side by side
-share grad_bn and z through the L2 cache. Its register budget (accumulators transposed, per-channel
-vectors loaded anew inside the loop) fits tensor cores fed from shared memory, sm_90 and later, and
-B up to 256. Split, dz is written once in place of grad_bn, and programs side by side compute the
-data gradient or the weight gradient, sharing x and dz through L2: any B, any GPU, two elements of
-B more a pixel.
+Backward has two versions:
+
+* Fused: a program holds dW for a chunk of C and all of B, forms dz itself, and uses each loaded tile for
+  both gradients. So everything is read from device memory once; chunks that run at the same time share
+  grad_bn and z through the L2 cache. To save registers, the accumulators are transposed and the per-channel
+  vectors are loaded again inside the loop. The registers suffice where tensor cores read shared memory
+  (sm_90 and later), for B up to 256.
+* Split: dz is written once in place of grad_bn. Then some programs compute the data gradient and others the
+  weight gradient at the same time, sharing x and dz through the L2 cache. It works for any B on any GPU, and
+  moves 2B more elements per pixel.
 """
 
 from __future__ import annotations
@@ -293,7 +296,7 @@ def bn_relu_conv1x1_forward(
 
 
 def _fused_config(device, precision, sizes) -> Config | None:
-    """The fused kernel's configuration, where the table has one that covers all of B."""
+    """The fused kernel's configuration if the table has one that covers all of B, else None."""
     try:
         config = configure(_fused, device, precision, sizes)
     except LookupError:
@@ -305,7 +308,10 @@ def _fused_config(device, precision, sizes) -> Config | None:
 def _plan_backward(
     device, pixels, channels, bottleneck, strides, dtype, precision, alignment, weight_strides
 ):
-    """Length of the partial results, what forms dz (None: the kernel does), launch and reduction."""
+    """Returns (length of the partial results, form_dz, launch, reduce).
+
+    ``form_dz`` launches the kernel that forms dz; it is None if ``launch`` runs the fused kernel.
+    """
     unit, sizes = alignment // dtype.itemsize, (pixels, channels, bottleneck)
     fused = _fused_config(device, precision, sizes)
     config = fused or configure(_split, device, precision, sizes)

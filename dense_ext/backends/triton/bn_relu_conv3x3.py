@@ -1,21 +1,21 @@
 """bn_relu_conv3x3: a 3x3 convolution of the activated z, and its backward.
 
-Forward:  y = conv3x3(relu(scale*z + shift), W), and y's channel moments; zero outside the image
+Forward:  y = conv3x3(relu(scale*z + shift), W), zero outside the image; and y's channel moments
 Backward: dy = grad + u*y + v;  g = conv3x3^T(dy, W) where scale*z + shift > 0, else 0 (-> grad_bn)
-          sums = [sum g, sum g*(z - mean)];  dW[tap] = dy^T @ relu(scale*z + shift) moved by the tap
+          sums = [sum g, sum g*(z - mean)];  dW[tap] = dy^T @ relu(scale*z + shift) shifted by the tap
 
-z, grad_bn [M, B] and y, grad [M, K], rows their own strides apart; M pixels of N images H x W.
-W, dW [K, B, 3, 3]; kernels read W as channels_last memory, [K, 3, 3, B].
-Elements moved a pixel, at the least: forward B + K, backward 2B + 2K. dy is written once, in place
-of grad, so that its nine taps are plain loads: 2K more.
+Shapes: z, grad_bn [M, B]; y, grad [M, K]; each with its own pixel stride, for the M pixels of N images of
+H x W. W, dW [K, B, 3, 3]; the kernels read W in channels_last memory, [K, 3, 3, B].
+Minimum elements moved per pixel: forward B + K, backward 2B + 2K. Backward first writes dy in place of grad,
+which moves 2K more, so that each of the nine taps is a plain load.
 
-Forward activates a pixel three times, not nine: a row of taps (dx = -1, 0, 1) reads the same pixels
-into three accumulators, and the outer two are shifted by one pixel at the end, when they are only K
-wide. The tile's first and last pixel serve that shift alone.
+Forward activates a pixel three times, not nine. A row of taps (dx = -1, 0, 1) multiplies the same pixels
+into three accumulators. At the end the outer two, which are only K wide, are shifted by one pixel. The
+first and last pixels of a tile exist only for that shift.
 
-Backward runs the data gradient and the weight gradient as programs side by side over the same
-tiles, so that z and dy come from device memory once and from the L2 cache after that. A program of
-the weight gradient has one row of taps: nine accumulators spill on sm_80 and sm_100.
+In backward, some programs compute the data gradient and others the weight gradient, over the same tiles at
+the same time. So z and dy are read from device memory once, and from the L2 cache after that. Each program
+of the weight gradient computes one row of taps, because nine accumulators spill on sm_80 and sm_100.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def bn_relu_conv3x3_forward_kernel(
 
 @triton.jit
 def load_tap(dy_ptr, m, line, column, k, k_ok, M, H, W, row_stride, tap):
-    """Dy [M, K] at the pixels that tap ``3*i + j`` of the kernel brings to m; zero outside."""
+    """Loads dy [M, K] at the output pixels that pixels m reach through ``tap``; zero outside the image."""
     i, j = tap // 3 - 1, tap % 3 - 1
     inside = (m < M) & (line >= i) & (line - i < H) & (column >= j) & (column - j < W)
     source = (m - i * W - j).to(tl.int64)[:, None] * row_stride
@@ -150,8 +150,8 @@ def bn_relu_conv3x3_backward_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Grid: (blocks of B for the data gradient, then blocks of dW by rows of taps; programs that share
-    the tiles).
+    """Grid: (blocks of B for the data gradient, then blocks of dW, one for each row of taps; programs that
+    share the tiles).
     """
     B, K = b_units * UNIT, k_units * UNIT
     b_blocks = tl.cdiv(B, BLOCK_B)
@@ -302,7 +302,7 @@ def bn_relu_conv3x3_backward(
     if z.numel() == 0:
         return zero(sums, grad_weight)
     if grad_weight is not None and grad_weight.stride(2) != 3 * grad_weight.stride(3):
-        dense = grad_weight.contiguous()  # the nine taps of the kernel's rows are evenly spaced
+        dense = grad_weight.contiguous()  # the reduction needs the nine taps evenly spaced
         bn_relu_conv3x3_backward(grad, y, u, v, z, mean, scale, shift, weight, grad_bn, sums, dense)
         grad_weight.copy_(dense)
         return None

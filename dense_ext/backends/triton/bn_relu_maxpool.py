@@ -1,14 +1,14 @@
 """bn_relu_maxpool: the stem's 3x3 max pool (stride 2, padding 1) of the activated x, and its backward.
 
 Forward:  y = max over the window of relu(scale*x + shift)
-Backward: the first maximum of a window in row-major order takes its gradient;
-          g = what a pixel took where scale*x + shift > 0, else 0
+Backward: the first maximum of a window in row-major order takes the window's gradient;
+          g = sum of the gradients that a pixel took where scale*x + shift > 0, else 0
           grad_x = scale*g + u*x + v;  sums = [sum g, sum g*(x - mean)]
 
-x, grad_x [N, H, W, C], y, grad [N, (H-1)//2 + 1, (W-1)//2 + 1, C], pixels their own strides apart.
-Elements moved an input pixel: forward 5/4 C, backward 9/4 C. Windows overlap: their nine loads come
-from the cache. Backward works on cells of 2x2 input pixels, which lie in four windows at the most,
-and finds those windows' maxima again: less traffic than keeping their indices.
+Shapes: x, grad_x [N, H, W, C]; y, grad [N, (H-1)//2 + 1, (W-1)//2 + 1, C]; each with its own pixel stride.
+Elements moved per input pixel: forward 5/4 C, backward 9/4 C. Windows overlap, so most of their nine loads
+hit the cache. Backward works on cells of 2x2 input pixels. A cell overlaps at most four windows, whose
+maxima backward finds again: that moves fewer bytes than storing the maxima's indices.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .tiles import masked_gradient, pre_activation, relu
 
 @triton.jit
 def window_maximum(x_ptr, image, oh, ow, ok, c, c_ok, scale, shift, H, W, x_stride):
-    """The maximum [M, C] of each window, and which of its nine pixels is the first to have it."""
+    """The maximum [M, C] of each window, and the index (0 to 8) of the first of its pixels that has it."""
     best = tl.zeros_like(ok[:, None] & c_ok[None, :]).to(tl.float32) - float("inf")
     index = tl.zeros_like(best).to(tl.int32)
     for i in tl.static_range(9):
@@ -44,7 +44,7 @@ def window_maximum(x_ptr, image, oh, ow, ok, c, c_ok, scale, shift, H, W, x_stri
         pixel = ((image * H + line) * W + column).to(tl.int64)[:, None] * x_stride
         x = tl.load(x_ptr + pixel + c[None, :], mask=inside[:, None] & c_ok[None, :], other=0.0)
         a = relu(pre_activation(x, scale, shift))
-        # As in PyTorch, NaN is a maximum, and the last NaN is the one.
+        # As in PyTorch, NaN counts as a maximum, and the last NaN of a window wins.
         wins = inside[:, None] & ((a > best) | (a != a))
         best = tl.where(wins, a, best)
         index = tl.where(wins, i, index)
@@ -85,7 +85,7 @@ def bn_relu_maxpool_forward_kernel(
 def window_gradient(
     grad_ptr, x_ptr, image, oh, ow, ok, c, c_ok, scale, shift, H, W, OH, OW, grad_stride, x_stride
 ):
-    """Each window's gradient, and which of its nine pixels takes it."""
+    """Each window's gradient [M, C], and the index (0 to 8) of the pixel that takes it."""
     ok = ok & (oh < OH) & (ow < OW)
     _, first = window_maximum(x_ptr, image, oh, ow, ok, c, c_ok, scale, shift, H, W, x_stride)
     at = ((image * OH + oh) * OW + ow).to(tl.int64)[:, None] * grad_stride + c[None, :]
@@ -126,8 +126,8 @@ def bn_relu_maxpool_backward_kernel(
     sum_g = tl.zeros([BLOCK_C], tl.float32)
     sum_gx = tl.zeros([BLOCK_C], tl.float32)
     for tile in range(tl.program_id(1), tl.cdiv(cells, BLOCK_M), tl.num_programs(1)):
-        # Cell (i, j) is the pixels 2i, 2i + 1 by 2j, 2j + 1: there are as many as windows, and a
-        # cell lies in its own window and in the next ones below and to the right.
+        # Cell (i, j) holds pixels (2i, 2j) to (2i + 1, 2j + 1). There are as many cells as windows; a cell
+        # overlaps its own window and the next ones below, to the right, and diagonally.
         p = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         ok = p < cells
         image, i, j = p // (OH * OW), p // OW % OH, p % OW
@@ -224,7 +224,7 @@ def _backward_pass(
     grad_x: Tensor | None,
     sums: Tensor | None,
 ) -> None:
-    """Writes grad_x and sums unless None."""
+    """Writes grad_x and sums, each unless None."""
     written = x if grad_x is None else grad_x
     strides = (grad.stride(2), x.stride(2), written.stride(2))
     alignment = alignment_of(grad, x, written)
@@ -266,7 +266,7 @@ def bn_relu_maxpool_norm_backward(
     grad_norm_weight: Tensor,
     grad_norm_bias: Tensor,
 ) -> None:
-    """First the sums, then grad_x: x is read twice, and grad_x is not touched a second time."""
+    """Computes the sums first and then grad_x, so that x is read twice but grad_x is written only once."""
     sums, (u, v) = sums_and_uv(mean)
     _backward_pass(grad, x, mean, scale, shift, None, None, sums)
     bn_gradient(sums, mean, var, norm_weight, eps, pixels_of(x), grad_norm_weight, grad_norm_bias, u, v)

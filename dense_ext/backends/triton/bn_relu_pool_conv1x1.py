@@ -4,10 +4,11 @@ Forward:  p = avg_pool2x2(relu(scale*x + shift));  y = p @ W^T
 Backward: da = (grad @ W) / 4 for each pixel of a window;  g = da where scale*x + shift > 0, else 0
           grad_x = scale*g + u*x + v;  sums = [sum g, sum g*(x - mean)];  dW = grad^T @ p
 
-x, grad_x [N, H, W, C], y, grad [Q, K] with Q = N * H//2 * W//2 windows, pixels their own strides
-apart; W, dW [K, C]. Elements moved an output pixel, at the least: forward 4C + K, backward 8C + K.
-The sums have to be known before grad_x can be written: two kernels form da, which costs a second
-reading of x and grad. The first one leaves p, a quarter of x, for the weight gradient's product.
+Shapes: x, grad_x [N, H, W, C]; y, grad [Q, K] for Q = N * H//2 * W//2 windows; each with its own pixel
+stride. W, dW [K, C].
+Minimum elements moved per output pixel: forward 4C + K, backward 8C + K.
+The sums, from which u and v follow, must be known before grad_x is written. So two kernels form da, and the
+second reads x and grad again. The first stores p, a quarter of x's size, for the weight gradient's product.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def window_gradient(
     grad_ptr, weight_ptr, q, q_ok, c, c_ok, C, K, grad_stride,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Da [M, C] = (grad @ W) / 4 of the windows q."""
+    """``da = (grad @ W) / 4`` [M, C] for the windows q."""
     da = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     row = q.to(tl.int64)[:, None] * grad_stride
     for start in range(0, K, BLOCK_K):
@@ -121,7 +122,7 @@ def bn_relu_pool_conv1x1_sums_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The sums, and p [Q, C] for the weight's gradient. Grid: (blocks of C, programs)."""
+    """The sums, and p [Q, C] for the weight gradient. Grid: (blocks of C, programs that share the tiles)."""
     C, K = c_units * UNIT, k_units * UNIT
     OH, OW = H // 2, W // 2
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -170,7 +171,10 @@ def bn_relu_pool_conv1x1_weight_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """DW = grad^T @ p, a row [K, C] a program. Grid: (blocks of dW, programs)."""
+    """``dW = grad^T @ p``, as one partial [K, C] per program of the second grid axis.
+
+    Grid: (blocks of dW, programs that share the tiles).
+    """
     C, K = c_units * UNIT, k_units * UNIT
     c_blocks = tl.cdiv(C, BLOCK_C)
     c = tl.program_id(0) % c_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -212,8 +216,9 @@ def bn_relu_pool_conv1x1_data_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """grad_x. Grid: (blocks of C, tiles of cells of 2x2 pixels on two axes; an odd last row or column makes
-    cells that are no window).
+    """Writes grad_x. Grid: (blocks of C, tiles of cells of 2x2 pixels on two axes).
+
+    An odd last row or column adds cells that belong to no window.
     """
     C, K = c_units * UNIT, k_units * UNIT
     OH, OW = H // 2, W // 2
@@ -337,7 +342,7 @@ def _sums_and_weight_gradient(
     sums: Tensor,
     grad_weight: Tensor | None,
 ) -> None:
-    """Everything but grad_x."""
+    """Writes sums, and grad_weight unless None."""
     pixels_of(x)
     device, outputs, channels = x.get_device(), grad.shape[3], x.shape[3]
     precision, strides = fp32_precision(x.dtype), (grad.stride(2), x.stride(2))
@@ -368,7 +373,7 @@ def _data_gradient(
     uv: tuple[Tensor, Tensor] | None,
     grad_x: Tensor,
 ) -> None:
-    """grad_x alone."""
+    """Writes grad_x."""
     outputs = grad.shape[3]
     strides = (grad.stride(2), x.stride(2), grad_x.stride(2))
     alignment = alignment_of(grad, x, grad_x, weight=weight)
@@ -390,7 +395,7 @@ def bn_relu_pool_conv1x1_backward(
     sums: Tensor,
     grad_weight: Tensor | None,
 ) -> None:
-    if grad.numel() == 0:  # no image, or no room for a window
+    if grad.numel() == 0:  # no images, or images too small for a window
         return zero(grad_x, sums, grad_weight)
     weight = dense_1x1(weight)
     _sums_and_weight_gradient(grad, x, mean, scale, shift, weight, sums, grad_weight)
@@ -412,7 +417,7 @@ def bn_relu_pool_conv1x1_norm_backward(
     grad_norm_bias: Tensor,
     grad_weight: Tensor | None,
 ) -> None:
-    """The sums first, so that grad_x is written once, with ``u*x + v``."""
+    """Computes the sums first, so that grad_x is written once, with ``u*x + v`` added."""
     if grad.numel() == 0:
         return zero(grad_x, grad_norm_weight, grad_norm_bias, grad_weight)
     weight = dense_1x1(weight)

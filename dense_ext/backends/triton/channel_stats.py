@@ -1,6 +1,6 @@
-"""channel_stats: mean and biased variance of each channel of x [M, C], rows their own stride apart.
+"""channel_stats: mean and biased variance of each channel of x [M, C], with any pixel stride.
 
-Elements moved a pixel: C.
+Elements moved per pixel: C.
 """
 
 from __future__ import annotations

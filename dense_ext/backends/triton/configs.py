@@ -1,9 +1,9 @@
-"""Which block sizes, warps and stages a kernel is compiled with: a table, read once.
+"""The table of the block sizes, warps and stages that each kernel is compiled with; it is read once.
 
-Rows come from the user's own table first (written by ``dense-ext tune``), then from the one shipped
-with the package, ``configs.json``. A row is keyed by kernel, architecture, precision and shape
-class; ``"*"`` is any shape. Each says where its figures come from: measured (on which GPU, when) or
-estimated, that is, chosen from registers, spills and shared memory of the compiled kernel.
+Rows of the user's own table, which ``dense-ext tune`` writes, take precedence over those of
+``configs.json``, which the package ships. A row is keyed by kernel, architecture, precision and shape
+class; the class ``"*"`` matches any shape. Each row names its source: it was measured (on which GPU and
+when), or estimated from the registers, spills and shared memory of the compiled kernel.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ ANY_SHAPE = "*"
 
 
 def power_of_2(n: int) -> int:
-    """The smallest power of two that is not less than n."""
+    """The smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def shape_class(*sizes: int) -> str:
-    """The sizes, each rounded up to a power of two: what a tuned row holds for."""
+    """The name of the class of shapes that a tuned row applies to: the sizes rounded up to powers of two."""
     return "x".join(str(power_of_2(size)) for size in sizes)
 
 
@@ -37,8 +37,9 @@ class Config:
     """How a kernel is compiled and spread over the GPU.
 
     Attributes:
-        blocks: the kernel's block sizes, by the name of their constant.
-        programs_per_multiprocessor: programs of a grid that loops over pixels.
+        blocks: the kernel's block sizes, by the names of their constants.
+        programs_per_multiprocessor: how many programs to start per multiprocessor if the grid's programs
+            loop over tiles of pixels.
     """
 
     blocks: dict[str, int] = field(default_factory=dict)
@@ -52,7 +53,7 @@ class Config:
         return ("num_warps", self.num_warps), ("num_stages", self.num_stages)
 
     def fit(self, **sizes: int) -> Config:
-        """With no block larger than its size needs; 16 is the least that a product takes."""
+        """The same configuration with no block larger than its size needs; ``tl.dot`` needs at least 16."""
         fitted = {name: min(self.blocks[name], max(16, power_of_2(size))) for name, size in sizes.items()}
         return replace(self, blocks=self.blocks | fitted)
 
@@ -70,16 +71,16 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """What the row is looked up by."""
+        """The key under which the row is looked up."""
         return self.kernel, self.architecture, self.precision, self.shape
 
     def as_json(self) -> dict[str, Any]:
-        """The row as it is written to a table."""
+        """The row as a table file holds it."""
         return asdict(self)
 
 
 def user_table() -> Path:
-    """Where ``dense-ext tune`` writes: ``$DENSE_EXT_TRITON_TABLE`` or the user's cache folder."""
+    """The file that ``dense-ext tune`` writes: ``$DENSE_EXT_TRITON_TABLE`` or one in the user's cache."""
     if path := os.environ.get(ENVIRONMENT_VARIABLE):
         return Path(path)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -90,7 +91,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     """The rows of a table.
 
     Raises:
-        ValueError: the file is not a table; says which file and why.
+        ValueError: the file is not a table; the message names the file and the reason.
     """
     try:
         for row in json.loads(path.read_text()):
@@ -107,7 +108,7 @@ def _table() -> dict[tuple[str, str, str, str], Config]:
 
 @contextmanager
 def trying(kernel: str, architecture: str, precision: str, shape: str, config: Config) -> Iterator[None]:
-    """Let look-ups find ``config`` in that place of the table."""
+    """Make look-ups of this key find ``config`` inside the context."""
     table, key = _table(), (kernel, architecture, precision, shape)
     before = table.get(key)
     table[key] = config
@@ -120,7 +121,7 @@ def trying(kernel: str, architecture: str, precision: str, shape: str, config: C
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write a table, keeping the rows it has for other keys."""
+    """Write rows to a table; the rows that it has for other keys stay."""
     kept = {row.key: row for row in (read_rows(path) if path.exists() else ())}
     kept |= {row.key: row for row in rows}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,10 +132,10 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 
 
 def find_config(kernel: str, architecture: str, precision: str, shape: str = ANY_SHAPE) -> Config:
-    """The configuration of a kernel: of its shape class if tuned, else for any shape.
+    """The configuration of a kernel: that of its shape class if it was tuned, else the one for any shape.
 
     Raises:
-        LookupError: the table has none for that architecture and precision.
+        LookupError: the table has no configuration for that architecture and precision.
     """
     table = _table()
     for candidate in (shape, ANY_SHAPE):
@@ -144,10 +145,10 @@ def find_config(kernel: str, architecture: str, precision: str, shape: str = ANY
 
 
 def forget_tables() -> None:
-    """Read the tables anew at the next look-up: after one was written."""
+    """Make the next look-up read the tables again, after one of them was written."""
     _table.cache_clear()
 
 
 def has_architecture(architecture: str) -> bool:
-    """Whether the table knows an architecture."""
+    """Whether the table has a row for an architecture."""
     return any(key[1] == architecture for key in _table())

@@ -1,4 +1,4 @@
-"""Every primitive of the Triton backend, under one name; importing it imports Triton."""
+"""Every primitive of the Triton backend in one module. Importing it imports Triton."""
 
 from .affine_gradient import affine_gradient, scaled_accumulate
 from .batch_norm import bn_gradient, bn_scale_shift
@@ -15,7 +15,7 @@ from .bn_relu_pool_conv1x1 import (
     bn_relu_pool_conv1x1_norm_backward,
 )
 from .channel_stats import channel_stats
-from .launch import can_run
+from .launch import unavailable_reason
 
 __all__ = [
     "affine_gradient",
@@ -31,7 +31,7 @@ __all__ = [
     "bn_relu_pool_conv1x1_forward",
     "bn_relu_pool_conv1x1_norm_backward",
     "bn_scale_shift",
-    "can_run",
     "channel_stats",
     "scaled_accumulate",
+    "unavailable_reason",
 ]

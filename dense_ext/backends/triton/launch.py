@@ -1,12 +1,13 @@
-"""Compiling a kernel and launching it.
+"""Compiles kernels and launches them.
 
-A primitive asks for a plan by what decides it: shapes, strides, dtype, alignment, device. Building
-a plan chooses the configuration, compiles (Triton keeps its own cache on disk) and fixes grid and
-numbers; plans are kept, so that a later call costs a look-up and one call into C per kernel. What
-runs is what :meth:`Kernel.compile` gives ahead of time for the same architecture, with no second,
-just-in-time specialisation that nobody looked at.
+A *plan* holds everything that a primitive's launch needs besides its tensors: the compiled kernel, the grid
+and the numeric arguments. It depends on the shapes, strides, dtype, alignment and device. Building it
+chooses the configuration and compiles the kernel, for which Triton has its own cache on disk. Plans are
+cached, so that a later call costs a look-up and one call into C per kernel. The binary that runs is the one
+that :meth:`Kernel.compile` produces ahead of time for the same architecture: nothing is specialised further
+at run time.
 
-Where ``TRITON_INTERPRET=1`` is set before Triton is imported, kernels run on the CPU, in Triton's
+If ``TRITON_INTERPRET=1`` is set before Triton is imported, kernels run on the CPU, in Triton's
 interpreter.
 """
 
@@ -23,27 +24,27 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.interpreter import InterpretedFunction
 
-from ..base import gpu_lacks, tf32_allowed
+from ..base import gpu_unavailable_reason, tf32_allowed
 from . import TritonBackend
 from .configs import Config, find_config, has_architecture, shape_class
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
-# Programs on a grid's second or third axis, at most.
-MOST_ON_AXIS = 65535
+# The maximum number of programs on a grid's second or third axis.
+MAX_ON_AXIS = 65535
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class Target(NamedTuple):
-    """What kernels are compiled for: a chip, and how many multiprocessors it has."""
+    """The GPU that kernels are compiled for, and its number of multiprocessors."""
 
     gpu: GPUTarget
     multiprocessors: int
 
     @property
     def architecture(self) -> str:
-        """The row of the configuration table: sm_80 for every chip with its tensor instructions."""
+        """The GPU's name in the configuration table: "sm_80" also for others with its tensor instructions."""
         if self.gpu.backend != "cuda":
             return str(self.gpu.arch)
         major = self.gpu.arch // 10
@@ -52,7 +53,7 @@ class Target(NamedTuple):
 
 @functools.cache
 def target_of(device: int) -> Target:
-    """The chip of CUDA device ``device``; -1 is the interpreter, which computes as for sm_90."""
+    """The GPU with index ``device``; -1 is the interpreter, which uses sm_90's configurations."""
     if device < 0:
         return Target(GPUTarget("cuda", 90, 32), 2)
     with torch.cuda.device(device):
@@ -61,17 +62,17 @@ def target_of(device: int) -> Target:
 
 
 class Variant(NamedTuple):
-    """What a kernel is compiled with: one binary each."""
+    """Everything that a binary of a kernel depends on, besides the GPU."""
 
-    types: tuple[torch.dtype | None, ...]  # of the pointers; None: absent
-    numbers: tuple[str, ...]  # Triton types of the numbers
-    alignment: int  # bytes that every activation and weight pointer is a multiple of
+    types: tuple[torch.dtype | None, ...]  # of the pointer arguments; None if the argument is None
+    numbers: tuple[str, ...]  # Triton's types of the numeric arguments
+    alignment: int  # in bytes, of every pointer to activations or weights
     constants: tuple[tuple[str, Any], ...]
     options: tuple[tuple[str, int], ...]
 
 
 class Launch:
-    """A compiled kernel with its grid and numbers; called with its tensors."""
+    """A compiled kernel with its grid and numeric arguments; call it with the tensors."""
 
     __slots__ = ("device", "function", "grid", "metadata", "rest", "run")
 
@@ -94,8 +95,8 @@ class Launch:
 class Kernel:
     """A Triton function whose parameters are pointers, then numbers, then constants.
 
-    Pointers to activations and weights are called ``*_ptr`` and are aligned as the plan found; those
-    to float32 vectors and partial results, ``*_vec``, may be anywhere.
+    Names of pointers to activations and weights end in ``_ptr``; they have the alignment that the plan found.
+    Names of pointers to float32 vectors and partial results end in ``_vec``; they need no alignment.
     """
 
     def __init__(self, function: Any) -> None:
@@ -104,7 +105,7 @@ class Kernel:
         self._compiled: dict[tuple[int, Variant], CompiledKernel] = {}
 
     def compile(self, variant: Variant, gpu: GPUTarget) -> CompiledKernel:
-        """The kernel's binary for a chip; needs no GPU."""
+        """The kernel's binary for a GPU. Compiling needs no GPU in the machine."""
         names = self.function.arg_names
         pointers, numbers = len(variant.types), len(variant.numbers)
         signature, constants, attributes = {}, dict(variant.constants), {}
@@ -130,7 +131,7 @@ class Kernel:
         config: Config | None = None,
         **constants: Any,
     ) -> Callable[..., None]:
-        """What launches the kernel on ``device`` when called with its tensors."""
+        """Returns a function that launches the kernel on ``device`` when called with the tensors."""
         config = config or Config()
         constants |= config.blocks
         if INTERPRETED:
@@ -143,7 +144,7 @@ class Kernel:
         if compiled is None:
             with torch.cuda.device(device):
                 compiled = self.compile(variant, target_of(device).gpu)
-                _ = compiled.run  # loads it, on the current device
+                _ = compiled.run  # reading the attribute loads the binary on the current device
             self._compiled[device, variant] = compiled
         padded = (*grid, 1, 1)[:3]
         return Launch(compiled, device, padded, (*numbers, *(None for _ in fixed)))
@@ -156,7 +157,7 @@ class Kernel:
         return lambda *tensors: launcher(*tensors, *numbers, **constants)
 
 
-# What configurations were asked for, while somebody wants to know.
+# A list to which `configure` appends the key of each look-up, while it is set; `dense-ext tune` sets it.
 looked_up: list[tuple[str, str, str, str]] | None = None
 
 _Planner = TypeVar("_Planner", bound=Callable[..., Any])
@@ -164,19 +165,19 @@ _PLANNERS: list[Any] = []
 
 
 def plan(planner: _Planner) -> _Planner:
-    """Keep what the decorated function returns, by its arguments."""
+    """Cache the plans that the decorated function returns, by its arguments."""
     kept = functools.lru_cache(maxsize=4096)(planner)
     _PLANNERS.append(kept)
     return kept  # type: ignore[return-value]
 
 
 def forget_plans() -> None:
-    """Build every plan anew when next asked for: after a change of configurations."""
+    """Empty the cache of plans, after configurations changed."""
     for kept in _PLANNERS:
         kept.cache_clear()
 
 
-# --- what plans are made of ------------------------------------------------------------------------
+# --- parts of plans --------------------------------------------------------------------------------
 
 
 def configure(kernel: Kernel, device: int, precision: str, sizes: tuple[int, ...]) -> Config:
@@ -190,28 +191,29 @@ def configure(kernel: Kernel, device: int, precision: str, sizes: tuple[int, ...
 
 
 def persistent_programs(device: int, pixels: int, config: Config, blocks: int) -> int:
-    """How many programs share the tiles of pixels, beside ``blocks`` programs on the first axis."""
+    """How many programs share the tiles of pixels, given ``blocks`` programs on the grid's first axis."""
     tiles = triton.cdiv(pixels, config.blocks["BLOCK_M"])
     at_once = target_of(device).multiprocessors * config.programs_per_multiprocessor
     return max(1, min(tiles, at_once // blocks))
 
 
 def fp32_precision(dtype: torch.dtype) -> str:
-    """The row of the table: "16bit", or PyTorch's own setting for float32 convolutions."""
+    """The precision in the configuration table: "16bit", or for float32 PyTorch's setting."""
     if dtype != torch.float32:
         return "16bit"
     return "tf32" if torch.version.hip is None and tf32_allowed(dtype) else "ieee"
 
 
 def dot_precision(precision: str) -> str:
-    """Triton's name for it; 16-bit products are exact in any."""
+    """Triton's ``input_precision`` for a precision of the table. It has no effect on 16-bit products."""
     return "tf32" if precision == "tf32" else "ieee"
 
 
 def alignment_of(*views: Tensor, weight: Tensor | None = None) -> int:
-    """Bytes, 16 at most: the largest power of two that divides every address a kernel begins a row at.
+    """The alignment in bytes, at most 16, of every pixel's first channel, for all views [N, H, W, C].
 
-    That is, where the views [N, H, W, C] and the weight begin, the views' pixel strides and channels.
+    It is the largest power of two that divides the addresses of the views and the weight, the views' pixel
+    strides, and their numbers of channels, all in bytes.
     """
     bits = 16 if weight is None else 16 | weight.data_ptr()
     for view in views:
@@ -223,60 +225,60 @@ def pixels_of(x: Tensor) -> int:
     """M of x [N, H, W, C].
 
     Raises:
-        ValueError: more pixels than a 32-bit number can count.
+        ValueError: x has more pixels than 32-bit indices can count.
     """
     n, h, w, _ = x.shape
-    pixels, most = n * h * w, TritonBackend.most_pixels
-    if pixels > most:
-        raise ValueError(f"the Triton backend takes up to {most} pixels, got {pixels} ({list(x.shape)})")
+    pixels, limit = n * h * w, TritonBackend.max_pixels
+    if pixels > limit:
+        raise ValueError(f"the Triton backend takes up to {limit} pixels, got {pixels} ({list(x.shape)})")
     return pixels
 
 
 def two_axes(tiles: int) -> tuple[int, int]:
-    """A grid's second and third axis for at least so many programs."""
-    rows = max(1, triton.cdiv(tiles, MOST_ON_AXIS))
+    """The sizes of a grid's second and third axes, for at least ``tiles`` programs in all."""
+    rows = max(1, triton.cdiv(tiles, MAX_ON_AXIS))
     return triton.cdiv(tiles, rows), rows
 
 
 def partial_results(length: int, x: Tensor) -> Tensor:
-    """Scratch of ``length`` float32 where x lives."""
+    """Scratch memory for ``length`` float32 on x's device."""
     return torch.empty(length, dtype=torch.float32, device=x.device)
 
 
 def dense_1x1(weight: Tensor) -> Tensor:
-    """The weight [K, C, 1, 1] as dense [K, C] memory; itself if it is."""
+    """The weight [K, C, 1, 1] in dense [K, C] memory, copied only if it is not."""
     return weight if weight.is_contiguous() else weight.contiguous()
 
 
 def dense_3x3(weight: Tensor) -> Tensor:
-    """The weight [K, B, 3, 3] as dense [K, 3, 3, B] memory; itself if it is."""
+    """The weight [K, B, 3, 3] in dense [K, 3, 3, B] memory, copied only if it is not."""
     layout = torch.channels_last
     return weight if weight.is_contiguous(memory_format=layout) else weight.contiguous(memory_format=layout)
 
 
 def zero(*outputs: Tensor | None) -> None:
-    """The sums over no pixels."""
+    """Write zeros to the outputs: sums over no pixels."""
     for output in outputs:
         if output is not None:
             output.zero_()
 
 
-def can_run(device: torch.device, dtype: torch.dtype) -> str | None:
-    """None if kernels run there on tensors of ``dtype``, else the reason why not."""
+def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why kernels can't run on tensors of ``dtype`` on ``device``, or None if they can."""
     if INTERPRETED:
         if device.type != "cpu":
             return "TRITON_INTERPRET is set: kernels run in the interpreter, on the CPU"
-        # Triton 3.6 computes tl.dot of bfloat16 wrongly there.
+        # Triton 3.6's interpreter computes tl.dot of bfloat16 wrongly.
         return "the interpreter does not compute in bfloat16" if dtype == torch.bfloat16 else None
     return _can_compile(device.index)
 
 
 @functools.cache
 def _can_compile(device: int | None) -> str | None:
-    if reason := gpu_lacks(device):
+    if reason := gpu_unavailable_reason(device):
         return reason
     try:
         architecture = target_of(torch.cuda.current_device() if device is None else device).architecture
-    except Exception as error:  # Triton compiles its driver's part when it is first asked
+    except Exception as error:  # the first use compiles Triton's driver stub, which can fail in any way
         return f"Triton can't compile here: {type(error).__name__}: {error}"
     return None if has_architecture(architecture) else f"has no configurations for {architecture}"

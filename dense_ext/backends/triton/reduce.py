@@ -1,4 +1,4 @@
-"""Launching the second stage of the reductions, whose kernels are in :mod:`.tiles`."""
+"""Launches the second stage of the reductions; its kernels are in :mod:`.tiles`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .configs import Config
 from .launch import Kernel
 from .tiles import merge_moments_kernel, reduce_partials_kernel
 
-# Second stages read a few MB at the most, from the L2 cache: nothing to tune.
+# Second stages read at most a few MB, from the L2 cache, so there is nothing to tune.
 _MERGE = Config({"BLOCK_P": 64, "BLOCK_C": 16})
 _REDUCE = Config({"BLOCK_P": 16, "BLOCK": 128})
 
@@ -20,7 +20,7 @@ _reduce = Kernel(reduce_partials_kernel)
 
 
 def bind_merge(device: int, programs: int, channels: int, pixels: int) -> Callable[..., None]:
-    """Partial moments of ``programs`` programs to (mean, var): called with partials, mean, var."""
+    """Returns a launch that merges the moments of ``programs`` programs: ``launch(partials, mean, var)``."""
     grid = (triton.cdiv(channels, _MERGE.blocks["BLOCK_C"]),)
     types = (torch.float32,) * 3
     return _merge.bind(device, grid, types, (programs, channels, pixels), config=_MERGE)
@@ -34,14 +34,14 @@ def bind_reduce(
     shape: tuple[int, int, int] = (0, 0, 0),
     strides: tuple[int, int, int] | None = None,
 ) -> Callable[..., None]:
-    """Rows of ``sums`` sums and a weight gradient to their places: called with partials, sums, weight.
+    """Returns a launch that adds the programs' partial results: ``launch(partials, sums, weight_gradient)``.
 
     Args:
-        programs: rows to add.
-        sums: how many sums lead a row; 0 if there are none.
-        dtype: of the weight's gradient.
-        shape: the gradient's axes in the order in which a row holds them.
-        strides: of those axes in memory; None if there is no gradient.
+        programs: the number of programs, each of which left one row of partial results.
+        sums: the number of channel sums at the start of a row; 0 if there are none.
+        dtype: the weight gradient's dtype.
+        shape: the weight gradient's axes in the order in which a row holds them.
+        strides: the strides of those axes in the gradient; None if there is no gradient.
     """
     if strides is None:
         dtype, shape, strides = None, (0, 0, 0), (0, 0, 0)

@@ -1,7 +1,7 @@
-"""What the kernels share: activation, channel moments, and the second stage of every reduction.
+"""Code shared by the kernels: activation, channel moments, and the second stage of every reduction.
 
-A kernel that reduces over pixels writes one row of partial results per program; a small kernel here
-adds the rows in a fixed order. No atomics: equal inputs give equal bits.
+In a kernel that reduces over pixels, each program writes one row of partial results. A small kernel here
+adds the rows in a fixed order, without atomics, so equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import triton.language as tl
 
 @triton.jit
 def tile_of_two_axes():
-    """The number of a program's tile on the grid's second and third axis (launch.two_axes)."""
+    """The index of a program's tile, which the grid's second and third axes hold (launch.two_axes)."""
     return tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
 
 
 @triton.jit
 def pre_activation(x, scale, shift):
-    """``scale*x + shift`` in float32: x [M, C], scale and shift [C]."""
+    """``scale*x + shift`` in float32. Shapes: x [M, C]; scale, shift [C]."""
     return x.to(tl.float32) * scale[None, :] + shift[None, :]
 
 
@@ -30,7 +30,7 @@ def relu(x):
 
 @triton.jit
 def masked_gradient(da, x, scale, shift, mean, sum_g, sum_gx):
-    """Through the ReLU: g [M, C], and its channel sums added to sum_g and sum_gx."""
+    """ReLU's backward: g [M, C] from da [M, C]. Adds g's channel sums to sum_g and sum_gx [C]."""
     g = tl.where(pre_activation(x, scale, shift) <= 0, 0.0, da)
     sum_g += tl.sum(g, 0)
     sum_gx += tl.sum(g * (x.to(tl.float32) - mean[None, :]), 0)
@@ -39,9 +39,10 @@ def masked_gradient(da, x, scale, shift, mean, sum_g, sum_gx):
 
 @triton.jit
 def add_moments(count, mean, m2, values, valid, tile_count):
-    """Merge a tile's moments into a program's: (count, mean, M2) by Chan's formula.
+    """Merge a tile's moments into a program's (count, mean, M2) by Chan's formula.
 
-    values [M, C] float32; valid [M, 1]; tile_count: the valid rows; mean, m2 [C].
+    M2 is the sum of squared deviations from the mean. Shapes: values [M, C] float32; valid [M, 1];
+    mean, m2 [C]. ``tile_count`` is the number of valid rows.
     """
     tile_mean = tl.sum(tl.where(valid, values, 0.0), 0) / tile_count
     deviation = tl.where(valid, values - tile_mean[None, :], 0.0)
@@ -55,7 +56,7 @@ def add_moments(count, mean, m2, values, valid, tile_count):
 
 @triton.jit
 def store_moments(partials_vec, program, programs, channels, ok, C, count, mean, m2, writes_count):
-    """Write a program's row of the partial moments: means [P, C], M2s [P, C], counts [P]."""
+    """Write a program's moments to the partial results: means [P, C], M2s [P, C], counts [P]."""
     row = program.to(tl.int64) * C + channels
     tl.store(partials_vec + row, mean, mask=ok)
     tl.store(partials_vec + programs.to(tl.int64) * C + row, m2, mask=ok)
@@ -66,7 +67,7 @@ def store_moments(partials_vec, program, programs, channels, ok, C, count, mean,
 def merge_moments_kernel(
     partials_vec, mean_vec, var_vec, P, C, M, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """The mean and biased variance of the union of P groups, from their moments (M rows in all)."""
+    """The mean and biased variance over all M pixels, from the moments of P groups of them."""
     channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     ok = channels < C
     size = P.to(tl.int64) * C
@@ -108,10 +109,10 @@ def reduce_partials_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add P rows of float32: the first ``sums_size`` columns are sums, the rest a weight's gradient.
+    """Add P rows of float32: the first ``sums_size`` columns are sums, the rest a weight gradient.
 
-    A column of the weight is ((i0 * size1) + i1) * size2 + i2 and goes to i0*stride0 + i1*stride1 +
-    i2*stride2. Either output may be None: then no column belongs to it.
+    Column ((i0 * size1) + i1) * size2 + i2 of the weight gradient is stored at offset
+    i0*stride0 + i1*stride1 + i2*stride2. Either output may be None; then no column belongs to it.
     """
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = columns < row_size

@@ -211,7 +211,7 @@ class PrimitiveSuite(Suite):
                 call: Callable[[], object] = unfused(case.primitive, tensors, through)
             else:
                 backend, dtype = BACKENDS[row["peer"]], DTYPES[row["case"]["dtype"]]
-                if reason := backend.can_run(primitive_of(case.primitive), self.device, dtype):
+                if reason := backend.unavailable_reason(primitive_of(case.primitive), self.device, dtype):
                     raise UnavailableError(reason)
                 error = partial(backend_error, row["peer"], case, tensors)
                 call = partial(getattr(backend, case.primitive), **tensors)
