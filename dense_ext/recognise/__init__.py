@@ -89,9 +89,12 @@ def _may_be_dense(module: nn.Module) -> bool:
 
 
 def _concatenates(module: nn.Module) -> bool:
-    """Whether a module's own forward, or the forward of every child of a Sequential, calls ``torch.cat``."""
-    names = getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
-    if {"cat", "concat", "concatenate"} & set(names):
+    """Whether a module's own forward, or the forward of every child of a Sequential, calls ``torch.cat``.
+
+    A forward of several inputs joins those; that is no dense block.
+    """
+    code = getattr(type(module).forward, "__code__", None)
+    if code is not None and code.co_argcount <= 2 and {"cat", "concat", "concatenate"} & set(code.co_names):
         return True
     children = list(module.children())
     return isinstance(module, nn.Sequential) and len(children) > 1 and all(map(_concatenates, children))

@@ -50,6 +50,19 @@ def _candidates(model: nn.Module, recognise: bool) -> list[tuple[Adapter | Recog
     ]
 
 
+def _reasons(candidates: Sequence[Candidate]) -> str:
+    """The refused candidates with their reasons, those with the same reason together."""
+    names: dict[str, list[str]] = {}
+    for candidate in candidates:
+        if candidate.reason is not None:
+            names.setdefault(candidate.reason, []).append(candidate.name or "the model")
+    shown = {
+        reason: ", ".join(of[:3]) + (f" and {len(of) - 3} more" if len(of) > 3 else "")
+        for reason, of in names.items()
+    }
+    return "; ".join(f"{of}: {reason}" for reason, of in shown.items())
+
+
 def swap(
     model: Model,
     *,
@@ -100,12 +113,13 @@ def swap(
         )
     # The planner supports only DenseNets of known classes.
     found = _candidates(model, recognise and not automatic)
-    if not any(candidate.kind != "features" for _, candidate in found):
+    refused = _reasons([candidate for _, candidate in found])
+    if all(c.kind == "features" or (c.reason and isinstance(by, Recognition)) for by, c in found):
         how = "knows or recognises" if recognise and not automatic else "knows"
-        raise ValueError(f"{type(model).__name__} contains no dense block that dense_ext {how}")
-    refused = [f"{c.name}: {c.reason}" for _, c in found if c.reason is not None]
+        why = f" ({refused})" if refused else ""
+        raise ValueError(f"{type(model).__name__} contains no dense block that dense_ext {how}{why}")
     if refused:
-        message = "left as they are: " + "; ".join(refused)
+        message = f"left as they are: {refused}"
         if strict or automatic:
             option = "strict=True" if strict else 'recompute="auto"'
             raise ValueError(f"dense_ext.swap({option}): {message}")

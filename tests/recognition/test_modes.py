@@ -192,3 +192,20 @@ def test_leaves_nothing_behind() -> None:
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Branches(nn.Module):
+    """Branches side by side, joined: not dense."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.a(x), self.b(x)], 1)
+
+
+def test_a_network_without_dense_blocks_is_an_error_that_says_why() -> None:
+    message = r"Sequential contains no dense block that dense_ext knows or recognises \(0, 2: a has no norm"
+    with pytest.raises(ValueError, match=message):
+        dense_ext.swap(nn.Sequential(Branches(), nn.Conv2d(8, 3, 1), Branches()))
