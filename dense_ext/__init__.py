@@ -3,7 +3,7 @@
 Swap the dense blocks of an existing model with :func:`swap`, or build with :class:`DenseNet`.
 """
 
-from . import memory
+from . import functional, memory
 from .backends import available_backends, use_backend
 from .eligibility import fused_export
 from .models import (
@@ -40,6 +40,7 @@ __all__ = [
     "densenet_bc_100_12",
     "densenet_bc_190_40",
     "densenet_bc_250_24",
+    "functional",
     "fused_export",
     "memory",
     "report",

@@ -292,12 +292,12 @@ class Fused:
         if not _VOLUMES.isdisjoint([type(module) for module in modules.values()]):
             parts = {name: _OF_VOLUMES.get(part, part) for name, part in parts.items()}
         for name, module in modules.items():
-            if wrong := cls._part_reason(module, parts[name], 3 if name == of_three else 1):
+            if wrong := cls.part_reason(module, parts[name], 3 if name == of_three else 1):
                 return f"{name} {wrong}"
         return None
 
     @classmethod
-    def _part_reason(cls, module: Any, expected: type[nn.Module], size: int) -> str | None:
+    def part_reason(cls, module: Any, expected: type[nn.Module], size: int) -> str | None:
         kind = type(module)
         fixed = kind in FIXED_NORMS or (kind is nn.SyncBatchNorm and not uses_batch_stats(module))
         if kind is not expected and not (fixed and expected in _NORMS):

@@ -228,11 +228,11 @@ def unsupported(module: Any, plan: Plan) -> str | None:
 
     def parts(norms: Sequence[str], convs: Sequence[str], last: int) -> Iterator[str]:
         for name in norms:
-            if reason := Recognised._part_reason(_submodule(module, name), norm_type, 1):
+            if reason := Recognised.part_reason(_submodule(module, name), norm_type, 1):
                 yield f"{name} {reason}"
         for i, name in enumerate(convs):
             size = last if i == len(convs) - 1 else 1
-            if reason := Recognised._part_reason(_submodule(module, name), conv_type, size):
+            if reason := Recognised.part_reason(_submodule(module, name), conv_type, size):
                 yield f"{name} {reason}"
 
     for step in plan.steps:

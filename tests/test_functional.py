@@ -1,0 +1,117 @@
+"""``dense_ext.functional``: blocks and transitions of modules that the caller owns."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dense_ext
+
+from .helpers import Calls, assert_equal, assert_trains_alike, randomize
+
+C, K, B = 6, 4, 8
+
+
+def layers(bottleneck: bool, dims: int = 2) -> list[list[nn.Module]]:
+    conv, norm = (nn.Conv2d, nn.BatchNorm2d) if dims == 2 else (nn.Conv3d, nn.BatchNorm3d)
+    widths = [C + i * K for i in range(3)]
+    if bottleneck:
+        return [
+            [norm(w), conv(w, B, 1, bias=False), norm(B), conv(B, K, 3, padding=1, bias=False)]
+            for w in widths
+        ]
+    return [[norm(w), conv(w, K, 3, padding=1, bias=False)] for w in widths]
+
+
+class Net(nn.Module):
+    """A block and a transition, by functions of dense_ext or by PyTorch's own."""
+
+    def __init__(self, bottleneck: bool, dims: int = 2) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleList(layer) for layer in layers(bottleneck, dims))
+        conv, norm = (nn.Conv2d, nn.BatchNorm2d) if dims == 2 else (nn.Conv3d, nn.BatchNorm3d)
+        self.norm, self.conv = norm(C + 3 * K), conv(C + 3 * K, 5, 1, bias=False)
+        self.recompute: str | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.recompute is not None:
+            block = [list(layer) for layer in self.layers]
+            x = dense_ext.functional.dense_block(x, block, recompute=self.recompute)
+            return dense_ext.functional.transition(x, self.norm, self.conv)
+        for layer in self.layers:
+            new = x
+            for norm, conv in zip(layer[::2], layer[1::2], strict=True):
+                new = conv(F.relu(norm(new)))
+            x = torch.cat([x, new], 1)
+        pool = F.avg_pool2d if x.dim() == 4 else F.avg_pool3d
+        return pool(self.conv(F.relu(self.norm(x))), 2)
+
+
+def pair(bottleneck: bool = True, dims: int = 2, recompute: str = "bottleneck") -> tuple[Net, Net]:
+    eager = randomize(Net(bottleneck, dims)).double()
+    ours = copy.deepcopy(eager)
+    ours.recompute = recompute  # type: ignore[assignment]
+    return ours, eager  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("bottleneck", [True, False])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_trains_as_eager(bottleneck: bool, dims: int, recompute: str) -> None:
+    ours, eager = pair(bottleneck, dims, recompute)
+    with Calls() as calls:
+        assert_trains_alike(ours, eager, torch.randn(2, C, *[5, 6, 4][:dims], dtype=torch.float64))
+    assert {"dense_block", "transition"} <= set(calls.names)
+
+
+def test_compiles_and_exports() -> None:
+    ours, eager = pair()
+    x = torch.randn(2, C, 6, 6, dtype=torch.float64)
+    compiled = torch.compile(ours.eval(), fullgraph=True, backend="aot_eager")
+    assert_equal(compiled(x), eager.eval()(x), "compiled")
+    program = torch.export.export(ours, (x,))
+    assert "dense_ext" not in str(program.graph)
+    assert_equal(program.module()(x), eager(x).detach(), "exported")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(add_a_bias, "convolution 2 has a bias"), (add_a_hook, "convolution 1 carries a hook")],
+)
+def test_what_the_operator_does_not_support_runs_one_by_one(change: object, reason: str) -> None:
+    ours, eager = pair()
+    for model in (ours, eager):
+        change(model)  # type: ignore[operator]
+    x = torch.randn(2, C, 6, 6, dtype=torch.float64)
+    with Calls() as calls, pytest.warns(UserWarning, match=f"one by one: {reason}"):
+        assert_equal(ours(x), eager(x), "output")
+    assert calls.names == ["transition"]
+
+
+def test_dropout_drops_and_scales() -> None:
+    x = torch.randn(2, C, 8, 8)
+    block = layers(True)
+    torch.manual_seed(0)
+    dropped = dense_ext.functional.dense_block(x, block, drop_rate=0.5)[:, C : C + K]
+    kept = dense_ext.functional.dense_block(x, block)[:, C : C + K]
+    mask = dropped != 0
+    assert 0.3 < mask.float().mean() < 0.7
+    torch.testing.assert_close(dropped[mask], 2 * kept[mask])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": []}, "each layer must have 2 modules, or each 4"),
+        ({"layers": [layers(True)[0], layers(False)[1]]}, r"got \[2, 4\]"),
+        ({"drop_rate": 2.0}, "drop_rate must be a probability"),
+        ({"recompute": "all"}, "recompute must be one of"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, object], message: str) -> None:
+    arguments = {"layers": layers(True), **options}
+    with pytest.raises(ValueError, match=message):
+        dense_ext.functional.dense_block(torch.randn(2, C, 4, 4), **arguments)  # type: ignore[arg-type]
