@@ -77,6 +77,14 @@ def test_compiles_and_exports() -> None:
     assert_equal(program.module()(x), eager(x).detach(), "exported")
 
 
+def add_a_bias(model: nn.Module) -> None:
+    model.layers[1][1].bias = nn.Parameter(torch.ones(B, dtype=torch.float64))
+
+
+def add_a_hook(model: nn.Module) -> None:
+    model.layers[0][3].register_forward_hook(lambda *_: None)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [(add_a_bias, "convolution 2 has a bias"), (add_a_hook, "convolution 1 carries a hook")],
