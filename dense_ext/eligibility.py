@@ -144,12 +144,12 @@ def patched_method(kind: type) -> str | None:
 
 
 def known_methods(kind: type) -> dict[str, Any]:
-    """The methods of a class when it was first looked at."""
+    """The methods of a class as they were when it was first checked."""
     return _known_methods.get(kind, {})
 
 
 def _method_names(kind: type) -> list[str]:
-    """The methods that a call may reach: those above, and all of a class outside PyTorch."""
+    """The methods that a call may run: those in ``_METHODS``, and all of classes outside PyTorch."""
     written = [base for base in kind.__mro__ if base.__module__.partition(".")[0] not in _PYTORCHS]
     own = [n for base in written for n, value in vars(base).items() if isinstance(value, types.FunctionType)]
     return list(dict.fromkeys((*_METHODS, *own)))

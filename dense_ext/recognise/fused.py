@@ -47,7 +47,7 @@ class Recognised(Fused):
         return self.original_forward(input)
 
     def run_or_fall_back(self, x: Any) -> Any:
-        """The module's output, fused or by the original's forward."""
+        """The module's output, from the fused operators or the original's forward."""
         if not isinstance(x, Tensor) or self.why_eager(x) is not None:
             return self.run_original(x)
         out = self.run(x)

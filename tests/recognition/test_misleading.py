@@ -1,7 +1,7 @@
-"""Blocks that look like plain dense blocks and are not: refused, or exact all the same.
+"""Blocks that look like plain dense blocks but are not; they are refused, or fused exactly.
 
-Each changes one thing about a plain block. Those in ``REFUSED`` must not be recognised; those in ``GUARDED``
-may, and then a change of what their forward depends on must be noticed at the next call.
+Each changes one thing about a plain block. Those in ``REFUSED`` must not be recognised. Those in ``GUARDED``
+may be; then a change of a value on which their forward depends must be noticed at the next call.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ REFUSED: dict[str, Callable[[], nn.Module]] = {}
 
 
 def refused(made: Any) -> Any:
-    """Register a block, or a layer to be put into a plain one."""
+    """Register a block, or a layer that is put into a plain block."""
     if issubclass(made, Layer):
         REFUSED[made.__name__] = type(made.__name__, (Plain,), {"layer": made})
     else:
@@ -67,7 +67,7 @@ def refused(made: Any) -> Any:
     return made
 
 
-# --- another way for some inputs ----------------------------------------------------------------------
+# --- branches that depend on the input ----------------------------------------------------------------
 
 
 @refused
@@ -475,7 +475,7 @@ def test_a_change_after_the_swap_is_noticed(change: str, monkeypatch: pytest.Mon
 
 
 def test_some_modules_in_training_mode() -> None:
-    """With dropout, a layer alone in eval mode is not what was recognised; without, it is a frozen norm."""
+    """With dropout, a single layer in eval mode stops fusing; without dropout, its norms are only frozen."""
     ours, eager = twin(randomize(Plain()).double(), dense_ext.swap)
     x = torch.randn(2, C, 6, 5, dtype=torch.float64)
     for model in (ours, eager):

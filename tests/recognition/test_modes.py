@@ -1,4 +1,4 @@
-"""Recognised networks in the modes people use: compiled, exported, sliced, in 16 bits, under torch.func."""
+"""Recognised networks in common modes: compiled, exported, sliced, in 16 bits, under torch.func."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_autocast_is_no_less_exact(kind: str) -> None:
             y = model(x.float())
         assert y.dtype == torch.bfloat16
         ratios.append(((y.double() - expected).norm() / expected.norm()).item())
-    # Both round activations to 8 bits some tens of times; twice covers the luck of one draw.
+    # Both round activations to 8 bits some tens of times; a factor of two allows for the chance of one draw.
     assert ratios[0] <= 2 * ratios[1]
 
 
@@ -130,7 +130,7 @@ def test_autocast_is_no_less_exact(kind: str) -> None:
     ("kind", "most"), [("plain_layers", 0.25), ("module_list", 0.2), ("newest_first", 0.3)]
 )
 def test_keeps_a_fraction_of_what_eager_keeps(kind: str, most: float) -> None:
-    """A deeper block of the style: eager keeps each layer's input, three to five times; fused one buffer."""
+    """In a deeper block, eager keeps each layer's input three to five times; fused keeps one buffer."""
     style = type(STYLES[kind]().body[0]) if kind != "module_list" else CatFunctional
     body = nn.Sequential(*layers(style, 12))
     ours, eager = twin(Classifier(body, 6 + 12 * 4), dense_ext.swap)
@@ -180,7 +180,7 @@ def test_a_model_on_the_meta_device_is_recognised() -> None:
 
 
 def test_leaves_nothing_behind() -> None:
-    """Neither generators nor modes, buffers or gradients change."""
+    """Recognition changes no generators, modes, buffers or gradients."""
     model = OneForward()
     model.dense1.eval()
     modes = [module.training for module in model.modules()]
