@@ -166,17 +166,15 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def torchrun(*command: object) -> str:
-    """Runs a program in two processes, which find dense_ext here; returns what they print."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def run_python(*arguments: object) -> str:
+    """Runs Python in a process of its own, which finds dense_ext here; returns what it prints."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launcher, *map(str, command)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def torchrun(*command: object) -> str:
+    """Runs a program in two processes; returns what they print."""
+    return run_python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command)
