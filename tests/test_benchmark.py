@@ -126,16 +126,16 @@ def test_saved_bytes_are_what_stays_allocated(policy: str | None) -> None:
     peer = peers.EAGER["eager-cl"] if policy is None else peers.OURS[policy]
     step = sgd_step(peer.build(model, model.state_dict(), CPU, "auto"), torch.float32, CPU)
     x = peer.images(torch.randn(4, 3, 16, 16))
-    saved = saved_bytes(step.model, lambda: step.loss(x, labels)[0])
+    saved = saved_bytes(step.model, lambda: step.loss(x, labels))
     loss_bytes = torch.float32.itemsize
-    live = allocation_levels(lambda: step.loss(x, labels)[0])[-1] - loss_bytes
+    live = allocation_levels(lambda: step.loss(x, labels))[-1] - loss_bytes
     assert saved == pytest.approx(live + x.nbytes + labels.nbytes, abs=1024)
 
 
 def test_peak_holds_what_is_saved() -> None:
     network, x, labels = networks.plain(small_model()), torch.randn(4, 3, 16, 16), torch.arange(4)
     step = sgd_step(network, torch.float32, CPU)
-    saved = saved_bytes(network, lambda: step.loss(x, labels)[0])
+    saved = saved_bytes(network, lambda: step.loss(x, labels))
     peak = step_peaks(step, x, labels)["peak_bytes"]
     # Besides the saved tensors there are gradients, at most one for each activation.
     assert saved - x.nbytes < peak < 2 * saved

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
@@ -34,21 +34,50 @@ for _name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(_name).setLevel(logging.WARNING)
 
 
+class _SeededByEpoch(DataLoader[Any]):
+    """Draws the augmentation of an epoch alike, whether the training has just begun or was resumed."""
+
+    def __iter__(self) -> Any:
+        sampler: Any = self.sampler
+        torch.manual_seed(hash((sampler.seed, sampler.epoch, sampler.rank)))
+        return super().__iter__()
+
+
 class Classifier(LightningModule):
-    """A network with cross entropy, SGD with Nesterov momentum 0.9 and weight decay 1e-4.
+    """A network with its images: cross entropy, SGD with Nesterov momentum 0.9 and weight decay 1e-4.
 
     The learning rate falls from ``settings["learning_rate"]`` to zero on a cosine schedule over all steps.
+    Each process trains on its own share of the images; of its last batch for training, one that is
+    smaller is left out: a single image has no batch statistics. Where the test images do not divide by
+    the number of processes, some are tested twice.
 
     Args:
         network: in channels_last memory.
         settings: of the training, kept in its checkpoints.
+        data: images to train and test on.
+        batch: images a step in each process.
+        workers: processes that load images.
     """
 
-    def __init__(self, network: nn.Module, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, network: nn.Module, settings: dict[str, Any], data: DataSets, batch: int, workers: int
+    ) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.data, self.batch, self.workers = network, data, batch, workers
         self.history: list[dict[str, float]] = []
         self.save_hyperparameters(settings)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        images, seed = self.data.training, self.hparams["seed"]
+        order: DistributedSampler[Any] = DistributedSampler(
+            images, self.trainer.world_size, self.global_rank, seed=seed
+        )
+        # Lightning sets the later epochs, but not the one that a resumed training begins with.
+        order.set_epoch(len(self.history))
+        return _SeededByEpoch(images, self.batch, sampler=order, drop_last=True, num_workers=self.workers)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.data.test, self.batch, num_workers=self.workers)
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
         return self._loss("training", *batch)
@@ -93,42 +122,6 @@ class Classifier(LightningModule):
         self.history = checkpoint["history"]
 
 
-class _SeededByEpoch(DataLoader[Any]):
-    """Draws the augmentation of an epoch alike, whether the training has just begun or was resumed."""
-
-    def __iter__(self) -> Any:
-        sampler: Any = self.sampler
-        torch.manual_seed(hash((sampler.seed, sampler.epoch, sampler.rank)))
-        return super().__iter__()
-
-
-class Batches(LightningDataModule):
-    """Batches of ``batch`` images; each process draws from its own share of the images.
-
-    A last batch for training that is smaller is left out: a single image has no batch statistics. Where
-    the test images do not divide by the number of processes, some are tested twice.
-    """
-
-    def __init__(self, data: DataSets, batch: int, workers: int, seed: int) -> None:
-        super().__init__()
-        self.data, self.batch, self.workers, self.seed = data, batch, workers, seed
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        assert self.trainer is not None
-        module: Any = self.trainer.lightning_module
-        order: DistributedSampler[Any] = DistributedSampler(
-            self.data.training, self.trainer.world_size, self.trainer.global_rank, seed=self.seed
-        )
-        # Lightning sets the later epochs, but not the one that a resumed training begins with.
-        order.set_epoch(len(module.history))
-        return _SeededByEpoch(
-            self.data.training, self.batch, sampler=order, drop_last=True, num_workers=self.workers
-        )
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self.data.test, self.batch, num_workers=self.workers)
-
-
 class Training:
     """A training of dense_ext's network and, with ``settings["peer"]``, then one of its eager twin.
 
@@ -163,16 +156,16 @@ class Training:
         batch = min(settings["batch"], count) // processes
         if batch < 1:
             raise UsageError(f"{settings['batch']} images a step are too few for {processes} processes")
-        self._batches = Batches(data, batch, workers, settings["seed"])
         torch.manual_seed(settings["seed"])
         model = MODELS[settings["model"]](
             num_classes=len(data.classes), recompute=settings["recompute"], backend=backend
         )
-        weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         networks = {OURS: model.to(memory_format=torch.channels_last)}  # type: ignore[call-overload]
         if settings["peer"]:
-            networks[PEER] = EAGER["eager-cl"].build(model, weights, torch.device("cpu"), backend)
-        self._modules = {name: Classifier(network, settings) for name, network in networks.items()}
+            networks[PEER] = EAGER["eager-cl"].build(model, model.state_dict(), torch.device("cpu"), backend)
+        self._modules = {
+            name: Classifier(network, settings, data, batch, workers) for name, network in networks.items()
+        }
 
     def _trainer(self, name: str, options: dict[str, Any]) -> Trainer:
         path = self._checkpoints[name]
@@ -224,11 +217,7 @@ class Training:
                 with warnings.catch_warnings():
                     for message in _EXPECTED:
                         warnings.filterwarnings("ignore", message)
-                    trainer.fit(
-                        self._modules[name],
-                        datamodule=self._batches,
-                        ckpt_path=path if path.exists() else None,
-                    )
+                    trainer.fit(self._modules[name], ckpt_path=path if path.exists() else None)
             except SystemExit:  # how Lightning ends at Ctrl-C, which it then ignores
                 if not trainer.interrupted:
                     raise
