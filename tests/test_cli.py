@@ -266,7 +266,9 @@ def test_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setattr(family, "MODELS", some)
     monkeypatch.setattr(family, "RESNETS", ("resnet18",))
     assert main(["models", "--out", str(tmp_path)]) == 0
-    assert "densenet_bc_100_12" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "densenet_bc_100_12" in printed
+    assert "ImageNet top-1 accuracy in % (torchvision's weights IMAGENET1K_V1)" in printed
     rows = {row["name"]: row for row in read(tmp_path / "models.json")["models"]}
     assert {name: row["size"] for name, row in rows.items()} == {**dict.fromkeys(some, 32), "resnet18": 224}
     assert rows["densenet_bc_100_12"]["parameters"] == 769_162  # arXiv 1608.06993, table 2: 0.8 M
@@ -275,7 +277,11 @@ def test_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert rows["resnet18"]["forward_flops_per_image"] == pytest.approx(2 * 1.814e9, rel=1e-3)
     saved = rows["densenet_bc_100_12"]["saved_bytes_per_image"]
     assert saved["default"] > 8 * saved["bottleneck"]
+    assert {name: row["imagenet_top1_percent"] for name, row in rows.items()} == {
+        **dict.fromkeys(some), "resnet18": 69.758
+    }  # fmt: skip
     assert is_png(tmp_path / "models.png")
+    assert is_png(tmp_path / "accuracy.png")
 
 
 # --- train --------------------------------------------------------------------------------------------
