@@ -1,9 +1,13 @@
-"""Compares a model with its eager twin."""
+"""Compares a model with its eager twin, and runs programs in processes of their own."""
 
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +19,8 @@ from torchvision.models.densenet import DenseNet, _DenseBlock, _Transition
 # The relative error within which float64 results count as equal to eager's. It is far above rounding (1e-16
 # times the longest sum of about 1e4 terms, through some tens of layers) and far below any algebraic mistake.
 RELATIVE = 1e-9
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def randomize(module: nn.Module) -> nn.Module:
@@ -158,3 +164,17 @@ class Calls(TorchDispatchMode):
         if func.namespace == "dense_ext":
             self.names.append(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
+
+
+def run_python(*arguments: object) -> str:
+    """Runs Python in a process of its own, which finds dense_ext here; returns what it prints."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def torchrun(*command: object) -> str:
+    """Runs a program in two processes; returns what they print."""
+    return run_python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command)

@@ -16,6 +16,7 @@ pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
+import torchvision
 from PIL import Image
 from torchvision.models import densenet121
 
@@ -25,11 +26,13 @@ from dense_ext.benchmark.errors import MeasurementError, UsageError
 from dense_ext.benchmark.flops import flops_per_image, without_memory
 from dense_ext.benchmark.memory import allocation_levels, saved_bytes, step_peaks
 from dense_ext.benchmark.step import sgd_step
+from dense_ext.memory import TrackedStep
 from dense_ext.schedule import RECOMPUTE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def small_model() -> dense_ext.DenseNet:
@@ -126,16 +129,16 @@ def test_saved_bytes_are_what_stays_allocated(policy: str | None) -> None:
     peer = peers.EAGER["eager-cl"] if policy is None else peers.OURS[policy]
     step = sgd_step(peer.build(model, model.state_dict(), CPU, "auto"), torch.float32, CPU)
     x = peer.images(torch.randn(4, 3, 16, 16))
-    saved = saved_bytes(step.model, lambda: step.loss(x, labels)[0])
+    saved = saved_bytes(step.model, lambda: step.loss(x, labels))
     loss_bytes = torch.float32.itemsize
-    live = allocation_levels(lambda: step.loss(x, labels)[0])[-1] - loss_bytes
+    live = allocation_levels(lambda: step.loss(x, labels))[-1] - loss_bytes
     assert saved == pytest.approx(live + x.nbytes + labels.nbytes, abs=1024)
 
 
 def test_peak_holds_what_is_saved() -> None:
     network, x, labels = networks.plain(small_model()), torch.randn(4, 3, 16, 16), torch.arange(4)
     step = sgd_step(network, torch.float32, CPU)
-    saved = saved_bytes(network, lambda: step.loss(x, labels)[0])
+    saved = saved_bytes(network, lambda: step.loss(x, labels))
     peak = step_peaks(step, x, labels)["peak_bytes"]
     # Besides the saved tensors there are gradients, at most one for each activation.
     assert saved - x.nbytes < peak < 2 * saved
@@ -147,6 +150,29 @@ def test_ours_keeps_an_eighth_of_eager() -> None:
     assert saved["default"] / saved["bottleneck"] > 8
     assert saved["memory_efficient"] > saved["none"] > saved["bottleneck"] > saved["block"]
     assert row["parameters"] == 7_978_856
+
+
+def test_the_family_is_what_torchvision_says_of_its_weights() -> None:
+    committed = results.read_json(ROOT / "benchmarks" / "results" / "family.json")["models"]
+    known = {row["name"]: row for row in committed if row["imagenet_top1_percent"] is not None}
+    assert sorted(known) == sorted([*family.RESNETS, *(f"densenet{n}" for n in (121, 161, 169, 201))])
+    for name, row in known.items():
+        meta = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].meta
+        assert row["imagenet_top1_percent"] == meta["_metrics"]["ImageNet-1K"]["acc@1"]
+        assert row["parameters"] == meta["num_params"]
+        # torchvision counts a multiplication with its addition once.
+        assert row["forward_flops_per_image"] == pytest.approx(2e9 * meta["_ops"], rel=1e-3)
+
+
+def test_what_a_step_holds_is_its_peak() -> None:
+    """Of eager, whose peak is tracked here; less by what backward has beside the activations."""
+    row = family._row("resnet18", 64, lambda text: None)
+    assert row["imagenet_top1_percent"] is None
+    peak = TrackedStep(torchvision.models.resnet18(), (3, 64, 64)).peak(family.STEP_BATCH)
+    assert 0.95 * peak < row["step_bytes"]["default"] <= peak
+    ours = family._row("densenet_bc_40_12", None, lambda text: None)["step_bytes"]
+    planned = dense_ext.memory.estimate("densenet_bc_40_12", (family.STEP_BATCH, 3, 32, 32))
+    assert ours["bottleneck"] == planned.peak < ours["default"] / 4
 
 
 @pytest.mark.parametrize("policy", RECOMPUTE)

@@ -20,10 +20,13 @@ from dense_ext.cli import main
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
+pytest.importorskip("lightning")
 
 from PIL import Image
 
 from dense_ext.benchmark import family, training
+
+from .helpers import run_python, torchrun
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -89,15 +92,18 @@ def test_help_imports_no_optional_package() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("package", ["torchvision", "matplotlib"])
-def test_a_missing_package_is_named(package: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("package", "command", "extra"),
+    [("torchvision", "models", "bench"), ("matplotlib", "models", "bench"), ("lightning", "train", "train")],
+)
+def test_a_missing_package_is_named(package: str, command: str, extra: str, tmp_path: Path) -> None:
     code = (
         f"import sys; sys.modules[{package!r}] = None; from dense_ext.cli import main;"
-        f"sys.exit(main(['models', '--out', {str(tmp_path / 'out')!r}]))"
+        f"sys.exit(main([{command!r}, '--out', {str(tmp_path / 'out')!r}]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == f"dense-ext: this command needs {package}: pip install 'dense_ext[bench]'\n"
+    assert done.stderr == f"dense-ext: this command needs {package}: pip install 'dense_ext[{extra}]'\n"
     assert not list(tmp_path.iterdir())
 
 
@@ -131,7 +137,9 @@ def test_a_missing_package_is_named(package: str, tmp_path: Path) -> None:
         (["train", "--out", "/dev/null/run"], "/dev/null is not a folder"),
         (["train", "--data", "nowhere"], "data folder nowhere does not exist"),
         (["train", "--lr", "0"], "--lr must be positive, got 0.0"),
-        (["train", "--amp", "int8"], "--amp must be one of none, bfloat16, float16; got 'int8'"),
+        (["train", "--precision", "int8"], "--precision must be one of 32-true, bf16-mixed, 16-mixed; got "),
+        (["train", "--strategy", "fast"], "You selected an invalid strategy name: `strategy='fast'`."),
+        (["train", "--devices", "2", "--batch", "1"], "1 images a step are too few for 2 processes"),
         (["train", "--model", "resnet50"], "model must be one of densenet121, "),
         (["train", "--size", "4"], "--size 4 is too small for densenet_bc_40_12"),
         (["train", "--resume"], "nothing to resume"),
@@ -258,7 +266,9 @@ def test_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setattr(family, "MODELS", some)
     monkeypatch.setattr(family, "RESNETS", ("resnet18",))
     assert main(["models", "--out", str(tmp_path)]) == 0
-    assert "densenet_bc_100_12" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "densenet_bc_100_12" in printed
+    assert "ImageNet top-1 accuracy in % (torchvision's weights IMAGENET1K_V1)" in printed
     rows = {row["name"]: row for row in read(tmp_path / "models.json")["models"]}
     assert {name: row["size"] for name, row in rows.items()} == {**dict.fromkeys(some, 32), "resnet18": 224}
     assert rows["densenet_bc_100_12"]["parameters"] == 769_162  # arXiv 1608.06993, table 2: 0.8 M
@@ -267,7 +277,11 @@ def test_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert rows["resnet18"]["forward_flops_per_image"] == pytest.approx(2 * 1.814e9, rel=1e-3)
     saved = rows["densenet_bc_100_12"]["saved_bytes_per_image"]
     assert saved["default"] > 8 * saved["bottleneck"]
+    assert {name: row["imagenet_top1_percent"] for name, row in rows.items()} == {
+        **dict.fromkeys(some), "resnet18": 69.758
+    }  # fmt: skip
     assert is_png(tmp_path / "models.png")
+    assert is_png(tmp_path / "accuracy.png")
 
 
 # --- train --------------------------------------------------------------------------------------------
@@ -280,8 +294,13 @@ def without_seconds(results: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize("stop", [3, 9])  # in the second epoch of the first network, and of the second
 def test_resumed_training_is_the_uninterrupted_one(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stop: int,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments = ["train", "--data", str(pictures), *TINY_TRAIN, "--epochs", "3", "--peer"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -290,15 +309,15 @@ def test_resumed_training_is_the_uninterrupted_one(
     assert printed.startswith("dense_ext: test accuracy ")
     assert "torchvision, eager: test accuracy " in printed
 
-    epoch, calls = training.Run.epoch, itertools.count()
+    step, calls = training.Classifier.training_step, itertools.count()
 
-    def interrupted_epoch(self: training.Run, *rest: Any) -> None:
-        if next(calls) == 3:  # in the second epoch, after the first network has trained
+    def interrupted_step(self: training.Classifier, *batch: Any) -> Any:
+        if next(calls) == stop:
             raise KeyboardInterrupt
-        epoch(self, *rest)
+        return step(self, *batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Run, "epoch", interrupted_epoch)
+        patch.setattr(training.Classifier, "training_step", interrupted_step)
         assert main([*arguments, "--out", str(parts)]) == 130
     assert read(parts / "train.json")["interrupted"]
     assert not (parts / "weights.pt").exists()
@@ -308,15 +327,45 @@ def test_resumed_training_is_the_uninterrupted_one(
     first, second = read(whole / "train.json"), read(parts / "train.json")
     assert without_seconds(first) == without_seconds(second)
     assert [len(history) for history in without_seconds(first).values()] == [3, 3]
-    states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, parts)]
-    for name in states[0]["runs"]:
-        one, other = (state["runs"][name] for state in states)
-        torch.testing.assert_close(one["network"], other["network"], rtol=0, atol=0)
-        torch.testing.assert_close(one["optimizer"]["state"], other["optimizer"]["state"], rtol=0, atol=0)
-        assert all(torch.equal(a, b) for a, b in zip(one["random_state"], other["random_state"], strict=True))
+    for name in ("checkpoint.ckpt", "peer.ckpt"):
+        one, other = (torch.load(folder / name, weights_only=True) for folder in (whole, parts))
+        for key in ("state_dict", "optimizer_states", "lr_schedulers"):
+            torch.testing.assert_close(one[key], other[key], rtol=0, atol=0)
     assert is_png(parts / "curves.png")
-    rows = list(csv.DictReader((parts / "metrics.csv").open()))
-    assert [row["network"] for row in rows] == ["dense_ext"] * 3 + ["torchvision, eager"] * 3
+    logged = [list(csv.DictReader(path.open())) for path in sorted(whole.glob("logs/*/*/metrics.csv"))]
+    assert [[row["epoch"] for row in rows if row["test_loss"]] for rows in logged] == [["0", "1", "2"]] * 2
+
+
+def test_several_processes_train_one_network(pictures: Path, tmp_path: Path) -> None:
+    """Lightning's processes and torchrun's."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import json, pathlib, sys, torch.distributed as dist\n"
+        "from dense_ext.benchmark import training\n"
+        "from dense_ext.cli import main\n"
+        "def tell(self):\n"
+        "    weights = [p.detach().double().sum().item() for p in self.parameters()]\n"
+        "    text = json.dumps([weights, sorted(self.trainer.train_dataloader.sampler)])\n"
+        "    pathlib.Path(__file__).with_name(f'process{dist.get_rank()}').write_text(text)\n"
+        "training.Classifier.on_train_end = tell\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    arguments = ["train", "--data", pictures, "--model", "densenet_bc_40_12", "--size", "8", "--batch", "8",
+                 "--epochs", "2", "--out"]  # fmt: skip
+    printed = torchrun(program, *arguments, tmp_path / "torchrun")
+    assert printed.count("dense_ext: test accuracy") == 1
+    (weights, share), (other_weights, other_share) = (
+        json.loads(p.read_text()) for p in tmp_path.glob("process*")
+    )
+    assert weights == other_weights
+    assert sorted(share + other_share) == list(range(16))
+    started = run_python("-m", "dense_ext", *arguments, tmp_path / "devices", "--devices", "2")
+    assert started.count("dense_ext: test accuracy") == 1
+    results = [read(tmp_path / name / "train.json") for name in ("torchrun", "devices")]
+    assert without_seconds(results[0]) == without_seconds(results[1])
+    assert [result["options"]["devices"] for result in results] == [2, 2]
+    checkpoint = torch.load(tmp_path / "torchrun" / "checkpoint.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 2 * 16 // 8
 
 
 def test_peers_start_from_the_same_weights_and_images(pictures: Path, tmp_path: Path) -> None:
@@ -331,23 +380,23 @@ def test_a_training_is_never_lost(pictures: Path, tmp_path: Path, capsys: pytest
     arguments = ["train", "--data", str(pictures), *TINY_TRAIN, "--epochs", "1"]
     out = ["--out", str(tmp_path)]
     assert main([*arguments, *out]) == 0
-    before = (tmp_path / "checkpoint.pt").read_bytes()
+    before = (tmp_path / "checkpoint.ckpt").read_bytes()
     assert main([*arguments, *out]) == 2
     assert "train.json exists; pass --resume, --overwrite or another --out" in capsys.readouterr().err
     assert main([*arguments, *out, "--resume", "--lr", "0.5"]) == 2
     assert "was trained with learning_rate 0.05, not 0.5" in capsys.readouterr().err
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
-    assert main([*arguments, *out, "--overwrite", "--amp", "bfloat16"]) == 0
-    assert read(tmp_path / "train.json")["options"]["amp"] == "bfloat16"
+    assert (tmp_path / "checkpoint.ckpt").read_bytes() == before
+    assert main([*arguments, *out, "--overwrite", "--precision", "bf16-mixed"]) == 0
+    assert read(tmp_path / "train.json")["options"]["precision"] == "bf16-mixed"
 
 
 def test_a_checkpoint_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, other = tmp_path / "checkpoint.pt", tmp_path / "other.pt"
+    path, other = tmp_path / "checkpoint.ckpt", tmp_path / "other.pt"
     torch.save({"weights": torch.ones(1)}, other)
     for content in (b"", b"junk", other.read_bytes()[:100], other.read_bytes()):
         path.write_bytes(content)
         assert main(["train", *TINY_TRAIN, "--resume", "--out", str(tmp_path)]) == 2
-        assert "checkpoint.pt is no checkpoint" in capsys.readouterr().err
+        assert "checkpoint.ckpt is no checkpoint" in capsys.readouterr().err
         assert path.read_bytes() == content
     assert {p.name for p in tmp_path.iterdir()} == {path.name, other.name}
 

@@ -76,7 +76,8 @@ def test_imports_point_one_way(path: Path) -> None:
 
 
 def test_documents_exist_and_links_in_them_lead_somewhere() -> None:
-    for document in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")):
+    folders = (ROOT, *(ROOT / name for name in ("docs", "benchmarks", "examples")))
+    for document in (path for folder in folders for path in folder.glob("*.md")):
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", document.read_text()):
             if "://" not in target:
                 assert (document.parent / target).exists(), f"{document.name}: {target}"

@@ -344,7 +344,7 @@ def losses(peer: peers.Peer) -> list[float]:
     model, device = small_densenet(10, 12), torch.device("cpu")
     x, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
     step = bench.sgd_step(peer.build(model, model.state_dict(), device, "auto"), torch.float32, device)
-    return [float(step(peer.images(x), labels)[0]) for _ in range(2)]
+    return [float(step(peer.images(x), labels)) for _ in range(2)]
 
 
 def test_every_peer_does_the_same_step() -> None:
@@ -365,7 +365,7 @@ def test_compiled_within_a_budget() -> None:
         peer = peers.PEERS[name]
         step = bench.sgd_step(peer.build(model, model.state_dict(), device, "auto"), torch.float32, device)
         saved[name] = bench.saved_bytes(
-            step.model, lambda step=step, peer=peer: step.loss(peer.images(x), labels)[0]
+            step.model, lambda step=step, peer=peer: step.loss(peer.images(x), labels)
         )
     assert saved["budget-cl"] < saved["compile-cl"]
 
@@ -413,8 +413,8 @@ def test_graphed_training_is_the_plain_one(peer: str) -> None:
         for _ in range(2)
     )
     graphed = GraphedStep(recorded, device)
-    expected = [float(plain(x, labels)[0]) for _ in range(8)]
-    assert [float(graphed(x, labels)[0]) for _ in range(8)] == pytest.approx(expected, rel=1e-4)
+    expected = [float(plain(x, labels)) for _ in range(8)]
+    assert [float(graphed(x, labels)) for _ in range(8)] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

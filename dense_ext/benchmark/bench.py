@@ -140,7 +140,7 @@ class Bench:
 
     def _memory(self, peer: Peer, batch: Batch) -> dict[str, float]:
         step, images, labels = self._step(peer, batch)
-        saved = saved_bytes(step.model, lambda: step.loss(images, labels)[0])
+        saved = saved_bytes(step.model, lambda: step.loss(images, labels))
         counted = {"saved_bytes": saved, **step_peaks(step, images, labels)}
         return {f"{name}_per_image": nbytes / len(images) for name, nbytes in counted.items()}
 
@@ -156,7 +156,7 @@ class Bench:
                     served = dict.fromkeys(row.detail for row in report(step.model).rows)
                     self.results["peers"][peer.name]["served_by"] = list(served)
                 # More calls than a graph makes before it is recorded, and than compiling takes.
-                losses = [float(call()[0]) for _ in range(5)][:2]
+                losses = [float(call()) for _ in range(5)][:2]
                 self.results.setdefault("first_losses", {})[peer.name] = losses
                 count = count or calls_per_sample(call, self.device)
                 steps[peer.name] = call

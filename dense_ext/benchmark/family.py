@@ -1,4 +1,4 @@
-"""The DenseNet family beside ResNets: parameters, arithmetic, and memory by policy, without running any."""
+"""The DenseNet family beside ResNets: accuracy, parameters, arithmetic and memory, without running any."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..memory import Planner
 from ..models import MODELS, DenseNet
 from ..schedule import RECOMPUTE
 from .errors import UsageError
@@ -19,9 +20,13 @@ from .memory import saved_bytes
 from .networks import plain, takes_small_images, torchvision_twin
 from .results import Results
 
-RESNETS = ("resnet18", "resnet50", "resnet101", "resnet152")
-SMALL_SIZE = 32  # of the images the CIFAR networks take
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+SIZE, SMALL_SIZE = 224, 32  # of the images that the networks for ImageNet and for CIFAR take
+STEP_BATCH = 32  # images of the training step whose memory is told
+# V2 of the ResNets' weights comes from another recipe, which the DenseNets' never had.
+WEIGHTS = "IMAGENET1K_V1"
 _BATCH = 8
+_TRAINING_BYTES = 3 * 4  # of a parameter in float32: its value, gradient and momentum
 
 # What is counted for every DenseNet, in order.
 MEMORY_KINDS = ("default", "memory_efficient", *RECOMPUTE)
@@ -57,22 +62,43 @@ def _dense_builders(name: str) -> dict[str, Callable[[], nn.Module]]:
     return builders
 
 
+def _top1(name: str, size: int) -> float | None:
+    """Top-1 accuracy on ImageNet in percent of torchvision's weights; None without, or at another size."""
+    if size != SIZE or name not in torchvision.models.list_models(torchvision.models):
+        return None
+    weights: Any = torchvision.models.get_model_weights(name)
+    accuracy: float = weights[WEIGHTS].meta["_metrics"]["ImageNet-1K"]["acc@1"]
+    return accuracy
+
+
+def _step_bytes(name: str, size: int, saved: float, parameters: int) -> dict[str, int]:
+    """What a step of 32 images with SGD and momentum holds: eager at least, dense_ext at its planned peak."""
+    held = {"default": round(STEP_BATCH * saved) + _TRAINING_BYTES * parameters}
+    if name in MODELS:
+        planner = Planner(name, (3, size, size), device="cpu")
+        held |= {policy: planner.estimate(STEP_BATCH, policy).peak for policy in RECOMPUTE}
+    return held
+
+
 def _row(name: str, size: int | None, tick: Callable[[str], None]) -> dict[str, Any]:
     builders = _dense_builders(name) if name in MODELS else {"default": getattr(torchvision.models, name)}
     with torch.device("meta"):
         network = builders["default"]()
     small = isinstance(network, DenseNet) and takes_small_images(network)
-    side = size or (SMALL_SIZE if small else 224)
+    side = size or (SMALL_SIZE if small else SIZE)
     saved, flops = {}, {}
     for kind, build in builders.items():
         tick(f"{name}, {kind}")
         saved[kind], flops[kind] = _count(build, side)
+    parameters = sum(p.numel() for p in network.parameters())
     return {
         "name": name,
         "size": side,
-        "parameters": sum(p.numel() for p in network.parameters()),
+        "imagenet_top1_percent": _top1(name, side),
+        "parameters": parameters,
         "forward_flops_per_image": flops["default"],
         "saved_bytes_per_image": saved,
+        "step_bytes": _step_bytes(name, side, saved["default"], parameters),
     }
 
 
@@ -89,6 +115,7 @@ def measure_family(size: int | None, results: Results, tick: Callable[[str], Non
         results: rows are added as they are counted.
         tick: told what is counted next.
     """
-    results["models"] = []
+    results["models"], results["step_batch"] = [], STEP_BATCH
+    results["accuracy_source"] = f"torchvision's weights {WEIGHTS}"
     for name in (*MODELS, *RESNETS):
         results["models"].append(_row(name, size, tick))

@@ -49,7 +49,7 @@ def step_peaks(step: TrainStep, images: Tensor, labels: Tensor) -> dict[str, int
 
     def run() -> None:
         step.optimizer.zero_grad(set_to_none=False)
-        loss, _ = step.loss(images, labels)
+        loss = step.loss(images, labels)
         torch.autograd.backward(loss)
 
     return peaks(run, step.device)

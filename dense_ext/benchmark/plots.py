@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,38 @@ from matplotlib.ticker import MaxNLocator
 
 from ..schedule import RECOMPUTE
 from .family import MEMORY_KINDS
-from .plot_style import BEHIND_TEXT, BLUE, COLOURS, GREEN, INK, horizontal, save, setting, styles, title
+from .plot_style import (
+    BEHIND_TEXT,
+    BLUE,
+    COLOURS,
+    GREEN,
+    INK,
+    RED,
+    horizontal,
+    save,
+    setting,
+    styles,
+    title,
+)  # fmt: skip
 from .relative import references, speeds
 from .results import Results
+
+
+def _label(x: float, y: float, ha: str, va: str) -> dict[str, Any]:
+    """Where a point's label stands, in points of a font."""
+    return {"xytext": (x, y), "textcoords": "offset points", "ha": ha, "va": va}
+
+
+# A line of networks: which, what runs them, how it is drawn, and where the labels do not overlap.
+_FAMILIES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "ResNets, eager": ("resnet", "default", {"color": BLUE, "marker": "s"}, _label(5, -4, "left", "top")),
+    "DenseNets, eager": (
+        "densenet", "default", {"color": RED, "marker": "o"}, _label(5, -5, "center", "top"),
+    ),
+    "DenseNets, dense_ext with recompute bottleneck": (
+        "densenet", "bottleneck", {"color": GREEN, "marker": "D"}, _label(8, -3, "left", "center"),
+    ),
+}  # fmt: skip
 
 
 def memory_bars(results: Results, path: Path) -> None:
@@ -146,6 +176,42 @@ def _offset(kind: str, row: Results) -> float:
 def _network_label(row: Results) -> str:
     millions, flops = row["parameters"] / 1e6, row["forward_flops_per_image"] / 1e9
     return f"{row['name']}\n{millions:.1f} M parameters\n{flops:.3g} GFLOP forward"
+
+
+def accuracy_lines(results: Results, path: Path) -> None:
+    """Top-1 accuracy against parameters, operations and the memory of a training step, by family."""
+    known = [row for row in results["models"] if row["imagenet_top1_percent"] is not None]
+    panels: dict[str, Callable[[Results, str], float]] = {
+        "million parameters": lambda row, kind: row["parameters"] / 1e6,
+        "GFLOP in the forward of an image": lambda row, kind: row["forward_flops_per_image"] / 1e9,
+        f"GB held in a training step of {results['step_batch']} images": lambda row, kind: (
+            row["step_bytes"][kind] / 1e9
+        ),
+    }
+
+    def draw(figure: Figure) -> None:
+        every = figure.subplots(1, 3, sharey=True)
+        for axes, (what, cost) in zip(every, panels.items(), strict=True):
+            # What runs a network changes its memory alone.
+            for label, (family, kind, style, place) in _FAMILIES.items():
+                rows = [row for row in known if row["name"].startswith(family)]
+                if not rows or (kind != "default" and axes is not every[-1]):
+                    continue
+                points = sorted((cost(row, kind), row["imagenet_top1_percent"], row["name"]) for row in rows)
+                costs, accuracies, names = zip(*points, strict=True)
+                axes.plot(costs, accuracies, label=label, **style)
+                for name, *point in zip(names, costs, accuracies, strict=True):
+                    axes.annotate(
+                        name.removeprefix(family), point, color=style["color"], fontsize=7.5, **place
+                    )
+            axes.margins(0.12, 0.06)
+            axes.set(xlabel=what, xlim=(0, None))
+        every[0].set_ylabel("ImageNet top-1 accuracy (%)")
+        figure.legend(*every[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        setting = f"{results['accuracy_source']}; training in float32, SGD with momentum"
+        title(figure, "What accuracy costs: DenseNets beside ResNets", setting)
+
+    save(path, 11, 5.4, draw)
 
 
 def training_curves(results: Results, path: Path) -> None:

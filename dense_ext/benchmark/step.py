@@ -26,20 +26,19 @@ class TrainStep:
         self.model, self.optimizer, self.dtype, self.device = model, optimizer, dtype, device
         self.scaler = GradScaler(device.type, enabled=dtype == torch.float16)
 
-    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean cross entropy and logits [N, classes], with their graph."""
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross entropy, with its graph."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits = self.model(images)
-            return F.cross_entropy(logits, labels), logits
+            return F.cross_entropy(self.model(images), labels)
 
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss and logits before the step's update, detached."""
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The loss before the step's update, detached."""
         self.optimizer.zero_grad(set_to_none=False)
-        loss, logits = self.loss(images, labels)
+        loss = self.loss(images, labels)
         torch.autograd.backward(self.scaler.scale(loss))
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return loss.detach(), logits.detach()
+        return loss.detach()
 
 
 def sgd_step(model: nn.Module, dtype: torch.dtype, device: torch.device) -> TrainStep:

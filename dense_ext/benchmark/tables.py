@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..schedule import RECOMPUTE
 from .compare import case_text
 from .family import MEMORY_KINDS
 from .relative import ratios, references, speeds
@@ -128,7 +129,30 @@ def _models(results: Results) -> list[Table]:
             f"{row['forward_flops_per_image'] / 1e9:.3g}", *cells,
         ))  # fmt: skip
     title = "kept for backward in MB (1e6 bytes) per image: eager, memory_efficient, dense_ext by recompute"
-    return [Table(title, ("network", "pixels", "M parameters", "GFLOP forward", *MEMORY_KINDS), rows)]
+    costs = Table(title, ("network", "pixels", "M parameters", "GFLOP forward", *MEMORY_KINDS), rows)
+    return [costs, _accuracies(results)]
+
+
+def _accuracies(results: Results) -> Table:
+    """Top-1 accuracy beside what it costs, the most accurate network first."""
+    known = [row for row in results["models"] if row["imagenet_top1_percent"] is not None]
+    kinds = ("default", *RECOMPUTE)
+    rows = [
+        (
+            row["name"],
+            f"{row['imagenet_top1_percent']:.2f}",
+            f"{row['parameters'] / 1e6:.2f}",
+            f"{row['forward_flops_per_image'] / 1e9:.3g}",
+            *(f"{row['step_bytes'][kind] / 1e9:.2f}" if kind in row["step_bytes"] else "-" for kind in kinds),
+        )
+        for row in sorted(known, key=lambda row: -row["imagenet_top1_percent"])
+    ]
+    title = (
+        f"ImageNet top-1 accuracy in % ({results['accuracy_source']}) beside what a training step of "
+        f"{results['step_batch']} images holds in GB (1e9 bytes): eager, dense_ext by recompute"
+    )
+    header = ("network", "top-1 %", "M parameters", "GFLOP forward", *kinds)
+    return Table(title, header, rows)
 
 
 def _train(results: Results) -> list[Table]:

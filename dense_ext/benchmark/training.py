@@ -1,272 +1,234 @@
-"""Training a DenseNet on images, alone or beside PyTorch's eager twin, resumable to the bit."""
+"""Training a DenseNet on images with Lightning, alone or beside PyTorch's eager twin."""
 
 from __future__ import annotations
 
-import csv
+import logging
+import signal
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 
 from ..models import MODELS
 from .errors import UsageError
 from .images import DataSets
 from .peers import EAGER
-from .results import write_atomically
-from .step import TrainStep
 
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT, PEER_CHECKPOINT = "checkpoint.ckpt", "peer.ckpt"
 OURS, PEER = "dense_ext", "torchvision, eager"  # the runs' names
 
-Tick = Callable[[str], None]
+# Warnings of Lightning that hold for every training here and call for nothing.
+_EXPECTED = ("Checkpoint directory .* exists", ".*does not have many workers", ".*treespec, LeafSpec")
+for _name in ("lightning.pytorch", "lightning.fabric"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
 
 
-class Run:
-    """One network in training, with all that its next epoch depends on.
+class _SeededByEpoch(DataLoader[Any]):
+    """Draws the augmentation of an epoch alike, whether the training has just begun or was resumed."""
 
-    SGD with Nesterov momentum 0.9 and weight decay 1e-4 on a cosine schedule from ``learning_rate``
-    to zero over all steps. The random numbers (augmentation, dropout) are the run's own, so runs side
-    by side see the same ones.
+    def __iter__(self) -> Any:
+        sampler: Any = self.sampler
+        torch.manual_seed(hash((sampler.seed, sampler.epoch, sampler.rank)))
+        return super().__iter__()
+
+
+class Classifier(LightningModule):
+    """A network with its images: cross entropy, SGD with Nesterov momentum 0.9 and weight decay 1e-4.
+
+    The learning rate falls from ``settings["learning_rate"]`` to zero on a cosine schedule over all steps.
+    Each process trains on its own share of the images; of its last batch for training, one that is
+    smaller is left out: a single image has no batch statistics. Where the test images do not divide by
+    the number of processes, some are tested twice.
 
     Args:
-        network: on the device, in channels_last memory.
-        dtype: other than float32 by autocast.
-        device: the network's.
-        learning_rate: at the start.
-        steps: of the whole training.
-        seed: of the run's random numbers.
+        network: in channels_last memory.
+        settings: of the training, kept in its checkpoints.
+        data: images to train and test on.
+        batch: images a step in each process.
+        workers: processes that load images.
+    """
+
+    def __init__(
+        self, network: nn.Module, settings: dict[str, Any], data: DataSets, batch: int, workers: int
+    ) -> None:
+        super().__init__()
+        self.network, self.data, self.batch, self.workers = network, data, batch, workers
+        self.history: list[dict[str, float]] = []
+        self.save_hyperparameters(settings)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        images, seed = self.data.training, self.hparams["seed"]
+        order: DistributedSampler[Any] = DistributedSampler(
+            images, self.trainer.world_size, self.global_rank, seed=seed
+        )
+        # Lightning sets the later epochs, but not the one that a resumed training begins with.
+        order.set_epoch(len(self.history))
+        return _SeededByEpoch(images, self.batch, sampler=order, drop_last=True, num_workers=self.workers)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.data.test, self.batch, num_workers=self.workers)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+        return self._loss("training", *batch)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
+        self._loss("test", *batch)
+
+    def _loss(self, part: str, images: Tensor, labels: Tensor) -> Tensor:
+        logits = self.network(images.contiguous(memory_format=torch.channels_last))
+        loss = F.cross_entropy(logits, labels)
+        values = {f"{part}_loss": loss, f"{part}_accuracy": (logits.argmax(1) == labels).float().mean()}
+        self.log_dict(
+            values, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=len(labels)
+        )
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(
+            self.parameters(),
+            lr=self.hparams["learning_rate"],
+            momentum=0.9,
+            nesterov=True,
+            weight_decay=1e-4,
+        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
+
+    def on_train_epoch_start(self) -> None:
+        self._start = time.perf_counter()
+
+    def on_train_epoch_end(self) -> None:
+        names = ("training_loss", "training_accuracy", "test_loss", "test_accuracy")
+        means = {name: float(self.trainer.callback_metrics[name]) for name in names}
+        seconds = time.perf_counter() - self._start
+        self.history.append({"epoch": self.current_epoch + 1, **means, "seconds": seconds})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["history"] = self.history
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.history = checkpoint["history"]
+
+
+class Training:
+    """A training of dense_ext's network and, with ``settings["peer"]``, then one of its eager twin.
+
+    Args:
+        settings: ``model, epochs, batch, learning_rate, seed, precision, recompute, peer``: what two
+            trainings must share to be the same one. ``batch`` counts the images of all processes.
+        data: images to train and test on.
+        backend: dense_ext's.
+        workers: processes that load images, beside each process that trains; 0 for none.
+        folder: for checkpoints and logs.
+        trainer: Lightning's ``accelerator, devices, num_nodes, strategy``.
+
+    Raises:
+        UsageError: Lightning refuses these options, or the images or the batch are too small for them.
     """
 
     def __init__(
         self,
-        network: nn.Module,
-        dtype: torch.dtype,
-        device: torch.device,
-        learning_rate: float,
-        steps: int,
-        seed: int,
+        settings: dict[str, Any],
+        data: DataSets,
+        backend: str,
+        workers: int,
+        folder: Path,
+        **trainer: Any,
     ) -> None:
-        optimizer = torch.optim.SGD(
-            network.parameters(), lr=learning_rate, momentum=0.9, nesterov=True, weight_decay=1e-4
-        )
-        self.step = TrainStep(network, optimizer, dtype, device)
-        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        self.history: list[dict[str, float]] = []
-        with torch.random.fork_rng(devices=_gpus(device)):
-            torch.manual_seed(seed)
-            self.random_state = self._random_state()
-
-    def epoch(self, training: DataLoader[Any], test: DataLoader[Any], tick: Callable[[], None]) -> None:
-        """Train on every batch once, then test; appends to ``history``. ``tick`` is called before a batch."""
-        start = time.perf_counter()
-        with self._own_random_numbers():
-            trained = self._train(training, tick)
-        tested = self._test(test)
-        self.history.append({
-            "epoch": len(self.history) + 1,
-            "training_loss": trained[0], "training_accuracy": trained[1],
-            "test_loss": tested[0], "test_accuracy": tested[1],
-            "seconds": time.perf_counter() - start,
-        })  # fmt: skip
-
-    def _train(self, batches: DataLoader[Any], tick: Callable[[], None]) -> tuple[float, float]:
-        self.step.model.train()
-        mean = _Mean(self.step.device)
-        for images, labels in self._on_device(batches):
-            tick()
-            loss, logits = self.step(images, labels)
-            self.scheduler.step()
-            mean.add(loss, logits, labels)
-        return mean.result()
-
-    def _test(self, batches: DataLoader[Any]) -> tuple[float, float]:
-        self.step.model.eval()
-        mean = _Mean(self.step.device)
-        with torch.no_grad():
-            for images, labels in self._on_device(batches):
-                mean.add(*self.step.loss(images, labels), labels)
-        return mean.result()
-
-    def _on_device(self, batches: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-        device = self.step.device
-        for images, labels in batches:
-            yield (
-                images.to(device, non_blocking=True, memory_format=torch.channels_last),
-                labels.to(device, non_blocking=True),
-            )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that :meth:`load_state_dict` needs to go on as if never stopped."""
-        return {
-            "network": self.step.model.state_dict(),
-            "optimizer": self.step.optimizer.state_dict(),
-            "scaler": self.step.scaler.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "random_state": self.random_state,
-            "history": self.history,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step.model.load_state_dict(state["network"])
-        self.step.optimizer.load_state_dict(state["optimizer"])
-        self.step.scaler.load_state_dict(state["scaler"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.random_state = [t.cpu() for t in state["random_state"]]
-        self.history = state["history"]
-
-    def _random_state(self) -> list[Tensor]:
-        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(i) for i in _gpus(self.step.device))]
-
-    @contextmanager
-    def _own_random_numbers(self) -> Iterator[None]:
-        """Draw from where this run's last epoch stopped."""
-        gpus = _gpus(self.step.device)
-        with torch.random.fork_rng(devices=gpus):
-            torch.set_rng_state(self.random_state[0])
-            for gpu, state in zip(gpus, self.random_state[1:], strict=True):
-                torch.cuda.set_rng_state(state, gpu)
-            yield
-            self.random_state = self._random_state()
-
-
-def _gpus(device: torch.device) -> list[int]:
-    return [device.index or 0] if device.type == "cuda" else []
-
-
-class _Mean:
-    """Mean loss and share of right answers over images, summed on the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.loss, self.right = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
-        self.count = 0
-
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        self.loss += loss.double() * len(labels)
-        self.right += (logits.argmax(1) == labels).sum()
-        self.count += len(labels)
-
-    def result(self) -> tuple[float, float]:
-        return float(self.loss) / self.count, float(self.right) / self.count
-
-
-class Training:
-    """All runs of a training, epoch by epoch.
-
-    Args:
-        settings: ``model, epochs, batch, learning_rate, seed, amp, recompute, peer``: what two
-            trainings must share to be the same one.
-        data: images to train and test on.
-        device: where.
-        backend: dense_ext's.
-        workers: processes that load images; 0 loads in this one.
-    """
-
-    def __init__(
-        self, settings: dict[str, Any], data: DataSets, device: torch.device, backend: str, workers: int
-    ) -> None:
-        self.settings, self.data, self.device, self.workers = settings, data, device, workers
-        self.finished_epochs = 0
-        count = len(data.training)  # type: ignore[arg-type]
+        self.settings, self.data = settings, data
+        self._checkpoints = {OURS: folder / CHECKPOINT, PEER: folder / PEER_CHECKPOINT}
+        self._trainers = {name: self._trainer(name, trainer) for name in (OURS, PEER)[: 1 + settings["peer"]]}
+        count, processes = len(data.training), self._trainers[OURS].world_size  # type: ignore[arg-type]
         if count < 2:
             raise UsageError(f"{data.source} holds {count} images for training, expected at least 2")
-        # A last batch of a single image would have no batch statistics.
-        self.batch = min(settings["batch"], count)
-        self.steps_per_epoch = count // self.batch
+        batch = min(settings["batch"], count) // processes
+        if batch < 1:
+            raise UsageError(f"{settings['batch']} images a step are too few for {processes} processes")
         torch.manual_seed(settings["seed"])
         model = MODELS[settings["model"]](
             num_classes=len(data.classes), recompute=settings["recompute"], backend=backend
         )
-        weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        self.runs = {OURS: self._run(model.to(device, memory_format=torch.channels_last))}  # type: ignore[call-overload]
+        networks = {OURS: model.to(memory_format=torch.channels_last)}  # type: ignore[call-overload]
         if settings["peer"]:
-            self.runs[PEER] = self._run(EAGER["eager-cl"].build(model, weights, device, backend))
-
-    def _run(self, network: nn.Module) -> Run:
-        s = self.settings
-        dtype = torch.float32 if s["amp"] == "none" else getattr(torch, s["amp"])
-        steps = s["epochs"] * self.steps_per_epoch
-        return Run(network, dtype, self.device, s["learning_rate"], steps, s["seed"])
-
-    def ticks(self) -> int:
-        """How often :meth:`run` ticks."""
-        return (self.settings["epochs"] - self.finished_epochs) * len(self.runs) * self.steps_per_epoch
-
-    def run(self, folder: Path, tick: Tick) -> None:
-        """Train what is left of the epochs, with a checkpoint in ``folder`` after each."""
-        epochs = self.settings["epochs"]
-        test = DataLoader(self.data.test, self.batch, num_workers=self.workers)
-        while self.finished_epochs < epochs:
-            for name, run in self.runs.items():
-                last = f", test accuracy {run.history[-1]['test_accuracy']:.2%}" if run.history else ""
-                text = f"{name}, epoch {self.finished_epochs + 1} of {epochs}{last}"
-                run.epoch(self._training_batches(), test, lambda text=text: tick(text))  # type: ignore[misc]
-            self.finished_epochs += 1
-            write_atomically(folder / CHECKPOINT, lambda path: torch.save(self._state(), path))
-
-    def _state(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
-        return {
-            "settings": self.settings,
-            "finished_epochs": self.finished_epochs,
-            "runs": {name: run.state_dict() for name, run in self.runs.items()},
+            networks[PEER] = EAGER["eager-cl"].build(model, model.state_dict(), torch.device("cpu"), backend)
+        self._modules = {
+            name: Classifier(network, settings, data, batch, workers) for name, network in networks.items()
         }
 
-    def _training_batches(self) -> DataLoader[Any]:
-        """The epoch's batches, in an order that depends only on the seed and the epoch."""
-        order = torch.Generator().manual_seed(self.settings["seed"] * 1_000_003 + self.finished_epochs)
-        return DataLoader(
-            self.data.training,
-            self.batch,
-            shuffle=True,
-            drop_last=True,
-            generator=order,
-            num_workers=self.workers,
-        )
-
-    def resume(self, path: Path) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            UsageError: it is none, or of another training.
-        """
+    def _trainer(self, name: str, options: dict[str, Any]) -> Trainer:
+        path = self._checkpoints[name]
+        callbacks: list[Callback] = [
+            ModelCheckpoint(
+                path.parent, path.stem, save_on_train_epoch_end=True, enable_version_counter=False
+            )
+        ]
+        if sys.stderr.isatty():
+            callbacks.append(RichProgressBar(console_kwargs={"stderr": True}))
         try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-        except Exception as error:  # of any kind: a file can be broken in many ways
-            raise UsageError(f"{path} is no checkpoint, or a broken one") from error
-        if not isinstance(state, dict) or state.keys() != self._state().keys():
-            raise UsageError(f"{path} is no checkpoint of dense-ext train")
-        for name, value in self.settings.items():
-            if (before := state["settings"].get(name)) != value:
-                raise UsageError(f"{path} was trained with {name} {before}, not {value}")
-        self.finished_epochs = state["finished_epochs"]
-        for name, run in self.runs.items():
-            run.load_state_dict(state["runs"][name])
+            return Trainer(
+                **options,
+                max_epochs=self.settings["epochs"],
+                precision=self.settings["precision"],
+                callbacks=callbacks,
+                logger=CSVLogger(path.parent / "logs", name.partition(",")[0]),
+                enable_progress_bar=len(callbacks) > 1,
+                enable_model_summary=False,
+                num_sanity_val_steps=0,
+                log_every_n_steps=1,
+            )
+        except (MisconfigurationException, ValueError) as error:
+            raise UsageError(str(error).strip()) from error
+
+    @property
+    def main_process(self) -> bool:
+        """Whether this process is the one, of those that train, that reports."""
+        return self._trainers[OURS].is_global_zero
+
+    def check_resumable(self) -> None:
+        """Raise UsageError unless each checkpoint that is there is one of this training."""
+        for path in filter(Path.exists, self._checkpoints.values()):
+            try:
+                before = torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:  # of any kind: a file can be broken in many ways
+                raise UsageError(f"{path} is no checkpoint, or a broken one") from error
+            if not isinstance(before, dict) or not {"hyper_parameters", "history"} <= before.keys():
+                raise UsageError(f"{path} is no checkpoint of dense-ext train")
+            for name, value in self.settings.items():
+                if (old := before["hyper_parameters"].get(name)) != value:
+                    raise UsageError(f"{path} was trained with {name} {old}, not {value}")
+
+    def run(self) -> bool:
+        """Train what is left of the epochs, with a checkpoint after each; False if Ctrl-C ended it."""
+        for name, trainer in self._trainers.items():
+            path = self._checkpoints[name]
+            try:
+                with warnings.catch_warnings():
+                    for message in _EXPECTED:
+                        warnings.filterwarnings("ignore", message)
+                    trainer.fit(self._modules[name], ckpt_path=path if path.exists() else None)
+            except SystemExit:  # how Lightning ends at Ctrl-C, which it then ignores
+                if not trainer.interrupted:
+                    raise
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                return False
+        return True
 
     def histories(self) -> dict[str, Any]:
-        return {name: {"history": run.history} for name, run in self.runs.items()}
+        return {name: {"history": module.history} for name, module in self._modules.items()}
 
     def weights(self) -> dict[str, Tensor]:
-        """dense_ext's network's values; torchvision's of the same shape loads them."""
-        return self.runs[OURS].step.model.state_dict()
-
-
-def write_csv(path: Path, runs: dict[str, Any]) -> None:
-    """A row per network and epoch."""
-    rows: Sequence[dict[str, Any]] = [
-        {"network": name, **epoch} for name, run in runs.items() for epoch in run["history"]
-    ]
-    if not rows:
-        return
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_atomically(path, write)
+        """dense_ext's network's values after its last epoch; torchvision's of the same shape loads them."""
+        state = torch.load(self._checkpoints[OURS], map_location="cpu", weights_only=True)["state_dict"]
+        return {name.removeprefix("network."): value for name, value in state.items()}

@@ -17,8 +17,11 @@ from . import bench, info, models, plan, report, train, tune
 
 __all__ = ["main"]
 
-# What `pip install "dense_ext[bench]"` brings, by the name it is imported under.
-_EXTRA = {"torchvision", "matplotlib", "sklearn", "scipy", "numpy", "jinja2", "PIL"}
+# The extra, as in `pip install "dense_ext[bench]"`, that brings a package, by the name it is imported under.
+_EXTRA = {
+    **dict.fromkeys(("torchvision", "matplotlib", "sklearn", "scipy", "numpy", "jinja2", "PIL"), "bench"),
+    "lightning": "train",
+}
 
 app = typer.Typer(
     name="dense-ext",
@@ -62,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in _EXTRA:
             raise
-        return _fail(f"this command needs {package}: pip install 'dense_ext[bench]'", 2)
+        return _fail(f"this command needs {package}: pip install 'dense_ext[{_EXTRA[package]}]'", 2)
     except typer.Abort:
         return _fail("interrupted", 130)
     except Exception as error:

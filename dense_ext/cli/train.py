@@ -23,7 +23,7 @@ from .options import (
     check_writable,
     option,
 )
-from .output import measure, publish
+from .output import publish
 
 if TYPE_CHECKING:
     from ..benchmark.images import DataSets
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ..benchmark.training import Training
 
 RESULT = "train.json"
+_PRECISIONS = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 def train(
@@ -45,13 +46,18 @@ def train(
         int | None, option("Height and width in pixels.", "224; CIFAR networks: 32; digits: 16")
     ] = None,
     epochs: Annotated[int, typer.Option(help="Times every image is trained on.")] = 8,
-    batch: Annotated[int, typer.Option(help="Images a step.")] = 64,
+    batch: Annotated[int, typer.Option(help="Images a step, over all devices.")] = 64,
     lr: Annotated[float, typer.Option(help="Learning rate at the start.")] = 0.05,
     seed: Annotated[int, typer.Option(help="Of the weights, the order and the augmentation.", min=0)] = 0,
-    amp: Annotated[str, typer.Option(help="Autocast to bfloat16 or float16, or none.")] = "none",
+    precision: Annotated[str, typer.Option(help=f"{', '.join(_PRECISIONS)}.")] = "32-true",
     recompute: Annotated[str, typer.Option(help="none, bottleneck or block.")] = "bottleneck",
     backend: Backend = "auto",
     device: Device = None,
+    devices: Annotated[
+        int, typer.Option(help="GPUs, or processes on a CPU, per node.", min=1, envvar="LOCAL_WORLD_SIZE")
+    ] = 1,
+    nodes: Annotated[int, typer.Option(help="Machines.", min=1, envvar="GROUP_WORLD_SIZE")] = 1,
+    strategy: Annotated[str, typer.Option(help="How the devices share the work, as in Lightning.")] = "auto",
     workers: Annotated[int, typer.Option(help="Processes that load images; 0: none beside.", min=0)] = 0,
     peer: Annotated[
         bool, typer.Option("--peer", help="Train torchvision's eager twin beside it, from the same weights.")
@@ -63,30 +69,34 @@ def train(
 ) -> None:
     """Train a DenseNet with dense_ext: SGD with Nesterov momentum on a cosine schedule.
 
-    A checkpoint is written after each epoch; --resume goes on from it, to the same bits.
+    Lightning runs it. It writes a checkpoint after each epoch; --resume goes on from it, to the same bits.
+    Several devices train one network together. torchrun sets --devices and --nodes by itself.
     """
-    from ..benchmark.training import CHECKPOINT, Training
+    from ..benchmark.training import Training
 
     model = model or ("densenet_bc_40_12" if data is None else "densenet121")
     check_positive(size=size, epochs=epochs, batch=batch)
     check(lr > 0, f"--lr must be positive, got {lr}")
     check(not (resume and overwrite), "--resume and --overwrite exclude each other")
-    check_choice("--amp", amp, ("none", "bfloat16", "float16"))
+    check_choice("--precision", precision, tuple(_PRECISIONS))
     check_choice("--recompute", recompute, RECOMPUTE)
     where = check_device(device)
-    check_backend(backend, where, torch.float32 if amp == "none" else getattr(torch, amp))
+    check_backend(backend, where, _PRECISIONS[precision])
     images, size = _load(data, model, size)
     settings = {
         "model": model, "data": images.source, "size": size, "epochs": epochs, "batch": batch,
-        "learning_rate": lr, "seed": seed, "amp": amp, "recompute": recompute, "peer": peer,
+        "learning_rate": lr, "seed": seed, "precision": precision, "recompute": recompute, "peer": peer,
     }  # fmt: skip
     _check_folder(out, resume, overwrite)
-    training = Training(settings, images, where, backend, workers)
+    training = Training(
+        settings, images, backend, workers, out, strategy=strategy, num_nodes=nodes,
+        accelerator=where.type, devices=devices if where.index is None else [where.index],
+    )  # fmt: skip
     if resume:
-        training.resume(out / CHECKPOINT)
-    for name in (CHECKPOINT, RESULT) if overwrite else ():
-        (out / name).unlink(missing_ok=True)
-    _train(training, {**settings, "device": str(where), "backend": backend}, out, json)
+        training.check_resumable()
+    for path in _files(out) if overwrite else ():
+        path.unlink(missing_ok=True)
+    _train(training, {**settings, "device": str(where), "devices": devices, "backend": backend}, out, json)
 
 
 def _load(data: Path | None, model: str, size: int | None) -> tuple[DataSets, int]:
@@ -104,29 +114,34 @@ def _load(data: Path | None, model: str, size: int | None) -> tuple[DataSets, in
     return (digits_data(size) if data is None else folder_data(data, size)), size
 
 
+def _files(out: Path) -> list[Path]:
+    """What a training leaves in its folder and another one would replace."""
+    from ..benchmark.training import CHECKPOINT, PEER_CHECKPOINT
+
+    return [out / name for name in (RESULT, CHECKPOINT, PEER_CHECKPOINT)]
+
+
 def _check_folder(out: Path, resume: bool, overwrite: bool) -> None:
     """Refuse to lose a training, and to go on with one that is not there."""
-    from ..benchmark.training import CHECKPOINT
-
-    checkpoint, result = out / CHECKPOINT, out / RESULT
+    result, checkpoint, peer = _files(out)
     check_writable(checkpoint)
     check(checkpoint.exists() or not resume, f"{checkpoint} does not exist: nothing to resume")
     if not (resume or overwrite):
-        present = next((p for p in (result, checkpoint) if p.exists()), None)
+        present = next((p for p in (result, checkpoint, peer) if p.exists()), None)
         check(present is None, f"{present} exists; pass --resume, --overwrite or another --out")
 
 
 def _train(training: Training, options: dict[str, Any], out: Path, json: bool) -> None:
     from ..benchmark.figures import draw_all
     from ..benchmark.results import new_results, write_atomically
-    from ..benchmark.training import write_csv
 
     results = new_results("train", options)
     results["data"] = training.data.source
     results["images"] = {part: len(getattr(training.data, part)) for part in ("training", "test")}
-    measure(lambda tick: training.run(out, tick), training.ticks(), results)
+    results["interrupted"] = not training.run()
+    if not training.main_process:
+        return
     results["runs"] = training.histories()
-    write_csv(out / "metrics.csv", results["runs"])
     if not results["interrupted"]:
         write_atomically(out / "weights.pt", lambda path: torch.save(training.weights(), path))
     publish(results, out / RESULT, draw_all, None if json else _print_accuracies)

@@ -58,7 +58,7 @@ class _CountedSuite(Suite):
         row = self.row(case, peer)
         with failing_into(row):
             step, images, labels = self.training_step(case, peer)
-            saved = saved_bytes(step.model, lambda: step.loss(images, labels)[0])
+            saved = saved_bytes(step.model, lambda: step.loss(images, labels))
             peaks = step_peaks(step, images, labels)
             row["measures"] = {"saved_bytes": saved, **peaks, "lasting_bytes": lasting_bytes(step)}
         return row

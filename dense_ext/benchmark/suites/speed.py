@@ -160,7 +160,7 @@ class StepSuite(_TimedSuite):
     def prepare(self, case: Case, peer: Peer, row: Row) -> Call:
         step, images, labels = self.training_step(case, peer)
         if not peer.graphed:  # what a graph holds is its own, not what a step that runs allocates
-            saved = saved_bytes(step.model, lambda: step.loss(images, labels)[0])
+            saved = saved_bytes(step.model, lambda: step.loss(images, labels))
             row["measures"] |= {"saved_bytes": saved, **step_peaks(step, images, labels)}
             row["measures"]["lasting_bytes"] = lasting_bytes(step)
             # Measuring took steps, which changed the weights.
@@ -170,7 +170,7 @@ class StepSuite(_TimedSuite):
         return partial(call, images, labels)
 
     def value(self, call: Call) -> float:
-        return float(call()[0])
+        return float(call())
 
 
 class InferenceSuite(_TimedSuite):
