@@ -17,7 +17,7 @@ from torch import nn
 
 from ..checks import check_options
 from ..eligibility import Fused
-from .adapter import ADDED, Adapter, Candidate, adapters
+from .adapter import ADDED, Adapter, Candidate, adapters, called_one_by_one
 from .automatic import policies_that_fit
 from .recognition import Recognition, restore_recognised
 from .report import Report, Row, swapped_rows
@@ -39,7 +39,8 @@ def _candidates(model: nn.Module, recognise: bool) -> list[tuple[Adapter | Recog
         return found
     accepted = {candidate.module for _, candidate in found if candidate.reason is None}
     features = {candidate.module for _, candidate in found if candidate.kind in ("features", "stem")}
-    recognition = Recognition(model, accepted - features)
+    in_pieces = {module for module, _ in called_one_by_one(model)}
+    recognition = Recognition(model, (accepted | in_pieces) - features)
     more = list(recognition.candidates(model))
     recognised = {candidate.module for candidate in more if candidate.reason is None}
     # If both refuse a module, give the adapter's reason, which is more specific.

@@ -66,7 +66,7 @@ class Adapter:
 
     def candidates(self, model: nn.Module) -> Iterator[Candidate]:
         """The model's dense parts, in the order of ``named_modules``."""
-        one_by_one = dict(_called_one_by_one(model))
+        one_by_one = dict(called_one_by_one(model))
         for name, module in model.named_modules():
             found = self._kind(module)
             if found is None:
@@ -192,7 +192,7 @@ def rebound_forward(module: nn.Module, before: Any, after: Any) -> Any:
     return rebound(module.__dict__.get("forward"))
 
 
-def _called_one_by_one(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+def called_one_by_one(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """Stems and transitions whose children the network's own forward calls by name, each with a reason.
 
     Encoders of U-Nets return the activations before each pool, so their forward calls these children by name.
