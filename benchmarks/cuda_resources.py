@@ -88,49 +88,27 @@ def demangled(symbols: list[str]) -> list[str]:
 
 def cases() -> Iterator[tuple[str, dict[str, object]]]:
     """Calls of every primitive on few pixels, with the channels of DenseNet-121 and 161, by primitive."""
-    from tests.primitives import (
-        test_affine_gradient as affine,
-    )
-    from tests.primitives import (
-        test_batch_norm as batch_norm,
-    )
-    from tests.primitives import (
-        test_bn_relu_conv1x1 as conv1x1,
-    )
-    from tests.primitives import (
-        test_bn_relu_conv3x3 as conv3x3,
-    )
-    from tests.primitives import (
-        test_bn_relu_maxpool as maxpool,
-    )
-    from tests.primitives import (
-        test_bn_relu_pool_conv1x1 as transition,
-    )
-    from tests.primitives import (
-        test_channel_stats as stats,
-    )
+    import tests.primitives.test_affine_gradient as affine
+    import tests.primitives.test_batch_norm as batch_norm
+    import tests.primitives.test_bn_relu_conv1x1 as conv1x1
+    import tests.primitives.test_bn_relu_conv3x3 as conv3x3
+    import tests.primitives.test_bn_relu_maxpool as maxpool
+    import tests.primitives.test_bn_relu_pool_conv1x1 as transition
+    import tests.primitives.test_channel_stats as stats
     from tests.primitives.harness import Maker
 
     pixels = (1, 9, 9)  # odd: a transition has pixels at its edges that belong to no window
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         maker = Maker(dtype, torch.device("cpu"))
-        one_size = (
-            stats.stats_case,
-            affine.affine_case,
-            affine.accumulate_case,
-            maxpool.forward_case,
-            maxpool.backward_case,
-            maxpool.norm_backward_case,
-        )
         made = [case(maker, 64) for case in batch_norm.CASES]
+        pooled = maxpool.forward_case, maxpool.backward_case, maxpool.norm_backward_case
+        one_size = (stats.stats_case, affine.affine_case, affine.accumulate_case, *pooled)
         made += [case(maker, (*pixels, 64)) for case in one_size]
+        transitions = transition.forward_case, transition.backward_case, transition.norm_backward_case
         for made_by, sizes in (
             ((conv1x1.forward_case, conv1x1.backward_case), ((256, 48), (256, 128), (256, 192))),
             ((conv3x3.forward_case, conv3x3.backward_case), ((128, 32), (192, 48))),
-            (
-                (transition.forward_case, transition.backward_case, transition.norm_backward_case),
-                ((256, 128), (512, 256)),
-            ),
+            (transitions, ((256, 128), (512, 256))),
         ):
             made += [case(maker, (*pixels, *size)) for case in made_by for size in sizes]
         if dtype != torch.float32:  # pixels enough for the large patches of these

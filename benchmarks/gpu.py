@@ -37,7 +37,6 @@ PEERS = {
     "memory": EAGER,
     "primitives_compiled": ["eager", "compile"],
 }
-COMPILED = ("compile", "autotune", "budget")
 
 PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--device", "cuda"]
 SUITE = ["benchmarks/gpu.py", "--suite"]
@@ -111,55 +110,50 @@ def parts() -> list[Part]:
     return found
 
 
-@dataclass
-class Running:
-    """A command that was started, where it prints, and how it ended."""
-
-    command: list[str]
-    process: subprocess.Popen[bytes]
-    log: Path
-    how: str = "interrupted"
-    seconds: float = 0
-
-
 def run_part(part: Part, seconds: float, out: Path) -> list[str]:
-    """Run a part's commands within ``seconds``; how they went, a line each."""
+    """Run a part's commands within ``seconds``; how they went, a line each.
+
+    Those that take longer are interrupted, for a suite writes what it has, and killed after ten seconds.
+    """
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # for the tests' deterministic mode
     if len(part.commands) > 1:
         environment["OMP_NUM_THREADS"] = "1"
-    wrapper: list[str] = []
+    program = ["timeout", "--signal=INT", "--kill-after=10", str(seconds)]
     if part.name in ("memcheck", "racecheck"):
-        wrapper = [str(SANITIZER), "--tool", part.name, "--error-exitcode", "9"]
+        program += [str(SANITIZER), "--tool", part.name, "--error-exitcode", "9"]
         # Each tensor by itself, or an access beyond its end would find the next one's memory.
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     if part.name == "build":
         environment |= {"DENSE_EXT_CUDA": "1", "TORCH_CUDA_ARCH_LIST": _capability()}
-    running = []
+    processes, started, took = [], time.monotonic(), {}
     for number, command in enumerate(part.commands):
         if SUITE[0] in command:
             command = [*command, "--out", str(out), "--name", part.name]
-        log = out / f"{part.name}-{number}.log"
-        with log.open("w") as file:
-            process = subprocess.Popen(
-                [*wrapper, sys.executable, *command],
-                cwd=ROOT,
-                env=environment,
-                stdout=file,
-                stderr=subprocess.STDOUT,
+        with (out / f"{part.name}-{number}.log").open("w") as file:
+            processes.append(subprocess.Popen(
+                [*program, sys.executable, *command], cwd=ROOT, env=environment, stdout=file,
+                stderr=subprocess.STDOUT, preexec_fn=_heed_interrupts,
                 start_new_session=True,  # so that what it starts can be ended with it
-                preexec_fn=_heed_interrupts,
-            )
-        running.append(Running(command, process, log))
+            ))  # fmt: skip
     try:
-        _wait(running, seconds)
+        while len(took) < len(processes):
+            for number, process in enumerate(processes):
+                if number not in took and process.poll() is not None:
+                    took[number] = time.monotonic() - started
+            time.sleep(0.05)
     finally:
-        for each in running:
+        for process in processes:
+            process.terminate()  # if it runs still: `timeout` passes it on, and waits for what it started
+        for process in processes:
+            process.wait()
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(each.process.pid, signal.SIGKILL)
-            each.process.wait()
-        lines = _merge_logs(part, running, out)
+                os.killpg(process.pid, signal.SIGKILL)
+        limit = {124: f"ended after {seconds:.0f} s", -9: f"killed after {seconds:.0f} s"}
+        ends = [limit.get(p.returncode, f"exit {p.returncode}") if n in took else "interrupted"
+                for n, p in enumerate(processes)]  # fmt: skip
+        lines = [_merge_log(part, n, how, took.get(n, 0), out) for n, how in enumerate(ends)]
     return lines
 
 
@@ -168,46 +162,18 @@ def _heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _wait(running: list[Running], seconds: float) -> None:
-    """Until all have ended; those that take longer are interrupted, for a suite writes what it has."""
-    started = time.monotonic()
-
-    def all_end_by(end: float, how: str) -> bool:
-        left = [each for each in running if each.how == "interrupted"]
-        while left and time.monotonic() < end:
-            for each in left:
-                if (code := each.process.poll()) is not None:
-                    each.how, each.seconds = f"exit {code}{how}", time.monotonic() - started
-            left = [each for each in left if each.how == "interrupted"]
-            time.sleep(0.05)
-        return not left
-
-    if all_end_by(started + seconds, ""):
-        return
-    for each in running:
-        if each.process.poll() is None:
-            os.killpg(each.process.pid, signal.SIGINT)
-    if not all_end_by(time.monotonic() + 10, f", ended after {seconds:.0f} s"):
-        for each in running:
-            if each.how == "interrupted":
-                each.how, each.seconds = f"killed after {seconds:.0f} s", time.monotonic() - started
-
-
-def _merge_logs(part: Part, running: list[Running], out: Path) -> list[str]:
-    """Put what the commands printed behind ``log.txt``; how they went, a line each."""
-    lines = []
+def _merge_log(part: Part, number: int, how: str, seconds: float, out: Path) -> str:
+    """Put what a command printed behind ``log.txt``; how it went, in a line."""
+    command, path = part.commands[number], out / f"{part.name}-{number}.log"
+    text = path.read_text(errors="replace")
+    if how == "exit 0" and command[:2] == PYTEST[:2] and not re.search(r"\b\d+ passed\b", text):
+        how = "no test ran"
+    which = f" {' '.join(command[len(PYTEST) :])}" if len(part.commands) > 1 else ""
+    line = f"{part.name}{which}: {how}, {seconds:.0f} s: {['', *text.strip().splitlines()][-1]}"
     with (out / "log.txt").open("a") as log:
-        for each in running:
-            text = each.log.read_text(errors="replace")
-            last = ["", *text.strip().splitlines()][-1]
-            is_test = each.command[:2] == PYTEST[:2]
-            if each.how == "exit 0" and is_test and not re.search(r"\b\d+ passed\b", text):
-                each.how = "no test ran"
-            which = f" {' '.join(each.command[len(PYTEST) :])}" if len(running) > 1 else ""
-            lines.append(f"{part.name}{which}: {each.how}, {each.seconds:.0f} s: {last}")
-            log.write(f"=== {lines[-1]}\n{text}\n")
-            each.log.unlink()
-    return lines
+        log.write(f"=== {line}\n{text}\n")
+    path.unlink()
+    return line
 
 
 def _capability() -> str:
@@ -234,25 +200,28 @@ def run_suite(
 
     from dense_ext.backends import unavailable_reasons
     from dense_ext.benchmark import peers
+    from dense_ext.benchmark.kinds import tables_of
     from dense_ext.benchmark.results import new_results, saving, write_json
-    from dense_ext.benchmark.suites import SUITES, SuiteOptions
-    from dense_ext.benchmark.tables import tables
+    from dense_ext.benchmark.suites import SUITES, Options
 
     if kind == "machine":
         print(torch.__version__, torch.cuda.get_device_name(), unavailable_reasons("cuda", torch.bfloat16))
         return
-    options = SuiteOptions(models, batch, None, ("bfloat16",), device, backend, 5, int(2e9), None)
+    options = Options(
+        models=models, batch=batch, dtypes=("bfloat16",), device=device, backend=backend, rounds=5,
+        budget=2 * 10**9,
+    )  # fmt: skip
     results = new_results(kind, options.as_json())
-    chosen = peers.choose(PEERS.get(name, EAGER), POLICIES)
-    measured = SUITES[kind](options, sorted(chosen, key=lambda peer: peer.mode in COMPILED), results)
+    chosen = sorted(peers.choose(PEERS.get(name, EAGER), POLICIES), key=lambda peer: peer.compiled)
+    measured = SUITES[kind](options, chosen, results)
     try:
         measured.run(saving(lambda what: print(f"{time.strftime('%X')} {what}"), results, path, 5))
-        results["interrupted"] = False
+        results.interrupted = False
     except KeyboardInterrupt:
         print("ended early")
     finally:
         write_json(path, results)
-    for table in tables(results):
+    for table in tables_of(results):
         print(f"\n{table.title}\n" + "\t".join(table.header))
         for row in table.rows:
             print("\t".join(row))

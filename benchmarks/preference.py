@@ -18,40 +18,39 @@ from typing import Any
 from dense_ext.backends import BACKENDS
 from dense_ext.backends.base import primitive_of
 from dense_ext.backends.preference import SHIPPED
-from dense_ext.benchmark.results import read_results
+from dense_ext.benchmark.results import Results, read_results
 
 
-def measured_rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def measured_rows(results: list[Results]) -> list[dict[str, Any]]:
     """Rows of the table from results of the suite ``primitives``, of one machine."""
     times: dict[tuple[str, str], dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
-    for row in (row for result in results for row in result["rows"]):
-        case, peer = row["case"], row["peer"]
-        if peer in BACKENDS and row["seconds"]:
-            key = primitive_of(case["primitive"]), case["dtype"]
-            times[key][peer][f"{case['where']} {case['shape']}"] = statistics.median(row["seconds"])
+    for row in (row for result in results for row in result.timed()):
+        if row.peer in BACKENDS:
+            key = primitive_of(str(row.case["primitive"])), str(row.case["dtype"])
+            times[key][row.peer][f"{row.case['where']} {row.case['shape']}"] = row.median
     places = [_where(result) for result in results]
     if len({place["where"] for place in places}) > 1:
         raise SystemExit(f"the results are of different machines: {places}")
-    measured, gpu = places[0], results[0]["machine"]["gpu"]
+    measured, gpu = places[0], results[0].machine["gpu"]
+    on = f"sm_{gpu['compute_capability'].replace('.', '')}" if gpu else "cpu"
     rows = []
     for (primitive, dtype), of_backend in times.items():
         shapes = set.intersection(*(set(t) for t in of_backend.values()))
         if len(of_backend) > 1 and shapes:
             means = {n: statistics.geometric_mean(t[s] for s in shapes) for n, t in of_backend.items()}
             order = sorted(means, key=means.__getitem__)
-            on = f"sm_{gpu['compute_capability'].replace('.', '')}" if gpu else "cpu"
             rows.append(
                 {"primitive": primitive, "on": on, "dtype": dtype, "order": order, "measured": measured}
             )
     return rows
 
 
-def _where(result: dict[str, Any]) -> dict[str, str]:
-    gpu = result["machine"]["gpu"]
+def _where(result: Results) -> dict[str, str | None]:
+    gpu = result.machine["gpu"]
     return {
-        "where": gpu["name"] if gpu else result["machine"]["cpu"],
-        "when": result["date"][:10],
-        "torch": result["versions"]["torch"],
+        "where": gpu["name"] if gpu else result.machine["cpu"],
+        "when": result.date[:10],
+        "torch": result.versions["torch"],
     }
 
 

@@ -15,7 +15,8 @@ pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from dense_ext.benchmark import bench, depth, timing
+from dense_ext.benchmark import timing
+from dense_ext.benchmark.suites import quick
 
 pytestmark = pytest.mark.usefixtures("tiny_model", "one_thread")
 
@@ -25,7 +26,13 @@ FOR_MEMORY = ["--memory-size", "16", "--memory-batch", "2"]
 
 def run(suite: str, out: Path, *arguments: str, code: int = 0) -> dict[str, Any]:
     assert main(["bench", "--suite", suite, *OPTIONS, *arguments, "--out", str(out)]) == code
-    return json.loads((out / ("bench.json" if suite == "quick" else f"{suite}.json")).read_text())
+    return json.loads((out / f"{suite}.json").read_text())
+
+
+def constant_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's rates are not measured by timed calls."""
+    monkeypatch.setattr("dense_ext.benchmark.suites.base.matmul_rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr("dense_ext.benchmark.suites.base.copy_bandwidth", lambda device: 1e9)
 
 
 def fail_when_timed(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
@@ -41,50 +48,48 @@ def fail_when_timed(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 
 
 def test_a_defect_leaves_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: bench.Bench) -> None:
+    def broken(*arguments: Any) -> None:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(bench.Bench, "measure_speed", broken)
+    monkeypatch.setattr(quick.QuickSuite, "time", broken)
     with pytest.raises(RuntimeError, match="a defect"):
-        run("quick", tmp_path, *FOR_MEMORY, "--peers", "eager")
-    results = json.loads((tmp_path / "bench.json").read_text())
+        run("quick", tmp_path, "--memory-size", "8", "--peers", "eager")
+    results = json.loads((tmp_path / "quick.json").read_text())
     assert results["interrupted"]
-    assert set(results["memory"]) == {"eager", "dense_ext-none"}
+    assert [row["peer"] for row in results["rows"] if row["measures"]] == ["eager", "dense_ext-none"]
 
 
 def test_a_peer_that_fails_when_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "matmul_rate", lambda device, dtype: 1e9)
-    monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e9)
+    constant_rates(monkeypatch)
     fail_when_timed(monkeypatch, 3)  # the first sample of the second round, which begins with the second peer
-    results = run("quick", tmp_path, *FOR_MEMORY, "--no-depth", "--peers", "eager,eager-cl")
-    failures = {name: peer.get("failure") for name, peer in results["peers"].items()}
-    assert failures == {"eager": None, "eager-cl": "RuntimeError: too hot", "dense_ext-none": None}
-    assert {name: len(samples) for name, samples in results["speed"]["seconds"].items()} == {
-        "eager": 3, "eager-cl": 0, "dense_ext-none": 3,
+    rows = run("quick", tmp_path, *FOR_MEMORY, "--no-depth", "--peers", "eager,eager-cl")["rows"]
+    assert {row["peer"]: row["failure"] for row in rows} == {
+        "eager": None, "eager-cl": "RuntimeError: too hot", "dense_ext-none": None,
     }  # fmt: skip
-    assert results["memory"].keys() == failures.keys()
+    assert [len(row["seconds"]) for row in rows] == [3, 0, 3]
+    assert all(row["measures"]["peak_bytes"] > 0 for row in rows)
 
 
 def test_a_peer_that_fails_in_a_deep_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    of_one = depth.block_bytes
+    of_one = quick.block_bytes
 
     def block_bytes(peer: Any, layers: int, *rest: Any) -> int:
         if peer.ours and layers == 50:
             raise RuntimeError("too deep")
         return of_one(peer, layers, *rest)
 
-    monkeypatch.setattr(depth, "block_bytes", block_bytes)
-    monkeypatch.setattr(depth, "DEPTHS", (25, 50))
+    monkeypatch.setattr(quick, "block_bytes", block_bytes)
+    monkeypatch.setattr(quick, "DEPTHS", (25, 50))
     results = run("quick", tmp_path, *FOR_MEMORY, "--peers", "eager")
-    assert results["peers"]["dense_ext-none"]["failure"] == "RuntimeError: too deep"
-    assert set(results["depth"]["peers"]) == {"eager"}
-    assert len(results["speed"]["seconds"]["dense_ext-none"]) == 3
+    found = {(row["peer"], row["case"].get("layers")): row for row in results["rows"]}
+    assert found["dense_ext-none", 50]["failure"] == "RuntimeError: too deep"
+    assert all(found["eager", layers]["measures"]["saved_bytes"] > 0 for layers in (25, 50))
+    assert len(found["dense_ext-none", None]["seconds"]) == 3
     assert not results["interrupted"]
 
 
 def test_a_row_that_fails_when_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dense_ext.benchmark.suites.speed.matmul_rate", lambda device, dtype: 1e9)
-    monkeypatch.setattr("dense_ext.benchmark.suites.speed.copy_bandwidth", lambda device: 1e9)
+    constant_rates(monkeypatch)
     fail_when_timed(monkeypatch, 1)
     rows = run("step", tmp_path, "--peers", "eager,eager-cl")["rows"]
     assert [row["failure"] for row in rows] == [None, "RuntimeError: too hot", None]

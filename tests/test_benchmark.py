@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,11 +20,14 @@ from PIL import Image
 from torchvision.models import densenet121
 
 import dense_ext
-from dense_ext.benchmark import bench, depth, family, images, networks, peers, relative, results, timing
-from dense_ext.benchmark.errors import MeasurementError, UsageError
+from dense_ext.benchmark import family, images, networks, peers, results, timing
+from dense_ext.benchmark.errors import UsageError
 from dense_ext.benchmark.flops import flops_per_image, without_memory
 from dense_ext.benchmark.memory import allocation_levels, saved_bytes, step_peaks
+from dense_ext.benchmark.results import Measurement, PeerLabel
 from dense_ext.benchmark.step import sgd_step
+from dense_ext.benchmark.suites import Options, quick
+from dense_ext.benchmark.suites.speed import DISAGREES, LOSS_TOLERANCE, StepSuite, mark_disagreement
 from dense_ext.memory import TrackedStep
 from dense_ext.schedule import RECOMPUTE
 
@@ -153,7 +155,7 @@ def test_ours_keeps_an_eighth_of_eager() -> None:
 
 
 def test_the_family_is_what_torchvision_says_of_its_weights() -> None:
-    committed = results.read_json(ROOT / "benchmarks" / "results" / "family.json")["models"]
+    committed = results.read_results(ROOT / "benchmarks" / "results" / "family.json")["models"]
     known = {row["name"]: row for row in committed if row["imagenet_top1_percent"] is not None}
     assert sorted(known) == sorted([*family.RESNETS, *(f"densenet{n}" for n in (121, 161, 169, 201))])
     for name, row in known.items():
@@ -177,19 +179,21 @@ def test_what_a_step_holds_is_its_peak() -> None:
 
 @pytest.mark.parametrize("policy", RECOMPUTE)
 def test_ours_grows_by_a_straight_line(policy: str) -> None:
-    measured: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
-    chosen = peers.choose(["eager-cl"], [policy])
-    depth.measure_depth(chosen, measured, CPU, torch.float32, "auto", lambda text: None, (4, 8, 16, 32))
-    lines = {name: peer["line"] for name, peer in measured["peers"].items()}
-    assert lines[f"dense_ext-{policy}"]["r2"] > 0.999
-    assert lines["eager-cl"]["r2"] < 0.99
-    assert lines["eager-cl"]["slope"] > 8 * lines[f"dense_ext-{policy}"]["slope"]
+    depths = (4, 8, 16, 32)
+    (eager_slope, eager_r2), (slope, r2) = (
+        quick.straight_line(
+            depths, [quick.block_bytes(peer, layers, CPU, torch.float32, "auto") for layers in depths]
+        )
+        for peer in peers.choose(["eager-cl"], [policy])
+    )
+    assert r2 > 0.999
+    assert eager_r2 < 0.99
+    assert eager_slope > 8 * slope
 
 
 def test_straight_line() -> None:
-    line = depth.straight_line([1, 2, 4], [5, 8, 14])
-    assert line == pytest.approx({"slope": 3, "intercept": 2, "r2": 1})
-    assert depth.straight_line([1, 2, 3], [1, 4, 1])["r2"] == pytest.approx(0)
+    assert quick.straight_line([1, 2, 4], [5, 8, 14]) == pytest.approx((3, 1))
+    assert quick.straight_line([1, 2, 3], [1, 4, 1])[1] == pytest.approx(0)
 
 
 # --- networks and arithmetic --------------------------------------------------------------------------
@@ -222,17 +226,15 @@ def test_flops() -> None:
 # --- images -------------------------------------------------------------------------------------------
 
 
-def test_sample_batch_is_real_and_repeats() -> None:
-    first, second = (images.sample_batch(None, 4, 24, seed=3) for _ in range(2))
-    assert torch.equal(first.images, second.images)
-    assert first.images.shape == (4, 3, 24, 24)
-    assert first.images.std() > 0.2
-    assert not torch.equal(first.images, images.sample_batch(None, 4, 24, seed=4).images)
-
-
-def test_sample_batch_of_a_folder(tmp_path: Path) -> None:
-    batch = images.sample_batch(write_images(tmp_path / "pictures", classes=3), 6, 8, seed=0)
-    assert (batch.images.shape, batch.classes, batch.source) == ((6, 3, 8, 8), 3, "folder pictures")
+def test_a_batch_is_noise_and_the_same_for_every_peer() -> None:
+    chosen = peers.choose(["eager"], ["none"])
+    suite = StepSuite(Options(size=24, batch=4), chosen, results.new_results("step", {}))
+    (first, labels), (second, _) = (suite.batch(suite.cases()[0], peer) for peer in chosen)
+    assert torch.equal(first, second)
+    assert first.shape == (4, 3, 24, 24)
+    assert first.std() > 0.2
+    assert not torch.equal(first[0], first[1])
+    assert labels.tolist() == [0, 1, 2, 3]
 
 
 def test_folder_split_by_class(tmp_path: Path) -> None:
@@ -256,11 +258,10 @@ def test_folder_with_parts_of_different_classes(tmp_path: Path) -> None:
 def test_rounds_begin_with_another_each() -> None:
     order: list[str] = []
     calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    entries: dict[str, dict[str, str]] = {name: {} for name in calls}
-    timing.interleave(calls, samples, entries, CPU, 3, 1, lambda text: None)
+    rows = {name: Measurement({}, name) for name in calls}
+    timing.interleave([(rows[name], call) for name, call in calls.items()], CPU, 3, lambda text: None)
     assert "".join(order) == "abcbcacab"
-    assert [len(s) for s in samples.values()] == [3, 3, 3]
+    assert [len(row.seconds) for row in rows.values()] == [3, 3, 3]
 
 
 def test_a_call_that_fails_has_no_turn_any_more() -> None:
@@ -272,50 +273,62 @@ def test_a_call_that_fails_has_no_turn_any_more() -> None:
             raise RuntimeError("worn out")
 
     calls = {"a": lambda: order.append("a"), "b": second_fails}
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    entries: dict[str, dict[str, str | None]] = {"a": {"failure": None}, "b": {}}
-    timing.interleave(calls, samples, entries, CPU, 3, 1, lambda text: None)
+    rows = {name: Measurement({}, name) for name in calls}
+    timing.interleave([(rows[name], call) for name, call in calls.items()], CPU, 3, lambda text: None)
     assert "".join(order) == "abbaa"
-    assert [len(s) for s in samples.values()] == [3, 0]
-    assert entries == {"a": {"failure": None}, "b": {"failure": "RuntimeError: worn out"}}
+    assert [len(row.seconds) for row in rows.values()] == [3, 0]
+    assert [row.failure for row in rows.values()] == [None, "RuntimeError: worn out"]
 
 
 def test_speeds_compare_with_the_fastest_eager_peer() -> None:
-    measured: dict[str, Any] = {
-        "kind": "bench",
-        "options": {"model": "tiny", "dtype": "float32", "batch": 10, "size": 8},
-        "peers": {
-            name: {"ours": name.startswith("dense_ext"), "mode": "compile" if name == "compile" else "eager"}
-            for name in ("eager", "eager-cl", "compile", "dense_ext-none")
-        },
-        "work": {"step_flops_per_image": 50, "matmul_flops_per_second": 1000},
-        "speed": {
-            "seconds": {"eager": [4.0], "eager-cl": [2.0, 1.0, 4.0], "dense_ext-none": [0.5, 1.0, 2.0]}
-        },
+    modes = {"eager": "eager", "eager-cl": "eager", "compile": "compile", "dense_ext-none": "eager"}
+    measured = results.new_results("quick", {})
+    measured.peers = {
+        name: PeerLabel(name, name.startswith("dense_ext"), mode) for name, mode in modes.items()
     }
-    speed = relative.speeds(measured)
-    assert speed["dense_ext-none"]["ratios"] == {"fastest eager": 2}
-    assert {end: speed["dense_ext-none"][end] for end in ("min", "max")} == {"min": 0.5, "max": 2}
-    assert speed["eager-cl"]["images_per_second"] == 5
-    assert speed["eager"]["matmul_share"] == 0.125
-    assert relative.speeds({**measured, "speed": {"seconds": {"eager": []}}}) == {}
-    measured["speed"]["seconds"]["compile"] = [1.25]
-    assert relative.speeds(measured)["dense_ext-none"]["ratios"] == {
-        "fastest eager": 2, "fastest other": 1.25,
-    }  # fmt: skip
-    del measured["speed"]["seconds"]["eager"], measured["speed"]["seconds"]["eager-cl"]
-    assert relative.speeds(measured)["dense_ext-none"]["ratios"] == {"fastest other": 1.25}
+    measured.work = {"matmul_flops_per_second": {"float32": 1000}}
+    samples = {"eager": [4.0], "eager-cl": [2.0, 1.0, 4.0], "compile": [], "dense_ext-none": [0.5, 1.0, 2.0]}
+    rows = {
+        name: Measurement({"dtype": "float32"}, name, measures={"flops": 500}, seconds=seconds)
+        for name, seconds in samples.items()
+    }
+    measured.rows = list(rows.values())
+    assert measured.ratios(rows["dense_ext-none"]) == {"fastest eager": 2}
+    assert rows["eager-cl"].median == 2
+    assert measured.matmul_share(rows["eager"]) == 0.125
+    rows["compile"].seconds.append(1.25)
+    assert measured.ratios(rows["dense_ext-none"]) == {"fastest eager": 2, "fastest other": 1.25}
+    rows["eager"].seconds.clear()
+    rows["eager-cl"].seconds.clear()
+    assert measured.ratios(rows["dense_ext-none"]) == {"fastest other": 1.25}
+    rows["compile"].seconds.clear()
+    assert measured.references() == {}
 
 
 @pytest.mark.parametrize("losses", [[2.0, 1.9 * 1.01], [math.nan, 1.9]])
 def test_no_speed_without_agreement(losses: list[float]) -> None:
-    options = bench.Options("densenet_bc_100_12", 2, 32, 2, 32, "float32", "cpu", "auto", 1, None, ())
-    run = bench.Bench(options, peers.choose(["eager"], ["none"]), {})
-    run.results["first_losses"] = {"eager": [2.0, 1.9], "dense_ext-none": losses}
-    with pytest.raises(MeasurementError, match=r"dense_ext-none has loss .* no speed is reported"):
-        run.check_agreement()
-    run.results["first_losses"]["dense_ext-none"] = [2.0, 1.9001]
-    run.check_agreement()
+    known = {"eager": PeerLabel("eager", ours=False), "dense_ext-none": PeerLabel("dense_ext", ours=True)}
+
+    def marked(losses: list[float]) -> Measurement:
+        ours = Measurement({}, "dense_ext-none", values=losses, seconds=[1.0])
+        mark_disagreement(
+            [Measurement({}, "eager", values=[2.0, 1.9]), ours], known, LOSS_TOLERANCE["float32"]
+        )
+        return ours
+
+    wrong = marked(losses)
+    assert (wrong.failure or "").startswith(DISAGREES)
+    assert wrong.seconds == []
+    assert marked([2.0, 1.9001]).failure is None
+
+
+def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "quick.json"
+    written = results.new_results("quick", {"rounds": 3})
+    written.peers = {"eager": PeerLabel("eager", ours=False)}
+    written.rows = [Measurement({"batch": 1}, "eager", measures={"flops": 2}, seconds=[0.5], values=[1.0])]
+    results.write_json(path, written)
+    assert results.read_results(path) == written
 
 
 @pytest.mark.parametrize(
@@ -343,7 +356,7 @@ def test_json_of_what_is_not_finite(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    results.write_json(path, {"a": 1})
+    path.write_text("old")
 
     def fail(temporary: Path) -> None:
         temporary.write_text("half")
@@ -351,5 +364,5 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 
     with pytest.raises(OSError, match="disk full"):
         results.write_atomically(path, fail)
-    assert results.read_json(path) == {"a": 1}
+    assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

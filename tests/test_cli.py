@@ -25,6 +25,8 @@ pytest.importorskip("lightning")
 from PIL import Image
 
 from dense_ext.benchmark import family, training
+from dense_ext.benchmark.suites import quick
+from dense_ext.benchmark.suites.speed import LOSS_TOLERANCE
 
 from .helpers import run_python, torchrun
 
@@ -123,7 +125,6 @@ def test_a_missing_package_is_named(package: str, command: str, extra: str, tmp_
         (["bench", "--device", "abacus"], "--device abacus: "),
         (["bench", "--device", "meta"], "--device must be cpu or cuda, got meta"),
         (["bench", "--device", "cuda:99"], "--device cuda:99: torch sees "),
-        (["bench", "--data", "nowhere"], "data folder nowhere does not exist"),
         (["bench", "--out", "/dev/null/run"], "/dev/null is not a folder"),
         (["bench", "--suite", "all"], "--suite must be one of quick, memory, "),
         (["bench", "--suite", "paper", "--model", "densenet121"], "networks of its own and takes no --model"),
@@ -195,67 +196,66 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr()
     assert "dense_ext, recompute bottleneck" in printed.out
     assert "GFLOP an image" in printed.out
-    assert "bench.json" in printed.err
+    assert "quick.json" in printed.err
 
-    results = read(tmp_path / "bench.json")
+    results = read(tmp_path / "quick.json")
     assert not results["interrupted"]
     assert results["options"]["batch"] == 2
     torchvisions = ["eager", "eager-cl", "memory-efficient", "memory-efficient-cl"]
     assert list(results["peers"]) == [*torchvisions, "dense_ext-none", "dense_ext-bottleneck"]
-    saved = {name: m["saved_bytes_per_image"] for name, m in results["memory"].items()}
+    rows = {row["peer"]: row for row in results["rows"]}
+    assert len(rows) == len(results["rows"]), "no row for the depth"
+    saved = {name: row["measures"]["saved_bytes"] for name, row in rows.items()}
     assert saved["eager"] == saved["eager-cl"] > 4 * saved["dense_ext-bottleneck"]
-    for name, measured in results["memory"].items():
-        assert measured["peak_bytes_per_image"] > 0.5 * saved[name]
-    assert all(len(s) == 2 and min(s) > 0 for s in results["speed"]["seconds"].values())
-    losses = results["first_losses"]
-    assert losses["dense_ext-none"] == pytest.approx(losses["eager"], rel=results["loss_tolerance"])
+    for name, row in rows.items():
+        assert row["measures"]["peak_bytes"] > 0.5 * saved[name]
+        assert len(row["seconds"]) == 2
+        assert min(row["seconds"]) > 0
+    losses = {name: row["values"] for name, row in rows.items()}
+    assert losses["dense_ext-none"] == pytest.approx(losses["eager"], rel=LOSS_TOLERANCE["float32"])
     assert losses["eager"][1] != losses["eager"][0]
-    assert results["peers"]["dense_ext-none"]["served_by"]
-    assert "depth" not in results
-    assert str(tmp_path) not in (tmp_path / "bench.json").read_text()
-    assert {p.name for p in tmp_path.iterdir()} == {"bench.json", "memory.png", "throughput.png"}
-    assert is_png(tmp_path / "memory.png")
+    assert rows["dense_ext-none"]["served_by"]
+    assert str(tmp_path) not in (tmp_path / "quick.json").read_text()
+    assert {p.name for p in tmp_path.iterdir()} == {"quick.json", "quick-memory.png", "quick-throughput.png"}
+    assert is_png(tmp_path / "quick-memory.png")
 
     assert main(arguments) == 2
-    assert "bench.json exists; pass --overwrite or another --out" in capsys.readouterr().err
+    assert "quick.json exists; pass --overwrite or another --out" in capsys.readouterr().err
 
 
 def test_bench_keeps_what_was_measured_when_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from dense_ext.benchmark import bench
-
-    def interrupt(self: bench.Bench) -> None:
+    def interrupt(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench.Bench, "measure_speed", interrupt)
-    arguments = ["bench", *TINY_BENCH, "--peers", "eager-cl", "--recompute", "none", "--out", str(tmp_path)]
+    monkeypatch.setattr(quick.QuickSuite, "time", interrupt)
+    options = ["--memory-size", "8", "--peers", "eager-cl", "--recompute", "none"]
+    arguments = ["bench", *TINY_BENCH, *options, "--out", str(tmp_path)]
     assert main([*arguments, "--json"]) == 130
     printed = capsys.readouterr()
     assert "interrupted: these are the results until then" in printed.err
     results = json.loads(printed.out)
-    assert results == read(tmp_path / "bench.json")
+    assert results == read(tmp_path / "quick.json")
     assert results["interrupted"]
-    assert set(results["memory"]) == {"eager-cl", "dense_ext-none"}
-    assert "speed" not in results
-    assert (tmp_path / "memory.png").exists()
+    assert [row["peer"] for row in results["rows"] if row["measures"]] == ["eager-cl", "dense_ext-none"]
+    assert not any(row["seconds"] for row in results["rows"])
+    assert (tmp_path / "quick-memory.png").exists()
 
 
 def test_bench_reports_no_speed_of_wrong_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from dense_ext.benchmark import bench
-
-    monkeypatch.setitem(bench.LOSS_TOLERANCE, "float32", -1.0)
+    monkeypatch.setitem(LOSS_TOLERANCE, "float32", -1.0)
     out = tmp_path / "out"
     assert main(["bench", *TINY_BENCH, "--peers", "eager", "--recompute", "none", "--out", str(out)]) == 1
     printed = capsys.readouterr().err
-    assert "no speed is reported" in printed
-    assert "bench.json: what was measured until it failed" in printed
-    results = read(out / "bench.json")
-    assert results["interrupted"]
-    assert set(results["memory"]) == {"eager", "dense_ext-none"}
-    assert "speed" not in results
+    assert "dense_ext's results are not the eager network's: see the rows without speed" in printed
+    eager, ours = read(out / "quick.json")["rows"]
+    assert ours["failure"].startswith("disagrees: ")
+    assert ours["seconds"] == []
+    assert len(eager["seconds"]) == 2
+    assert eager["measures"]["saved_bytes"] > ours["measures"]["saved_bytes"] > 0
 
 
 # --- models -------------------------------------------------------------------------------------------

@@ -6,17 +6,17 @@ import copy
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.importorskip("torchvision")
 pytest.importorskip("scipy")
 
-from dense_ext.benchmark.compare import compare, rows_of
+from dense_ext.benchmark.compare import compare
 from dense_ext.benchmark.errors import UsageError
-from dense_ext.benchmark.suites.base import new_row
+from dense_ext.benchmark.results import Measurement, PeerLabel, Results, read_results
 from dense_ext.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,20 +25,15 @@ MACHINE = {"cpu": "one", "threads": 2, "gpu": None}
 
 def result(
     median: float, samples: int = 15, seed: int = 0, rows: int = 1, **measures: float | None
-) -> dict[str, Any]:
+) -> Results:
     """A step suite's result with samples within 3 % of a median."""
     generator = random.Random(seed)
     made = []
     for i in range(rows):
-        row = new_row({"model": f"m{i}"}, "dense_ext-none")
-        row["seconds"] = [median * generator.uniform(0.97, 1.03) for _ in range(samples)]
-        row["measures"] = dict(measures)
-        made.append(row)
-    return {
-        "kind": "step", "date": "", "machine": MACHINE, "versions": {"torch": "2.11"}, "commit": None,
-        "options": {}, "interrupted": False,
-        "peers": {"dense_ext-none": {"label": "ours", "ours": True}}, "rows": made,
-    }  # fmt: skip
+        seconds = [median * generator.uniform(0.97, 1.03) for _ in range(samples)]
+        made.append(Measurement({"model": f"m{i}"}, "dense_ext-none", None, dict(measures), seconds))
+    peers = {"dense_ext-none": PeerLabel("ours", ours=True)}
+    return Results("step", "", MACHINE, {"torch": "2.11"}, None, {}, False, peers, made)
 
 
 def test_slower_beyond_noise() -> None:
@@ -63,19 +58,18 @@ def test_a_small_difference_is_left_to_what_runs_differ_by() -> None:
     assert len(compare(old, new, threshold=0.02).changes) == 1
 
 
-def with_eager(results: dict[str, Any], seconds: list[float]) -> dict[str, Any]:
+def with_eager(results: Results, seconds: list[float]) -> Results:
     """The result with an additional row for eager."""
-    row = results["rows"][0]
-    results["peers"]["eager"] = {"label": "eager", "ours": False, "mode": "eager"}
-    results["rows"].append({**row, "peer": "eager", "seconds": seconds, "measures": {}})
+    results.peers["eager"] = PeerLabel("eager", ours=False)
+    results.rows.append(Measurement(results.rows[0].case, "eager", seconds=seconds))
     return results
 
 
 def test_a_slower_machine_is_no_regression() -> None:
     """In every round all peers took 1.5 times as long; relative to them dense_ext took as long as before."""
     old, new = result(1.0), result(1.5, seed=1)
-    eager = [1.4 * s for s in result(1.0, seed=2)["rows"][0]["seconds"]]
-    slower = [2.1 * s for s in result(1.0, seed=3)["rows"][0]["seconds"]]
+    eager = [1.4 * s for s in result(1.0, seed=2).rows[0].seconds]
+    slower = [2.1 * s for s in result(1.0, seed=3).rows[0].seconds]
     found = compare(with_eager(old, eager), with_eager(new, slower))
     assert found.changes == []
     assert any(re.search(r"they take 1\.[45]\d times as long", text) for text in found.differences)
@@ -83,14 +77,14 @@ def test_a_slower_machine_is_no_regression() -> None:
 
 def test_slower_beside_others_on_a_faster_machine() -> None:
     old, new = result(1.0), result(0.9, seed=1)
-    eager = result(1.4, seed=2)["rows"][0]["seconds"]
+    eager = result(1.4, seed=2).rows[0].seconds
     (change,) = compare(with_eager(old, eager), with_eager(new, [0.7 * s for s in eager])).regressions
     assert change.measure == "time beside others"
     assert change.ratio == pytest.approx(0.9 / 0.7, rel=0.05)
 
 
 def test_others_of_other_rounds_are_not_set_beside() -> None:
-    eager = result(1.4, seed=2)["rows"][0]["seconds"]
+    eager = result(1.4, seed=2).rows[0].seconds
     (change,) = compare(with_eager(result(1.0), eager), with_eager(result(1.2, seed=1), eager[:-1])).changes
     assert change.measure == "seconds"
 
@@ -131,7 +125,7 @@ def test_an_error_that_is_not_finite_is_worse() -> None:
 def test_a_row_that_fails_now() -> None:
     old = result(1.0)
     new = copy.deepcopy(old)
-    new["rows"][0] |= {"failure": "out of memory", "seconds": []}
+    new.rows[0].fail("out of memory")
     (change,) = compare(old, new).regressions
     assert (change.measure, change.new) == ("failure", "out of memory")
 
@@ -141,28 +135,28 @@ def test_what_dense_ext_has_no_more_is_worse(lost: str) -> None:
     old = result(1.0, rows=2, saved_bytes=1000)
     new = copy.deepcopy(old)
     if lost == "row":
-        del new["rows"][1]
+        del new.rows[1]
     else:
-        new["rows"][1]["seconds" if lost == "samples" else lost].clear()
+        getattr(new.rows[1], "seconds" if lost == "samples" else lost).clear()
     (change,) = compare(old, new).regressions
     assert (change.case, change.measure, change.new) == ("model m1", lost, "missing")
     assert compare(new, old).regressions == []
-    old["peers"]["dense_ext-none"]["ours"] = False
+    old.peers["dense_ext-none"] = PeerLabel("other", ours=False)
     assert compare(old, new).regressions == []
 
 
 def test_a_row_that_had_failed_is_not_missed() -> None:
     old = result(1.0, rows=2)
-    old["rows"][1] |= {"failure": "out of memory", "seconds": []}
+    old.rows[1].fail("out of memory")
     assert compare(old, result(1.0)).regressions == []
 
 
 def test_what_else_differs() -> None:
     old, new = result(1.0, rows=2), result(1.0, rows=2)
-    new["machine"] = {**MACHINE, "cpu": "another"}
-    new["versions"] = {"torch": "2.12"}
-    new["rows"][1]["case"] = {"model": "other"}
-    new["interrupted"] = True
+    new.machine = {**MACHINE, "cpu": "another"}
+    new.versions = {"torch": "2.12"}
+    new.rows[1].case = {"model": "other"}
+    new.interrupted = True
     found = compare(old, new)
     assert found.differences == [
         "new result was interrupted, and lacks what came after",
@@ -175,24 +169,24 @@ def test_what_else_differs() -> None:
 
 def test_results_that_cannot_be_compared() -> None:
     with pytest.raises(UsageError, match="different kinds: step and memory"):
-        compare(result(1.0), {**result(1.0), "kind": "memory"})
+        compare(result(1.0), replace(result(1.0), kind="memory"))
     with pytest.raises(UsageError, match="no row in common"):
         compare(result(1.0), result(1.0, rows=0))
-    models = json.loads((ROOT / "benchmarks" / "results" / "family.json").read_text())
+    models = read_results(ROOT / "benchmarks" / "results" / "family.json")
     with pytest.raises(UsageError, match="dense-ext models has nothing to compare"):
-        rows_of(models)
+        compare(models, models)
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old = ROOT / "benchmarks" / "results" / "cpu.json"
     results = json.loads(old.read_text())
-    results["speed"]["seconds"]["dense_ext-none"] = [
-        1.3 * s for s in results["speed"]["seconds"]["dense_ext-none"]
-    ]
+    for row in results["rows"]:
+        if row["peer"] == "dense_ext-none":
+            row["seconds"] = [1.3 * s for s in row["seconds"]]
     new = tmp_path / "new.json"
     new.write_text(json.dumps(results))
     assert main(["bench", "--compare", str(old), str(old)]) == 0
-    assert "7 rows compared, 0 measures got worse" in capsys.readouterr().err
+    assert "59 rows compared, 0 measures got worse" in capsys.readouterr().err
     assert main(["bench", "--compare", str(old), str(new)]) == 1
     printed = capsys.readouterr()
     assert "dense_ext-none" in printed.out
@@ -201,7 +195,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--compare", str(old), str(new), "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["changes"][0]["peer"] == "dense_ext-none"
     assert main(["bench", "--compare", str(old), str(new), "--threshold", "0.5"]) == 0
-    del results["peers"]["dense_ext-none"]
+    results["rows"] = [row for row in results["rows"] if row["peer"] != "dense_ext-none"]
     new.write_text(json.dumps(results | {"interrupted": True}))
     assert main(["bench", "--compare", str(old), str(new)]) == 1
     assert "the new result was interrupted" in capsys.readouterr().err

@@ -81,8 +81,8 @@ def test_a_suite_fills_a_result(script, tmp_path: Path) -> None:  # type: ignore
     path = tmp_path / "primitives.json"
     script.run_suite("primitives", "primitives_cpu", ("densenet_bc_40_12",), 1, path, "cpu", "cpu")
     results = read_results(path)
-    assert not results["interrupted"]
-    assert {row["peer"] for row in results["rows"] if row["seconds"]} == {"aten", "cpu"}
+    assert not results.interrupted
+    assert {row.peer for row in results.timed()} == {"aten", "cpu"}
 
 
 def test_a_part_that_takes_too_long_is_ended(script, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -148,5 +148,5 @@ gpu.run_suite("inference", "inference", ("densenet_bc_40_12",), 1, Path(sys.argv
 """
     path = tmp_path / "inference.json"
     subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, check=True, capture_output=True)
-    measured = {row["peer"] for row in read_results(path)["rows"] if row["seconds"]}
+    measured = {row.peer for row in read_results(path).timed()}
     assert {"eager-cl", "dense_ext-none"} <= measured

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from dense_ext.benchmark.results import Measurement, Results
+
 
 @pytest.fixture
 def script(benchmark_script: Callable[[str], Any]) -> Any:
@@ -17,23 +19,20 @@ def script(benchmark_script: Callable[[str], Any]) -> Any:
     return benchmark_script("preference")
 
 
-def results(times: dict[str, list[float]]) -> dict[str, Any]:
+def results(times: dict[str, list[float]]) -> Results:
     """The suite's results: a median time for each backend and shape."""
     rows = [
-        {
-            "case": {"primitive": "channel_stats", "dtype": "bfloat16", "where": "layer 1", "shape": str(i)},
-            "peer": peer,
-            "seconds": [9.0, seconds, 0.0],
-        }
+        Measurement(
+            {"primitive": "channel_stats", "dtype": "bfloat16", "where": "layer 1", "shape": str(i)},
+            peer,
+            seconds=[9.0, seconds, 0.0],
+        )
         for peer, of_shapes in times.items()
         for i, seconds in enumerate(of_shapes)
     ]
-    return {
-        "rows": rows,
-        "date": "2025-01-31T12:00:00+00:00",
-        "machine": {"gpu": {"name": "a GPU", "compute_capability": "9.0"}, "cpu": "a CPU"},
-        "versions": {"torch": "2.11.0"},
-    }
+    machine = {"gpu": {"name": "a GPU", "compute_capability": "9.0"}, "cpu": "a CPU"}
+    date, versions = "2025-01-31T12:00:00+00:00", {"torch": "2.11.0"}
+    return Results("primitives", date, machine, versions, None, {}, rows=rows)
 
 
 def test_the_fastest_over_all_shapes_comes_first(script: Any) -> None:
@@ -52,7 +51,7 @@ def test_backends_are_compared_on_the_shapes_that_all_of_them_ran(script: Any) -
 
 def test_results_of_two_machines_are_not_mixed(script: Any) -> None:
     other = results({"triton": [1.0]})
-    other["machine"]["gpu"]["name"] = "another GPU"
+    other.machine["gpu"]["name"] = "another GPU"
     with pytest.raises(SystemExit, match="different machines"):
         script.measured_rows([results({"cuda": [1.0]}), other])
 

@@ -42,7 +42,7 @@ def test_every_figure_belongs_to_a_result(render: Any) -> None:
 def test_figures_show_what_the_results_say(render: Any, tmp_path: Path) -> None:
     """Each committed figure equals the one drawn from its result now, except for antialiasing."""
     for name, path in render.committed().items():
-        for drawn in render.draw_all(render.read_json(path), tmp_path, f"{name}-"):
+        for drawn in render.draw_all(render.read_results(path), tmp_path, f"{name}-"):
             with Image.open(drawn) as new, Image.open(ROOT / "benchmarks" / "figures" / drawn.name) as old:
                 assert new.size == old.size, drawn.name
                 difference = ImageChops.difference(new.convert("RGB"), old.convert("RGB"))

@@ -20,8 +20,7 @@ pytest.importorskip("jinja2")
 
 from PIL import Image, ImageStat
 
-from dense_ext.benchmark.results import HEAD
-from dense_ext.benchmark.suites.base import new_row
+from dense_ext.benchmark.results import HEAD, Measurement
 from dense_ext.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,28 +29,29 @@ PHONE, DESK = 390, 1200
 BARE = json.dumps(dict.fromkeys(HEAD) | {"kind": "step"}).encode()
 
 
-def suite_result(kind: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def suite_result(kind: str, rows: list[Measurement]) -> dict[str, Any]:
     head = json.loads((RESULTS / "cpu.json").read_text())
     kept = {key: head[key] for key in ("date", "machine", "versions", "commit")}
     return {
-        **kept, "kind": kind, "interrupted": True, "rows": rows, "options": {"device": "cpu"}, "data": "none",
+        **kept, "kind": kind, "interrupted": True, "rows": [row.as_json() for row in rows], "data": "none",
+        "options": {"device": "cpu", "dtypes": ["float32"], "rounds": 3},
         "peers": {"eager": {"label": "eager <b>", "ours": False, "mode": "eager"},
                   "cpu": {"label": "dense_ext, cpu", "ours": True, "mode": "eager"}},
         "work": {"copy_bytes_per_second": 1e10, "matmul_flops_per_second": {"float32": 1e11}},
     }  # fmt: skip
 
 
-def primitive_rows() -> Iterator[dict[str, Any]]:
+def primitive_rows() -> Iterator[Measurement]:
     for i, peer in enumerate(("eager", "cpu")):
         for j in range(30):
             case = {"primitive": "p", "where": f"block {j}", "shape": "1x1", "dtype": "float32"}
-            row = new_row(case, peer)
-            row["measures"] = {"minimum_bytes": 100, "flops": 100 * (j + 1), "relative_error": 1e-8}
-            row["seconds"] = [1e-3 / (i + 1), 2e-3 / (i + 1), 3e-3 / (i + 1)]
+            row = Measurement(case, peer)
+            row.measures = {"minimum_bytes": 100, "flops": 100 * (j + 1), "relative_error": 1e-8}
+            row.seconds = [1e-3 / (i + 1), 2e-3 / (i + 1), 3e-3 / (i + 1)]
             yield row
 
 
-def memory_rows() -> Iterator[dict[str, Any]]:
+def memory_rows() -> Iterator[Measurement]:
     for peer in ("eager", "cpu"):
         for depth in (10, 20, 30):
             case = {
@@ -62,15 +62,15 @@ def memory_rows() -> Iterator[dict[str, Any]]:
                 "size": 8,
                 "dtype": "float32",
             }
-            row = new_row(case, peer)
-            row["measures"] = dict.fromkeys(("saved_bytes", "peak_bytes", "lasting_bytes"), depth * 10**6)
+            row = Measurement(case, peer)
+            row.measures = dict.fromkeys(("saved_bytes", "peak_bytes", "lasting_bytes"), depth * 10**6)
             yield row
 
 
-def step_rows() -> Iterator[dict[str, Any]]:
+def step_rows() -> Iterator[Measurement]:
     for peer, seconds in (("eager", 2.0), ("cpu", 1.0)):
-        row = new_row({"model": "m", "batch": 1, "size": 8, "dtype": "float32"}, peer)
-        row["measures"], row["seconds"] = {"flops": 10**9}, [seconds] * 3
+        row = Measurement({"model": "m", "batch": 1, "size": 8, "dtype": "float32"}, peer)
+        row.measures, row.seconds = {"flops": 10**9}, [seconds] * 3
         yield row
 
 
@@ -160,7 +160,7 @@ def test_a_result_of_unknown_kind(
     path = tmp_path / "other.json"
     path.write_text(json.dumps(suite_result("step", []) | {"kind": kind}))
     assert main(["report", str(path), "--out", str(tmp_path / "page.html")]) == 2
-    assert f"other.json is of kind {kind!r}, not one of bench, " in capsys.readouterr().err
+    assert f"other.json is of kind {kind!r}, not one of quick, " in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [path]
 
 

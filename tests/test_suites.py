@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ pytest.importorskip("jsonschema")
 import jsonschema
 
 from dense_ext.backends.base import primitive_of
-from dense_ext.benchmark import bench, peers, suites
-from dense_ext.benchmark.graphs import GraphedStep
-from dense_ext.benchmark.memory import step_peaks
+from dense_ext.benchmark import peers, suites
+from dense_ext.benchmark.cuda_graph import GraphedStep
+from dense_ext.benchmark.errors import UnavailableError
+from dense_ext.benchmark.memory import saved_bytes, step_peaks
 from dense_ext.benchmark.networks import small_densenet
 from dense_ext.benchmark.primitives import model_cases
-from dense_ext.benchmark.suites.base import new_row
+from dense_ext.benchmark.results import Measurement, PeerLabel
+from dense_ext.benchmark.step import sgd_step
 from dense_ext.benchmark.suites.speed import mark_disagreement
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,7 +66,7 @@ def test_committed_results_are_what_the_schema_says(path: Path) -> None:
 
 
 def test_schema_refuses_a_row_with_an_unknown_measure() -> None:
-    row = new_row({"model": "tiny"}, "eager")
+    row = {"case": {"model": "tiny"}, "peer": "eager", "failure": None, "measures": {}, "seconds": []}
     validator = jsonschema.Draft202012Validator({"$ref": "#/$defs/row", "$defs": SCHEMA["$defs"]})
     validator.validate(row)
     with pytest.raises(jsonschema.ValidationError):
@@ -73,7 +76,7 @@ def test_schema_refuses_a_row_with_an_unknown_measure() -> None:
 def bytes_needed(model: dense_ext.DenseNet, batch: int, peer: str) -> int:
     """The peak memory of training: a step's peak, parameters, gradients, momentum, buffers and images."""
     network = peers.PEERS[peer].build(model, model.state_dict(), torch.device("cpu"), "auto")
-    step = bench.sgd_step(network, torch.float32, torch.device("cpu"))
+    step = sgd_step(network, torch.float32, torch.device("cpu"))
     images, labels = torch.randn(batch, 3, 8, 8), torch.zeros(batch, dtype=torch.long)
     peak = step_peaks(step, peers.PEERS[peer].images(images), labels)["peak_bytes"]
     held = 3 * sum(p.nbytes for p in network.parameters()) + sum(b.nbytes for b in network.buffers())
@@ -82,7 +85,7 @@ def bytes_needed(model: dense_ext.DenseNet, batch: int, peer: str) -> int:
 
 def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     kept = suites.memory.MemorySuite.cases
-    monkeypatch.setattr(suites.memory.MemorySuite, "cases", lambda self: kept(self)[:2])
+    monkeypatch.setattr(suites.memory.MemorySuite, "cases", lambda *of: kept(*of)[:2])
     results = run("memory", tmp_path, "--model", "tiny", "--peers", "eager-cl", "--budget", "0.0055")
     assert "largest batch that fits" in capsys.readouterr().out
     rows = by_peer(results)
@@ -106,7 +109,7 @@ def test_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(suites.memory.PaperSuite, "cases", shallow)
     rows = by_peer(run("paper", tmp_path, "--peers", "eager-cl", "--budget", "0.01"))
-    deepest = {peer: rows[peer][-1]["measures"]["deepest"] for peer in rows}
+    deepest = {peer: rows[peer][0]["measures"]["deepest"] for peer in rows}
     assert deepest["dense_ext-bottleneck"] > deepest["eager-cl"] > 22
     for peer, depth in deepest.items():
         needed = [bytes_needed(small_densenet(d, 12), 2, peer) for d in (depth, depth + 6)]
@@ -143,7 +146,7 @@ def test_volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert len(ours["seconds"]) == 3
     assert eager["measures"]["saved_bytes"] > 3 * ours["measures"]["saved_bytes"]
     assert eager["measures"]["flops"] == ours["measures"]["flops"] > 0
-    assert "2 x 24x24x24" in capsys.readouterr().out
+    assert "2 volumes of 24x24x24" in capsys.readouterr().out
     assert (tmp_path / "volumes-throughput.png").exists()
 
 
@@ -152,7 +155,6 @@ def test_volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     [
         (["--peers", "timm"], "volumes have eager, eager-cl, graph and graph-cl; got none"),
         (["--size", "8"], "volumes of side 8 are too small"),
-        (["--data", "."], "volumes are made of noise"),
     ],
 )
 def test_volumes_that_cannot_be_measured(
@@ -239,7 +241,7 @@ def test_primitives_beside_compiled_ones(tmp_path: Path, monkeypatch: pytest.Mon
 def test_rows_that_disagree_have_no_speed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(bench.LOSS_TOLERANCE, "float32", -1.0)
+    monkeypatch.setitem(suites.speed.LOSS_TOLERANCE, "float32", -1.0)
     results = run("step", tmp_path, "--model", "tiny", "--peers", "eager", code=1)
     assert "not the eager network's" in capsys.readouterr().err
     rows = by_peer(results)
@@ -248,24 +250,27 @@ def test_rows_that_disagree_have_no_speed(
     assert len(rows["eager"][0]["seconds"]) == 3
 
 
+KNOWN = {"ours": PeerLabel("dense_ext", ours=True), "eager": PeerLabel("eager", ours=False)}
+
+
 @pytest.mark.parametrize("value", [2.0 * 1.01, math.nan])
 def test_disagreement(value: float) -> None:
-    rows = [{**new_row({}, peer), "values": [v]} for peer, v in (("eager", 2.0), ("ours", value))]
-    mark_disagreement(rows, {"eager": {"ours": False}, "ours": {"ours": True}}, 1e-3)
-    assert [row["failure"] is None for row in rows] == [True, False]
+    rows = [Measurement({}, peer, values=[v]) for peer, v in (("eager", 2.0), ("ours", value))]
+    mark_disagreement(rows, KNOWN, 1e-3)
+    assert [row.failure is None for row in rows] == [True, False]
 
 
 def test_rows_with_nothing_to_compare_with_have_no_speed() -> None:
-    known = {"ours": {"ours": True}, "eager": {"ours": False}}
-    ours = {**new_row({}, "ours"), "values": [2.0], "seconds": [1.0]}
-    eager = {**new_row({}, "eager"), "failure": "out of memory"}
-    mark_disagreement([ours], known, 1e-3)
-    assert ours["failure"] is None, "eager is still to come"
-    mark_disagreement([ours, {**eager, "values": [2.0]}], known, 1e-3)
-    assert ours["failure"] is None, "it failed after its values were known"
-    mark_disagreement([ours, eager], known, 1e-3)
-    assert ours["failure"].startswith("nothing to compare with")
-    assert ours["seconds"] == []
+    ours = Measurement({}, "ours", values=[2.0], seconds=[1.0])
+    eager = Measurement({}, "eager", "out of memory")
+    mark_disagreement([ours], KNOWN, 1e-3)
+    assert ours.failure is None, "eager is still to come"
+    mark_disagreement([ours, replace(eager, values=[2.0])], KNOWN, 1e-3)
+    assert ours.failure is None, "it failed after its values were known"
+    mark_disagreement([ours, eager], KNOWN, 1e-3)
+    assert ours.failure is not None
+    assert ours.failure.startswith("nothing to compare with")
+    assert ours.seconds == []
 
 
 def test_an_interrupted_suite_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,10 +334,10 @@ def test_quick_run_with_a_failing_peer(tmp_path: Path, capsys: pytest.CaptureFix
         "--no-depth",
     ]
     assert main([*arguments, "--peers", "graph,eager", "--out", str(tmp_path)]) == 0
-    results = json.loads((tmp_path / "bench.json").read_text())
+    results = json.loads((tmp_path / "quick.json").read_text())
     jsonschema.validate(results, SCHEMA)
-    assert results["peers"]["graph"]["failure"] == "CUDA graphs need a GPU"
-    assert list(results["speed"]["seconds"]) == ["eager", "dense_ext-bottleneck"]
+    assert {row["failure"] for row in by_peer(results)["graph"]} == {"CUDA graphs need a GPU"}
+    assert [row["peer"] for row in results["rows"] if row["seconds"]] == ["eager", "dense_ext-bottleneck"]
     assert "not measured" in capsys.readouterr().out
 
 
@@ -343,7 +348,7 @@ def losses(peer: peers.Peer) -> list[float]:
     torch.manual_seed(0)
     model, device = small_densenet(10, 12), torch.device("cpu")
     x, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
-    step = bench.sgd_step(peer.build(model, model.state_dict(), device, "auto"), torch.float32, device)
+    step = sgd_step(peer.build(model, model.state_dict(), device, "auto"), torch.float32, device)
     return [float(step(peer.images(x), labels)) for _ in range(2)]
 
 
@@ -363,10 +368,8 @@ def test_compiled_within_a_budget() -> None:
     for name in ("compile-cl", "budget-cl"):
         model = dense_ext.DenseNet(8, (2,), 16, num_classes=5, small_inputs=True)
         peer = peers.PEERS[name]
-        step = bench.sgd_step(peer.build(model, model.state_dict(), device, "auto"), torch.float32, device)
-        saved[name] = bench.saved_bytes(
-            step.model, lambda step=step, peer=peer: step.loss(peer.images(x), labels)
-        )
+        step = sgd_step(peer.build(model, model.state_dict(), device, "auto"), torch.float32, device)
+        saved[name] = saved_bytes(step.model, lambda step=step, peer=peer: step.loss(peer.images(x), labels))
     assert saved["budget-cl"] < saved["compile-cl"]
 
 
@@ -407,9 +410,7 @@ def test_graphed_training_is_the_plain_one(peer: str) -> None:
     model, labels = small_densenet(10, 12), torch.arange(4, device=device)
     x = peers.PEERS[peer].images(torch.randn(4, 3, 8, 8, device=device))
     plain, recorded = (
-        bench.sgd_step(
-            peers.PEERS[peer].build(model, model.state_dict(), device, "auto"), torch.float32, device
-        )
+        sgd_step(peers.PEERS[peer].build(model, model.state_dict(), device, "auto"), torch.float32, device)
         for _ in range(2)
     )
     graphed = GraphedStep(recorded, device)
@@ -421,7 +422,7 @@ def test_graphed_training_is_the_plain_one(peer: str) -> None:
 @pytest.mark.parametrize("suite", ["memory", "step", "inference", "primitives"])
 def test_suites_on_a_gpu(suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cases = suites.memory.MemorySuite.cases
-    monkeypatch.setattr(suites.memory.MemorySuite, "cases", lambda self: cases(self)[:1])
+    monkeypatch.setattr(suites.memory.MemorySuite, "cases", lambda *of: cases(*of)[:1])
     model = () if suite == "memory" else ("--model", "tiny")
     chosen = ("--device", "cuda", "--dtype", "float32", "--peers", "eager-cl,graph-cl", "--budget", "0.01")
     rows = run(suite, tmp_path, *model, *chosen)["rows"]
@@ -436,5 +437,5 @@ def test_all_peers() -> None:
     assert len({peer.label for peer in every}) == len(every)
     for backend in dense_ext.backends.BACKENDS:
         assert f"dense_ext-block-{backend}-graph" in peers.PEERS
-    with pytest.raises(bench.UnavailableError, match="CUDA graphs need a GPU"):
+    with pytest.raises(UnavailableError, match="CUDA graphs need a GPU"):
         peers.PEERS["graph"].check(torch.device("cpu"), torch.float32)

@@ -1,38 +1,370 @@
-"""All figures of a result."""
+"""Figures of results: colours by peer, PNG for files, SVG for pages that are light or dark.
+
+:func:`draw_all` draws what a result has data for; each other function one figure of it into a file.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from .plots import accuracy_lines, depth_lines, family_bars, memory_bars, throughput_bars, training_curves
-from .relative import speeds
-from .results import Results
-from .suite_plots import suite_figures
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ..schedule import RECOMPUTE
+from .family import MEMORY_KINDS
+from .kinds import KINDS
+from .results import Case, Measurement, Results, case_text, write_atomically
+from .tables import machine_name
+
+# Okabe and Ito's palette, told apart with any colour vision.
+BLUE, SKY, ORANGE, YELLOW, GREEN, RED, PURPLE = (
+    "#0072B2", "#56B4E9", "#E69F00", "#F0E442", "#009E73", "#D55E00", "#CC79A7",
+)  # fmt: skip
+# The peers of the default run and what `dense-ext models` counts; other peers take what these leave.
+COLOURS = {
+    "eager": SKY, "eager-cl": BLUE, "memory-efficient": YELLOW, "memory-efficient-cl": ORANGE,
+    "dense_ext-none": PURPLE, "dense_ext-bottleneck": GREEN, "dense_ext-block": RED,
+    "default": BLUE, "memory_efficient": ORANGE, "none": PURPLE, "bottleneck": GREEN, "block": RED,
+}  # fmt: skip
+MARKERS = dict(zip(COLOURS, "o^sDvPXo^vPX", strict=True))
+
+# What a page replaces by its own colours.
+INK, RULE, PAPER = "#333333", "#dddddd", "#ffffff"
+_STYLE: Any = {
+    "font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left", "axes.spines.top": False,
+    "axes.spines.right": False, "axes.axisbelow": True, "axes.grid": True, "grid.color": RULE,
+    "grid.linewidth": 0.6, "legend.frameon": False,
+}  # fmt: skip
+# In a page text stays text, in the page's fonts, and the background is the page's.
+_SVG_STYLE: Any = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
+    "svg.fonttype": "none",
+}
+
+
+def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Colour and marker of each peer; those without their own take what others leave, in order."""
+    # 6 markers and 7 colours: 42 pairs before one comes again.
+    spare = zip(itertools.cycle("<>hp*d"), itertools.cycle(dict.fromkeys(COLOURS.values())))
+    found = {}
+    for name in dict.fromkeys(names):
+        marker, colour = (MARKERS[name], COLOURS[name]) if name in COLOURS else next(spare)
+        found[name] = {"color": colour, "marker": marker}
+    return found
+
+
+def _setting(results: Results, case: Case) -> str:
+    """Network, images and machine in a line."""
+    images = f"{case['batch']} images of {case['size']}x{case['size']}"
+    return f"{case['model']}, {images}, {case['dtype']}, {machine_name(results)}"
+
+
+@contextmanager
+def _drawing(path: Path, height: float, *title: str, width: float = 9) -> Iterator[Figure]:
+    """A figure to be filled, of this size in inches; its file's suffix says PNG or SVG."""
+    kind = path.suffix.removeprefix(".")
+    with mpl.rc_context(_STYLE | (_SVG_STYLE | {"svg.hashsalt": path.stem} if kind == "svg" else {})):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        figure.suptitle("\n".join(title), x=0.01, ha="left")
+        # A date would make equal results give different files.
+        metadata: Any = {"Date": None} if kind == "svg" else None
+        write_atomically(path, lambda p: figure.savefig(p, dpi=150, format=kind, metadata=metadata))
+
+
+def _horizontal(axes: Axes, labels: Sequence[str]) -> None:
+    """Name the rows of horizontal bars, the first on top."""
+    axes.set_yticks(range(len(labels)), labels)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+    axes.invert_yaxis()
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """The peers below the panels."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=9)
+
+
+def _by_peer(rows: Iterable[Measurement]) -> dict[str, list[Measurement]]:
+    found: dict[str, list[Measurement]] = {}
+    for row in rows:
+        found.setdefault(row.peer, []).append(row)
+    return found
+
+
+def memory_bars(results: Results, path: Path) -> None:
+    """Saved and peak MB per image of each peer, on the first case that memory was counted on."""
+    rows = results.measured("peak_bytes")
+    case = rows[0].case
+    rows = [row for row in rows if row.case == case]
+    labels = [results.label(row) for row in rows]
+    colours = [style["color"] for style in styles(row.peer for row in rows).values()]
+    with _drawing(
+        path, 1.6 + 0.36 * len(rows), "Memory of a training step", _setting(results, case)
+    ) as figure:
+        panels = {"saved_bytes": "kept for backward", "peak_bytes": "allocator's peak in a step"}
+        for axes, (measure, what) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+            values = [row.measures[measure] / 1e6 / int(case["batch"]) for row in rows]
+            bars = axes.barh(range(len(values)), values, color=colours, height=0.7)
+            axes.bar_label(bars, [f"{v:.1f}" for v in values], padding=3)
+            axes.set_xlim(0, max(values) * 1.2)
+            axes.set(xlabel="MB per image", title=what)
+            _horizontal(axes, labels if measure == "saved_bytes" else [""] * len(labels))
+
+
+def throughput_bars(results: Results, path: Path) -> None:
+    """Images per second relative to the fastest eager peer, with the spread of the samples."""
+    rows = results.timed()
+    case, (reference, among) = rows[0].case, next(iter(results.references().items()))
+    least = results.fastest(case, among) or rows[0].median
+    medians = [least / row.median for row in rows]
+    slowest, quickest = ([least / end(row.seconds) for row in rows] for end in (max, min))
+    right = max(quickest)
+    title = "Training step: forward, backward, SGD", _setting(results, case)
+    with _drawing(path, 1.6 + 0.36 * len(rows), *title) as figure:
+        axes = figure.subplots()
+        axes.barh(
+            range(len(rows)), medians, xerr=[np.subtract(medians, slowest), np.subtract(quickest, medians)],
+            color=[style["color"] for style in styles(row.peer for row in rows).values()], height=0.7,
+            error_kw={"ecolor": INK, "capsize": 3, "linewidth": 1},
+        )  # fmt: skip
+        for i, (ratio, end, row) in enumerate(zip(medians, quickest, rows, strict=True)):
+            text = f"{ratio:.2f}x   {int(case['batch']) / row.median:.3g} images/s"
+            behind: Any = {"facecolor": PAPER, "edgecolor": "none", "pad": 1}
+            axes.text(end + 0.02 * right, i, text, va="center", bbox=behind)
+        axes.axvline(1, color=INK, linewidth=1, linestyle=":")
+        axes.set_xlim(0, right * 1.4)
+        axes.set_xlabel(f"speed, {reference} network = 1: median, and slowest to fastest sample")
+        _horizontal(axes, [results.label(row) for row in rows])
+
+
+def depth_lines(results: Results, path: Path, rows: Sequence[Measurement]) -> None:
+    """Saved MB per image of one dense block against its number of layers."""
+    case, by_peer = rows[0].case, _by_peer(rows)
+    style = styles(by_peer)
+    channels = f"growth rate {case['growth_rate']}, bottleneck of {case['bottleneck']} channels"
+    fixed = f"{channels}, {case['size']}x{case['size']} pixels, {case['dtype']}"
+    with _drawing(path, 4.4, "Memory of one dense block against its depth", fixed) as figure:
+        every, linear = figure.subplots(1, 2)
+        for name, measured in by_peer.items():
+            label = results.label(measured[0]).replace(", channels_last", "")
+            megabytes = [row.measures["saved_bytes"] / 1e6 / int(case["batch"]) for row in measured]
+            layers = [row.case["layers"] for row in measured]
+            for axes in (every,) if name in ("eager", "eager-cl") else (every, linear):
+                axes.plot(layers, megabytes, label=label, markersize=4, **style[name])
+        every.set_title("every peer")
+        linear.set_title("all but eager")
+        for axes in (every, linear):
+            axes.set(xlabel="layers in the block", ylabel="MB per image kept for backward", xlim=0)
+            axes.set_ylim(bottom=0)
+            if axes.lines:
+                axes.legend(loc="upper left")
+
+
+def memory_lines(results: Results, path: Path, vary: str) -> None:
+    """Bytes kept for backward and at peak against ``vary``, a line per peer; its first dtype."""
+    rows = [row for row in results.measured("peak_bytes") if row.case.get("vary") == vary]
+    case = rows[0].case
+    by_peer = _by_peer(row for row in rows if row.case["dtype"] == case["dtype"])
+    style, what = styles(by_peer), vary.replace("_", " ")
+    title = f"Memory of a training step against {what}", case_text(case, "vary", vary)
+    with _drawing(path, 4 + 0.12 * len(by_peer), *title) as figure:
+        panels = figure.subplots(1, 2)
+        for axes, (measure, panel) in zip(
+            panels, {"saved_bytes": "kept for backward", "peak_bytes": "peak of a step"}.items(), strict=True
+        ):
+            for name, measured in by_peer.items():
+                axes.plot(
+                    [row.case[vary] for row in measured], [row.measures[measure] / 1e6 for row in measured],
+                    label=results.label(measured[0]), markersize=4, **style[name],
+                )  # fmt: skip
+            axes.set(title=panel, xlabel=what, ylabel="MB")
+            axes.set_ylim(bottom=0)
+        _legend(figure, panels[0])
+
+
+def speed_dots(results: Results, path: Path, title: str, dimensions: int = 2) -> None:
+    """Speed relative to the fastest other network, eager where one is, a row per case and a dot per peer."""
+    cases = list({str(row.case): row.case for row in results.timed()}.values())
+    by_peer = _by_peer(results.timed())
+    reference, among = next(iter(results.references().items()))
+    # Within a case's band each peer has its own height, so that equal speeds do not cover each other.
+    heights = np.linspace(-0.35, 0.35, len(by_peer)) if len(by_peer) > 1 else [0.0]
+    height = 1.8 + (0.3 + 0.06 * len(by_peer)) * len(cases) + 0.12 * len(by_peer)
+    with _drawing(path, height, title, machine_name(results)) as figure:
+        axes = figure.subplots()
+        for at, rows, look in zip(heights, by_peer.values(), styles(by_peer).values(), strict=True):
+            points = [
+                (least / row.median, cases.index(row.case) + at)
+                for row in rows
+                if (least := results.fastest(row.case, among))
+            ]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=results.label(rows[0]), linestyle="", **look)
+        axes.grid(axis="y", visible=False)
+        axes.axvline(1, color=INK, linewidth=1, linestyle=":")
+        axes.set_xlim(left=0)
+        axes.set_xlabel(f"speed, {reference} network = 1")
+        sides = ["x".join([str(case["size"])] * dimensions) for case in cases]
+        labels = [
+            f"{c['model']}\n{c['batch']} x {s}, {c['dtype']}" for c, s in zip(cases, sides, strict=True)
+        ]
+        axes.set_yticks(range(len(cases)), labels)
+        axes.set_ylim(len(cases) - 0.5, -0.5)
+        _legend(figure, axes)
+
+
+def roofline(results: Results, path: Path, dtype: str) -> None:
+    """Operations per second against operations per byte, under what the machine copies and multiplies."""
+    copy, matmul = results.work["copy_bytes_per_second"], results.work["matmul_flops_per_second"][dtype]
+    rows = [row for row in results.timed() if row.case["dtype"] == dtype and row.measures["flops"]]
+    by_peer = _by_peer(rows)
+    ceilings = f"copies at {copy / 1e9:.4g} GB/s, multiplies at {matmul / 1e9:.4g} GFLOP/s"
+    title = f"Primitives under the roofline, {dtype}", f"{machine_name(results)}: {ceilings}"
+
+    def intensity(row: Measurement) -> float:
+        return float(row.measures["flops"] / row.measures["minimum_bytes"])
+
+    with _drawing(path, 5.2, *title) as figure:
+        axes = figure.subplots()
+        found = [intensity(row) for row in rows]
+        x = np.geomspace(min(found) / 2, max(*found, matmul / copy) * 2, 100)
+        axes.plot(x, np.minimum(x * copy, matmul) / 1e9, color=INK, linewidth=1.5, label="measured ceilings")
+        for mine, look in zip(by_peer.values(), styles(by_peer).values(), strict=True):
+            rates = [row.measures["flops"] / row.median / 1e9 for row in mine]
+            at, label = [intensity(row) for row in mine], results.label(mine[0])
+            axes.plot(at, rates, label=label, linestyle="", markersize=4, alpha=0.7, **look)
+        axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="GFLOP/s")
+        _legend(figure, axes)
+
+
+def family_bars(results: Results, path: Path) -> None:
+    """Saved MB per image of every network, by policy; a panel per image size, the largest on top."""
+    networks = results["models"]
+    sizes = sorted({network["size"] for network in networks}, reverse=True)
+    groups = [[network for network in networks if network["size"] == size] for size in sizes]
+    height = 1.2 + 0.6 * len(groups) + 0.68 * len(networks)
+    with _drawing(path, height, "Memory that a training step keeps for backward, float32") as figure:
+        heights = [len(group) for group in groups]
+        panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for axes, size, group in zip(panels, sizes, groups, strict=True):
+            _family_panel(axes, group)
+            axes.set_title(f"images of {size}x{size}")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+
+
+def _family_panel(axes: Axes, networks: list[dict[str, Any]]) -> None:
+    """A group of bars per network, one bar per kind of memory it was counted for."""
+    height = 0.84 / len(MEMORY_KINDS)
+    counted = [list(network["saved_bytes_per_image"]) for network in networks]
+    for kind in MEMORY_KINDS:
+        at = [j for j, kinds in enumerate(counted) if kind in kinds]
+        values = [networks[j]["saved_bytes_per_image"][kind] / 1e6 for j in at]
+        places = [j + (counted[j].index(kind) - (len(counted[j]) - 1) / 2) * height for j in at]
+        label = f"dense_ext, recompute {kind}" if kind in RECOMPUTE else kind.replace("default", "eager")
+        bars = axes.barh(places, values, height, color=COLOURS[kind], label=label)
+        axes.bar_label(bars, [f"{v:.3g}" for v in values], padding=2, fontsize=7)
+    axes.set_xlabel("MB per image")
+    axes.margins(x=0.1)
+    axes.set_ylim(-0.5, len(networks) - 0.5)
+    _horizontal(axes, [
+        f"{n['name']}\n{n['parameters'] / 1e6:.1f} M parameters\n"
+        f"{n['forward_flops_per_image'] / 1e9:.3g} GFLOP forward"
+        for n in networks
+    ])  # fmt: skip
+
+
+def _label(x: float, y: float, ha: str, va: str) -> dict[str, Any]:
+    """Where a point's label stands, in points of a font."""
+    return {"xytext": (x, y), "textcoords": "offset points", "ha": ha, "va": va}
+
+
+# A line of networks: which, what runs them, how it is drawn, and where the labels do not overlap.
+_FAMILIES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "ResNets, eager": ("resnet", "default", {"color": BLUE, "marker": "s"}, _label(5, -4, "left", "top")),
+    "DenseNets, eager": (
+        "densenet", "default", {"color": RED, "marker": "o"}, _label(5, -5, "center", "top"),
+    ),
+    "DenseNets, dense_ext with recompute bottleneck": (
+        "densenet", "bottleneck", {"color": GREEN, "marker": "D"}, _label(8, -3, "left", "center"),
+    ),
+}  # fmt: skip
+
+
+def accuracy_lines(results: Results, path: Path) -> None:
+    """Top-1 accuracy against parameters, operations and the memory of a training step, by family."""
+    known = [row for row in results["models"] if row["imagenet_top1_percent"] is not None]
+    panels: dict[str, Callable[[dict[str, Any], str], float]] = {
+        "million parameters": lambda row, kind: row["parameters"] / 1e6,
+        "GFLOP in the forward of an image": lambda row, kind: row["forward_flops_per_image"] / 1e9,
+        f"GB held in a training step of {results['step_batch']} images": lambda row, kind: (
+            row["step_bytes"][kind] / 1e9
+        ),
+    }
+
+    setting = f"{results['accuracy_source']}; training in float32, SGD with momentum"
+    title = "What accuracy costs: DenseNets beside ResNets", setting
+    with _drawing(path, 5.4, *title, width=11) as figure:
+        every = figure.subplots(1, 3, sharey=True)
+        for axes, (what, cost) in zip(every, panels.items(), strict=True):
+            # What runs a network changes its memory alone.
+            for label, (family, kind, style, place) in _FAMILIES.items():
+                rows = [row for row in known if row["name"].startswith(family)]
+                if not rows or (kind != "default" and axes is not every[-1]):
+                    continue
+                points = sorted((cost(row, kind), row["imagenet_top1_percent"], row["name"]) for row in rows)
+                costs, accuracies, names = zip(*points, strict=True)
+                axes.plot(costs, accuracies, label=label, **style)
+                for name, *point in zip(names, costs, accuracies, strict=True):
+                    axes.annotate(
+                        name.removeprefix(family), point, color=style["color"], fontsize=7.5, **place
+                    )
+            axes.margins(0.12, 0.06)
+            axes.set(xlabel=what, xlim=(0, None))
+        every[0].set_ylabel("ImageNet top-1 accuracy (%)")
+        figure.legend(*every[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+
+
+def training_curves(results: Results, path: Path) -> None:
+    """Loss and test accuracy by epoch, a line per network."""
+    with _drawing(path, 4, f"Training {results.options['model']} on {results['data']}") as figure:
+        losses, accuracies = figure.subplots(1, 2)
+        for i, (name, run) in enumerate(results["runs"].items()):
+            history = run["history"]
+            epochs = [epoch["epoch"] for epoch in history]
+            style: Any = {"color": (GREEN, BLUE)[i], "marker": "ox"[i], "markersize": 5 + 2 * i}
+            solid: Any = ("-", (0, (4, 3)))[i]
+            for part, dashes in (("training", solid), ("test", ":")):
+                values = [epoch[f"{part}_loss"] for epoch in history]
+                losses.plot(epochs, values, linestyle=dashes, label=f"{name}, {part}", **style)
+            values = [100 * epoch["test_accuracy"] for epoch in history]
+            accuracies.plot(epochs, values, linestyle=solid, label=name, **style)
+        losses.set(xlabel="epoch", ylabel="cross entropy", yscale="log")
+        accuracies.set(xlabel="epoch", ylabel="test accuracy (%)")
+        for axes in (losses, accuracies):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.legend()
 
 
 def draw_all(results: Results, folder: Path, stem: str = "", suffix: str = ".png") -> list[Path]:
-    """Every figure the results have data for, into ``folder``; returns the files.
+    """Every figure that the results have data for, into ``folder``; returns the files.
 
     Args:
-        results: the content of a result file.
+        results: what to draw.
         folder: where to.
         stem: put before the figures' names.
         suffix: ".png" or ".svg".
     """
-    figures: list[tuple[str, Callable[[Results, Path], None], bool]] = [
-        ("memory", memory_bars, bool(results.get("memory"))),
-        ("throughput", throughput_bars, results["kind"] == "bench" and bool(speeds(results))),
-        ("depth", depth_lines, bool(results.get("depth", {}).get("peers"))),
-        ("models", family_bars, bool(results.get("models"))),
-        ("accuracy", accuracy_lines, any(r["imagenet_top1_percent"] for r in results.get("models", ()))),
-        ("curves", training_curves, any(r["history"] for r in results.get("runs", {}).values())),
-        *((name, draw, True) for name, draw in suite_figures(results).items()),
-    ]
     drawn = []
-    for name, draw, possible in figures:
-        if possible:
-            path = folder / f"{stem}{name}{suffix}"
-            draw(results, path)
-            drawn.append(path)
+    for name, draw in KINDS[results.kind].figures(results).items():
+        drawn.append(folder / f"{stem}{name}{suffix}")
+        draw(results, drawn[-1])
     return drawn

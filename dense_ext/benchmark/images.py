@@ -1,10 +1,9 @@
-"""Real images: one batch to measure with, and data sets to train on."""
+"""Images to train on: folders of them, or scikit-learn's handwritten digits."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,6 @@ from .errors import UsageError
 # ImageNet's channel means and deviations, as torchvision's networks expect.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _TEST_SHARE = 0.2
-_DISTINCT = 64  # images of a batch
-_CIFAR = 32  # pixels
 _SPLIT_SEED = 0  # of the split into training and test images; not the training's seed
 
 Transform = Callable[[Any], Tensor]
@@ -42,62 +39,6 @@ def test_transform(size: int) -> Transform:
         v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(_MEAN, _STD),
     ])  # fmt: skip
     return transform
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Images [N, 3, size, size] float32, labels [N], and where they come from."""
-
-    images: Tensor
-    labels: Tensor
-    classes: int
-    source: str
-
-
-def sample_batch(folder: Path | None, batch: int, size: int, seed: int) -> Batch:
-    """A batch of real images, the same for the same arguments; the latest one is kept.
-
-    Args:
-        folder: images by class, or None for random crops of scikit-learn's two photographs, as if they
-            were of ImageNet's 1000 classes, or of CIFAR's 10 where they are as small.
-        batch: N. After 64 images they repeat: speed and memory do not depend on what they show.
-        size: height and width in pixels.
-        seed: of the choice, the crops and the flips.
-
-    Raises:
-        UsageError: the folder is missing or holds no images.
-    """
-    distinct = _distinct_images(folder, min(batch, _DISTINCT), size, seed)
-    picks = torch.arange(batch) % _DISTINCT
-    return replace(distinct, images=distinct.images[picks], labels=distinct.labels[picks])
-
-
-@functools.lru_cache(maxsize=1)
-def _distinct_images(folder: Path | None, count: int, size: int, seed: int) -> Batch:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        transform = training_transform(size)
-        if folder is not None:
-            data = image_folder(folder, transform)
-            picks = [data[int(i)] for i in torch.randint(len(data), (count,))]
-            images, labels = zip(*picks, strict=True)
-            classes = len(data.classes)
-            return Batch(torch.stack(images), torch.tensor(labels), classes, f"folder {folder.name}")
-        photos, source = _photographs()
-        images = tuple(transform(photos[i % len(photos)]) for i in range(count))
-        classes = 10 if size <= _CIFAR else 1000
-        return Batch(torch.stack(images), torch.arange(count) % len(photos), classes, source)
-
-
-def _photographs() -> tuple[list[Tensor], str]:
-    """Two images [3, H, W] uint8, and where they come from."""
-    try:
-        from sklearn.datasets import load_sample_images
-    except ImportError:
-        noise = torch.randint(256, (2, 3, 427, 640), dtype=torch.uint8)
-        return list(noise), "noise (scikit-learn with its photographs is not installed)"
-    photos = [torch.tensor(image).permute(2, 0, 1) for image in load_sample_images().images]
-    return photos, "scikit-learn's sample photographs, random crops"
 
 
 def image_folder(folder: Path, transform: Transform | None = None) -> ImageFolder:

@@ -1,4 +1,4 @@
-"""What was measured on: the machine, its rates, and the versions of the software."""
+"""What was measured on: the machine, and the versions of the software."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from ..version import __version__
-from .timing import best_seconds
 
 _PACKAGES = ("torch", "torchvision", "timm", "monai", "triton", "numpy", "scikit-learn")
 
@@ -45,36 +44,19 @@ def commit() -> str | None:
     return head + ("+" if changes else "")
 
 
-def _cpu_model() -> str:
-    """The processor's name as the system gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _cpu_hertz() -> float | None:
-    """The mean of the cores' clocks at this moment, as the system gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    clocks = [float(line.partition(":")[2]) * 1e6 for line in lines if line.startswith("cpu MHz")]
-    return sum(clocks) / len(clocks) if clocks else None
+def _cpuinfo(key: str) -> list[str]:
+    """What the system says of each core."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [line.partition(":")[2].strip() for line in lines if line.startswith(key)]
 
 
 def _gpu_clocks() -> dict[str, float | None]:
     """The first GPU's clocks at this moment and the most they may be; None where the driver is silent."""
     names = {"gpu_hertz": "clocks.sm", "gpu_memory_hertz": "clocks.mem", "gpu_max_hertz": "clocks.max.sm"}
-    command = [
-        "nvidia-smi",
-        "-i",
-        "0",
-        f"--query-gpu={','.join(names.values())}",
-        "--format=csv,noheader,nounits",
-    ]
+    query = ["-i", "0", f"--query-gpu={','.join(names.values())}", "--format=csv,noheader,nounits"]
     try:
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        printed = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True, check=True).stdout
         values: list[float | None] = [float(text) * 1e6 for text in printed.split(",")]
     except (OSError, ValueError, subprocess.CalledProcessError):
         values = [None] * len(names)
@@ -83,16 +65,16 @@ def _gpu_clocks() -> dict[str, float | None]:
 
 def machine() -> dict[str, Any]:
     """CPU, cores, threads, memory in bytes, and the GPU if there is one."""
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    clocks = [float(megahertz) * 1e6 for megahertz in _cpuinfo("cpu MHz")]
     found: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_model(),
+        "cpu": next(iter(_cpuinfo("model name")), platform.processor() or platform.machine()),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": pages,
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "load_average": os.getloadavg()[0],
-        "clocks": {"cpu_hertz": _cpu_hertz()},
+        "clocks": {"cpu_hertz": sum(clocks) / len(clocks) if clocks else None},  # of the cores, now
         "gpu": None,
     }
     if torch.cuda.is_available():
@@ -104,22 +86,3 @@ def machine() -> dict[str, Any]:
         }
         found["clocks"] |= _gpu_clocks()
     return found
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Best rate of a square matrix product in operations per second, 2 per multiply-add.
-
-    Of 1024x1024 matrices on a CPU, 8192x8192 on a GPU.
-    """
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.rand(n, n, device=device).to(dtype) for _ in range(2))
-    out = torch.empty(n, n, device=device, dtype=dtype)
-    return 2 * n**3 / best_seconds(lambda: torch.mm(a, b, out=out), device)
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Best rate of copying 256 MiB (2 GiB on a GPU): bytes read plus bytes written, per second."""
-    count = 2**29 if device.type == "cuda" else 2**26
-    source = torch.zeros(count, device=device)
-    target = torch.zeros(count, device=device)
-    return 2 * source.nbytes / best_seconds(lambda: target.copy_(source), device)

@@ -55,6 +55,12 @@ def step_peaks(step: TrainStep, images: Tensor, labels: Tensor) -> dict[str, int
     return peaks(run, step.device)
 
 
+def step_bytes(step: TrainStep, images: Tensor, labels: Tensor) -> dict[str, int]:
+    """What a step keeps for backward, holds at its peak, and what lasts from step to step; takes steps."""
+    saved = saved_bytes(step.model, lambda: step.loss(images, labels))
+    return {"saved_bytes": saved, **step_peaks(step, images, labels), "lasting_bytes": lasting_bytes(step)}
+
+
 def peaks(run: Callable[[], object], device: torch.device) -> dict[str, int]:
     """``peak_bytes``, the most that was allocated at a time over what was before ``run``.
 

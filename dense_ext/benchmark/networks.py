@@ -1,15 +1,14 @@
-"""The networks compared: torchvision's DenseNet of the same shape as one of ``dense_ext.models.MODELS``."""
+"""The networks compared: torchvision's and timm's DenseNets of the same shape as one of ours."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.models.densenet import DenseNet as TorchvisionDenseNet
-from torchvision.models.densenet import _DenseBlock
 
 from .. import modules
 from ..models import MODELS, DenseNet
@@ -34,9 +33,7 @@ def takes_small_images(model: DenseNet) -> bool:
     return not hasattr(model.features, "norm0")
 
 
-def torchvision_twin(
-    model: DenseNet, memory_efficient: bool = False, device: str = "meta"
-) -> TorchvisionDenseNet:
+def torchvision_twin(model: DenseNet, memory_efficient: bool = False, device: str = "meta") -> Any:
     """Torchvision's DenseNet of ``model``'s shape; on the meta device unless told otherwise.
 
     Parameter names are the same, so ``model.state_dict()`` loads. For small images the stem is cut
@@ -45,75 +42,85 @@ def torchvision_twin(
     Raises:
         UsageError: torchvision's DenseNet has no such shape.
     """
-    shapes = _shapes(model)
-    init_features, in_channels = shapes["features.conv0.weight"][:2]
-    if "features.denseblock1.denselayer1.conv2.weight" not in shapes:
-        raise UsageError("torchvision has no DenseNet without bottleneck layers")
-    growth, bottleneck = shapes["features.denseblock1.denselayer1.conv2.weight"][:2]
-    blocks = [m for m in model.features if isinstance(m, modules.DenseBlock)]
-    with torch.device(device):
-        twin = TorchvisionDenseNet(
-            growth_rate=growth,
-            block_config=tuple(len(block) for block in blocks),
-            num_init_features=init_features,
-            bn_size=bottleneck // growth,
-            num_classes=model.classifier.out_features,
-            memory_efficient=memory_efficient,
-        )
-        if takes_small_images(model):
-            twin.features.conv0 = nn.Conv2d(in_channels, init_features, 3, padding=1, bias=False)
-            del twin.features.norm0, twin.features.relu0, twin.features.pool0
-    if _shapes(twin) != shapes:
-        raise UsageError("torchvision has no DenseNet of this shape")
-    return twin
+    from torchvision.models import DenseNet as Library
+
+    def build(init_features: int, in_channels: int, **shape: Any) -> nn.Module:
+        return Library(num_init_features=init_features, memory_efficient=memory_efficient, **shape)
+
+    return _twin(model, build, device, lambda lack: UsageError(f"torchvision has no DenseNet {lack}"))
 
 
 def timm_twin(model: DenseNet) -> nn.Module:
-    """DenseNet of timm, of ``model``'s shape, on the meta device; its parameters have the same names.
+    """The same of timm's, on the meta device.
 
     Raises:
         UnavailableError: timm is not installed, or its DenseNet has no such shape.
     """
     try:
-        from timm.models.densenet import DenseNet as TimmDenseNet
+        from timm.models.densenet import DenseNet as Library
     except ImportError as error:
         raise UnavailableError(f"timm is not installed: {error}") from error
+
+    def build(init_features: int, in_channels: int, **shape: Any) -> nn.Module:
+        return Library(in_chans=in_channels, **shape)
+
+    return _twin(model, build, "meta", lambda lack: UnavailableError(f"timm has no DenseNet {lack}"))
+
+
+def _twin(
+    model: DenseNet, build: Callable[..., nn.Module], device: str, error: Callable[[str], Exception]
+) -> nn.Module:
     shapes = _shapes(model)
     if "features.denseblock1.denselayer1.conv2.weight" not in shapes:
-        raise UnavailableError("timm has no DenseNet without bottleneck layers")
+        raise error("without bottleneck layers")
     growth, bottleneck = shapes["features.denseblock1.denselayer1.conv2.weight"][:2]
     init_features, in_channels = shapes["features.conv0.weight"][:2]
-    with torch.device("meta"):
-        twin = TimmDenseNet(
+    with torch.device(device):
+        twin: Any = build(
+            init_features,
+            in_channels,
             growth_rate=growth,
             block_config=tuple(len(m) for m in model.features if isinstance(m, modules.DenseBlock)),
             bn_size=bottleneck // growth,
             num_classes=model.classifier.out_features,
-            in_chans=in_channels,
         )
         if takes_small_images(model):
             twin.features.conv0 = nn.Conv2d(in_channels, init_features, 3, padding=1, bias=False)
-            del twin.features.norm0, twin.features.pool0
+            for name in ("norm0", "relu0", "pool0"):
+                if hasattr(twin.features, name):
+                    delattr(twin.features, name)
     if _shapes(twin) != shapes:
-        raise UnavailableError("timm has no DenseNet of this shape")
+        raise error("of this shape")
     return twin
-
-
-def checkpoint_blocks(network: nn.Module) -> None:
-    """Put torch.utils.checkpoint around each of torchvision's dense blocks, in place."""
-    for block in network.modules():
-        if isinstance(block, _DenseBlock):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def small_densenet(depth: int, growth_rate: int) -> DenseNet:
-    """The papers' DenseNet-BC for images of 32x32: three equal blocks, ``depth`` = 6n + 4 convolutions."""
-    layers = (depth - 4) // 6
-    return DenseNet(growth_rate, (layers,) * 3, 2 * growth_rate, num_classes=10, small_inputs=True)
 
 
 def _shapes(network: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in network.state_dict(keep_vars=True).items()}
+
+
+def torchvision_block(layers: int, channels: int, growth_rate: int, memory_efficient: bool) -> nn.Module:
+    """One of torchvision's dense blocks, its bottleneck four growth rates wide."""
+    from torchvision.models.densenet import _DenseBlock
+
+    block: nn.Module = _DenseBlock(layers, channels, 4, growth_rate, 0.0, memory_efficient)
+    return block
+
+
+def checkpointed_twin(model: DenseNet) -> nn.Module:
+    """Torchvision's DenseNet with torch.utils.checkpoint around each dense block."""
+    from torchvision.models.densenet import _DenseBlock
+
+    twin: nn.Module = torchvision_twin(model)
+    for block in twin.modules():
+        if isinstance(block, _DenseBlock):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return twin
+
+
+def small_densenet(depth: int, growth_rate: int, classes: int = 10) -> DenseNet:
+    """The papers' DenseNet-BC for images of 32x32: three equal blocks, ``depth`` = 6n + 4 convolutions."""
+    layers = (depth - 4) // 6
+    return DenseNet(growth_rate, (layers,) * 3, 2 * growth_rate, num_classes=classes, small_inputs=True)
 
 
 def with_weights(network: nn.Module, weights: Mapping[str, Tensor], device: torch.device) -> nn.Module:

@@ -4,31 +4,18 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..version import __version__
 from .errors import UsageError
-from .figures import draw_all
-from .plot_style import INK, PAPER, RULE
-from .results import Results
-from .tables import tables
+from .figures import INK, PAPER, RULE, draw_all
+from .kinds import KINDS, tables_of
+from .results import Results, Tick
 
-_TITLES = {
-    "bench": "A training step",
-    "models": "The family",
-    "train": "Training",
-    "memory": "Memory",
-    "step": "Training steps over the family",
-    "inference": "Inference",
-    "volumes": "Training steps on volumes",
-    "primitives": "Primitives",
-    "paper": "Memory against depth, after arXiv 1707.06990",
-}
 # A figure's colours of text and lines become the page's, which follow the reader's preference.
 _COLOURS = {INK: "currentColor", RULE: "var(--rule)", PAPER: "var(--paper)"}
 
@@ -58,30 +45,27 @@ def _figures(results: Results, prefix: str) -> list[Markup]:
 
 def _setting(results: Results) -> dict[str, str]:
     """What was measured, on what and with what."""
-    machine, gpu = results["machine"], results["machine"]["gpu"]
-    clocks = machine.get("clocks", {})
-    versions = {name: version for name, version in results["versions"].items() if version}
-    options = {name: value for name, value in results["options"].items() if value not in (None, [], ())}
+    machine, gpu = results.machine, results.machine["gpu"]
+    clocks = (
+        f"{name.removesuffix('_hertz').replace('_', ' ')} {hertz / 1e6:.0f} MHz"
+        for name, hertz in machine.get("clocks", {}).items() if hertz
+    )  # fmt: skip
     return {
-        "measured": results["date"].replace("T", " "),
+        "measured": results.date.replace("T", " "),
         "CPU": f"{machine['cpu']}, {machine['cpu_capability']}, {machine['threads']} threads, "
         f"{machine['memory_bytes'] / 2**30:.1f} GiB",
         "GPU": f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.0f} GiB" if gpu else "none",
-        "clocks": ", ".join(
-            f"{name.removesuffix('_hertz').replace('_', ' ')} {hertz / 1e6:.0f} MHz"
-            for name, hertz in clocks.items() if hertz
-        ) or "not known",
-        "commit": results["commit"] or "not known",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "options": ", ".join(f"{name.replace('_', ' ')} {_text(value)}" for name, value in options.items()),
+        "clocks": ", ".join(clocks) or "not known",
+        "commit": results.commit or "not known",
+        "versions": ", ".join(f"{name} {version}" for name, version in results.versions.items() if version),
+        "options": ", ".join(
+            f"{name.replace('_', ' ')} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+            for name, value in results.options.items() if value not in (None, [])
+        ),
     }  # fmt: skip
 
 
-def _text(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def page(results: Mapping[Path, Results], tick: Callable[[str], None] = lambda text: None) -> str:
+def page(results: Mapping[Path, Results], tick: Tick = lambda text: None) -> str:
     """The page of these results, in their order.
 
     Args:
@@ -92,19 +76,19 @@ def page(results: Mapping[Path, Results], tick: Callable[[str], None] = lambda t
         UsageError: a result is of a kind that no command here writes.
     """
     for path, result in results.items():
-        if result["kind"] not in list(_TITLES):
-            raise UsageError(f"{path} is of kind {result['kind']!r}, not one of {', '.join(_TITLES)}")
+        if result.kind not in list(KINDS):  # a list: what a file says may be no text
+            raise UsageError(f"{path} is of kind {result.kind!r}, not one of {', '.join(KINDS)}")
     sections = []
     for i, (path, result) in enumerate(results.items()):
         tick(f"drawing {path.name}")
         sections.append({
-            "title": _TITLES[result["kind"]],
+            "title": KINDS[result.kind].title,
             "name": path.stem,
-            "kind": result["kind"],
-            "interrupted": result["interrupted"],
+            "kind": result.kind,
+            "interrupted": result.interrupted,
             "setting": _setting(result),
             "figures": _figures(result, f"r{i}-"),
-            "tables": tables(result),
+            "tables": tables_of(result),
         })  # fmt: skip
     environment = Environment(
         loader=PackageLoader("dense_ext.benchmark", ""), autoescape=True, undefined=StrictUndefined,

@@ -2,18 +2,17 @@
 
 A name says what a peer is: the library or remedy, how it is run, and ``-cl`` for channels_last memory:
 ``eager``, ``memory-efficient-cl``, ``timm-compile``, ``budget-cl``, ``dense_ext-block-reference-graph``.
+To add a peer, call :func:`_register` at the end of this file.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch._functorch.config
-import torch._inductor
 from torch import Tensor, nn
 
 from ..backends import BACKENDS, unavailable_reasons
@@ -21,90 +20,47 @@ from ..models import DenseNet
 from ..schedule import RECOMPUTE
 from ..swap import swap
 from .errors import UnavailableError, UsageError
-from .networks import checkpoint_blocks, timm_twin, torchvision_twin, with_weights
+from .networks import checkpointed_twin, timm_twin, torchvision_twin, with_weights
 
 # Share of the activations' memory that torch.compile may keep for backward; it recomputes the rest.
 ACTIVATION_BUDGET = 0.5
 
 # How a peer is run: as a word in its name, and in its label.
-_MODES = {
+MODES = {
     "eager": "",
     "compile": "torch.compile",
     "autotune": "torch.compile max-autotune",
     "budget": f"torch.compile, activation budget {ACTIVATION_BUDGET}",
     "graph": "CUDA graph",
 }
-_SOURCES = {"eager": "eager", "memory-efficient": "memory_efficient", "checkpoint": "checkpointed blocks",
-            "timm": "timm"}  # fmt: skip
-
-
-def _compile_within_budget(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
-    """Inductor under the activation memory budget.
-
-    A backend of its own: torch.compile would otherwise run what it compiled without the budget.
-    """
-    from torch._inductor.compile_fx import compile_fx
-
-    with torch._functorch.config.patch(activation_memory_budget=ACTIVATION_BUDGET):
-        return compile_fx(graph, list(inputs))
-
-
-# Shapes do not change within a run; a graph for any shape would be a slower one.
-_COMPILERS: dict[str, dict[str, Any]] = {
-    "compile": {"dynamic": False},
-    # The mode's own options, and none of its printing over the progress bar.
-    "autotune": {
-        "dynamic": False,
-        "options": {
-            **torch._inductor.list_mode_options("max-autotune"),
-            "autotune_num_choices_displayed": 0,
-            "max_autotune_report_choices_stats": False,
-        },
-    },
-    "budget": {"dynamic": False, "backend": _compile_within_budget},
-}
+COMPILED = ("compile", "autotune", "budget")
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One way to run the network.
+    """One way to run the network."""
 
-    Args:
-        name: short, as on the command line and in result files.
-        label: for tables and plots.
-        channels_last: memory format of weights and images.
-        source: "eager" for torchvision's network as it comes, "memory-efficient" for its checkpointing
-            of concatenation, norm and 1x1 convolution, "checkpoint" for torch.utils.checkpoint around
-            each block, "timm" for timm's network.
-        mode: "eager", "compile", "autotune", "budget" (torch.compile as it comes, with max-autotune,
-            with an activation memory budget) or "graph" (the whole step as one CUDA graph).
-        recompute: dense_ext's policy, None for the others.
-        backend: dense_ext's; None for the one the run is made with.
-    """
-
-    name: str
-    label: str
-    channels_last: bool
-    source: str = "eager"
-    mode: str = "eager"
-    recompute: str | None = None
-    backend: str | None = None
+    name: str  # as on the command line and in result files
+    label: str  # for tables and figures
+    source: str  # whose network: the name without mode and memory format
+    twin: Callable[[DenseNet], nn.Module]  # makes it, on the meta device, of one of dense_ext's shape
+    channels_last: bool  # memory format of weights and images
+    mode: str  # a key of MODES; "graph" is the whole step as one CUDA graph
+    forward: str  # the source whose forward without gradients is the same
+    recompute: str | None = None  # dense_ext's policy, None for the others
+    backend: str | None = None  # dense_ext's; None for the one the run is made with
 
     @property
     def ours(self) -> bool:
         return self.recompute is not None
 
-    def as_json(self) -> dict[str, Any]:
-        """What a result file says of the peer."""
-        return {"label": self.label, "ours": self.ours, "mode": self.mode}
-
-    @property
-    def memory_efficient(self) -> bool:
-        return self.source == "memory-efficient"
-
     @property
     def graphed(self) -> bool:
         return self.mode == "graph"
+
+    @property
+    def compiled(self) -> bool:
+        return self.mode in COMPILED
 
     def check(self, device: torch.device, dtype: torch.dtype) -> None:
         """Raise UnavailableError if the peer cannot run here, with the reason."""
@@ -126,61 +82,107 @@ class Peer:
         Raises:
             UnavailableError: its library is not installed.
         """
-        network = with_weights(self._twin(model), weights, device)
+        return self.prepare(with_weights(self.twin(model), weights, device), backend, training)
+
+    def prepare(self, network: nn.Module, backend: str, training: bool, dimensions: int = 2) -> nn.Module:
+        """A network as this peer runs it: swapped, in its memory format, compiled."""
         if self.recompute is not None:
             swap(network, recompute=self.recompute, backend=self.backend or backend, strict=True)
-        if self.source == "checkpoint":
-            checkpoint_blocks(network)
-        network = network.to(memory_format=self.memory_format).train(training)  # type: ignore[call-overload]
-        if self.mode in _COMPILERS:
-            return torch.compile(network, **_COMPILERS[self.mode])  # type: ignore[return-value]
+        network = network.to(memory_format=self.memory_format(dimensions)).train(training)  # type: ignore[call-overload]
+        if self.compiled:
+            return torch.compile(network, **_compiler(self.mode))  # type: ignore[return-value]
         return network
 
-    def _twin(self, model: DenseNet) -> nn.Module:
-        return timm_twin(model) if self.source == "timm" else torchvision_twin(model, self.memory_efficient)
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        return torch.channels_last if self.channels_last else torch.contiguous_format
+    def memory_format(self, dimensions: int = 2) -> torch.memory_format:
+        if not self.channels_last:
+            return torch.contiguous_format
+        return torch.channels_last if dimensions == 2 else torch.channels_last_3d
 
     def images(self, batch: Tensor) -> Tensor:
         """The batch in this peer's memory format."""
-        return batch.contiguous(memory_format=self.memory_format)
+        return batch.contiguous(memory_format=self.memory_format(batch.dim() - 2))
 
 
-def _other(source: str, mode: str, channels_last: bool) -> Peer:
-    kept = source if source != "eager" or mode == "eager" else ""
-    words = [kept, mode if mode != "eager" else "", "cl" if channels_last else ""]
-    label = [_SOURCES[source] if kept else "", _MODES[mode], "channels_last" if channels_last else ""]
-    return Peer("-".join(filter(None, words)), ", ".join(filter(None, label)), channels_last, source, mode)
+def _compiler(mode: str) -> dict[str, Any]:
+    """What torch.compile is told. Shapes do not change within a run; a graph for all would be slower."""
+    options: dict[str, Any] = {"dynamic": False}
+    if mode == "autotune":
+        from torch._inductor import list_mode_options
+
+        # The mode's own options, and none of its printing over the progress bar.
+        quiet = {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
+        options["options"] = list_mode_options("max-autotune") | quiet
+    if mode == "budget":
+        options["backend"] = _compile_within_budget
+    return options
 
 
-def _ours(policy: str, backend: str | None, mode: str) -> Peer:
-    words = ["dense_ext", policy, backend, mode if mode != "eager" else None]
-    label = [f"dense_ext, recompute {policy}", backend, _MODES[mode]]
-    name, label_text = "-".join(filter(None, words)), ", ".join(filter(None, label))
-    return Peer(name, label_text, channels_last=True, mode=mode, recompute=policy, backend=backend)
+def _compile_within_budget(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+    """Inductor under the activation memory budget.
+
+    A backend of its own: torch.compile would otherwise run what it compiled without the budget.
+    """
+    import torch._functorch.config
+    from torch._inductor.compile_fx import compile_fx
+
+    with torch._functorch.config.patch(activation_memory_budget=ACTIVATION_BUDGET):
+        return compile_fx(graph, list(inputs))
 
 
-def _named(peers: Sequence[Peer]) -> dict[str, Peer]:
-    return {peer.name: peer for peer in peers}
+PEERS: dict[str, Peer] = {}
 
 
-_KINDS = [
-    *itertools.product(("eager", "memory-efficient", "timm"), ("eager", "compile", "autotune")),
-    ("checkpoint", "eager"), ("eager", "budget"), ("eager", "graph"),
-]  # fmt: skip
-OTHERS = _named([_other(*kind, channels_last) for kind in _KINDS for channels_last in (False, True)])
-EAGER = {
-    name: OTHERS[name] for name in ("eager", "eager-cl", "memory-efficient", "memory-efficient-cl")
-}  # the small set: what torchvision offers as it comes
-OURS = {policy: _ours(policy, None, "eager") for policy in RECOMPUTE}
-PEERS = {
-    **OTHERS,
-    **_named([
-        _ours(*kind) for kind in itertools.product(RECOMPUTE, (None, *BACKENDS), ("eager", "graph"))
-    ]),
-}  # fmt: skip
+def _register(
+    source: str,
+    label: str,
+    twin: Callable[[DenseNet], nn.Module],
+    modes: Sequence[str] = ("eager",),
+    forward: str | None = None,
+    **ours: str | None,
+) -> None:
+    """Add a network in each of ``modes``; others' in both memory formats, dense_ext's in channels_last.
+
+    Args:
+        source, label, twin, forward: as in :class:`Peer`; ``forward`` is ``source`` unless told otherwise.
+        modes: how it can be run.
+        ours: ``recompute`` and ``backend``.
+    """
+    for mode, channels_last in itertools.product(modes, (True,) if ours else (False, True)):
+        named = source != "eager" or mode == "eager"
+        words = [source if named else "", mode if mode != "eager" else ""]
+        labels = [label if named else "", MODES[mode]]
+        if channels_last and not ours:
+            words.append("cl")
+            labels.append("channels_last")
+        name, text = "-".join(filter(None, words)), ", ".join(filter(None, labels))
+        PEERS[name] = Peer(name, text, source, twin, channels_last, mode, forward or source, **ours)
+
+
+_register("eager", "eager", torchvision_twin, tuple(MODES))
+_register(
+    "memory-efficient",
+    "memory_efficient",
+    lambda model: torchvision_twin(model, memory_efficient=True),
+    ("eager", "compile", "autotune"),
+    forward="eager",
+)
+_register("timm", "timm", lambda model: timm_twin(model), ("eager", "compile", "autotune"))
+_register("checkpoint", "checkpointed blocks", checkpointed_twin, forward="eager")
+OTHERS = dict(PEERS)
+for _policy, _backend in itertools.product(RECOMPUTE, (None, *BACKENDS)):
+    _register(
+        "-".join(filter(None, ("dense_ext", _policy, _backend))),
+        ", ".join(filter(None, (f"dense_ext, recompute {_policy}", _backend))),
+        torchvision_twin,
+        ("eager", "graph"),
+        forward="dense_ext",
+        recompute=_policy,
+        backend=_backend,
+    )
+
+# The small set: what torchvision offers as it comes.
+EAGER = {name: PEERS[name] for name in ("eager", "eager-cl", "memory-efficient", "memory-efficient-cl")}
+OURS = {policy: PEERS[f"dense_ext-{policy}"] for policy in RECOMPUTE}
 ALL = "all"
 
 
@@ -196,19 +198,18 @@ def choose(names: Sequence[str], policies: Sequence[str]) -> list[Peer]:
                 raise UsageError(f"{what} must be among {', '.join(known)}; got {name!r}")
         if len(set(given)) < len(given):
             raise UsageError(f"{what} names one twice: {', '.join(given)}")
-    chosen = _named([*PEERS.values()] if ALL in names else [PEERS[name] for name in names])
-    if all(peer.ours for peer in chosen.values()):
+    chosen = list(PEERS) if ALL in names else list(names)
+    if all(PEERS[name].ours for name in chosen):
         raise UsageError(f"peers must name at least one of {', '.join(OTHERS)}")
-    chosen |= _named([OURS[policy] for policy in policies])
-    return sorted(chosen.values(), key=lambda peer: peer.ours)
+    chosen += [OURS[policy].name for policy in policies]
+    return sorted((PEERS[name] for name in dict.fromkeys(chosen)), key=lambda peer: peer.ours)
 
 
 def for_inference(peers: Sequence[Peer]) -> list[Peer]:
     """The first of those that differ only in what they keep for backward, each time."""
     found: dict[tuple[object, ...], Peer] = {}
     for peer in peers:
-        source = "timm" if peer.source == "timm" else "eager"
         mode = "compile" if peer.mode == "budget" else peer.mode
         kept = replace(peer, label=peer.label.replace(f", recompute {peer.recompute}", ""))
-        found.setdefault((peer.ours, source, mode, peer.channels_last, peer.backend), kept)
+        found.setdefault((peer.forward, mode, peer.channels_last, peer.backend), kept)
     return list(found.values())

@@ -6,7 +6,9 @@ out (None there) has none, or None. Needs PyTorch alone, so that tests of kernel
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -21,29 +23,42 @@ from .flops import without_memory
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Sequence[int] | None]
 
-# What each primitive writes, and what it adds to.
-WRITES: dict[str, tuple[str, ...]] = {
-    "channel_stats": ("mean", "var"),
-    "bn_scale_shift": ("scale", "shift"),
-    "bn_gradient": ("grad_weight", "grad_bias"),
-    "affine_gradient": ("out",),
-    "scaled_accumulate": (),
-    "bn_relu_conv1x1_forward": ("z", "mean", "var"),
-    "bn_relu_conv1x1_backward": ("sums", "grad_weight"),
-    "bn_relu_conv3x3_forward": ("y", "mean", "var"),
-    "bn_relu_conv3x3_backward": ("grad_bn", "sums", "grad_weight"),
-    "bn_relu_pool_conv1x1_forward": ("y",),
-    "bn_relu_pool_conv1x1_backward": ("grad_x", "sums", "grad_weight"),
-    "bn_relu_maxpool_forward": ("y",),
-    "bn_relu_maxpool_backward": ("grad_x", "sums"),
-    "bn_relu_pool_conv1x1_norm_backward": ("grad_x", "grad_norm_weight", "grad_norm_bias", "grad_weight"),
-    "bn_relu_maxpool_norm_backward": ("grad_x", "grad_norm_weight", "grad_norm_bias"),
+# The tensor arguments of each primitive: a name, "!" if it is written or "+" if it is added to, and its
+# dimensions. A dimension is a number or a letter: p are the pixels (N, H, W) of the input, q those of a
+# pool's output, c the channels read, b the bottleneck's, k the channels written.
+_ARGUMENTS = {
+    "channel_stats": "x:pc mean!:c var!:c",
+    "bn_scale_shift": "mean:c var:c weight:c bias:c scale!:c shift!:c",
+    "bn_gradient": "sums:2c mean:c var:c weight:c grad_weight!:c grad_bias!:c u+:c v+:c",
+    "affine_gradient": "grad:pc x:pc u:c v:c out!:pc",
+    "scaled_accumulate": "grad:pc scale:c out+:pc",
+    "bn_relu_conv1x1_forward": "x:pc scale:c shift:c weight:bc11 z!:pb mean!:b var!:b",
+    "bn_relu_conv1x1_backward": "grad_bn:pb z:pb z_scale:b z_u:b z_v:b x:pc mean:c scale:c shift:c "
+    "weight:bc11 grad_x+:pc sums!:2c grad_weight!:bc11",
+    "bn_relu_conv3x3_forward": "z:pc scale:c shift:c weight:kc33 y!:pk mean!:k var!:k",
+    "bn_relu_conv3x3_backward": "grad:pk y:pk u:k v:k z:pc mean:c scale:c shift:c weight:kc33 grad_bn!:pc "
+    "sums!:2c grad_weight!:kc33",
+    "bn_relu_pool_conv1x1_forward": "x:pc scale:c shift:c weight:kc11 y!:qk",
+    "bn_relu_pool_conv1x1_backward": "grad:qk x:pc mean:c scale:c shift:c weight:kc11 grad_x!:pc sums!:2c "
+    "grad_weight!:kc11",
+    "bn_relu_pool_conv1x1_norm_backward": "grad:qk x:pc mean:c var:c norm_weight:c scale:c shift:c "
+    "grad_norm_weight!:c grad_norm_bias!:c weight:kc11 grad_x!:pc grad_weight!:kc11",
+    "bn_relu_maxpool_forward": "x:pc scale:c shift:c y!:qc",
+    "bn_relu_maxpool_backward": "grad:qc x:pc mean:c scale:c shift:c grad_x!:pc sums!:2c",
+    "bn_relu_maxpool_norm_backward": "grad:qc x:pc mean:c var:c norm_weight:c scale:c shift:c "
+    "grad_norm_weight!:c grad_norm_bias!:c grad_x!:pc",
 }
-ACCUMULATES: dict[str, tuple[str, ...]] = {
-    "bn_gradient": ("u", "v"),
-    "scaled_accumulate": ("out",),
-    "bn_relu_conv1x1_backward": ("grad_x",),
-}
+
+
+def _marked(mark: str) -> dict[str, tuple[str, ...]]:
+    """The arguments of each primitive with a mark."""
+    return {
+        primitive: tuple(re.findall(rf"(\w+)\{mark}:", arguments))
+        for primitive, arguments in _ARGUMENTS.items()
+    }
+
+
+WRITES, ACCUMULATES = _marked("!"), _marked("+")
 
 # Operations for each value of an argument, of the primitives without a product: those of the formula.
 _OPERATIONS: dict[str, tuple[str, int]] = {
@@ -64,8 +79,6 @@ _SCALARS: dict[str, dict[str, float | int]] = {
     "bn_relu_pool_conv1x1_norm_backward": {"eps": 1e-5},
     "bn_relu_maxpool_norm_backward": {"eps": 1e-5},
 }
-# The vectors of a backward pass through a norm.
-_NORM = "mean var norm_weight scale shift grad_norm_weight grad_norm_bias"
 
 
 def minimum_bytes(primitive: str, shapes: Shapes, dtype: torch.dtype) -> int:
@@ -110,19 +123,12 @@ def flops(primitive: str, shapes: Shapes) -> int:
 
 @dataclass(frozen=True)
 class PrimitiveCase:
-    """One call of a primitive in a DenseNet.
-
-    Args:
-        primitive: its name.
-        where: in the network, e.g. "block 1, layer 6".
-        shapes: of its tensor arguments.
-        widths: channels of the buffers that arguments are slices of; the others are dense.
-    """
+    """One call of a primitive in a DenseNet."""
 
     primitive: str
-    where: str
-    shapes: dict[str, Shape]
-    widths: dict[str, int] = field(default_factory=dict)
+    where: str  # in the network, e.g. "block 1, layer 6"
+    shapes: dict[str, Shape]  # of its tensor arguments
+    widths: dict[str, int] = field(default_factory=dict)  # of buffers that arguments are slices of
 
     def tensors(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | float | int]:
         """The arguments of a call: random, of order one."""
@@ -146,87 +152,52 @@ class PrimitiveCase:
         return values.to(dtype)[..., : shape[-1]]
 
 
-def _vectors(names: str, channels: int) -> dict[str, Shape]:
-    return dict.fromkeys(names.split(), (channels,))
-
-
-def _layer_cases(
-    where: str, nhw: Shape, channels: int, bottleneck: int, growth: int, width: int
-) -> Iterator[PrimitiveCase]:
-    """A dense layer's calls: C channels in, K out, both slices of a buffer of ``width`` channels."""
-    x, y = (*nhw, channels), (*nhw, growth)
-    yield PrimitiveCase("bn_scale_shift", where, _vectors("mean var weight bias scale shift", channels))
-    vectors = _vectors("mean var weight grad_weight grad_bias u v", channels)
-    yield PrimitiveCase("bn_gradient", where, {"sums": (2, channels), **vectors})
-    source, source_width = x, {"z": width}
-    if bottleneck:
-        z, weight = (*nhw, bottleneck), (bottleneck, channels, 1, 1)
-        source, source_width = z, {}
-        yield PrimitiveCase(
-            "bn_relu_conv1x1_forward", where,
-            {"x": x, **_vectors("scale shift", channels), "weight": weight, "z": z,
-             **_vectors("mean var", bottleneck)}, {"x": width},
-        )  # fmt: skip
-        yield PrimitiveCase(
-            "bn_relu_conv1x1_backward", where,
-            {"grad_bn": z, "z": z, **_vectors("z_scale z_u z_v", bottleneck), "x": x,
-             **_vectors("mean scale shift", channels), "weight": weight, "grad_x": x,
-             "sums": (2, channels), "grad_weight": weight}, {"x": width, "grad_x": width},
-        )  # fmt: skip
-    else:
-        shapes = {"grad": x, "scale": (channels,), "out": x}
-        yield PrimitiveCase("scaled_accumulate", where, shapes, {"out": width})
-    inner = source[-1]
-    weight = (growth, inner, 3, 3)
-    yield PrimitiveCase(
-        "bn_relu_conv3x3_forward", where,
-        {"z": source, **_vectors("scale shift", inner), "weight": weight, "y": y,
-         **_vectors("mean var", growth)}, {**source_width, "y": width},
-    )  # fmt: skip
-    yield PrimitiveCase(
-        "bn_relu_conv3x3_backward", where,
-        {"grad": y, "y": y, **_vectors("u v", growth), "z": source, **_vectors("mean scale shift", inner),
-         "weight": weight, "grad_bn": source, "sums": (2, inner), "grad_weight": weight},
-        {**source_width, "grad": width, "y": width},
-    )  # fmt: skip
+def _case(primitive: str, where: str, slices: dict[str, int], **sizes: Shape) -> PrimitiveCase:
+    """A call by the sizes of its arguments' dimensions; those in ``slices`` are of buffers so wide."""
+    shapes = {}
+    for argument in _ARGUMENTS[primitive].split():
+        name, dimensions = argument.split(":")
+        each = ((int(d),) if d.isdigit() else sizes[d] for d in dimensions)
+        shapes[name.rstrip("!+")] = tuple(itertools.chain.from_iterable(each))
+    return PrimitiveCase(primitive, where, shapes, slices)
 
 
 def _block_cases(where: str, block: DenseBlock, shape: Shape) -> Iterator[PrimitiveCase]:
     """The first, the middle and the last layer, and what a block does once."""
-    n, c0, h, w = shape
+    *p, c0 = shape[0], *shape[2:], shape[1]
     parameters = [p for p in next(iter(block.values())).parameters() if p.dim() == 4]
     growth, bottleneck = parameters[-1].shape[0], parameters[0].shape[0] if len(parameters) == 2 else 0
-    nhw, width, first = (n, h, w), c0 + len(block) * growth, (n, h, w, c0)
-    yield PrimitiveCase("channel_stats", where, {"x": first, **_vectors("mean var", c0)}, {"x": width})
-    yield PrimitiveCase(
-        "affine_gradient", where, {"grad": first, "x": first, **_vectors("u v", c0), "out": first},
-        {"grad": width, "x": width},
-    )  # fmt: skip
+    width = c0 + len(block) * growth  # of the buffer that layers read slices of, and write one to
+
+    def case(primitive: str, slices: str = "", layer: str = "", **sizes: int) -> PrimitiveCase:
+        channels = {name: (size,) for name, size in sizes.items()}
+        return _case(primitive, where + layer, dict.fromkeys(slices.split(), width), p=tuple(p), **channels)
+
+    yield case("channel_stats", "x", c=c0)
+    yield case("affine_gradient", "grad x", c=c0)
     for i in sorted({0, len(block) // 2, len(block) - 1}):
-        name = f"{where}, layer {i + 1}"
-        yield from _layer_cases(name, nhw, c0 + i * growth, bottleneck, growth, width)
+        layer, c = f", layer {i + 1}", c0 + i * growth
+        yield case("bn_scale_shift", layer=layer, c=c)
+        yield case("bn_gradient", layer=layer, c=c)
+        if bottleneck:
+            yield case("bn_relu_conv1x1_forward", "x", layer, c=c, b=bottleneck)
+            yield case("bn_relu_conv1x1_backward", "x grad_x", layer, c=c, b=bottleneck)
+        else:
+            yield case("scaled_accumulate", "out", layer, c=c)
+        read, inner = ("", bottleneck) if bottleneck else ("z ", c)
+        yield case("bn_relu_conv3x3_forward", read + "y", layer, c=inner, k=growth)
+        yield case("bn_relu_conv3x3_backward", read + "grad y", layer, c=inner, k=growth)
 
 
-def _transition_cases(where: str, shape: Shape, out_channels: int) -> Iterator[PrimitiveCase]:
+def _pool_cases(where: str, shape: Shape, out_channels: int | None = None) -> Iterator[PrimitiveCase]:
+    """A transition's calls, or without ``out_channels`` the stem's."""
     n, c, h, w = shape
-    x, y, weight = (n, h, w, c), (n, h // 2, w // 2, out_channels), (out_channels, c, 1, 1)
-    yield PrimitiveCase(
-        "bn_relu_pool_conv1x1_forward", where,
-        {"x": x, **_vectors("scale shift", c), "weight": weight, "y": y},
-    )  # fmt: skip
-    yield PrimitiveCase(
-        "bn_relu_pool_conv1x1_norm_backward", where,
-        {"grad": y, "x": x, **_vectors(_NORM, c), "weight": weight, "grad_x": x, "grad_weight": weight},
-    )  # fmt: skip
-
-
-def _stem_cases(where: str, shape: Shape) -> Iterator[PrimitiveCase]:
-    n, c, h, w = shape
-    x, y = (n, h, w, c), (n, (h - 1) // 2 + 1, (w - 1) // 2 + 1, c)
-    yield PrimitiveCase("bn_relu_maxpool_forward", where, {"x": x, **_vectors("scale shift", c), "y": y})
-    yield PrimitiveCase(
-        "bn_relu_maxpool_norm_backward", where, {"grad": y, "x": x, **_vectors(_NORM, c), "grad_x": x}
-    )
+    if out_channels is None:
+        pool, q = "bn_relu_maxpool", (n, (h - 1) // 2 + 1, (w - 1) // 2 + 1)
+    else:
+        pool, q = "bn_relu_pool_conv1x1", (n, h // 2, w // 2)
+    for direction in ("forward", "norm_backward"):
+        yield _case(f"{pool}_{direction}", where, {}, p=(n, h, w), q=q, c=(c,), k=(out_channels or c,))
 
 
 def model_cases(build: Callable[[], DenseNet], batch: int, size: int) -> list[PrimitiveCase]:
@@ -256,7 +227,7 @@ def model_cases(build: Callable[[], DenseNet], batch: int, size: int) -> list[Pr
             found += _block_cases(where.replace("block", "block "), module, shape)
         elif isinstance(module, Transition):
             weight = next(p for p in module.parameters() if p.dim() == 4)
-            found += _transition_cases(where.replace("transition", "transition "), shape, weight.shape[0])
+            found += _pool_cases(where.replace("transition", "transition "), shape, weight.shape[0])
         else:
-            found += _stem_cases(where, shape)
+            found += _pool_cases(where, shape)
     return found

@@ -10,33 +10,166 @@ import datetime
 import json
 import math
 import os
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
+from .errors import UsageError, reason
 from .machine import commit, machine, versions
 
-Results = dict[str, Any]
+Tick = Callable[[str], None]  # told what comes next
+Case = Mapping[str, str | int]
 
-# What every file has, and what one of its kind has beside that; those not named are a suite's.
+# What every file has, and what one of its kind has beside that; kinds that are not named are suites.
 HEAD = {"kind", "date", "machine", "versions", "commit", "options", "interrupted"}
-_CONTENT = {"bench": {"peers"}, "models": {"models"}, "train": {"runs"}}
+CONTENT = {"models": {"models"}, "train": {"runs"}}
 _OF_A_SUITE = {"peers", "rows"}
 
 
+@dataclass
+class Measurement:
+    """A row of a suite's result: what was measured of one peer on one case."""
+
+    case: Case  # network, batch, size and dtype, or primitive and shape
+    peer: str
+    failure: str | None = None  # why there is no measurement
+    measures: dict[str, Any] = field(default_factory=dict)  # bytes or operations; None is not finite
+    seconds: list[float] = field(default_factory=list)  # samples, in the order they were taken
+    calls_per_sample: int = 1  # of which a sample is the mean
+    served_by: list[str] = field(default_factory=list)  # the backends of dense_ext that ran
+    values: list[float] = field(default_factory=list)  # losses or norms, compared between peers
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def fail(self, why: str) -> None:
+        """Record why there are no times."""
+        self.failure = why
+        self.seconds.clear()
+
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """An exception inside becomes the row's failure."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(reason(error))
+
+    def as_json(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value or name in _REQUIRED}
+
+
+_REQUIRED = {"failure", "measures", "seconds"}
+
+
+@dataclass(frozen=True)
+class PeerLabel:
+    """What a result says of a peer."""
+
+    label: str  # for tables and figures
+    ours: bool  # whether it is dense_ext
+    mode: str = "eager"  # how it is run: a key of peers.MODES
+
+
+@dataclass
+class Results:
+    """The content of a result file."""
+
+    kind: str  # the suite that measured it, or "models" or "train"
+    date: str
+    machine: dict[str, Any]
+    versions: dict[str, str | None]
+    commit: str | None
+    options: dict[str, Any]
+    interrupted: bool = True  # whether there is less than was to be measured
+    peers: dict[str, PeerLabel] = field(default_factory=dict)  # by name
+    rows: list[Measurement] = field(default_factory=list)
+    work: dict[str, Any] = field(default_factory=dict)  # the machine's rates of copying and of products
+    content: dict[str, Any] = field(default_factory=dict)  # what `dense-ext models` and `train` found
+
+    @classmethod
+    def from_json(cls, loaded: dict[str, Any]) -> Results:
+        known = {f.name for f in fields(cls)}
+        results = cls(**{name: value for name, value in loaded.items() if name in known})
+        results.peers = {name: PeerLabel(**peer) for name, peer in loaded.get("peers", {}).items()}
+        results.rows = [Measurement(**row) for row in loaded.get("rows", [])]
+        results.content = {name: value for name, value in loaded.items() if name not in known}
+        return results
+
+    def as_json(self) -> dict[str, Any]:
+        found = {name: getattr(self, name) for name in (*_HEAD_IN_ORDER, "peers", "work", "rows")}
+        found["peers"] = {name: asdict(peer) for name, peer in self.peers.items()}
+        found["rows"] = [row.as_json() for row in self.rows]
+        kept = HEAD if self.kind in CONTENT else HEAD | _OF_A_SUITE
+        return {name: v for name, v in found.items() if v or name in kept} | self.content
+
+    # `dense-ext models` and `train` fill a result by key, as `plan` and `tune` fill a dictionary.
+
+    def __getitem__(self, key: str) -> Any:
+        return getattr(self, key) if key in HEAD else self.content[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        setattr(self, key, value) if key in HEAD else self.content.__setitem__(key, value)
+
+    def label(self, row: Measurement) -> str:
+        return self.peers[row.peer].label
+
+    def ours(self, row: Measurement) -> bool:
+        return self.peers[row.peer].ours
+
+    def timed(self) -> list[Measurement]:
+        """The rows with samples."""
+        return [row for row in self.rows if row.seconds]
+
+    def measured(self, measure: str) -> list[Measurement]:
+        """The rows with a measure of this name."""
+        return [row for row in self.rows if measure in row.measures]
+
+    def references(self) -> dict[str, list[str]]:
+        """What speeds are set against: by its name, the peers of which the fastest counts.
+
+        "fastest eager" are those that run PyTorch's operators one by one; "fastest other" is there too
+        where some were compiled or recorded as a graph. Peers without samples are left out, and so is
+        dense_ext.
+        """
+        names = {row.peer for row in self.timed()}
+        others = [name for name, peer in self.peers.items() if name in names and not peer.ours]
+        eager = [name for name in others if self.peers[name].mode == "eager"]
+        found = {"fastest eager": eager} if eager else {}
+        return {**found, "fastest other": others} if len(others) > len(eager) else found
+
+    def fastest(self, case: Case, peers: list[str]) -> float | None:
+        """The shortest median in seconds of a case among ``peers``, None if none has samples."""
+        return min((r.median for r in self.timed() if r.case == case and r.peer in peers), default=None)
+
+    def ratios(self, row: Measurement) -> dict[str, float | None]:
+        """How many times as fast as each of the :meth:`references` a row is."""
+        best = {name: self.fastest(row.case, peers) for name, peers in self.references().items()}
+        return {name: least / row.median if least else None for name, least in best.items()}
+
+    def matmul_share(self, row: Measurement) -> float:
+        """The rate of a row's operations over that of the machine's matrix products."""
+        rate: float = self.work["matmul_flops_per_second"][row.case["dtype"]]
+        return float(row.measures["flops"]) / row.median / rate
+
+
+_HEAD_IN_ORDER = [f.name for f in fields(Results) if f.name in HEAD]
+
+
+def case_text(case: Case, *without: str) -> str:
+    """A case in a line, some of its keys left out."""
+    return ", ".join(f"{name.replace('_', ' ')} {v}" for name, v in case.items() if name not in without)
+
+
 def new_results(kind: str, options: dict[str, Any]) -> Results:
-    """The head of a result file; ``interrupted`` until said otherwise."""
-    return {
-        "kind": kind,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "versions": versions(),
-        "commit": commit(),
-        "options": options,
-        "interrupted": True,
-    }
+    """A result without measurements; ``interrupted`` until said otherwise."""
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return Results(kind, now, machine(), versions(), commit(), options)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -50,13 +183,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, results: Results) -> None:
+def write_json(path: Path, results: Results | dict[str, Any]) -> None:
     write_atomically(path, lambda p: p.write_text(as_json(results) + "\n"))
 
 
-def as_json(results: Results) -> str:
+def as_json(results: Results | dict[str, Any]) -> str:
     """The text of a result, which any reader of JSON takes: what is not finite is null."""
-    return json.dumps(_finite(results), indent=1, allow_nan=False)
+    found = results.as_json() if isinstance(results, Results) else results
+    return json.dumps(_finite(found), indent=1, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:
@@ -67,8 +201,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def saving(tick: Callable[[str], None], results: Results, path: Path, every: float) -> Callable[[str], None]:
-    """The tick, which also writes the results so far where the last time is ``every`` seconds ago."""
+def saving(tick: Tick, results: Results | dict[str, Any], path: Path, every: float) -> Tick:
+    """The tick, which also writes the results so far if ``every`` seconds have passed since the last time."""
     saved = time.monotonic()
 
     def tick_and_save(text: str) -> None:
@@ -81,28 +215,23 @@ def saving(tick: Callable[[str], None], results: Results, path: Path, every: flo
     return tick_and_save
 
 
-def read_json(path: Path) -> Results:
-    results: Results = json.loads(path.read_text())
-    return results
-
-
 def read_results(path: Path) -> Results:
-    """A result file somebody names.
+    """The content of a result file.
 
     Raises:
         UsageError: it is missing, or none of ours.
     """
     try:
-        results = read_json(path)
+        loaded = json.loads(path.read_text())
     except OSError as error:
         raise UsageError(f"{path} can't be read: {error.strerror}") from error
     except ValueError as error:
         raise UsageError(f"{path} is no result file: {error}") from error
-    if not isinstance(results, dict) or not results.keys() >= HEAD:
+    if not isinstance(loaded, dict) or not loaded.keys() >= HEAD:
         raise UsageError(f"{path} is no result file of dense-ext")
-    if missing := _CONTENT.get(str(results["kind"]), _OF_A_SUITE) - results.keys():
-        raise UsageError(f"{path} is a result of {results['kind']!r} without {', '.join(sorted(missing))}")
-    return results
+    if missing := CONTENT.get(str(loaded["kind"]), _OF_A_SUITE) - loaded.keys():
+        raise UsageError(f"{path} is a result of {loaded['kind']!r} without {', '.join(sorted(missing))}")
+    return Results.from_json(loaded)
 
 
 def check_new(path: Path, overwrite: bool) -> None:

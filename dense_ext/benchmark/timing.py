@@ -1,15 +1,13 @@
-"""Interleaved timing, so that a slow minute of the machine falls on every peer alike."""
+"""Interleaved timing, so that a slow minute of the machine falls on every peer alike; the machine's rates."""
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 
-from .errors import reason
+from .results import Measurement, Tick
 from .step import synchronize
 
 # On a GPU, steps are queued until a sample lasts about this long.
@@ -38,6 +36,25 @@ def best_seconds(call: Callable[[], object], device: torch.device) -> float:
     return best
 
 
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Best rate of a square matrix product in operations per second, 2 per multiply-add.
+
+    Of 1024x1024 matrices on a CPU, 8192x8192 on a GPU.
+    """
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.rand(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / best_seconds(lambda: torch.mm(a, b, out=out), device)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Best rate of copying 256 MiB (2 GiB on a GPU): bytes read plus bytes written, per second."""
+    count = 2**29 if device.type == "cuda" else 2**26
+    source = torch.zeros(count, device=device)
+    target = torch.zeros(count, device=device)
+    return 2 * source.nbytes / best_seconds(lambda: target.copy_(source), device)
+
+
 def calls_per_sample(call: Callable[[], object], device: torch.device) -> int:
     """Calls one sample should hold: 1 on a CPU, on a GPU enough for half a second."""
     if device.type != "cuda":
@@ -46,39 +63,20 @@ def calls_per_sample(call: Callable[[], object], device: torch.device) -> int:
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], object]],
-    samples: Mapping[str, list[float]],
-    entries: Mapping[str, dict[str, Any]],
-    device: torch.device,
-    rounds: int,
-    calls_in_sample: int,
-    tick: Callable[[str], None],
+    calls: Sequence[tuple[Measurement, Callable[[], object]]], device: torch.device, rounds: int, tick: Tick
 ) -> None:
-    """Time every call once a round, each round beginning with another.
+    """Time every call once a round, each round beginning with another; ``tick`` is told which before each.
 
-    One that fails has no samples, and from then on no turn.
-
-    Args:
-        calls: by name; one is a training step.
-        samples: by the same names; gets a round's seconds per call as soon as they are measured.
-        entries: by the same names; one's "failure" becomes why its call failed.
-        device: to wait for.
-        rounds: samples of each.
-        calls_in_sample: calls one sample is the mean of.
-        tick: told the name before each sample.
+    A call's row gets the seconds as soon as they are measured. One that fails has no samples, and no turn
+    from then on.
     """
-    names = list(calls)
-    for i in range(rounds):
-        start = i % len(names)
-        for name in names[start:] + names[:start]:
-            if entries[name].get("failure") is not None:
-                continue
-            tick(f"{name}, round {i + 1} of {rounds}")
-            try:
-                samples[name].append(seconds_per_call(calls[name], device, calls_in_sample))
-            except Exception as error:  # a GPU tells of a failure when it is waited for
-                entries[name]["failure"] = reason(error)
-                samples[name].clear()
+    for i in range(rounds if calls else 0):
+        start = i % len(calls)
+        for row, call in (*calls[start:], *calls[:start]):
+            if row.failure is None:
+                tick(f"{row.peer}, round {i + 1} of {rounds}")
+                with row.failing():  # a GPU tells of a failure when it is waited for
+                    row.seconds.append(seconds_per_call(call, device, row.calls_per_sample))
 
 
 class ColdTimer:
@@ -116,8 +114,3 @@ class ColdTimer:
             end.record()
         synchronize(self.device)
         return [start.elapsed_time(end) / 1e3 for start, end in pairs]
-
-
-def spread(samples: list[float]) -> dict[str, float]:
-    """Median, min and max."""
-    return {"median": statistics.median(samples), "min": min(samples), "max": max(samples)}

@@ -5,16 +5,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+if TYPE_CHECKING:
+    from ..benchmark.results import Results
+
 _WIDE = 200  # columns
 
 
-def print_json(results: dict[str, Any]) -> None:
+def print_json(results: Results | dict[str, Any]) -> None:
     from ..benchmark.results import as_json
 
     print(as_json(results))

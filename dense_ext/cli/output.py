@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from .console import print_json, print_table, progress, remark
 from .options import check_writable
+
+if TYPE_CHECKING:
+    from ..benchmark.results import Results
 
 INTERRUPTED = 130
 SAVED_EVERY = 60.0  # seconds
@@ -18,7 +21,7 @@ SAVED_EVERY = 60.0  # seconds
 def measure(
     run: Callable[[Callable[[str], None]], None],
     ticks: int,
-    results: dict[str, Any],
+    results: Results | dict[str, Any],
     path: Path | None = None,
 ) -> None:
     """Let ``run`` fill ``results``, with a progress bar; Ctrl-C ends it and keeps what is there.
@@ -51,19 +54,22 @@ def measure(
     results["interrupted"] = False
 
 
-def print_tables(results: dict[str, Any]) -> None:
+def print_tables(results: Results) -> None:
     """What was measured; an interrupted run leaves some of it out."""
-    from ..benchmark.tables import tables
+    from ..benchmark.kinds import tables_of
 
-    for table in tables(results):
+    for table in tables_of(results):
         print_table(table.title, table.header, table.rows, table.left)
+        if table.caption:
+            print(f"{table.caption}.")
+        print()
 
 
 def publish(
-    results: dict[str, Any],
+    results: Results,
     path: Path,
-    draw: Callable[[dict[str, Any], Path], list[Path]],
-    show: Callable[[dict[str, Any]], None] | None,
+    draw: Callable[[Results, Path], list[Path]],
+    show: Callable[[Results], None] | None,
 ) -> None:
     """Write the results and their figures, and print them.
 
@@ -88,7 +94,7 @@ def publish(
     end(results)
 
 
-def end(results: dict[str, Any]) -> None:
+def end(results: Results | dict[str, Any]) -> None:
     """Say that results are not complete, where Ctrl-C ended them, and exit with code 130."""
     if results["interrupted"]:
         remark("interrupted: these are the results until then")

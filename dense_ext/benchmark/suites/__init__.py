@@ -1,16 +1,20 @@
-"""The suites of ``dense-ext bench``: each fills a result file's rows, a row per case and peer."""
+"""The suites of ``dense-ext bench``: each fills a result's rows, a row per case and peer.
+
+To add a suite, write its class and name it here.
+"""
 
 from __future__ import annotations
 
-from .base import Suite, SuiteOptions
+from .base import Options, Suite
 from .memory import MemorySuite, PaperSuite
 from .primitives import PrimitiveSuite
-from .speed import WRONG, InferenceSuite, StepSuite
+from .quick import QuickSuite
+from .speed import InferenceSuite, StepSuite
 from .volumes import VolumeSuite
 
 SUITES: dict[str, type[Suite]] = {
     suite.name: suite
-    for suite in (MemorySuite, StepSuite, InferenceSuite, VolumeSuite, PrimitiveSuite, PaperSuite)
+    for suite in (QuickSuite, MemorySuite, StepSuite, InferenceSuite, VolumeSuite, PrimitiveSuite, PaperSuite)
 }
 
-__all__ = ["SUITES", "WRONG", "Suite", "SuiteOptions"]
+__all__ = ["SUITES", "Options", "Suite"]

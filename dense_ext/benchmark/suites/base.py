@@ -1,109 +1,78 @@
-"""What the suites share: cases, rows, and rows that say why there is no measurement."""
+"""What the suites share: options, cases, and networks with their images on the device."""
 
 from __future__ import annotations
 
 import gc
-from abc import ABC, abstractmethod
+import json
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ...models import MODELS, DenseNet
-from ..bench import COMPILED_VERSIONS
-from ..errors import reason
-from ..images import sample_batch
-from ..networks import takes_small_images
+from ...models import MODELS
+from ..errors import UsageError
+from ..networks import takes_small_images, with_weights
 from ..peers import Peer
-from ..results import Results
+from ..results import Measurement, PeerLabel, Results, Tick, case_text
 from ..step import DTYPES, TrainStep, sgd_step
+from ..tables import Kind
+from ..timing import copy_bandwidth, matmul_rate
 
 SEED = 0
+_SMALL = 32  # pixels: images of CIFAR's size are of 10 classes, larger ones of ImageNet's 1000
+# torch.compile gives up on a network after 8 versions of it; a run has as many as compiled peers.
+_COMPILED_VERSIONS = 64
 
-Tick = Callable[[str], None]
-Row = dict[str, Any]
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to measure; None and an empty tuple leave it to the suite."""
 
-@dataclass(frozen=True)
-class SuiteOptions:
-    """What to measure; None and an empty tuple leave it to the suite.
-
-    Args:
-        models: names from ``dense_ext.models.MODELS``.
-        batch, size: images a step, and their height and width in pixels.
-        dtypes: names from ``step.DTYPES``; other than float32 by autocast.
-        device: torch's name of it.
-        backend: dense_ext's, or "auto".
-        rounds: samples of each row that is timed.
-        budget: bytes that a network is to fit.
-        data: images by class, or None for scikit-learn's photographs.
-    """
-
-    models: tuple[str, ...]
-    batch: int | None
-    size: int | None
-    dtypes: tuple[str, ...]
-    device: str
-    backend: str
-    rounds: int
-    budget: int | None
-    data: Path | None
+    models: tuple[str, ...] = ()  # names from dense_ext.models.MODELS
+    batch: int | None = None  # images a step
+    size: int | None = None  # their height and width in pixels
+    memory_batch: int | None = None  # the same where quick counts memory
+    memory_size: int | None = None
+    dtypes: tuple[str, ...] = ("float32",)  # names from step.DTYPES; other than float32 by autocast
+    device: str = "cpu"
+    backend: str = "auto"  # dense_ext's
+    rounds: int = 7  # samples of each row that is timed
+    budget: int | None = None  # bytes that a network is to fit
+    depth: bool = True  # whether quick also measures the memory of one block against its depth
 
     def as_json(self) -> dict[str, Any]:
-        """The options without the machine's paths."""
-        return {**asdict(self), "data": self.data.name if self.data else None}
+        return json.loads(json.dumps(asdict(self)))  # as it is read again
 
 
 @dataclass(frozen=True)
 class Case:
-    """What every peer is measured on.
+    """What every peer is measured on."""
 
-    Args:
-        build: makes the network for a number of classes.
-        batch, size: images, and their height and width in pixels.
-        dtype: a name from ``step.DTYPES``.
-        labels: what else tells the case from others, as it stands in the row: the model's name, its depth.
-    """
-
-    build: Callable[[int], Any]
+    build: Callable[[int], Any] = field(compare=False)  # makes the network for a number of classes
     batch: int
-    size: int
-    dtype: str
-    labels: Mapping[str, str | int]
+    size: int  # height and width in pixels
+    dtype: str  # a name from step.DTYPES
+    labels: Mapping[str, str | int]  # what else tells it from other cases: the model's name, its depth
 
     def as_json(self) -> dict[str, str | int]:
         return {**self.labels, "batch": self.batch, "size": self.size, "dtype": self.dtype}
 
     def __str__(self) -> str:
-        return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.as_json().items())
+        return case_text(self.as_json())
 
 
-def build_model(name: str, classes: int) -> DenseNet:
-    """One of the family, by name."""
+def model_case(name: str, size: int, dtype: str, batch: int) -> Case:
+    """A case of one of the family, by name."""
+    return Case(partial(_build, name), batch, size, dtype, {"model": name})
+
+
+def _build(name: str, classes: int) -> nn.Module:
     return MODELS[name](num_classes=classes)
-
-
-def new_row(case: Mapping[str, str | int], peer: str) -> Row:
-    """A row without measurements.
-
-    ``measures`` are by name and in base units (bytes, operations); ``seconds`` are raw samples.
-    """
-    return {"case": dict(case), "peer": peer, "failure": None, "measures": {}, "seconds": []}
-
-
-@contextmanager
-def failing_into(row: Row) -> Iterator[None]:
-    """What goes wrong inside becomes the row's ``failure``; memory it held is given back."""
-    try:
-        yield
-    except Exception as error:
-        row["failure"] = reason(error)
-    if row["failure"] is not None:
-        _collect()
 
 
 def _collect() -> None:
@@ -120,24 +89,39 @@ def release() -> None:
     _collect()
 
 
-class Suite(ABC):
-    """One suite's run; ``results["rows"]`` grows as it goes, so that an interruption keeps them.
+@contextmanager
+def failing(row: Measurement) -> Iterator[None]:
+    """An exception inside becomes the row's failure; the memory that it held is given back."""
+    with row.failing():
+        yield
+    if row.failure is not None:
+        _collect()
+
+
+class Suite(Kind):
+    """One suite's run; ``results.rows`` grows as it goes, so that an interruption keeps them.
 
     Args:
         options: what to measure.
         peers: what to measure it on.
-        results: gets "peers" and "rows".
+        results: gets the peers and rows.
+
+    Raises:
+        UsageError: the suite cannot measure what the options ask for.
     """
 
-    name: ClassVar[str]
+    summary: ClassVar[str]  # what it measures, for --help
+    models: ClassVar[tuple[str, ...]] = ("densenet121",)  # empty for a suite with networks of its own
+    dimensions: ClassVar[int] = 2  # of an image
     timed: ClassVar[bool] = True
 
-    def __init__(self, options: SuiteOptions, peers: list[Peer], results: Results) -> None:
+    def __init__(self, options: Options, peers: list[Peer], results: Results) -> None:
+        if options.models and not self.models:
+            raise UsageError(f"--suite {self.name} has networks of its own and takes no --model")
         self.options, self.peers, self.results = options, peers, results
         self.device = torch.device(options.device)
         self.gpu = self.device.type == "cuda"
-        self.rows: list[Row] = results.setdefault("rows", [])
-        results["peers"] = {p.name: p.as_json() for p in peers}
+        results.peers = {p.name: PeerLabel(p.label, p.ours, p.mode) for p in peers}
 
     @abstractmethod
     def ticks(self) -> int:
@@ -151,28 +135,42 @@ class Suite(ABC):
         """Measure everything; ``tick`` is told what comes next."""
         self.tick = tick
         torch.backends.cudnn.benchmark = self.timed  # eager at its best
-        with torch._dynamo.config.patch(recompile_limit=COMPILED_VERSIONS):
+        with torch._dynamo.config.patch(recompile_limit=_COMPILED_VERSIONS):
             self.measure()
 
-    def pixels(self, model: str, of_photographs: int | None = None) -> int:
+    def measure_rates(self) -> None:
+        """What the machine copies and multiplies; called again, the best of both times."""
+        before = self.results.work.get("matmul_flops_per_second", {})
+        self.tick("the machine's rates")
+        rates = {dtype: matmul_rate(self.device, DTYPES[dtype]) for dtype in self.options.dtypes}
+        self.results.work = {
+            "copy_bytes_per_second": self.results.work.get("copy_bytes_per_second")
+            or copy_bandwidth(self.device),
+            "matmul_flops_per_second": {name: max(r, before.get(name, 0)) for name, r in rates.items()},
+        }
+
+    def pixels(self, model: str, large: int | None = None) -> int:
         """Height and width of a network's images, by name: as asked for, or as its kind takes them.
 
         Args:
             model: its name.
-            of_photographs: what a network for ImageNet takes; None for what is timed.
+            large: what a network for ImageNet takes; None for what is timed.
         """
         if self.options.size:
             return self.options.size
         with torch.device("meta"):
             small = takes_small_images(MODELS[model]())
-        return 32 if small else of_photographs or (224 if self.gpu else 128)
+        return _SMALL if small else large or (224 if self.gpu else 128)
 
-    def row(self, case: Case, peer: Peer) -> Row:
+    def row(self, case: Mapping[str, str | int], peer: str) -> Measurement:
         """A new row of the results."""
-        self.rows.append(new_row(case.as_json(), peer.name))
-        return self.rows[-1]
+        self.results.rows.append(Measurement(dict(case), peer))
+        return self.results.rows[-1]
 
-    def network(self, case: Case, peer: Peer, classes: int, training: bool = True) -> nn.Module:
+    def classes(self, case: Case) -> int:
+        return 10 if case.size <= _SMALL else 1000
+
+    def network(self, case: Case, peer: Peer, training: bool = True) -> nn.Module:
         """The peer's network with the case's weights.
 
         Raises:
@@ -181,17 +179,20 @@ class Suite(ABC):
         peer.check(self.device, DTYPES[case.dtype])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
-            model = case.build(classes)
-        return peer.build(model, model.state_dict(), self.device, self.options.backend, training)
+            model = case.build(self.classes(case))
+        return peer.prepare(self.twin(model, peer), self.options.backend, training, self.dimensions)
 
-    def batch(self, case: Case, peer: Peer) -> tuple[Tensor, Tensor, int]:
-        """Images and labels on the device, and the number of classes."""
-        batch = sample_batch(self.options.data, case.batch, case.size, SEED)
-        self.results["data"] = batch.source
-        return peer.images(batch.images.to(self.device)), batch.labels.to(self.device), batch.classes
+    def twin(self, model: Any, peer: Peer) -> nn.Module:
+        """The peer's network of the model's shape and weights, on the device."""
+        return with_weights(peer.twin(model), model.state_dict(), self.device)
+
+    def batch(self, case: Case, peer: Peer, channels: int = 3) -> tuple[Tensor, Tensor]:
+        """Noise, the same for every peer, and labels; speed and memory do not depend on what images show."""
+        generator = torch.Generator().manual_seed(SEED)
+        images = torch.randn(case.batch, channels, *[case.size] * self.dimensions, generator=generator)
+        labels = torch.arange(case.batch, device=self.device) % self.classes(case)
+        return peer.images(images.to(self.device)), labels
 
     def training_step(self, case: Case, peer: Peer) -> tuple[TrainStep, Tensor, Tensor]:
         """The peer's training step, and what to call it with."""
-        images, labels, classes = self.batch(case, peer)
-        network = self.network(case, peer, classes)
-        return sgd_step(network, DTYPES[case.dtype], self.device), images, labels
+        return sgd_step(self.network(case, peer), DTYPES[case.dtype], self.device), *self.batch(case, peer)

@@ -3,34 +3,46 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
-
-import torch
+from typing import Any, ClassVar
 
 from ...memory import largest
-from ...models import DenseNet
 from ..errors import UnavailableError, is_out_of_memory
-from ..memory import lasting_bytes, saved_bytes, step_peaks
+from ..memory import lasting_bytes, step_bytes, step_peaks
 from ..networks import small_densenet
 from ..peers import Peer
-from ..results import Results
-from .base import Case, Row, Suite, SuiteOptions, build_model, failing_into, new_row, release
+from ..results import Results, case_text
+from ..tables import EMPTY, Draw, Table, megabytes
+from .base import Case, Options, Suite, failing, model_case, release
 
 _SIZE = 32
 _LOOKS = 4  # of a search, about
 _MOST_IMAGES = 2**16  # a search for the largest batch ends here
-_DEEPEST = 60_004  # and one for the deepest network here
+_MOST_LAYERS = 10_000  # and one for the deepest network at this many in a block
 _FIRST_BATCH = 2  # with which the one begins; one image may be one value a channel
 _FIRST_LAYERS = 20  # a block, with which the other does
 GROWTH_RATE = 12  # of the paper's networks
 
+# What is looked for: in a sentence, and as the heading of its column.
+_SEARCHES = {"largest_batch": ("largest batch", "images"), "deepest": ("deepest network", "layers")}
 
-def _small(classes: int, depth: int, growth_rate: int) -> DenseNet:
-    model = small_densenet(depth, growth_rate)
-    model.classifier = torch.nn.Linear(model.classifier.in_features, classes)
-    return model
+
+@dataclass(frozen=True)
+class Search:
+    """The largest number with which a training step fits the budget."""
+
+    measure: str  # what is found: "largest_batch" or "deepest"
+    case: Callable[[int], Case]  # with a number of images, or of layers in a block
+    first: int  # where to begin
+    most: int  # and where to end
+    found: Callable[[int], int] = int  # the measure's value for a number
+
+    def as_json(self) -> dict[str, str | int]:
+        """The case without what is looked for."""
+        found = ("vary", "batch" if self.measure == "largest_batch" else "depth")
+        return {name: value for name, value in self.case(1).as_json().items() if name not in found}
 
 
 class _CountedSuite(Suite):
@@ -43,32 +55,60 @@ class _CountedSuite(Suite):
     cpu_budget: ClassVar[int]  # bytes, unless told otherwise
     gpu_budget = 8 * 10**9
 
-    def __init__(self, options: SuiteOptions, peers: list[Peer], results: Results) -> None:
+    def __init__(self, options: Options, peers: list[Peer], results: Results) -> None:
         super().__init__(options, [peer for peer in peers if not peer.graphed], results)
+        self.budget = options.budget or (self.gpu_budget if self.gpu else self.cpu_budget)
+        self.images = options.batch or (64 if self.gpu else 4)
+
+    def cases(self, dtype: str) -> list[Case]:
+        """What bytes are counted of."""
+        raise NotImplementedError
+
+    def searches(self, dtype: str) -> list[Search]:
+        """What is looked for."""
+        raise NotImplementedError
 
     def case(self, vary: str, depth: int, growth_rate: int, batch: int, dtype: str) -> Case:
         """One of the papers' networks for small images."""
         labels: dict[str, str | int] = {"vary": vary, "depth": depth, "growth_rate": growth_rate}
-        build = partial(_small, depth=depth, growth_rate=growth_rate)
-        return Case(build, batch, self.options.size or _SIZE, dtype, labels)
+        size = self.options.size or _SIZE
+        return Case(partial(small_densenet, depth, growth_rate), batch, size, dtype, labels)
 
-    def count(self, case: Case, peer: Peer) -> Row:
+    def ticks(self) -> int:
+        looks = (len(self.cases(d)) + _LOOKS * len(self.searches(d)) for d in self.options.dtypes)
+        return sum(looks) * len(self.peers)
+
+    def measure(self) -> None:
+        for dtype in self.options.dtypes:
+            for search in self.searches(dtype):
+                for peer in self.peers:
+                    self.search(search, peer)
+            for case in self.cases(dtype):
+                release()
+                for peer in self.peers:
+                    self.count(case, peer)
+
+    def count(self, case: Case, peer: Peer) -> None:
         """A row of what a step keeps, at most holds, and what lasts from step to step."""
         self.tick(f"{peer.name}: {case}")
-        row = self.row(case, peer)
-        with failing_into(row):
-            step, images, labels = self.training_step(case, peer)
-            saved = saved_bytes(step.model, lambda: step.loss(images, labels))
-            peaks = step_peaks(step, images, labels)
-            row["measures"] = {"saved_bytes": saved, **peaks, "lasting_bytes": lasting_bytes(step)}
-        return row
+        row = self.row(case.as_json(), peer.name)
+        with failing(row):
+            row.measures = {**step_bytes(*self.training_step(case, peer))}
 
-    @property
-    def budget(self) -> int:
-        return self.options.budget or (self.gpu_budget if self.gpu else self.cpu_budget)
+    def search(self, search: Search, peer: Peer) -> None:
+        """A row of the largest number whose step fits the budget."""
+        row = self.row({**search.as_json(), "budget_bytes": self.budget}, peer.name)
+        with failing(row):
+            needed = partial(self.needed, search, peer)
+            most = largest(needed, self.budget, search.first, search.most)
+            if most == search.most:
+                what = _SEARCHES[search.measure][1]
+                raise UnavailableError(f"{search.found(most)} {what} fit, and no more were tried")
+            row.measures[search.measure] = search.found(most)
 
-    def needed(self, case: Case, peer: Peer) -> float:
+    def needed(self, search: Search, peer: Peer, number: int) -> float:
         """Bytes that training holds at most: a step's, what lasts, and the images; infinite if too many."""
+        case = search.case(number)
         self.tick(f"{peer.name}: {case}")
         release()
         try:
@@ -80,6 +120,55 @@ class _CountedSuite(Suite):
                 return math.inf
             raise
 
+    @classmethod
+    def tables(cls, results: Results) -> dict[str, Table]:
+        found = {"batches": _fitting(results, "largest_batch"), "deepest": _fitting(results, "deepest")}
+        kinds = ("saved_bytes", "peak_bytes", "reserved_bytes", "lasting_bytes")
+        for vary in _varied(results):
+            rows = [
+                (
+                    results.label(row), case_text(row.case, "vary", vary), str(row.case[vary]),
+                    *(megabytes(row, name, ".2f") for name in kinds),
+                )
+                for row in results.measured("peak_bytes") if row.case["vary"] == vary
+            ]  # fmt: skip
+            what = vary.replace("_", " ")
+            header = ("peer", "network", what, "kept for backward", "peak", "reserved", "lasting")
+            title = f"memory of a training step in MB (1e6 bytes) against {what}"
+            found[vary] = Table(title, header, rows, left=2)
+        return found
+
+    @classmethod
+    def figures(cls, results: Results) -> dict[str, Draw]:
+        from ..figures import memory_lines
+
+        return {vary: partial(memory_lines, vary=vary) for vary in _varied(results)}
+
+
+def _varied(results: Results) -> list[str]:
+    """What the memory was counted against."""
+    return list(dict.fromkeys(str(row.case["vary"]) for row in results.measured("peak_bytes")))
+
+
+def _fitting(results: Results, measure: str) -> Table:
+    """What fits, a row per peer; the network, where there are several, above its column."""
+    what, unit = _SEARCHES[measure]
+    columns: dict[str, dict[str, str]] = {}
+    rows: dict[str, Any] = {}
+    for row in results.measured(measure):
+        network = case_text(row.case, "budget_bytes")
+        columns.setdefault(network, {})[row.peer] = str(row.measures[measure])
+        rows[row.peer] = results.label(row)
+        heading = f"{unit} that train in {int(row.case['budget_bytes']) / 1e6:g} MB"
+    if not columns:
+        return EMPTY
+    one = len(columns) == 1
+    cells = [(label, *(found.get(peer, "-") for found in columns.values())) for peer, label in rows.items()]
+    return Table(
+        f"{what} that fits", ("", *([heading] if one else columns)), cells,
+        caption=next(iter(columns)) if one else heading,
+    )  # fmt: skip
+
 
 class MemorySuite(_CountedSuite):
     """The largest batch within a budget; bytes saved and at peak against depth, growth rate and batch.
@@ -88,57 +177,27 @@ class MemorySuite(_CountedSuite):
     """
 
     name = "memory"
+    title = "Memory"
+    summary = "the largest batch that fits; bytes against depth, growth rate and batch"
     cpu_budget = 10**9
 
-    def cases(self) -> list[Case]:
+    def cases(self, dtype: str) -> list[Case]:
         """One of depth, growth rate and batch varies at a time."""
-        depth, growth_rate = (100, 12) if self.gpu else (40, 12)
-        batch = self.options.batch or (64 if self.gpu else 4)
+        depth, batch = 100 if self.gpu else 40, self.images
         depths = (40, 100, 160, 220, 280) if self.gpu else (22, 40, 58, 76)
         return [
-            case
-            for dtype in self.options.dtypes
-            for case in (
-                *(self.case("depth", d, growth_rate, batch, dtype) for d in depths),
-                *(self.case("growth_rate", depth, k, batch, dtype) for k in (12, 24, 40)),
-                *(self.case("batch", depth, growth_rate, n * batch, dtype) for n in (1, 2, 4)),
-            )
+            *(self.case("depth", d, 12, batch, dtype) for d in depths),
+            *(self.case("growth_rate", depth, k, batch, dtype) for k in (12, 24, 40)),
+            *(self.case("batch", depth, 12, n * batch, dtype) for n in (1, 2, 4)),
         ]
 
-    def searches(self) -> list[Case]:
-        """Where the largest batch is looked for."""
+    def searches(self, dtype: str) -> list[Search]:
         found = []
-        for name in self.options.models or ("densenet121",):
-            build, size, labels = partial(build_model, name), self.pixels(name, 224), {"model": name}
-            found += [Case(build, 1, size, dtype, labels) for dtype in self.options.dtypes]
+        for name in self.options.models or self.models:
+            size = self.pixels(name, 224)
+            sized = partial(model_case, name, size, dtype)
+            found.append(Search("largest_batch", sized, _FIRST_BATCH, _MOST_IMAGES))
         return found
-
-    def ticks(self) -> int:
-        return (len(self.cases()) + _LOOKS * len(self.searches())) * len(self.peers)
-
-    def measure(self) -> None:
-        for case in self.searches():
-            for peer in self.peers:
-                self.search(case, peer)
-        for case in self.cases():
-            release()
-            for peer in self.peers:
-                self.count(case, peer)
-
-    def search(self, case: Case, peer: Peer) -> None:
-        """A row of the largest batch whose step fits the budget, by running it."""
-        labels = {k: v for k, v in case.as_json().items() if k != "batch"}
-        row = new_row({**labels, "budget_bytes": self.budget}, peer.name)
-        self.rows.append(row)
-
-        def needed(batch: int) -> float:
-            return self.needed(replace(case, batch=batch), peer)
-
-        with failing_into(row):
-            found = largest(needed, self.budget, _FIRST_BATCH, _MOST_IMAGES)
-            if found == _MOST_IMAGES:
-                raise UnavailableError(f"{found} images fit, and no more were tried")
-            row["measures"] = {"largest_batch": found}
 
 
 class PaperSuite(_CountedSuite):
@@ -148,43 +207,22 @@ class PaperSuite(_CountedSuite):
     """
 
     name = "paper"
+    title = "Memory against depth, after arXiv 1707.06990"
+    summary = "the comparison of arXiv 1707.06990: memory against depth, and the deepest network that fits"
+    models = ()
     cpu_budget = 10**8
 
     def cases(self, dtype: str) -> list[Case]:
-        batch = self.options.batch or (64 if self.gpu else 4)
         depths = (40, 100, 160, 220, 280, 340, 400) if self.gpu else (22, 40, 64, 88, 112)
-        return [self.case("depth", depth, GROWTH_RATE, batch, dtype) for depth in depths]
+        return [self.case("depth", depth, GROWTH_RATE, self.images, dtype) for depth in depths]
 
-    def ticks(self) -> int:
-        return sum(len(self.cases(dtype)) + _LOOKS for dtype in self.options.dtypes) * len(self.peers)
+    def searches(self, dtype: str) -> list[Search]:
+        def sized(layers: int) -> Case:
+            return self.case("budget", _depth(layers), GROWTH_RATE, self.images, dtype)
 
-    def measure(self) -> None:
-        for dtype in self.options.dtypes:
-            for case in self.cases(dtype):
-                release()
-                for peer in self.peers:
-                    self.count(case, peer)
-            for peer in self.peers:
-                self.search(case, peer)
+        return [Search("deepest", sized, _FIRST_LAYERS, _MOST_LAYERS, _depth)]
 
-    def search(self, case: Case, peer: Peer) -> None:
-        """A row of the deepest network whose step fits the budget, by running it.
 
-        Args:
-            case: whose batch, size and dtype to take.
-            peer: what runs it.
-        """
-        labels = {k: v for k, v in case.as_json().items() if k not in ("vary", "depth")}
-        row = new_row({**labels, "budget_bytes": self.budget}, peer.name)
-        self.rows.append(row)
-
-        def needed(layers: int) -> float:
-            sized = self.case("budget", 6 * layers + 4, GROWTH_RATE, case.batch, case.dtype)
-            return self.needed(sized, peer)
-
-        with failing_into(row):
-            most = (_DEEPEST - 4) // 6
-            layers = largest(needed, self.budget, _FIRST_LAYERS, most)
-            if layers == most:
-                raise UnavailableError(f"{_DEEPEST} layers fit, and no more were tried")
-            row["measures"] = {"deepest": 6 * layers + 4}
+def _depth(layers: int) -> int:
+    """Convolutions of a network of three blocks with so many layers."""
+    return 6 * layers + 4

@@ -16,11 +16,13 @@ from ...backends.base import primitive_of
 from ...backends.reference import ReferenceBackend
 from ...models import MODELS
 from ..errors import UnavailableError
-from ..machine import copy_bandwidth, matmul_rate
+from ..peers import Peer
 from ..primitives import ACCUMULATES, WRITES, PrimitiveCase, flops, minimum_bytes, model_cases
+from ..results import Measurement, PeerLabel, Results
 from ..step import DTYPES
+from ..tables import Draw, Table, number, spread
 from ..timing import ColdTimer
-from .base import Row, Suite, failing_into, new_row
+from .base import Options, Suite, failing
 
 ATEN, COMPILED = "aten", "compile"
 _REFERENCE = ReferenceBackend()
@@ -133,90 +135,101 @@ class PrimitiveSuite(Suite):
     """
 
     name = "primitives"
+    title = "Primitives"
+    summary = "each primitive beside PyTorch's unfused modules and the machine's rates"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        backends = BACKENDS if self.options.backend == "auto" else [self.options.backend]
-        others = {ATEN: "unfused ATen"}
-        if any(peer.mode == "compile" for peer in self.peers):
-            others[COMPILED] = "torch.compile"
-        labels = {**others, **{name: f"dense_ext, {name}" for name in backends}}
-        self.results["peers"] = {
-            name: {"label": label, "ours": name not in others} for name, label in labels.items()
-        }
+    def __init__(self, options: Options, peers: list[Peer], results: Results) -> None:
+        super().__init__(options, peers, results)
+        backends = BACKENDS if options.backend == "auto" else [options.backend]
+        results.peers = {ATEN: PeerLabel("unfused ATen", ours=False)}
+        if any(peer.mode == "compile" for peer in peers):
+            results.peers[COMPILED] = PeerLabel("torch.compile", ours=False, mode="compile")
+        results.peers |= {name: PeerLabel(f"dense_ext, {name}", ours=True) for name in backends}
         self.cases = self._cases()
+        self.rounds = 1 if self.gpu else options.rounds  # of one sample each; on a GPU one of all samples
 
     def _cases(self) -> list[PrimitiveCase]:
         """The cases of the models, equal ones once."""
         batch = self.options.batch or (64 if self.gpu else 2)
         found: dict[str, PrimitiveCase] = {}
-        for name in self.options.models or ("densenet121",):
+        for name in self.options.models or self.models:
             for case in model_cases(MODELS[name], batch, self.pixels(name)):
                 found.setdefault(f"{case.primitive}{case.shapes}{case.widths}", case)
         return list(found.values())
 
-    @property
-    def passes(self) -> int:
-        return 1 if self.gpu else self.options.rounds
-
     def ticks(self) -> int:
-        return 1 + self.passes * len(self.cases) * len(self.options.dtypes) * len(self.results["peers"])
+        return 1 + self.rounds * len(self.cases) * len(self.options.dtypes) * len(self.results.peers)
 
     def measure(self) -> None:
-        self.tick("the machine's rates")
+        self.measure_rates()
         self.timer = ColdTimer(self.device)
-        self.results["work"] = {
-            "copy_bytes_per_second": copy_bandwidth(self.device),
-            "matmul_flops_per_second": {
-                dtype: matmul_rate(self.device, DTYPES[dtype]) for dtype in self.options.dtypes
-            },
-        }
-        for i in range(self.passes):
-            rows = iter(self.rows[:])
+        for i in range(self.rounds):
+            rows = iter(self.results.rows[:])
             for case, dtype in itertools.product(self.cases, self.options.dtypes):
                 tensors = case.tensors(DTYPES[dtype], self.device)
-                for peer in self.results["peers"]:
+                for peer in self.results.peers:
                     self.tick(f"{case.primitive}, {case.where}, {dtype}, {peer}")
                     row = next(rows) if i > 0 else self.new_row(case, dtype, peer)
                     # What was compiled is not to be compiled again.
-                    if row["failure"] is None and not (peer == COMPILED and i > 0):
-                        self.fill(row, case, tensors)
+                    if row.failure is None and not (peer == COMPILED and i > 0):
+                        with failing(row):
+                            self.fill(row, case, tensors)
 
-    def new_row(self, case: PrimitiveCase, dtype: str, peer: str) -> Row:
+    def new_row(self, case: PrimitiveCase, dtype: str, peer: str) -> Measurement:
         shapes = {name: "x".join(map(str, shape)) for name, shape in case.shapes.items() if len(shape) == 4}
-        vectors = {name: str(shape[-1]) for name, shape in case.shapes.items()}
-        shape = " ".join(
-            f"{name} {text}" for name, text in (shapes or dict([next(iter(vectors.items()))])).items()
-        )
-        row = new_row(
-            {"primitive": case.primitive, "where": case.where, "shape": shape, "dtype": dtype}, peer
-        )
-        row["measures"] = {
+        if not shapes:  # of vectors: the first
+            shapes = {name: str(shape[-1]) for name, shape in itertools.islice(case.shapes.items(), 1)}
+        shape = " ".join(f"{name} {text}" for name, text in shapes.items())
+        where = {"primitive": case.primitive, "where": case.where, "shape": shape, "dtype": dtype}
+        row = self.row(where, peer)
+        row.measures = {
             "minimum_bytes": minimum_bytes(case.primitive, case.shapes, DTYPES[dtype]),
             "flops": flops(case.primitive, case.shapes),
         }
-        self.rows.append(row)
         return row
 
-    def fill(self, row: Row, case: PrimitiveCase, tensors: Arguments) -> None:
-        """A pass's times of one row, and its error."""
-        passes = self.passes
-        with failing_into(row):
-            if row["peer"] in (ATEN, COMPILED):
-                through: Callable[..., Any] = _as_it_is
-                if row["peer"] == COMPILED:
-                    torch._dynamo.reset()  # or each call would look through what was compiled before
-                    through, passes = partial(torch.compile, dynamic=False), 1
-                error: Callable[[], float] = partial(unfused_error, case, tensors, through)
-                call: Callable[[], object] = unfused(case.primitive, tensors, through)
-            else:
-                backend, dtype = BACKENDS[row["peer"]], DTYPES[row["case"]["dtype"]]
-                if reason := backend.unavailable_reason(primitive_of(case.primitive), self.device, dtype):
-                    raise UnavailableError(reason)
-                error = partial(backend_error, row["peer"], case, tensors)
-                call = partial(getattr(backend, case.primitive), **tensors)
-            if "relative_error" not in row["measures"]:
-                row["measures"]["relative_error"] = error()
-            row["seconds"] += self.timer.samples(call, self.options.rounds // passes)
-        if row["failure"] is not None:
-            row["seconds"].clear()
+    def fill(self, row: Measurement, case: PrimitiveCase, tensors: Arguments) -> None:
+        """A round's times of one row, and its error."""
+        samples = self.options.rounds // self.rounds
+        if row.peer in (ATEN, COMPILED):
+            through: Callable[..., Any] = _as_it_is
+            if row.peer == COMPILED:
+                torch._dynamo.reset()  # or each call would look through what was compiled before
+                through, samples = partial(torch.compile, dynamic=False), self.options.rounds
+            error: Callable[[], float] = partial(unfused_error, case, tensors, through)
+            call: Callable[[], object] = unfused(case.primitive, tensors, through)
+        else:
+            backend, dtype = BACKENDS[row.peer], DTYPES[str(row.case["dtype"])]
+            if reason := backend.unavailable_reason(primitive_of(case.primitive), self.device, dtype):
+                raise UnavailableError(reason)
+            error = partial(backend_error, row.peer, case, tensors)
+            call = partial(getattr(backend, case.primitive), **tensors)
+        if "relative_error" not in row.measures:
+            row.measures["relative_error"] = error()
+        row.seconds += self.timer.samples(call, samples)
+
+    @classmethod
+    def tables(cls, results: Results) -> dict[str, Table]:
+        aten = {str(row.case): row.median for row in results.timed() if row.peer == next(iter(results.peers))}
+        cells = []
+        for row in results.timed():
+            case, measures, unfused = row.case, row.measures, aten.get(str(row.case))
+            bandwidth = measures["minimum_bytes"] / row.median
+            cells.append((
+                str(case["primitive"]), f"{case['where']}: {case['shape']}", str(case["dtype"]),
+                results.label(row), *spread(row, lambda seconds: f"{seconds * 1e6:.4g}"),
+                f"{unfused / row.median:.2f}" if unfused else "-",
+                f"{bandwidth / 1e9:.3g}", f"{bandwidth / results.work['copy_bytes_per_second']:.0%}",
+                f"{measures['flops'] / row.median / 1e9:.4g}", f"{results.matmul_share(row):.0%}",
+                number(measures["relative_error"], ".1e"),
+            ))  # fmt: skip
+        header = ("primitive", "where", "dtype", "by", "median us", "min to max us", "ATen = 1",
+                  "GB/s at least", "of copy", "GFLOP/s", "of matmul", "error")  # fmt: skip
+        return {"primitives": Table("primitives, from empty caches", header, cells, left=4)}
+
+    @classmethod
+    def figures(cls, results: Results) -> dict[str, Draw]:
+        from ..figures import roofline
+
+        dtypes = dict.fromkeys(str(row.case["dtype"]) for row in results.timed())
+        return {f"roofline-{dtype}": partial(roofline, dtype=dtype) for dtype in dtypes}

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor, nn
 
-from ...swap import swap
 from ..errors import UnavailableError, UsageError
 from ..flops import flops_per_image
 from ..peers import Peer
 from ..results import Results
-from ..step import DTYPES
-from .base import SEED, Case, SuiteOptions
-from .speed import StepSuite
+from ..tables import Table
+from .base import Case, Options
+from .speed import StepSuite, bytes_and_times
 
 _CLASSES = 10
 
@@ -39,22 +39,24 @@ class VolumeSuite(StepSuite):
 
     Raises:
         UnavailableError: MONAI is not installed.
-        UsageError: none of the other peers is served, the volumes are too small, or images are asked for.
+        UsageError: none of the other peers is served, or the volumes are too small.
     """
 
     name = "volumes"
+    title = "Training steps on volumes"
+    summary = "training steps of MONAI's network in three dimensions"
+    models = ()
+    dimensions = 3
+    per = "a volume"
     tolerance = 10  # a channel has few values in the last block, and rounding shows all the more
 
-    def __init__(self, options: SuiteOptions, peers: list[Peer], results: Results) -> None:
-        served = [peer for peer in peers if peer.source == "eager" and peer.mode in ("eager", "graph")]
+    def __init__(self, options: Options, peers: list[Peer], results: Results) -> None:
+        served = [p for p in peers if p.mode in ("eager", "graph") and (p.ours or p.source == "eager")]
         if all(peer.ours for peer in served):
             raise UsageError(
                 "of the peers, volumes have eager, eager-cl, graph and graph-cl; got none of them"
             )
-        if options.data is not None:
-            raise UsageError("volumes are made of noise; --data has images")
         super().__init__(options, served, results)
-        results["data"] = "noise"
         case = self.cases()[0]
         try:
             self.operations = flops_per_image(
@@ -72,22 +74,15 @@ class VolumeSuite(StepSuite):
     def flops(self, case: Case) -> int:
         return self.operations
 
-    def network(self, case: Case, peer: Peer, classes: int, training: bool = True) -> nn.Module:
-        peer.check(self.device, DTYPES[case.dtype])
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(SEED)
-            network = case.build(classes)
-        if peer.recompute is not None:
-            backend = peer.backend or self.options.backend
-            swap(network, recompute=peer.recompute, backend=backend, strict=True)
-        return network.to(self.device, memory_format=_memory_format(peer)).train(training)
+    def classes(self, case: Case) -> int:
+        return _CLASSES
 
-    def batch(self, case: Case, peer: Peer) -> tuple[Tensor, Tensor, int]:
-        generator = torch.Generator().manual_seed(SEED)
-        volumes = torch.randn(case.batch, 1, *[case.size] * 3, generator=generator)
-        labels = torch.arange(case.batch, device=self.device) % _CLASSES
-        return volumes.to(self.device).contiguous(memory_format=_memory_format(peer)), labels, _CLASSES
+    def twin(self, model: Any, peer: Peer) -> nn.Module:
+        return model.to(self.device)
 
+    def batch(self, case: Case, peer: Peer, channels: int = 1) -> tuple[Tensor, Tensor]:
+        return super().batch(case, peer, channels)
 
-def _memory_format(peer: Peer) -> torch.memory_format:
-    return torch.channels_last_3d if peer.channels_last else torch.contiguous_format
+    @classmethod
+    def short_tables(cls, results: Results) -> dict[str, Table]:
+        return {"volumes": bytes_and_times(cls, results, 2, lambda row: cls.setting(results, row))}
