@@ -68,7 +68,7 @@ def test_the_committed_table_is_the_librarys(cuda_resources: Any, library: Path)
 
 
 def test_the_tables_chips_are_those_that_setup_compiles_for(cuda_resources: Any) -> None:
-    (numbers,) = re.findall(r'or "([\d.a;]+)\+PTX"', (ROOT / "setup.py").read_text())
+    (numbers,) = re.findall(r'ALL_ARCHITECTURES = "([\d.a;]+)\+PTX"', (ROOT / "setup.py").read_text())
     assert {f"sm_{number.replace('.', '')}" for number in numbers.split(";")} == set(cuda_resources.CHIPS)
 
 
