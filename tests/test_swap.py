@@ -77,6 +77,15 @@ def test_swapping_again_changes_the_options() -> None:
     assert model.features.backend == "auto"
 
 
+def test_report_after_the_swap_gives_the_reason_against_the_stem() -> None:
+    model = small_densenet()
+    model.features.pool0 = nn.MaxPool2d(3, 1, 1)
+    with pytest.warns(UserWarning, match="features: pool0 has stride 1, expected 2"):
+        dense_ext.swap(model)
+    reasons = {row.name: row.detail for row in dense_ext.report(model).rows}
+    assert reasons["features"] == "pool0 has stride 1, expected 2"
+
+
 def test_memory_efficient_models_can_be_swapped(backend: str) -> None:
     eager = small_densenet()
     ours = DenseNet(5, (2, 3, 1, 2), 8, 3, 0.0, num_classes=4, memory_efficient=True).double()

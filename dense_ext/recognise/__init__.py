@@ -15,7 +15,7 @@ from torch import fx, nn
 from .description import CONVS, NORMS, Plan, describe
 from .fused import Recognised, changes, original_class, recognised_base, unsupported
 from .proof import install, prove
-from .tracing import RefusedError, graph_of, is_torchs
+from .tracing import RefusedError, graph_of, is_torchs, transparent_checkpoints
 
 __all__ = [
     "Found",
@@ -106,13 +106,14 @@ def recognise(module: nn.Module) -> Plan:
     Raises:
         RefusedError: the module is not recognised; the message gives the reason.
     """
-    plan = describe(module)
-    if len(plan.blocks) == len(plan.steps) == 1 and len(plan.blocks[0].layers) < 2:
-        raise RefusedError("it is a single layer")
-    kinds = {path: type(m) for path, m in module.named_modules() if m is not module}
-    if (reason := changes(module, kinds, plan) or unsupported(module, plan)) is not None:
-        raise RefusedError(reason)
-    prove(module, plan)
+    with transparent_checkpoints():
+        plan = describe(module)
+        if len(plan.blocks) == len(plan.steps) == 1 and len(plan.blocks[0].layers) < 2:
+            raise RefusedError("it is a single layer")
+        kinds = {path: type(m) for path, m in module.named_modules() if m is not module}
+        if (reason := changes(module, kinds, plan) or unsupported(module, plan)) is not None:
+            raise RefusedError(reason)
+        prove(module, plan)
     return plan
 
 
@@ -132,7 +133,8 @@ def wants_copies(model: nn.Module, parts: dict[str, nn.Module]) -> set[str]:
         return {""}
     modules = set(parts.values())
     try:
-        graph = graph_of(model, lambda m: m in modules)
+        with transparent_checkpoints():
+            graph = graph_of(model, lambda m: m in modules)
     except RefusedError:
         return set(parts)
     names = {module: name for name, module in parts.items()}

@@ -159,6 +159,7 @@ class _Reading:
     def __init__(self, module: nn.Module, graph: fx.Graph, training: bool) -> None:
         self.module, self.training = module, training
         self.values: dict[fx.Node, _Value] = {}
+        self.empty: dict[fx.Node, _Value] = {}  # tensors of shape [0], and the values whose dtype they have
         self.input: _Group | None = None
         self.output: _Value | None = None
         self.made: list[_Group] = []  # the outputs of convolutions and pools
@@ -224,13 +225,15 @@ class _Reading:
             self.values[node] = self._activated(node.args[0], True)
         elif node.target == "contiguous" and len(node.args) == 1 and not node.kwargs:
             self.values[node] = self._value(node.args[0])
+        elif node.target == "new_empty" and node.args[1:] in ((0,), ((0,),), ([0],)) and not node.kwargs:
+            self.empty[node] = self._value(node.args[0])
         else:
             raise RefusedError(f"it calls Tensor.{node.target}")
 
     # --- handlers by operation
 
     def _value(self, source: Any) -> _Value:
-        if not isinstance(source, fx.Node):
+        if not isinstance(source, fx.Node) or source in self.empty:
             raise RefusedError("it uses a constant as features")
         return self.values[source]
 
@@ -289,7 +292,11 @@ class _Reading:
     def _joined(self, tensors: Any, dim: Any = 0) -> _Value:
         if dim != 1 or not isinstance(tensors, (list, tuple)):
             raise RefusedError("it concatenates along another dimension than channels")
-        groups = [group for tensor in tensors for group in self._features(tensor, "it concatenates").groups]
+        # torch.cat leaves out tensors of shape [0], but they contribute to its dtype.
+        joined = [t for t in tensors if t not in self.empty]
+        groups = [group for tensor in joined for group in self._features(tensor, "it concatenates").groups]
+        if any(not set(self.empty[t].groups) <= set(groups) for t in tensors if t in self.empty):
+            raise RefusedError("it concatenates an empty tensor of another dtype")
         return _Value(tuple(groups))
 
     def _averaged(

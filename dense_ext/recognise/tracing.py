@@ -55,20 +55,12 @@ class Guards:
         return Guards(tuple(attributes), tuple(dict.fromkeys((*self.variables, *other.variables))))
 
 
-class _Proxy(fx.Proxy):
-    """Counts as a tensor for ``isinstance``, so that a forward takes the same branches as for tensors."""
-
-    requires_grad = True
-
-    __class__: Any = property(lambda self: Tensor)
-
-
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self, needs_grad: bool, leaves: Callable[[nn.Module], bool]) -> None:
         super().__init__()
-        self.kind = type("_Proxy", (_Proxy,), {"requires_grad": needs_grad})
+        self.kind = type("_Proxy", (fx.Proxy,), {"requires_grad": needs_grad})
         self.leaves = leaves
         self.ambient = _ambient()
 
@@ -80,18 +72,15 @@ class _Tracer(fx.Tracer):
             raise RefusedError("it changes gradient mode or autocast")
         return super().create_node(*args, **kwargs)
 
-    def create_arg(self, a: Any) -> Any:
-        # Checked before fx does, since fx would treat the proxy as a tensor.
-        return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)
-
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return self.leaves(m) or is_torchs(m)
 
 
 def is_torchs(module: nn.Module) -> bool:
     """Whether a module's class is torch.nn's, except containers, whose contents are traced."""
-    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    return type(module).__module__.startswith("torch.nn.") and not isinstance(module, containers)
+    if type(module) is nn.Module or isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return False
+    return type(module).__module__.startswith("torch.nn.")
 
 
 def _ambient() -> tuple[Any, ...]:
@@ -111,7 +100,8 @@ def graph_of(module: nn.Module, leaves: Callable[[nn.Module], bool], needs_grad:
         RefusedError: the forward cannot be traced.
     """
     try:
-        return _Tracer(needs_grad, leaves).trace(module)
+        with _proxies_as_tensors(module):
+            return _Tracer(needs_grad, leaves).trace(module)
     except RefusedError:
         raise
     except Exception as error:
@@ -143,7 +133,6 @@ def traces(module: nn.Module) -> Iterator[tuple[bool, fx.Graph, Guards]]:
                 stack.enter_context(torch.set_grad_enabled(grad))
                 for device in ("cpu", "cuda"):
                     stack.enter_context(_autocast(device, autocast))
-                stack.enter_context(_transparent_checkpoints())
                 read = stack.enter_context(_recorded_reads(module))
                 code = stack.enter_context(_recorded_code())
                 graph = graph_of(module, lambda _: False, grad)
@@ -173,8 +162,31 @@ def _autocast(device: str, enabled: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _transparent_checkpoints() -> Iterator[None]:
-    """Make ``checkpoint(f, *args)`` call ``f(*args)``, which computes the same."""
+def _proxies_as_tensors(module: nn.Module) -> Iterator[None]:
+    """Let forwards see proxies as tensors in ``isinstance``, so that they take the same branches.
+
+    A proxy with ``__class__`` Tensor would do the same, but PyTorch's C++ code would believe it and crash.
+    """
+
+    def instance(value: Any, kinds: Any) -> bool:
+        return isinstance(value, kinds) or (isinstance(value, fx.Proxy) and issubclass(Tensor, kinds))
+
+    forwards = [getattr(type(m).forward, "__globals__", {}) for m in module.modules()]
+    written = {id(g): g for g in forwards if not g.get("__name__", "torch.").startswith("torch.")}
+    with ExitStack() as stack:
+        for variables in written.values():
+            if "isinstance" not in variables:
+                variables["isinstance"] = instance
+                stack.callback(variables.pop, "isinstance")
+        yield
+
+
+@contextmanager
+def transparent_checkpoints() -> Iterator[None]:
+    """Make ``checkpoint(f, *args)`` call ``f(*args)``.
+
+    It computes the same, but updates running statistics once; a checkpoint's backward updates them again.
+    """
 
     def checkpoint(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         kept = (
@@ -257,18 +269,19 @@ def _recorded_code() -> Iterator[dict[types.CodeType, types.FrameType]]:
     """Records the code outside PyTorch and the standard library that runs inside the context."""
     seen: dict[types.CodeType, Any] = {}
 
-    def profile(frame: types.FrameType, event: str, _: Any) -> None:
+    def record(frame: types.FrameType, event: str, _: Any) -> None:
         code = frame.f_code
-        if event == "call" and code not in seen and not _passed_over(code.co_filename):
+        if code not in seen and not _passed_over(code.co_filename):
             free = {name: frame.f_locals.get(name) for name in code.co_freevars}
             seen[code] = (frame.f_globals, free)
 
-    before = sys.getprofile()
-    sys.setprofile(profile)
+    # A trace function that returns None is called for calls only, unlike a profile function.
+    before = sys.gettrace()
+    sys.settrace(record)
     try:
         yield seen
     finally:
-        sys.setprofile(before)
+        sys.settrace(before)
 
 
 def _passed_over(file: str) -> bool:

@@ -130,7 +130,7 @@ class Adapter:
 def _why_not_swapped(module: nn.Module, original: type[nn.Module], fused: Any) -> str | None:
     """Why a part cannot be swapped, or None."""
     kind = type(module)
-    if swapped_class(kind, original, fused) is None:
+    if not isinstance(module, fused) and swapped_class(kind, original, fused) is None:
         own = (
             "with its own forward" if kind.forward is not original.forward else "that dense_ext does not know"
         )

@@ -277,6 +277,61 @@ def only_the_new_features() -> nn.Module:
     return Classifier(OnlyNew(), 3 * K)
 
 
+class EmptyAtFirst(nn.Module):
+    """Joins an empty tensor to the input before the first layer, and its blocks are in a plain Module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.units = nn.ModuleList(layers(TwoConvolutions))
+
+    def forward(self, x: Tensor) -> Tensor:
+        new, features = x.new_empty(0), [x]
+        for unit in self.units:
+            x = torch.cat([x, new], 1)
+            new = unit.new(x)
+            features.append(new)
+        return torch.cat(features, 1)
+
+
+class PlainHolder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.path = nn.Module()
+        self.path.block = EmptyAtFirst()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.path.children():
+            x = block(x)
+        return x
+
+
+@style
+def empty_tensor_and_plain_holder() -> nn.Module:
+    return Classifier(PlainHolder(), C + 3 * K)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
+class OwnFunction(Classifier):
+    """Applies an autograd function of its own, which cannot be traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Doubled.apply(super().forward(x))  # type: ignore[no-any-return,no-untyped-call]
+
+
+@style
+def own_autograd_function() -> nn.Module:
+    return OwnFunction(ListBlock(), C + 3 * K)
+
+
 class SharedActivation(nn.Module):
     """All layers share one activation, which is defined last; names are set with setattr."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import cProfile
 import io
 
 import pytest
@@ -209,3 +210,11 @@ def test_a_network_without_dense_blocks_is_an_error_that_says_why() -> None:
     message = r"Sequential contains no dense block that dense_ext knows or recognises \(0, 2: a has no norm"
     with pytest.raises(ValueError, match=message):
         dense_ext.swap(nn.Sequential(Branches(), nn.Conv2d(8, 3, 1), Branches()))
+
+
+def test_swaps_while_profiled() -> None:
+    with cProfile.Profile() as profile:
+        ours, _ = pair()
+    assert {row.runs for row in dense_ext.report(ours).rows} == {"fused"}
+    names = {getattr(entry.code, "co_name", "") for entry in profile.getstats()}
+    assert {"recognise", "swap"} <= names  # the profiler went on afterwards

@@ -14,7 +14,7 @@ import dense_ext
 from dense_ext.recognise import Recognised
 
 from ..helpers import Calls, assert_equal, assert_trains_alike, randomize, twin
-from .styles import STYLES
+from .styles import STYLES, C, Classifier, K, StarredBlock
 
 
 def images(model: nn.Module) -> torch.Tensor:
@@ -82,3 +82,13 @@ def test_every_dense_part_is_fused(model: nn.Module) -> None:
     kinds = {row.kind for row in dense_ext.report(model).rows if row.runs == "fused"}
     assert kinds & {"dense block", "stage"}
     assert all(row.runs == "fused" for row in dense_ext.report(model).rows)
+
+
+def test_checkpoints_update_running_statistics_once() -> None:
+    """A checkpoint's backward runs the norms again in eager; ours equals eager without checkpoints."""
+    torch.manual_seed(0)
+    eager = randomize(Classifier(StarredBlock(False), C + 3 * K)).double()
+    ours = Classifier(StarredBlock(True), C + 3 * K).double()
+    ours.load_state_dict(eager.state_dict())
+    dense_ext.swap(ours, strict=True)
+    assert_trains_alike(ours, eager, images(eager))
