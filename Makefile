@@ -40,7 +40,9 @@ $(VENV)/installed: $(VENV)/requirements pyproject.toml setup.py csrc/rules.ninja
 bench: setup
 	$(BIN)/dense-ext bench --out $(OUT) --overwrite
 
-# One process per core, each with few threads.
+# One process per core, each with few threads. They are more than there are cores: those that wait sleep.
+test fuzz: export OMP_WAIT_POLICY = passive
+
 test: setup
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n $(JOBS)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests/primitives tests/gpu tests/triton
