@@ -61,9 +61,11 @@ def randomize(module: nn.Module) -> nn.Module:
     return module
 
 
-def small_densenet(drop_rate: float = 0.0, bn_size: int = 3, growth_rate: int = 5) -> nn.Module:
+def small_densenet(
+    drop_rate: float = 0.0, bn_size: int = 3, growth_rate: int = 5, blocks: tuple[int, ...] = (2, 3, 1, 2)
+) -> nn.Module:
     """A torchvision DenseNet in float64 with four blocks, one of which has a single layer."""
-    net = DenseNet(growth_rate, (2, 3, 1, 2), 8, bn_size, drop_rate, num_classes=4)
+    net = DenseNet(growth_rate, blocks, 8, bn_size, drop_rate, num_classes=4)
     return randomize(net).double()
 
 
