@@ -40,11 +40,13 @@ $(VENV)/installed: $(VENV)/requirements pyproject.toml setup.py csrc/rules.ninja
 bench: setup
 	$(BIN)/dense-ext bench --out $(OUT) --overwrite
 
-# One process per core, each with few threads.
+# One process per core, each with few threads. They are more than there are cores: those that wait sleep.
+test fuzz: export OMP_WAIT_POLICY = passive
+
 test: setup
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n $(JOBS)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests/primitives tests/gpu tests/triton
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --device emulator tests/primitives tests/gpu tests/cuda
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/primitives tests/gpu tests/triton
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --device emulator tests/primitives tests/gpu tests/cuda
 
 docs: setup
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -c docs . build/docs
@@ -52,7 +54,7 @@ docs: setup
 # Prints a line for each hundred cases.
 fuzz: setup
 	HYPOTHESIS_PROFILE=fuzz CASES=$(CASES) SEED=$(SEED) OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -n $(JOBS) -v tests/test_campaign.py
+		$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -v tests/test_campaign.py
 
 # Installs nothing; the machine must have PyTorch, Triton, torchvision and pytest.
 gpu:

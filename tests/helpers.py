@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +23,26 @@ from torchvision.models.densenet import DenseNet, _DenseBlock, _Transition
 RELATIVE = 1e-9
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pairs(*values: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Combinations of a value of each in which every pair of two values occurs; always the same ones."""
+    candidates = list(itertools.product(*map(range, map(len, values))))
+    missing = {pair for row in candidates for pair in itertools.combinations(enumerate(row), 2)}
+    rows = []
+    while missing:
+        row = max(
+            candidates, key=lambda row: len(missing.intersection(itertools.combinations(enumerate(row), 2)))
+        )
+        missing.difference_update(itertools.combinations(enumerate(row), 2))
+        rows.append(tuple(v[i] for v, i in zip(values, row, strict=True)))
+    return rows
+
+
+def in_pairs(**values: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrizes a test by the :func:`pairs` of the arguments' values, fixtures among them."""
+    fixtures = [name for name in values if name in ("backend", "recompute")]
+    return pytest.mark.parametrize(tuple(values), pairs(*values.values()), indirect=fixtures)
 
 
 def randomize(module: nn.Module) -> nn.Module:
@@ -39,9 +61,11 @@ def randomize(module: nn.Module) -> nn.Module:
     return module
 
 
-def small_densenet(drop_rate: float = 0.0, bn_size: int = 3, growth_rate: int = 5) -> nn.Module:
+def small_densenet(
+    drop_rate: float = 0.0, bn_size: int = 3, growth_rate: int = 5, blocks: tuple[int, ...] = (2, 3, 1, 2)
+) -> nn.Module:
     """A torchvision DenseNet in float64 with four blocks, one of which has a single layer."""
-    net = DenseNet(growth_rate, (2, 3, 1, 2), 8, bn_size, drop_rate, num_classes=4)
+    net = DenseNet(growth_rate, blocks, 8, bn_size, drop_rate, num_classes=4)
     return randomize(net).double()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import dense_ext
 from dense_ext import eligibility
 from dense_ext.eligibility import Fused
+from dense_ext.schedule import RECOMPUTE
 
 from .helpers import assert_equal, assert_same_state, randomize, small_densenet
 
@@ -42,8 +44,9 @@ def _process_group(rank: int, folder: str) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _run(worker: Callable[..., None], folder: Path, *args: object) -> None:
-    mp.spawn(worker, args=(str(folder), *args), nprocs=WORLD)
+def _run(worker: Callable[[int, str], None], folder: Path) -> None:
+    """In processes that import once what they need for all policies."""
+    mp.spawn(worker, args=(str(folder),), nprocs=WORLD)
     assert sorted(p.name for p in folder.glob("done-*")) == ["done-0", "done-1"]
 
 
@@ -65,27 +68,28 @@ def _images(rank: int) -> Tensor:
     return torch.randn(2 * WORLD, 3, 40, 40, dtype=torch.float64)[2 * rank : 2 * rank + 2]
 
 
-def _train_in_parallel(rank: int, folder: str, recompute: str) -> None:
+def _train_in_parallel(rank: int, folder: str) -> None:
     """Train swapped and eager for three steps, each rank on its half of the batch."""
     with _process_group(rank, folder):
-        ours, eager = _twins()
-        models = [dense_ext.swap(ours, recompute=recompute), eager]
-        parallel = [DistributedDataParallel(model, broadcast_buffers=False) for model in models]
-        optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in models]
-        for _ in range(3):
-            x = _images(rank)
-            for model, optimizer in zip(parallel, optimizers, strict=True):
-                optimizer.zero_grad()
-                model(x).square().sum().backward()
-                optimizer.step()
-            assert_same_state(models[0], models[1])
+        for recompute in ("bottleneck", "block"):
+            ours, eager = _twins()
+            models = [dense_ext.swap(ours, recompute=recompute), eager]
+            parallel = [DistributedDataParallel(model, broadcast_buffers=False) for model in models]
+            optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in models]
+            for _ in range(3):
+                x = _images(rank)
+                for model, optimizer in zip(parallel, optimizers, strict=True):
+                    optimizer.zero_grad()
+                    model(x).square().sum().backward()
+                    optimizer.step()
+                assert_same_state(models[0], models[1])
 
 
-def _train_sharded(rank: int, folder: str, recompute: str) -> None:
+def _train_sharded(rank: int, folder: str) -> None:
     """Swap before and after sharding, compare each with eager in DistributedDataParallel, then restore."""
     with _process_group(rank, folder):
         mesh = init_device_mesh("cpu", (WORLD,))
-        for first in ("shard", "swap"):
+        for first, recompute in itertools.product(("shard", "swap"), RECOMPUTE):
             ours, eager = _twins(_monai_densenet)
             if first == "swap":
                 dense_ext.swap(ours, recompute=recompute)
@@ -105,7 +109,7 @@ def _train_sharded(rank: int, folder: str, recompute: str) -> None:
                     outputs.append(model(x))
                     outputs[-1].square().sum().backward()
                     optimizer.step()
-                assert_equal(outputs[0], outputs[1], f"output, {first} first")
+                assert_equal(outputs[0], outputs[1], f"output, {first} first, {recompute}")
             for (name, a), e in zip(ours.named_parameters(), eager.parameters(), strict=True):
                 assert_equal(a.full_tensor().detach(), e.detach(), name)
             assert {row.runs for row in dense_ext.report(ours).rows} == {"fused"}
@@ -123,14 +127,13 @@ needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was 
 
 
 @needs_gloo
-@pytest.mark.parametrize("recompute", ["bottleneck", "block"])
-def test_two_processes_train_as_eager(tmp_path: Path, recompute: str) -> None:
-    _run(_train_in_parallel, tmp_path, recompute)
+def test_two_processes_train_as_eager(tmp_path: Path) -> None:
+    _run(_train_in_parallel, tmp_path)
 
 
 @needs_gloo
-def test_fsdp2_shards_before_or_after_the_swap(tmp_path: Path, recompute: str) -> None:
-    _run(_train_sharded, tmp_path, recompute)
+def test_fsdp2_shards_before_or_after_the_swap(tmp_path: Path) -> None:
+    _run(_train_sharded, tmp_path)
 
 
 def test_data_parallel_on_one_device_is_the_module_itself() -> None:

@@ -12,8 +12,10 @@ from torchvision.models.densenet import DenseNet as TorchvisionDenseNet
 
 import dense_ext
 from dense_ext.models import MODELS
+from dense_ext.schedule import RECOMPUTE
 
-from .helpers import assert_equal, assert_trains_alike, randomize
+from .conftest import AVAILABLE
+from .helpers import assert_equal, assert_trains_alike, in_pairs, randomize
 
 
 def parameters(model: torch.nn.Module) -> int:
@@ -72,17 +74,20 @@ def test_loads_old_key_names() -> None:
             assert_equal(value, theirs.state_dict()[key], key)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"growth_rate": (3, 5), "block_config": (2, 2)},
-        {"growth_rate": 4, "block_config": (2, 2), "small_inputs": True, "in_channels": 1},
-        {"growth_rate": 4, "block_config": (2, 2), "bn_size": None, "compression": 1.0, "small_inputs": True},
-        {"growth_rate": 4, "block_config": (2,), "drop_rate": 0.2, "num_init_features": 6},
-    ],
-    ids=["growth per block", "small inputs", "no bottleneck", "one block with dropout"],
-)
-def test_variants_train(backend: str, recompute: str, options: dict[str, Any]) -> None:
+SMALL: dict[str, Any] = {"growth_rate": 4, "block_config": (2, 2), "small_inputs": True}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "growth per block": {"growth_rate": (3, 5), "block_config": (2, 2)},
+    "small inputs": {**SMALL, "in_channels": 1},
+    "no bottleneck": {**SMALL, "bn_size": None, "compression": 1.0},
+    "one block with dropout": {
+        "growth_rate": 4, "block_config": (2,), "drop_rate": 0.2, "num_init_features": 6,
+    },
+}  # fmt: skip
+
+
+@in_pairs(backend=AVAILABLE, recompute=RECOMPUTE, variant=list(VARIANTS))
+def test_variants_train(backend: str, recompute: str, variant: str) -> None:
+    options = VARIANTS[variant]
     model = dense_ext.DenseNet(num_classes=3, recompute=recompute, **options)
     images = torch.randn(4, options.get("in_channels", 3), 32, 32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)

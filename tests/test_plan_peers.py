@@ -25,7 +25,7 @@ TINY = ["plan", "tiny", "--size", "8", "--batch", "4", "--device", "cpu", "--pee
 
 def test_peers(capsys: pytest.CaptureFixture[str], shown: list[int | str]) -> None:
     """The largest batch equals the one found by trying every batch."""
-    budget = 1_500_000
+    budget = 1_100_000
     assert main([*TINY, "--memory", str(budget), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert not found["interrupted"]
@@ -52,12 +52,12 @@ def test_a_peer_that_fails_is_a_row_that_says_why(
         raise UnavailableError("timm is not installed")
 
     monkeypatch.setattr(peers, "timm_twin", no_timm)
-    assert main([*TINY, "--memory", "1500kB", "--json"]) == 0
+    assert main([*TINY, "--memory", "1100kB", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["peers"]
     none = {"peak_bytes": None, "largest_batch": None, "failure": "timm is not installed"}
     assert found["timm"] == found["timm-memory-efficient"] == none
     assert found["eager"]["largest_batch"] > 0
-    assert main([*TINY, "--memory", "1500kB"]) == 0
+    assert main([*TINY, "--memory", "1100kB"]) == 0
     out = capsys.readouterr().out
     assert "timm: timm is not installed" in out
     assert re.search(rf"eager .* yes .* {found['eager']['largest_batch']} ", out)
@@ -74,7 +74,7 @@ def test_ctrl_c_keeps_the_plan_and_the_peers_that_are_done(
         return peak(self, batch)
 
     monkeypatch.setattr(TrackedStep, "peak", interrupted)
-    assert main([*TINY, "--memory", "1500kB", "--json"]) == 130
+    assert main([*TINY, "--memory", "1100kB", "--json"]) == 130
     printed = capsys.readouterr()
     found = json.loads(printed.out)
     assert found["interrupted"]

@@ -39,8 +39,8 @@ BEFORE = ("parameters", "gradients", "optimizer state", "input")
 
 # Models and images whose peaks occur in different parts of the step.
 CASES: dict[str, tuple[str, tuple[int, int, int, int], dict[str, Any]]] = {
-    "densenet121": ("densenet121", (4, 3, 64, 64), {}),
-    "densenet169": ("densenet169", (2, 3, 64, 64), {}),
+    "third block": ("densenet121", (4, 3, 64, 64), {"block_config": (2, 2, 12, 2)}),
+    "last block": ("densenet169", (2, 3, 64, 64), {"block_config": (2, 2, 2, 12)}),
     "densenet_bc_100_12": ("densenet_bc_100_12", (2, 3, 32, 32), {}),
     "densenet_bc_40_12": ("densenet_bc_40_12", (4, 3, 32, 32), {}),
     "no bottleneck": ("densenet_40_12", (2, 3, 32, 32), {}),
@@ -211,7 +211,7 @@ def test_choice_is_the_cheapest_mixture_that_fits() -> None:
 def test_peers_are_tracked() -> None:
     """The tracked peak is the allocator's measured one, and the networks are not changed."""
     shape = (4, 3, 32, 32)
-    model = dense_ext.DenseNet(12, (6, 4), 24, num_classes=10, small_inputs=True)
+    model = dense_ext.DenseNet(12, (3, 2), 24, num_classes=10, small_inputs=True)
     for name, make in tracked.networks(model).items():
         network = make()
         tensors = [*network.parameters()] * 3 + [*network.buffers()]  # also gradients and momentum

@@ -54,6 +54,10 @@ def torchvision_net() -> nn.Module:
 
 NETWORKS = [timm_net, timm_deep_stem, monai_net, xray_net]
 libraries = pytest.mark.parametrize("build", NETWORKS, ids=lambda build: build.__name__)
+# Where the stem has no part in what is tested.
+other_libraries = pytest.mark.parametrize(
+    "build", [timm_net, monai_net, xray_net], ids=lambda build: build.__name__
+)
 
 
 def images() -> Tensor:
@@ -165,7 +169,7 @@ def _less(block: Any) -> str:
 CHANGES = [_other_activation, _one_more_module, _other_layer, _hook, _patched_forward, _dilation, _less]
 
 
-@libraries
+@other_libraries
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_after_the_swap_take_effect(
     build: Callable[[], nn.Module], change: Callable[[Any], str]
@@ -181,7 +185,7 @@ def test_changes_after_the_swap_take_effect(
     assert len(caught) == 1
 
 
-@libraries
+@other_libraries
 @pytest.mark.parametrize("change", CHANGES)
 def test_parts_changed_before_the_swap_are_not_swapped(
     build: Callable[[], nn.Module], change: Callable[[Any], str]
@@ -343,10 +347,15 @@ class TestXray:
         assert_trains_alike(ours, eager, images(), steps=1)
 
 
-def test_segmentation_encoder() -> None:
+def test_segmentation_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """A U-Net around torchvision's DenseNet calls the stem's and the transitions' children one by one."""
+    small = {"out_channels": [3, 8, 16, 16, 16, 16], "num_init_features": 8, "growth_rate": 4}
+    encoder = segmentation_models_pytorch.encoders.encoders["densenet121"]
+    monkeypatch.setitem(encoder, "params", {**small, "block_config": (2, 2, 2, 2)})
     torch.manual_seed(0)
-    model = segmentation_models_pytorch.Unet("densenet121", encoder_weights=None)
+    model = segmentation_models_pytorch.Unet(
+        "densenet121", encoder_weights=None, decoder_channels=(16, 16, 8, 8, 4)
+    )
     reason = r"DenseNetEncoder\.forward calls its modules one by one"
     with pytest.warns(UserWarning, match=rf"transition1.*: {reason}"):
         ours, eager = twin(randomize(model).double(), dense_ext.swap)
@@ -357,7 +366,7 @@ def test_segmentation_encoder() -> None:
     assert_trains_alike(ours, eager, torch.randn(2, 3, 64, 64, dtype=torch.float64), steps=1)
 
 
-@pytest.mark.parametrize("build", [timm_net, monai_net, xray_net], ids=lambda build: build.__name__)
+@other_libraries
 def test_keeps_as_little_as_in_torchvision(build: Callable[[], nn.Module], recompute: str) -> None:
     kept = []
     for make in (torchvision_net, build):
@@ -366,7 +375,7 @@ def test_keeps_as_little_as_in_torchvision(build: Callable[[], nn.Module], recom
     assert kept[0] == kept[1]
 
 
-@pytest.mark.parametrize("build", [timm_net, monai_net, xray_net], ids=lambda build: build.__name__)
+@other_libraries
 def test_planner_knows_every_library(build: Callable[[], nn.Module]) -> None:
     shape = (4, 3, 64, 64)
     expected = estimate(torchvision_net(), shape, recompute="bottleneck").peak

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dense_ext.backends.cuda import STORAGE_DTYPES
-
 from ..emulator import SHARED_BYTES, Emulator
+from ..helpers import in_pairs
 from ..primitives import test_bn_relu_conv1x1 as conv1x1
 from ..primitives import test_bn_relu_conv3x3 as conv3x3
 from ..primitives.common import MakeCase, Size
@@ -48,19 +47,30 @@ def test_order_of_warps(gpu: Emulator, make: MakeCase, size: Size) -> None:
         assert same_bits(done[-1], done[0]), f"{order} {seed}: the bits differ"
 
 
-@pytest.mark.parametrize("dtype", STORAGE_DTYPES, ids=str)
+# The two types of 16 bits take as much shared memory: each kernel runs with every chip's in one of them.
+MEMORY = [
+    *((torch.float32, chip) for chip in SHARED_BYTES),
+    (torch.float16, "sm_80"),
+    (torch.bfloat16, "sm_86"),
+    (torch.float16, "sm_90"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "chip"), MEMORY, ids=str)
 @pytest.mark.parametrize(("make", "size"), CONVOLUTIONS.values(), ids=list(CONVOLUTIONS))
-def test_shared_memory(gpu: Emulator, make: MakeCase, size: Size, dtype: torch.dtype) -> None:
+def test_shared_memory(gpu: Emulator, make: MakeCase, size: Size, dtype: torch.dtype, chip: str) -> None:
     """Each kernel uses the shared memory there is, if it can; ``run`` refuses a launch that requests more."""
-    for shared_bytes in SHARED_BYTES.values():
-        gpu.reset(shared_bytes=shared_bytes)
-        check_values(gpu.backend, make(Maker(dtype, CPU, guard=ALIGNED), size))
+    gpu.reset(shared_bytes=SHARED_BYTES[chip])
+    check_values(gpu.backend, make(Maker(dtype, CPU, guard=ALIGNED), size))
 
 
-@pytest.mark.parametrize("images", IMAGES, ids=str)
-@pytest.mark.parametrize("make", [conv3x3.forward_case, conv3x3.backward_case], ids=lambda c: c.__name__)
-def test_patches(gpu: Emulator, make: MakeCase, images: Size) -> None:
+@in_pairs(
+    make=[conv3x3.forward_case, conv3x3.backward_case],
+    images=IMAGES,
+    setting=[(torch.float32, 1), (torch.bfloat16, 1), (torch.bfloat16, 16)],
+)
+def test_patches(gpu: Emulator, make: MakeCase, images: Size, setting: tuple[torch.dtype, int]) -> None:
     """Patches of every shape; they are small or large depending on how many there are per multiprocessor."""
-    for dtype, multiprocessors in ((torch.float32, 1), (torch.bfloat16, 1), (torch.bfloat16, 16)):
-        gpu.reset(multiprocessors=multiprocessors)
-        check_values(gpu.backend, make(Maker(dtype, CPU, guard=ALIGNED), (*images, 24, 16)))
+    dtype, multiprocessors = setting
+    gpu.reset(multiprocessors=multiprocessors)
+    check_values(gpu.backend, make(Maker(dtype, CPU, guard=ALIGNED), (*images, 24, 16)))

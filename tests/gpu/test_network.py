@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 import dense_ext
 from dense_ext.backends.triton import launch
+from dense_ext.schedule import RECOMPUTE
 
 from ..emulator import SHARED_BYTES, emulator
 from ..helpers import BackwardBuffers, eager_block, eager_transition, in_three_dimensions, small_densenet
 
-STEPS = 3
+STEPS = 2
+BLOCKS = (2, 1)  # their layers: an interpreted or emulated one takes seconds
 
 
 @pytest.fixture(params=SHARED_BYTES)
@@ -81,20 +83,19 @@ def test_blocks_and_transitions_of_volumes(device: torch.device, backend: str, r
 
 
 @pytest.mark.usefixtures("architecture")
-@pytest.mark.parametrize("recompute", ["none", "bottleneck"])
-def test_trains_as_exactly_as_eager(device: torch.device, backend: str, recompute: str) -> None:
+def test_trains_as_exactly_as_eager(device: torch.device, backend: str) -> None:
     """In float32 with float32 products, the median error over tensors is at most twice eager's.
 
     Errors are taken against float64. The ratio of two equally exact programs scatters with the rounding,
     especially in this network, whose last norms are over two values. Its mean over draws scatters less.
     """
     ratios = []
-    for seed in range(3):
+    for seed, recompute in enumerate(RECOMPUTE):  # whose bits are the same, as another test shows
         torch.manual_seed(seed)
-        exact = small_densenet(growth_rate=6).to(device)
+        exact = small_densenet(growth_rate=6, blocks=BLOCKS).to(device)
         eager = copy.deepcopy(exact).float()
         ours = dense_ext.swap(copy.deepcopy(eager), recompute=recompute, backend=backend)
-        x = torch.randn(2, 3, 33, 32, device=device)
+        x = torch.randn(2, 3, 17, 16, device=device)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             truth = train(exact, x.double())
             mine, theirs = errors(train(ours, x), truth), errors(train(eager, x), truth)
@@ -143,8 +144,8 @@ def test_sixteen_bits_are_as_exact_as_eagers(device: torch.device, backend: str,
 
 @pytest.mark.usefixtures("architecture")
 def test_every_policy_gives_the_same_bits(device: torch.device, backend: str) -> None:
-    model = small_densenet().float().to(device)
-    x = torch.randn(2, 3, 33, 32, device=device)
+    model = small_densenet(blocks=BLOCKS).float().to(device)
+    x = torch.randn(2, 3, 17, 16, device=device)
     results = []
     for policy in ("none", "bottleneck", "block"):
         ours = dense_ext.swap(copy.deepcopy(model), recompute=policy, backend=backend)
@@ -168,9 +169,9 @@ def test_gradient_that_nobody_else_holds_is_the_buffer(device: torch.device, bac
 
 @pytest.mark.usefixtures("architecture")
 def test_eval_and_dropout(device: torch.device, backend: str) -> None:
-    model = small_densenet(drop_rate=0.3).float().to(device)
+    model = small_densenet(drop_rate=0.3, blocks=BLOCKS).float().to(device)
     ours = dense_ext.swap(copy.deepcopy(model), backend=backend)
-    x = torch.randn(2, 3, 33, 32, device=device)
+    x = torch.randn(2, 3, 17, 16, device=device)
     ours(x).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in ours.parameters())
     ours, model = dense_ext.swap(copy.deepcopy(model).eval(), backend=backend), model.eval()

@@ -19,8 +19,8 @@ MakeMaker = Callable[..., Maker]
 class PrimitiveTests:
     """Base of a primitive's test class.
 
-    ``cases`` are functions of a Maker and a size. ``sizes`` are tested in every dtype; ``small`` and
-    ``large`` are used in other tests. A size begins with the number of images.
+    ``cases`` are functions of a Maker and a size. ``sizes`` are tested in a dtype of every width;
+    ``small`` and ``large`` are used in other tests. A size begins with the number of images.
     """
 
     cases: ClassVar[tuple[MakeCase, ...]]

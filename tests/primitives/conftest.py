@@ -18,8 +18,22 @@ from .harness import Maker
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Parametrize with the backends that run on ``--device``, and with a class's cases and sizes."""
+    backends = checked_backends(metafunc.config)
+    if {"backend", "case", "dtype", "size"} <= set(metafunc.fixturenames) and hasattr(metafunc.cls, "sizes"):
+        rows = [
+            (backend, case, types[n % len(types)], size)
+            for backend in backends
+            for case in metafunc.cls.cases
+            for n, size in enumerate(metafunc.cls.sizes)
+            for types in _widths(backend, metafunc.config)
+        ]
+        names = ("backend", "case", "dtype", "size")
+        metafunc.parametrize(names, rows, indirect=["backend"], ids=_id)
+        return
     if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", checked_backends(metafunc.config), indirect=True)
+        metafunc.parametrize("backend", backends, indirect=True)
+    if "dtype" in metafunc.fixturenames:
+        metafunc.parametrize("dtype", STORAGE_DTYPES, ids=_id)
     for name, values in (("case", "cases"), ("optional_case", "optional_cases"), ("size", "sizes")):
         if name in metafunc.fixturenames and hasattr(metafunc.cls, values):
             metafunc.parametrize(name, getattr(metafunc.cls, values), ids=_id)
@@ -42,13 +56,6 @@ def exact_products() -> Iterator[None]:
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Each backend that is compared with the reference."""
     return BACKENDS[request.param]
-
-
-@pytest.fixture(params=STORAGE_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    """Each storage dtype."""
-    dtype: torch.dtype = request.param
-    return dtype
 
 
 @pytest.fixture
@@ -77,6 +84,21 @@ def threads(request: pytest.FixtureRequest, backend: Backend, device: torch.devi
     torch.set_num_threads(before)
 
 
+def _widths(backend: str, config: pytest.Config) -> list[list[torch.dtype]]:
+    """The storage dtypes, those of equal width together: they share a kernel's sizes.
+
+    Those that the backend does not support are left out, unless it supports none, which is a skip.
+    """
+    device = device_of(config)
+    found = [d for d in STORAGE_DTYPES if not BACKENDS[backend].unavailable_reason(PRIMITIVES[0], device, d)]
+    widths: dict[int, list[torch.dtype]] = {}
+    for dtype in found or STORAGE_DTYPES:
+        widths.setdefault(dtype.itemsize, []).append(dtype)
+    return list(widths.values())
+
+
 def _id(value: object) -> str:
+    if isinstance(value, (str, torch.dtype)):
+        return str(value).removeprefix("torch.")
     function = getattr(value, "func", value)  # unwraps a functools.partial
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(function.__name__)
