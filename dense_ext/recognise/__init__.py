@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx, nn
 
@@ -121,6 +122,8 @@ def recognise(module: nn.Module) -> Plan:
 
 # Functions that need the memory layout of eager's result.
 _LAYOUT = {"view", "view_as", "as_strided", "stride", "is_contiguous", "data_ptr", "numpy", "unfold"}
+# Functions whose result has the same layout as eager's, whatever the layout of what they take.
+_FORGETS_LAYOUT = {"flatten", "linear", "mean", "reshape"}
 
 
 def wants_copies(model: nn.Module, parts: dict[str, nn.Module]) -> set[str]:
@@ -158,9 +161,14 @@ def _needs_copy(node: fx.Node, model: nn.Module, parts: set[nn.Module]) -> bool:
                 continue
             if getattr(module, "inplace", False) and node in user.all_input_nodes:
                 return True
+            pools_all = set(_as_tuple(getattr(module, "output_size", None))) == {1}
+            if pools_all or isinstance(module, (nn.Flatten, nn.Linear)):
+                continue
         name = str(getattr(user.target, "__name__", user.target))
         if name in _LAYOUT:
             return True
+        if name in _FORGETS_LAYOUT:
+            continue
         writes = (
             (name.endswith("_") and not name.endswith("__"))
             or name == "setitem"
@@ -170,6 +178,10 @@ def _needs_copy(node: fx.Node, model: nn.Module, parts: set[nn.Module]) -> bool:
             return True
         fresh.add(user)
     return False
+
+
+def _as_tuple(size: Any) -> tuple[Any, ...]:
+    return size if isinstance(size, tuple) else (size,)
 
 
 def _downstream(node: fx.Node) -> Iterator[fx.Node]:

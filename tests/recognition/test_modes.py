@@ -140,6 +140,24 @@ def test_keeps_a_fraction_of_what_eager_keeps(kind: str, most: float) -> None:
     assert kept[0] < most * kept[1]
 
 
+@pytest.mark.parametrize(
+    ("kind", "copies"),
+    [
+        ("module_list", False),  # flattened, which copes with any layout
+        ("functional_transition", False),
+        ("view_of_the_features", True),
+        ("in_place_on_the_features", True),
+        ("one_forward_for_all", True),  # a view behind a pool
+        ("segmentation", True),  # returns feature maps
+    ],
+)
+def test_only_a_network_that_relies_on_the_layout_gets_copies(kind: str, copies: bool) -> None:
+    ours, _ = pair(kind)
+    parts = [module for module in ours.modules() if isinstance(module, Recognised)]
+    assert parts[-1].returns_copy == copies
+    assert not any(part.returns_copy for part in parts[:-1])
+
+
 def test_swap_again_changes_the_options_and_restored_gives_the_original() -> None:
     ours, eager = pair()
     dense_ext.swap(ours, recompute="block")
