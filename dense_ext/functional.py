@@ -37,8 +37,8 @@ def dense_block(
         backend: as :class:`dense_ext.DenseBlock`.
 
     Returns:
-        [N, c0 + L*K, H, W] in channels_last memory: x, then what each layer adds. Its backward reads it, so
-        it must not be written in place.
+        [N, c0 + L*K, H, W] in channels_last memory, x first and then what each layer adds. Its backward
+        reads it, so it must not be written in place.
 
     Modules that the operator does not support (a bias, a dilation, a hook) run one by one instead, with a
     warning. The same holds, without a warning, where PyTorch traces, exports or transforms.
