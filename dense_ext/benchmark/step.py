@@ -28,9 +28,10 @@ class TrainStep:
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Mean cross entropy, with its graph."""
-        return self._loss_and_logits(images, labels)[0]
+        return self.loss_and_logits(images, labels)[0]
 
-    def _loss_and_logits(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def loss_and_logits(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss and the logits [N, classes], with their graph."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             logits = self.model(images)
             return F.cross_entropy(logits, labels), logits
@@ -38,8 +39,7 @@ class TrainStep:
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         """The loss before the step's update, detached."""
         self.optimizer.zero_grad(set_to_none=False)
-        # A training loop holds its logits during backward, and the planner counts them.
-        loss, _logits = self._loss_and_logits(images, labels)
+        loss, _ = self.loss_and_logits(images, labels)
         torch.autograd.backward(self.scaler.scale(loss))
         self.scaler.step(self.optimizer)
         self.scaler.update()
