@@ -211,7 +211,7 @@ def test_parts_changed_before_the_swap_are_not_swapped(
         (lambda: timm_net(norm_layer="groupnorm1"), "denselayer1: norm1 is .*, not BatchNormAct2d"),
         (
             lambda: timm_net(aa_layer=timm.layers.BlurPool2d, aa_stem_only=False),
-            "transition1.*: pool is BlurPool2d, not AvgPool2d",
+            r"transition1.*: pool is BlurPool2d, not AvgPool2d",
         ),
         (lambda: monai_net(spatial_dims=1), "denselayer1: norm1 is BatchNorm1d, not BatchNorm2d"),
         (lambda: monai_net(norm="instance"), "denselayer1: norm1 is InstanceNorm2d, not BatchNorm2d"),
