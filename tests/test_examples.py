@@ -72,10 +72,8 @@ def test_own_backbone(example: Example) -> None:
 
 
 def test_segmentation(example: Example) -> None:
-    with pytest.warns(
-        UserWarning,
-        match=r"left as they are: encoder\.features, .*: DenseNetEncoder\.forward calls its modules one by one",
-    ):
+    reason = "DenseNetEncoder.forward calls its modules one by one"
+    with pytest.warns(UserWarning, match=f"left as they are: encoder.features, .*: {reason}"):
         printed = example("segmentation", "--steps", "24", "--size", "64", "--batch", "4")
     assert len(re.findall(r"dense block +fused", printed)) == 4
     assert len(re.findall(r"transition +eager", printed)) == 3
