@@ -14,8 +14,8 @@ from typing import Any
 from torch import fx, nn
 
 from .description import CONVS, NORMS, Plan, describe
-from .fused import Recognised, changes, original_class, recognised_base, unsupported
-from .proof import install, prove
+from .fused import Recognised, changes, install, kinds_of, original_class, recognised_base, unsupported
+from .proof import prove
 from .tracing import RefusedError, graph_of, is_torchs, transparent_checkpoints
 
 __all__ = [
@@ -59,11 +59,8 @@ def _visit(module: nn.Module, name: str, known: set[nn.Module], found: list[Foun
     if module in known or is_torchs(module) or not _may_be_dense(module):
         return False
     reason, holds_known = None, not known.isdisjoint(module.modules())
-    if holds_known:
-        pass
-    elif type(module).forward is not nn.Module.forward and not isinstance(
-        module, (nn.ModuleList, nn.ModuleDict)
-    ):
+    has_forward = type(module).forward is not nn.Module.forward
+    if has_forward and not holds_known and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         try:
             plan = recognise(module)
         except RefusedError as refused:
@@ -111,8 +108,7 @@ def recognise(module: nn.Module) -> Plan:
         plan = describe(module)
         if len(plan.blocks) == len(plan.steps) == 1 and len(plan.blocks[0].layers) < 2:
             raise RefusedError("it is a single layer")
-        kinds = {path: type(m) for path, m in module.named_modules() if m is not module}
-        if (reason := changes(module, kinds, plan) or unsupported(module, plan)) is not None:
+        if (reason := changes(module, kinds_of(module), plan) or unsupported(module, plan)) is not None:
             raise RefusedError(reason)
         prove(module, plan)
     return plan

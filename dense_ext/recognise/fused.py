@@ -107,7 +107,6 @@ class Recognised(Fused):
         norms = [self._find(name) for layer in step.layers for name in layer.norms]
         convs = [self._find(name) for layer in step.layers for name in layer.convs]
         drop_rate = step.drop_rate if self.training else 0.0
-        given = x
         if not step.newest_first:
             out, carried = run_dense_block(x, norms, convs, drop_rate, self.recompute, self.backend)
             if not step.only_new:
@@ -118,7 +117,7 @@ class Recognised(Fused):
             if step.only_new:
                 out = out[:, : -x.shape[1]]
         if step.only_new:
-            out = out.to(autocast_dtype(given) or out.dtype)
+            out = out.to(autocast_dtype(x) or out.dtype)
         return out, ops.NOTHING_CARRIED
 
 
@@ -183,9 +182,14 @@ def _run_newest_first(
 # --- checks -------------------------------------------------------------------------------------------
 
 
+def kinds_of(module: Any) -> dict[str, type[nn.Module]]:
+    """The class of every submodule, by dotted name."""
+    return {name: type(m) for name, m in module.named_modules() if m is not module}
+
+
 def changes(module: Any, kinds: dict[str, type], plan: Plan) -> str | None:
     """What has changed since the module was recognised, or None."""
-    if {name: type(m) for name, m in module.named_modules() if m is not module} != kinds:
+    if kinds_of(module) != kinds:
         return "its modules have changed since it was recognised"
     original = original_class(type(module)) if isinstance(module, Recognised) else type(module)
     if not torch.compiler.is_compiling() and (name := patched_method(original)):
@@ -270,6 +274,14 @@ def _recognised_class(kind: Any) -> Any:
 
 # Annotated again because mypy does not treat classes as hashable.
 recognised_class: Callable[[Any], Any] = _recognised_class
+
+
+def install(module: Any, plan: Plan, recompute: str, backend: str, name: str, returns_copy: bool) -> None:
+    """Make a module run its plan, in place."""
+    kinds = kinds_of(module)
+    module.__class__ = recognised_class(type(module))
+    module.plan, module.kinds, module.returns_copy = plan, kinds, returns_copy
+    module.recompute, module.backend, module.part_name = recompute, backend, name
 
 
 def recognised_base(kind: type) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .description import Plan, Transition, without_dropout
-from .fused import Recognised, recognised_class
+from .fused import Recognised, install
 from .tracing import RefusedError
 
 # The relative error allowed: far above rounding in float64, far below any mistake.
@@ -30,14 +30,6 @@ class _WithoutDropout(TorchFunctionMode):
         if func in _DROPOUTS:
             return args[0] if args else kwargs["input"]
         return func(*args, **kwargs)
-
-
-def install(module: Any, plan: Plan, recompute: str, backend: str, name: str, returns_copy: bool) -> None:
-    """Make a module run its plan, in place."""
-    kinds = {path: type(m) for path, m in module.named_modules() if m is not module}
-    module.__class__ = recognised_class(type(module))
-    module.plan, module.kinds, module.returns_copy = plan, kinds, returns_copy
-    module.recompute, module.backend, module.part_name = recompute, backend, name
 
 
 def prove(module: nn.Module, plan: Plan) -> None:
