@@ -38,7 +38,7 @@ def register(
             return operator(x, *rest)
 
     def forward(ctx: Any, x: Tensor, sizes: list[int], rest: tuple[Any, ...], *tensors: Tensor) -> Any:
-        arguments = (x, *_grouped(tensors, sizes), *rest)
+        arguments = (x, *grouped(tensors, sizes), *rest)
         outputs = run(*arguments)
         ctx.set_materialize_grads(False)
         ctx.list_sizes = sizes
@@ -51,7 +51,7 @@ def register(
             return (None,) * len(ctx.needs_input_grad)
         grad_x, *groups = formula(ctx, grad)
         gradients = [grad_x, None, None, *(gradient for group in groups for gradient in group)]
-        gradients += [None] * (len(ctx.needs_input_grad) - len(gradients))  # the running statistics'
+        gradients += [None] * (len(ctx.needs_input_grad) - len(gradients))  # of running statistics
         return tuple(g if n else None for g, n in zip(gradients, ctx.needs_input_grad, strict=True))
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
@@ -72,7 +72,7 @@ def register(
 def needs_conv_grad(ctx: Any) -> tuple[bool, ...]:
     """For each of an operator's convolutions, whether its weight gradient is needed."""
     sizes, (_, _, _, *tensors) = ctx.list_sizes, ctx.needs_input_grad
-    return tuple(_grouped(tensors, sizes)[2])
+    return tuple(grouped(tensors, sizes)[2])
 
 
 def save(ctx: Any, args: Arguments, *activations: Tensor | None) -> None:
@@ -80,7 +80,7 @@ def save(ctx: Any, args: Arguments, *activations: Tensor | None) -> None:
 
     The backward runs on the backend that was requested for the forward, even if another is requested by then.
     """
-    ctx.constants = (args.eps, args.batch_stats, requested(args.backend))
+    ctx.constants = (*args[TENSOR_LISTS:-1], requested(args.backend))
     ctx.save_for_backward(*activations, *(tensor for group in args.tensors for tensor in group))
 
 
@@ -88,11 +88,11 @@ def load(ctx: Any) -> tuple[Any, ...]:
     """The arguments and activations that `save` kept, as ``(args, *activations)``."""
     saved = ctx.saved_tensors
     activations = len(saved) - sum(ctx.list_sizes)
-    lists: Any = _grouped(saved[activations:], ctx.list_sizes)
+    lists: Any = grouped(saved[activations:], ctx.list_sizes)
     return Arguments(*lists, *ctx.constants), *saved[:activations]
 
 
-def _grouped(members: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
+def grouped(members: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
     """The members split, in their order, into lists of these sizes."""
     ends = itertools.accumulate(sizes)
     return [list(members[end - size : end]) for end, size in zip(ends, sizes, strict=True)]

@@ -76,7 +76,7 @@ def num_features(norm: nn.Module) -> int:
 
 @torch.no_grad()
 def update_running_stats(
-    norms: Sequence[nn.BatchNorm2d], stats: Tensor, starts: Sequence[int], count: int
+    norms: Sequence[nn.BatchNorm2d], stats: Tensor, starts: Sequence[int], count: Any
 ) -> None:
     """Update the running statistics for one training step, as :class:`torch.nn.BatchNorm2d` does.
 
@@ -84,8 +84,8 @@ def update_running_stats(
         norms: the norms that ran; those in eval mode or without running statistics are skipped.
         stats: batch means and biased batch variances [2, S]. The running variance takes the unbiased ones.
         starts: the index in S of each norm's first channel.
-        count: M, the number of values per channel. An empty batch (0) counts as a step but changes no
-            statistics.
+        count: M, the number of values per channel, as a number or a tensor. An empty batch (0) counts as a
+            step but changes no statistics.
 
     Raises:
         ValueError: a norm has only one of the two running statistics.
@@ -107,9 +107,11 @@ def update_running_stats(
     counters = [counter for counter in steps if counter is not None]
     if counters:
         torch._foreach_add_(counters, 1)
-    if count == 0 or not tracked:
+    if not tracked or (not isinstance(count, Tensor) and count == 0):
         return
-    means, variances = stats[0], stats[1] * (count / max(count - 1, 1))
+    others = count - 1
+    means = stats[0]
+    variances = stats[1] * (count / (others.clamp(min=1) if isinstance(others, Tensor) else max(others, 1)))
     by_momentum: dict[float | None, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
     for (norm, running_mean, running_var, start), step in zip(tracked, steps, strict=True):
         if running_mean is None or running_var is None or (step is None and norm.momentum is None):

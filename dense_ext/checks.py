@@ -20,14 +20,18 @@ def check_options(recompute: str, backend: str) -> None:
     check_backend_name(backend)
 
 
-def check_input(where: str, x: Tensor, norm: nn.BatchNorm2d, minimum_size: int = 1) -> None:
+def check_input(
+    where: str, x: Tensor, norm: nn.Module, volumes: bool, minimum: Sequence[int] | None = None
+) -> None:
     """Refuse an activation that a dense block, transition or stem cannot take.
 
     Args:
         where: the module's name, for the message.
-        x: expected [N, C, H, W], or [N, C, D, H, W] if ``norm`` is a BatchNorm3d; of a floating dtype, with
-            C = ``norm.num_features`` and D, H and W >= ``minimum_size``.
+        x: expected [N, C, H, W], or for ``volumes`` [N, C, D, H, W], of a floating dtype and with as many
+            channels as ``norm``. Signals are images of one row.
         norm: the module's first norm.
+        volumes: whether the module is for volumes.
+        minimum: the least D, H and W; by default 1.
 
     Raises:
         TypeError: x is not a tensor, or not of a supported floating dtype.
@@ -39,15 +43,16 @@ def check_input(where: str, x: Tensor, norm: nn.BatchNorm2d, minimum_size: int =
     if x.dtype not in STORAGE_DTYPES:
         expected = ", ".join(str(d).removeprefix("torch.") for d in STORAGE_DTYPES)
         raise TypeError(f"{where}: input {shape} has dtype {x.dtype}, expected one of {expected}")
-    sizes = ("D", "H", "W") if isinstance(norm, nn.BatchNorm3d) else ("H", "W")
+    sizes = ("D", "H", "W") if volumes else ("H", "W")
     if x.dim() != 2 + len(sizes):
         layout = ", ".join(("N", str(channels), *sizes))
         raise ValueError(f"{where}: input must be {2 + len(sizes)}-D [{layout}], got shape {shape}")
     if shape[1] != channels:
         raise ValueError(f"{where}: input {shape} has {shape[1]} channels, expected {channels}")
-    if min(shape[2:]) < minimum_size:
+    least = minimum or [1] * len(sizes)
+    if any([length < at_least for length, at_least in zip(shape[2:], least, strict=True)]):  # noqa: C419
         raise ValueError(
-            f"{where}: input {shape} is too small, expected at least {minimum_size} pixels per side"
+            f"{where}: input {shape} is too small, expected at least {max(least)} pixels per side"
         )
 
 

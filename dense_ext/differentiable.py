@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import Arguments, BlockOptions
-from .schedule import dropout_mask, nhwc
+from . import activations
+from .arguments import TRAINABLE_LISTS, Arguments, BlockOptions, TransitionOptions
+from .autograd import grouped
+from .schedule import Dropout, nhwc
 
 
 @contextmanager
@@ -39,13 +41,20 @@ def _inputs(tensors: Sequence[Tensor], again: bool) -> list[Tensor]:
 
 
 def _activations(x: Tensor, args: Arguments) -> Iterator[Any]:
-    """For each norm of an operator, a function that applies the norm and the ReLU to its input."""
+    """For each norm of an operator, a function that applies the norm and the activation to its input."""
+    if args.counts is not None:
+        raise NotImplementedError(
+            "dense_ext cannot differentiate twice, or a batch of gradients at once, through statistics that "
+            "several processes share (SyncBatchNorm)"
+        )
     running = iter(zip(args.running_means, args.running_vars, strict=True))
+    activated = activations.activation(args.activation).forward
 
     def activation(weight: Tensor, bias: Tensor, eps: float, statistics: Any) -> Any:
         def apply(x: Tensor) -> Tensor:
             mean, var = statistics or (None, None)
-            return F.relu(F.batch_norm(x, mean, var, weight, bias, statistics is None, 0.0, eps))
+            normed = F.batch_norm(x, mean, var, weight, bias, statistics is None, 0.0, eps)
+            return activated(normed)
 
         return apply
 
@@ -53,9 +62,24 @@ def _activations(x: Tensor, args: Arguments) -> Iterator[Any]:
         yield activation(weight, bias, eps, None if batch else next(running))
 
 
-def _convolve(x: Tensor, weight: Tensor) -> Tensor:
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int = 1) -> Tensor:
     convolution = F.conv3d if x.dim() == 5 else F.conv2d
-    return convolution(x, weight, padding=weight.shape[-1] // 2)
+    bias = None if bias is None else bias.to(x.dtype)
+    padding = [dilation * (length // 2) for length in weight.shape[2:]]
+    return convolution(x, weight, bias, padding=padding, dilation=dilation)
+
+
+def _drop(y: Tensor, rate: float, channels: bool, seed: Any) -> Tensor:
+    """``y`` [N, K, H, W] after dropout."""
+    if rate == 0:
+        return y
+    return y * Dropout(rate, channels, int(seed)).mask(nhwc(y)).movedim(-1, 1)
+
+
+def _with_inputs(args: Arguments, again: bool) -> tuple[Arguments, list[list[Tensor]]]:
+    """The arguments with their trainable tensors as inputs of a layer, and these."""
+    groups = [_inputs(group, again) for group in args.tensors[:TRAINABLE_LISTS]]
+    return Arguments._make([*groups, *args[TRAINABLE_LISTS:]]), groups
 
 
 def _gradients(y: Tensor, inputs: Sequence[Tensor], grad: Tensor, again: bool) -> list[Tensor | None]:
@@ -82,50 +106,53 @@ def dense_block_backward(
     """
     with _recording(out) as again:
         (x,) = _inputs([out], again)
-        groups = [_inputs(group, again) for group in args[:3]]
-        args = args._replace(norm_weights=groups[0], norm_biases=groups[1], conv_weights=groups[2])
-        convs, activations = args.conv_weights, list(_activations(x, args))
-        per_layer = 2 if convs[0].shape[-1] == 1 else 1
-        sizes = [in_channels, *[convs[-1].shape[0]] * (len(convs) // per_layer)]
+        args, groups = _with_inputs(args, again)
+        convs, activated = args.conv_weights, list(_activations(x, args))
+        per_layer = options.convs_per_layer
+        sizes = [in_channels, *[conv.shape[0] for conv in convs[per_layer - 1 :: per_layer]]]
         ends = list(itertools.accumulate(sizes))
         g = list(grad.split(sizes, 1))
-        found: list[list[Tensor | None]] = [[None] * len(convs) for _ in groups]
+        found: list[list[Tensor | None]] = [[None] * len(group) for group in groups]
         for layer in reversed(range(len(sizes) - 1)):
             own = slice(layer * per_layer, (layer + 1) * per_layer)
             y = source = x.narrow(1, 0, ends[layer])
-            for activation, weight in zip(activations[own], convs[own], strict=True):
-                y = _convolve(activation(y), weight)
-            if options.drop_rate > 0:
-                mask = dropout_mask(options.dropout_seeds, layer, options.drop_rate, nhwc(y))
-                y = y * mask.movedim(-1, 1)
+            for which, i in enumerate(range(own.start, own.stop)):
+                dilation = options.dilation if which == per_layer - 1 else 1
+                y = _convolve(activated[i](y), convs[i], args.bias(i), dilation)
+                if options.dropout_seeds is not None:
+                    seed = options.dropout_seeds[i]
+                    y = _drop(y, options.drop_rates[which], options.drops_channels, seed)
             inputs = [source, *(t for group in groups for t in group[own])]
             of_source, *of_parameters = _gradients(y, inputs, g[layer + 1], again)
-            for group, i in zip(found, range(0, 3 * per_layer, per_layer), strict=True):
-                group[own] = of_parameters[i : i + per_layer]
+            each = grouped(of_parameters, [len(group[own]) for group in groups])
+            for group, gradients in zip(found, each, strict=True):
+                group[own] = gradients
             if of_source is not None:
                 parts = of_source.split(sizes[: layer + 1], 1)
                 g[: layer + 1] = [a + b for a, b in zip(g, parts, strict=False)]
         return g[0], *found
 
 
-def pooling_backward(grad: Tensor, x: Tensor, args: Arguments) -> Any:
+def pooling_backward(grad: Tensor, x: Tensor, args: Arguments, options: TransitionOptions | None) -> Any:
     """The gradients of a transition's or the stem's backward.
 
     Args:
         grad: the gradient of the operator's output.
         x: the operator's input [N, C, H, W].
         args: the operator's arguments; the stem has no convolution.
+        options: a transition's further arguments; None for the stem.
     """
     with _recording(x) as again:
         (x,) = _inputs([x], again)
-        groups = [_inputs(group, again) for group in args[:3]]
-        args = args._replace(norm_weights=groups[0], norm_biases=groups[1], conv_weights=groups[2])
-        (activation,), volumes = _activations(x, args), x.dim() == 5
-        y = activation(x)
-        if args.conv_weights:
-            pool = F.avg_pool3d if volumes else F.avg_pool2d
-            y = pool(_convolve(y, args.conv_weights[0]), 2)
+        args, groups = _with_inputs(args, again)
+        (activated,), volumes = _activations(x, args), x.dim() == 5
+        average, maximum = (F.avg_pool3d, F.max_pool3d) if volumes else (F.avg_pool2d, F.max_pool2d)
+        y = activated(x)
+        if options is not None:
+            y = _convolve(y, args.conv_weights[0], args.bias(0))
+            y = _drop(y, options.drop_rate, options.drops_channels, options.dropout_seed)
+            y = (maximum if options.pool == "max" else average)(y, options.pool_window)
         else:
-            y = (F.max_pool3d if volumes else F.max_pool2d)(y, 3, 2, 1)
+            y = maximum(y, 3, 2, 1)
         of_x, *rest = _gradients(y, [x, *(t for group in groups for t in group)], grad, again)
-        return of_x, rest[:1], rest[1:2], rest[2:]
+        return of_x, *grouped(rest, list(map(len, groups)))

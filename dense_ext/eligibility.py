@@ -176,7 +176,7 @@ _PLAIN = {
     for kind, d in ((nn.Conv2d, 2), (nn.Conv3d, 3))
     for size in (1, 3)
 }
-_CONVS = (nn.Conv2d, nn.Conv3d)
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _AVERAGE = {"kernel_size": 2, "stride": 2, "padding": 0, "ceil_mode": False, "divisor_override": None}
 _MAXIMUM = {
     "kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1, "ceil_mode": False, "return_indices": False,
@@ -299,8 +299,8 @@ class Fused:
     @classmethod
     def part_reason(cls, module: Any, expected: type[nn.Module], size: int) -> str | None:
         kind = type(module)
-        fixed = kind in FIXED_NORMS or (kind is nn.SyncBatchNorm and not uses_batch_stats(module))
-        if kind is not expected and not (fixed and expected in _NORMS):
+        other_norm = kind in FIXED_NORMS or kind is nn.SyncBatchNorm
+        if kind is not expected and not (other_norm and expected in _NORMS):
             return "is {}, not {}".format(*names_of(kind, expected))
         if (reason := interference(module)) is not None:
             return reason
@@ -333,7 +333,7 @@ def _renamed(function: Any, name: str) -> Any:
     return copy
 
 
-_NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def interference(module: nn.Module) -> str | None:
@@ -385,6 +385,9 @@ def weights_reason(modules: Iterable[nn.Module], at_rest: bool = False) -> str |
             expected = (conv.out_channels, conv.in_channels, *conv.kernel_size)
             if tuple(weight.shape) != expected:
                 return f"{name or 'conv'} has a weight of shape {tuple(weight.shape)}, expected {expected}"
+            bias = constant(conv, "bias")
+            if bias is not None and not (_vouched(bias) and tuple(bias.shape) == expected[:1]):
+                return f"{name or 'conv'} has a bias of type {qualified_name(type(bias))} {tuple(bias.shape)}"
     return None
 
 
@@ -420,10 +423,11 @@ class Snapshot:
         convs = [m.__dict__ for m in self.modules if type(m) in _CONVS]
         # Store ids, so as not to keep the weights alive: in a functional call they are not the module's own.
         self.convs = [
-            (conv, _settings_of_conv(conv), id(conv["_parameters"].get("weight"))) for conv in convs
+            (conv, _settings_of_conv(conv), *(id(conv["_parameters"].get(n)) for n in ("weight", "bias")))
+            for conv in convs
         ]
         self.pools = [(m, _pool_settings(m)) for m in self.modules if type(m) in _POOLS]
-        self.fixed = [m for m in self.modules if type(m) is nn.SyncBatchNorm]
+        self.synchronised = [(m, _sync_settings(m)) for m in self.modules if type(m) is nn.SyncBatchNorm]
         self.dropping = [(m.__dict__, m.drop_rate) for m in top if hasattr(m, "drop_rate")]
         self.drops = any(rate for _, rate in self.dropping)
         self.methods = [
@@ -464,11 +468,11 @@ class Snapshot:
         return True
 
     def _same_settings(self) -> bool:
-        for conv, (size, stride, padding, dilation, groups, mode), weight in self.convs:
+        for conv, (size, stride, padding, dilation, groups, mode), weight, bias in self.convs:
             tensors = conv["_parameters"]
             if (
                 id(tensors["weight"]) != weight
-                or tensors["bias"] is not None
+                or id(tensors["bias"]) != bias
                 or conv["_buffers"]
                 or conv["kernel_size"] is not size
                 or conv["padding"] is not padding
@@ -482,9 +486,13 @@ class Snapshot:
             return False
         if self.drops and len({layer["training"] for layer, _ in self.dropping}) > 1:
             return False
-        return all(_pool_settings(pool) == settings for pool, settings in self.pools) and not any(
-            map(uses_batch_stats, self.fixed)
+        return all(_pool_settings(pool) == settings for pool, settings in self.pools) and all(
+            _sync_settings(norm) == settings for norm, settings in self.synchronised
         )
+
+
+def _sync_settings(norm: Any) -> tuple[Any, ...]:
+    return norm.training, uses_batch_stats(norm), norm.process_group
 
 
 def _pool_settings(pool: nn.Module) -> list[Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from .arguments import Arguments
+from .arguments import Arguments, BlockOptions, unpack
 
 Shape = Sequence[int]
 
@@ -26,7 +26,7 @@ def _products(pixels: Shape, weights: Sequence[Shape]) -> list[int]:
 
 def _weights(rest: Sequence[Any]) -> Sequence[Shape]:
     """The shapes of the convolutions' weights, from an operator's arguments after its activations."""
-    return Arguments(*rest[:8]).conv_weights  # type: ignore[return-value]  # the counter passes shapes
+    return unpack(rest, Arguments)[0].conv_weights  # the counter passes shapes
 
 
 def _gradients(products: Sequence[int], needed: Sequence[bool]) -> int:
@@ -39,12 +39,12 @@ def _dense_block(x: Shape, *rest: Any, out_shape: Any = None, **_: Any) -> int:
 
 
 def _dense_block_backward(
-    grad: Shape, output: Shape, stats: Shape, z: Shape, *rest: Any, out_shape: Any = None, **_: Any
+    grad: Shape, output: Shape, stats: Shape, z: Shape, *rest: Any, out_shape: Any = None, **__: Any
 ) -> int:
-    products = _products(output, _weights(rest))
-    has_bottleneck = len(products) > 1 and _weights(rest)[0][-1] == 1
-    again = sum(products[::2]) if has_bottleneck and math.prod(z) == 0 else 0
-    return again + _gradients(products, rest[-1])
+    args, options, *_, needed = unpack(rest, Arguments, BlockOptions)
+    products = _products(output, args.conv_weights)
+    again = sum(products[::2]) if options.convs_per_layer == 2 and math.prod(z) == 0 else 0
+    return again + _gradients(products, needed)
 
 
 def _pooling(x: Shape, *rest: Any, out_shape: Any = None, **_: Any) -> int:
@@ -54,7 +54,7 @@ def _pooling(x: Shape, *rest: Any, out_shape: Any = None, **_: Any) -> int:
 def _pooling_backward(
     grad: Shape, x: Shape, stats: Shape, *rest: Any, out_shape: Any = None, **_: Any
 ) -> int:
-    return _gradients(_products(grad, _weights(rest)), rest[8])
+    return _gradients(_products(grad, _weights(rest)), rest[-1])
 
 
 def register_formulas() -> None:

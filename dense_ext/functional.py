@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .activations import name_of
 from .checks import check_options
-from .eligibility import Fused, input_reason, mode_reason, weights_reason
-from .modules import run_dense_block, run_transition
+from .eligibility import input_reason, mode_reason, weights_reason
+from .modules import as_image, run_dense_block, run_transition
 from .ops import NOTHING_CARRIED
+from .supported import block_reason, dims_of, transition_reason
 
 __all__ = ["dense_block", "transition"]
 
@@ -22,6 +24,7 @@ def dense_block(
     x: Tensor,
     layers: Sequence[Sequence[nn.Module]],
     *,
+    activation: nn.Module | None = None,
     drop_rate: float = 0.0,
     recompute: str = "bottleneck",
     backend: str = "auto",
@@ -29,18 +32,21 @@ def dense_block(
     """Run dense layers over the concatenation of all features before them, as one fused operator.
 
     Args:
-        x: [N, c0, H, W], or [N, c0, D, H, W] with norms and convolutions for volumes.
-        layers: for each layer its norm and 3x3 convolution; or its norm, 1x1 convolution, second norm and
-            3x3 convolution. A ReLU follows each norm. All layers have the same widths but for what they read.
+        x: [N, c0, H, W], or [N, c0, D, H, W] with norms and convolutions for volumes, or [N, c0, L] with
+            those for signals.
+        layers: for each layer its norm and convolution; or its norm, 1x1 convolution, second norm and
+            convolution. The convolution keeps the size of images: its window is odd, such as 3x3.
+        activation: what follows each norm: ReLU, LeakyReLU, ELU, GELU, SiLU or Identity; ReLU by default.
         drop_rate: probability of dropping an element of what a layer adds; 0 in eval mode.
         recompute: as :class:`dense_ext.DenseBlock`.
         backend: as :class:`dense_ext.DenseBlock`.
 
     Returns:
-        [N, c0 + L*K, H, W] in channels_last memory, x first and then what each layer adds. Its backward
+        [N, c0 + L*K, H, W] in channels_last memory, x first and then what each layer adds; K may differ
+        from layer to layer. Its backward
         reads it, so it must not be written in place.
 
-    Modules that the operator does not support (a bias, a dilation, a hook) run one by one instead, with a
+    Modules that the operator does not support (groups, a stride, a hook) run one by one instead, with a
     warning. The same holds, without a warning, where PyTorch traces, exports or transforms.
 
     Raises:
@@ -58,21 +64,39 @@ def dense_block(
         raise ValueError(f"each layer must have 2 modules, or each 4, got {sorted(lengths)}")
     flat: list[Any] = [module for layer in layers for module in layer]
     norms, convs = flat[::2], flat[1::2]
-    if not _may_fuse(x, norms, convs, _block_reason(norms, convs, len(layers))):
+    activate = activation or nn.ReLU()
+    named = [[(f"layer {i}: module {j}", m) for j, m in enumerate(layer)] for i, layer in enumerate(layers)]
+    if not _may_fuse(x, convs, _activation_reason(activate) or block_reason(named)):
         for layer in layers:
-            x = torch.cat([x, F.dropout(_apply(layer, x), drop_rate)], 1)
+            x = torch.cat([x, F.dropout(_apply(layer, activate, x), drop_rate)], 1)
         return x
-    out, _ = run_dense_block(x, norms, convs, drop_rate, recompute, backend)
-    return out
+    image = as_image(x, convs[0])
+    out, _ = run_dense_block(
+        image, norms, convs, recompute, backend,
+        drop_rates=[0.0] * (len(convs) // len(layers) - 1) + [drop_rate],
+        activation=str(name_of(activate)),
+    )  # fmt: skip
+    return out if image is x else out.squeeze(2)
 
 
-def transition(x: Tensor, norm: nn.Module, conv: nn.Module, *, backend: str = "auto") -> Tensor:
-    """Run a norm, ReLU, 1x1 convolution and 2x2 average pool as one fused operator.
+def transition(
+    x: Tensor,
+    norm: nn.Module,
+    conv: nn.Module,
+    *,
+    activation: nn.Module | None = None,
+    pool: str = "average",
+    backend: str = "auto",
+) -> Tensor:
+    """Run a norm, ReLU, 1x1 convolution and a pool of 2x2 windows as one fused operator.
 
     Args:
-        x: [N, C, H, W], or [N, C, D, H, W] with modules for volumes; height and width are at least 2.
+        x: [N, C, H, W], or [N, C, D, H, W] or [N, C, L] with modules for volumes or signals; each size is at
+            least 2.
         norm: a batch norm of C channels.
-        conv: a 1x1 convolution from C to K channels, without bias.
+        conv: a 1x1 convolution from C to K channels.
+        activation: as for :func:`dense_block`.
+        pool: "average" or "max".
         backend: as :class:`dense_ext.DenseBlock`.
 
     Returns:
@@ -84,19 +108,36 @@ def transition(x: Tensor, norm: nn.Module, conv: nn.Module, *, backend: str = "a
         ValueError, TypeError: as :func:`dense_block`.
     """
     check_options("none", backend)
-    if not _may_fuse(x, [norm], [conv], _reason([norm], [conv], [1])):
-        pool = F.avg_pool3d if isinstance(conv, nn.Conv3d) else F.avg_pool2d
-        return pool(_apply([norm, conv], x), 2)
-    return run_transition(x, norm, conv, backend, NOTHING_CARRIED)
+    if pool not in _POOLS:
+        raise ValueError(f"pool must be one of {tuple(_POOLS)}, got {pool!r}")
+    activate = activation or nn.ReLU()
+    reason = _activation_reason(activate) or transition_reason(("the norm", norm), ("the convolution", conv))
+    if not _may_fuse(x, [conv], reason):
+        return _POOLS[pool][dims_of(conv)](_apply([norm, conv], activate, x), 2)
+    image = as_image(x, conv)
+    y = run_transition(
+        image, norm, conv, backend, NOTHING_CARRIED, pool=pool, activation=str(name_of(activate))
+    )
+    return y if image is x else y.squeeze(2)
 
 
-def _apply(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
+_POOLS: dict[str, dict[int, Any]] = {
+    "average": {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d},
+    "max": {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d},
+}
+
+
+def _apply(modules: Sequence[nn.Module], activate: nn.Module, x: Tensor) -> Tensor:
     for norm, conv in zip(modules[::2], modules[1::2], strict=True):
-        x = conv(F.relu(norm(x)))
+        x = conv(activate(norm(x)))
     return x
 
 
-def _may_fuse(x: Any, norms: Sequence[Any], convs: Sequence[Any], reason: str | None) -> bool:
+def _activation_reason(activation: nn.Module) -> str | None:
+    return None if name_of(activation) else f"the activation is {type(activation).__name__}"
+
+
+def _may_fuse(x: Any, convs: Sequence[Any], reason: str | None) -> bool:
     """Whether the operator may run; warns where the modules are the reason that it may not."""
     if reason is None:
         reason = weights_reason(convs)
@@ -104,35 +145,3 @@ def _may_fuse(x: Any, norms: Sequence[Any], convs: Sequence[Any], reason: str | 
         warnings.warn(f"dense_ext.functional runs the modules one by one: {reason}", stacklevel=3)
         return False
     return mode_reason() is None and input_reason(x) is None
-
-
-def _block_reason(norms: Sequence[Any], convs: Sequence[Any], layers: int) -> str | None:
-    per_layer = len(convs) // layers
-    reason = _reason(norms, convs, ([1, 3] if per_layer == 2 else [3]) * layers)
-    if reason is not None:
-        return reason
-    channels, growth = norms[0].num_features, convs[-1].out_channels
-    for i in range(layers):
-        first, last = convs[i * per_layer], convs[(i + 1) * per_layer - 1]
-        if (first.in_channels, last.out_channels) != (channels, growth):
-            found = f"{first.in_channels} and adds {last.out_channels}"
-            return f"layer {i} reads {found} channels, expected {channels} and {growth}"
-        if first.out_channels != convs[0].out_channels:
-            expected = convs[0].out_channels
-            return f"layer {i} has a bottleneck of {first.out_channels} channels, expected {expected}"
-        channels += growth
-    return None
-
-
-def _reason(norms: Sequence[Any], convs: Sequence[Any], sizes: Sequence[int]) -> str | None:
-    """Why the operators do not support these norms and convolutions of these sizes, or None."""
-    volumes = isinstance(convs[0], nn.Conv3d)
-    norm_type, conv_type = (nn.BatchNorm3d, nn.Conv3d) if volumes else (nn.BatchNorm2d, nn.Conv2d)
-    for i, (norm, conv, size) in enumerate(zip(norms, convs, sizes, strict=True)):
-        if reason := Fused.part_reason(norm, norm_type, 1):
-            return f"norm {i} {reason}"
-        if reason := Fused.part_reason(conv, conv_type, size):
-            return f"convolution {i} {reason}"
-        if norm.num_features != conv.in_channels:
-            return f"norm {i} has {norm.num_features} channels, its convolution {conv.in_channels}"
-    return None

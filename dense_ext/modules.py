@@ -11,6 +11,7 @@ into X gets a copy.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -20,13 +21,12 @@ from torch import Tensor, nn
 from torch.jit import is_scripting  # type: ignore[attr-defined]  # absent from torch's stubs
 
 from . import ops  # registers the operators
-from .arguments import Arguments, BlockOptions
+from .arguments import Arguments, BlockOptions, TransitionOptions
 from .backends.base import accumulate_dtype
 from .batch_norm import (
     ONE_STATISTIC,
     affine_parameters,
     constant,
-    num_features,
     update_running_stats,
     uses_batch_stats,
     values_per_channel,
@@ -34,18 +34,33 @@ from .batch_norm import (
 from .checks import check_batch, check_input, check_options, check_parameters
 from .eligibility import Fused, interference, mode_reason, names_of
 from .schedule import norm_starts
+from .supported import block_reason
+from .synchronised import gather, group_of, resolve
 
 
 def read_arguments(
-    where: str, x: Tensor, norms: Sequence[nn.BatchNorm2d], convs: Sequence[nn.Conv2d], backend: str
+    where: str,
+    x: Tensor,
+    norms: Sequence[nn.BatchNorm2d],
+    convs: Sequence[nn.Conv2d],
+    backend: str,
+    activation: str = "relu",
 ) -> Arguments:
     """Read an operator's arguments from the modules, and check them against x."""
     dtype, batch_stats = accumulate_dtype(x.dtype), [uses_batch_stats(norm) for norm in norms]
-    check_batch(where, x, any(batch_stats))
+    group = sync_group(norms)
+    check_batch(where, x, any(batch_stats) and not group)
     weights, biases = zip(*(affine_parameters(norm, dtype, x.device) for norm in norms), strict=True)
     # Under autocast the convolutions compute in x's dtype, which the caller has chosen.
     autocast = ops.autocast_enabled(x)
     conv_weights = [constant(conv, "weight") for conv in convs]
+    conv_weights = [weight.unsqueeze(2) if weight.dim() == 3 else weight for weight in conv_weights]
+    biases_of_convs = [constant(conv, "bias") for conv in convs]
+    if any([bias is not None for bias in biases_of_convs]):  # noqa: C419  # compiled
+        none = [weight.new_zeros(len(weight)) for weight in conv_weights]
+        conv_biases = [b if b is not None else zero for b, zero in zip(biases_of_convs, none, strict=True)]
+    else:
+        conv_biases = []
     if autocast:
         conv_weights = [weight.to(x.dtype) for weight in conv_weights]
     running = [norm for norm, batch in zip(norms, batch_stats, strict=True) if not batch]
@@ -54,11 +69,41 @@ def read_arguments(
     variances = [var for var in [constant(norm, "running_var") for norm in running] if var is not None]
     if not len(means) == len(variances) == len(running):
         raise ValueError(f"{where}: {ONE_STATISTIC}")
-    groups = (list(weights), list(biases), conv_weights, means, variances)
-    names = ("norm weight", "norm bias", "convolution weight", "running mean", "running variance")
-    for name, group in zip(names, groups, strict=True):
-        check_parameters(where, name, group, x)
-    return Arguments(*groups, [norm.eps for norm in norms], batch_stats, backend)
+    groups = (list(weights), list(biases), conv_weights, conv_biases, means, variances)
+    names = (
+        "norm weight", "norm bias", "convolution weight", "convolution bias", "running mean",
+        "running variance",
+    )  # fmt: skip
+    for name, parameters in zip(names, groups, strict=True):
+        check_parameters(where, name, parameters, x)
+    counts = gather_counts(x, group) if group else None
+    eps = [norm.eps for norm in norms]
+    return Arguments(*groups, eps, batch_stats, activation, group, counts, backend)
+
+
+def sync_group(norms: Sequence[nn.Module]) -> str:
+    """The name of the process group that shares the norms' batch statistics; "" for this process alone."""
+    synchronised = [norm for norm in norms if isinstance(norm, nn.SyncBatchNorm) and norm.training]
+    return group_of(synchronised[0]) if synchronised else ""
+
+
+def gather_counts(x: Tensor, group: str) -> Tensor:
+    """The number of values per channel in each process of a group [W]."""
+    own = torch.full((1,), values_per_channel(x), dtype=accumulate_dtype(x.dtype), device=x.device)
+    return gather(own, resolve(group)).flatten()
+
+
+def as_image(x: Tensor, conv: nn.Module) -> Tensor:
+    """Signals [N, C, L] for a Conv1d as images of one row [N, C, 1, L]; other inputs as they are.
+
+    Raises:
+        ValueError: x is not a batch of signals.
+    """
+    if not isinstance(conv, nn.Conv1d):
+        return x
+    if x.dim() != 3:
+        raise ValueError(f"input must be 3-D [N, {conv.in_channels}, L], got shape {tuple(x.shape)}")
+    return x.unsqueeze(2)
 
 
 def written_by_hooks(module: nn.Module) -> bool:
@@ -101,46 +146,69 @@ def run_dense_block(
     x: Tensor,
     norms: Sequence[Any],
     convs: Sequence[Any],
-    drop_rate: float,
     recompute: str,
     backend: str,
+    *,
+    drop_rates: Sequence[float],
+    drops_channels: bool = False,
+    activation: str = "relu",
     reorder: Callable[[Arguments], Arguments] | None = None,
-    update: Callable[[Tensor, Sequence[int]], None] | None = None,
+    update: Callable[[Tensor, Sequence[int], Any], None] | None = None,
 ) -> tuple[Tensor, ops.Carried]:
     """Run the operator of a dense block, and update its norms' running statistics.
 
     Args:
         x: [N, c0, H, W].
         norms, convs: the norms and convolutions of all layers in the order they run, one or two per layer.
-        drop_rate: the dropout probability; 0 in eval mode.
         recompute, backend: as for :class:`DenseBlock`.
+        drop_rates: the dropout probability after each convolution of a layer; 0 in eval mode.
+        drops_channels: whether dropout drops whole channels of an image.
+        activation: what follows each norm, as :func:`dense_ext.activations.activation` takes it.
         reorder: changes the operator's arguments before it runs.
-        update: called instead of updating the norms, with the batch statistics and the index of each norm's
-            first channel in them.
+        update: called instead of updating the norms, with the batch statistics, the index of each norm's
+            first channel in them, and the number of values per channel.
 
     Returns:
         X [N, Ct, H, W], and the block's information about X for a transition.
     """
-    check_input("dense block", x, norms[0])
-    per_layer = 2 if convs[0].kernel_size[0] == 1 else 1
+    check_input("dense block", x, norms[0], isinstance(convs[0], nn.Conv3d))
+    per_layer = len(drop_rates)
     x = _as_autocast_concatenates(x)
-    args = read_arguments("dense block", x, norms, convs, backend)
+    args = read_arguments("dense block", x, norms, convs, backend, activation)
     if reorder is not None:
         args = reorder(args)
-    seeds = torch.randint(2**63 - 1, (len(norms) // per_layer,), device="cpu") if drop_rate else None
+    seeds = torch.randint(2**63 - 1, (len(norms),), device="cpu") if any(drop_rates) else None
     # Without a backward there is no reason to keep z.
     recompute = recompute if torch.is_grad_enabled() else "bottleneck"
-    out, stats, _ = torch.ops.dense_ext.dense_block(x, *args, *BlockOptions(seeds, drop_rate, recompute))
-    starts = norm_starts(len(norms), out.shape[1], convs[0].out_channels if per_layer == 2 else 0)
-    if update is None:
-        update_running_stats(norms, stats, starts, values_per_channel(x))
-    else:
-        update(stats, starts)
+    options = BlockOptions(
+        per_layer, convs[-1].dilation[0], seeds, list(drop_rates), drops_channels, recompute
+    )
+    out, stats, _ = torch.ops.dense_ext.dense_block(x, *args, *options)
+    bottlenecks = [conv.out_channels for conv in convs[::2]] if per_layer == 2 else []
+    starts = norm_starts(out.shape[1], bottlenecks, len(norms) // per_layer)
+    (update or functools.partial(update_running_stats, norms))(stats, starts, _count(x, args))
     of_x = any(args.batch_stats[::per_layer])  # whether X's statistics were computed
-    return out, ops.Carried(stats[:, : out.shape[1]] if of_x else None, ops.block_node(out))
+    known = stats[:, : out.shape[1]] if of_x else None
+    return out, ops.Carried(known, args.group, ops.block_node(out))
 
 
-def run_transition(input: Tensor, norm: Any, conv: Any, backend: str, carried: ops.Carried) -> Tensor:
+def _count(x: Tensor, args: Arguments) -> Any:
+    """The number of values per channel from which batch statistics were computed."""
+    return values_per_channel(x) if args.counts is None else args.counts.sum()
+
+
+def run_transition(
+    input: Tensor,
+    norm: Any,
+    conv: Any,
+    backend: str,
+    carried: ops.Carried,
+    *,
+    pool: str = "average",
+    drop_rate: float = 0.0,
+    drops_channels: bool = False,
+    activation: str = "relu",
+) -> Tensor:
     """Run the operator of a transition, and update its norm's running statistics.
 
     Args:
@@ -148,15 +216,24 @@ def run_transition(input: Tensor, norm: Any, conv: Any, backend: str, carried: o
         norm, conv: the transition's norm and convolution.
         backend: as for :class:`DenseBlock`.
         carried: the information about ``input`` from the block, if one has just made it.
+        pool: "average" or "max".
+        drop_rate: the dropout probability between convolution and pool; 0 in eval mode.
+        drops_channels, activation: as for :func:`run_dense_block`.
 
     Returns:
         [N, K, H//2, W//2].
     """
-    check_input("transition", input, norm, minimum_size=2)
+    volumes = isinstance(conv, nn.Conv3d)
+    window = [1, 2] if isinstance(conv, nn.Conv1d) else [2, 2, 2] if volumes else [2, 2]
+    check_input("transition", input, norm, volumes, window)
     x = _as_autocast_concatenates(input)
-    args = read_arguments("transition", x, [norm], [conv], backend)
-    y, stats = ops.run_transition(x, args, carried if x is input else ops.NOTHING_CARRIED)
-    update_running_stats([norm], stats, [0], values_per_channel(x))
+    args = read_arguments("transition", x, [norm], [conv], backend, activation)
+    seed = torch.randint(2**63 - 1, (), device="cpu") if drop_rate else None
+    options = TransitionOptions(pool, window, seed, drop_rate, drops_channels, None)
+    if x is not input or carried.group != args.group:
+        carried = ops.NOTHING_CARRIED
+    y, stats = ops.run_transition(x, args, options, carried)
+    update_running_stats([norm], stats, [0], _count(x, args))
     return y.float() if _autocast_pools_in_float32(y) else y.to(autocast_dtype(y) or y.dtype)
 
 
@@ -257,7 +334,10 @@ class FusedDenseBlock(Fused):
             return "its layers have different drop rates"
         if any(rates) and len({layer.training for layer in children.values()}) > 1:
             return "some layers apply dropout and some do not"
-        return _widths_reason(layers)
+        return block_reason([
+            [(f"{name}: {part}", module) for part, module in inner.items() if part[:4] in ("norm", "conv")]
+            for name, inner in layers.items()
+        ])  # fmt: skip
 
     def forward(self, init_features: Tensor) -> Tensor:
         if not is_scripting():
@@ -279,28 +359,10 @@ class FusedDenseBlock(Fused):
         norms = [modules["norm" + i] for modules in inner for i in names]
         convs = [modules["conv" + i] for modules in inner for i in names]
         drop_rate = getattr(first, "drop_rate", 0.0) if first.training else 0.0
-        return run_dense_block(init_features, norms, convs, drop_rate, self.recompute, self.backend)
-
-
-def _widths_reason(layers: dict[str, dict[str, Any]]) -> str | None:
-    """Why the layers' numbers of channels prevent fusing, or None.
-
-    Each layer must read all channels before it, and all layers must have equal bottlenecks and growth rates.
-    """
-    channels = growth = bottleneck = 0
-    for name, layer in layers.items():
-        conv1, last = layer["conv1"], layer.get("conv2", layer["conv1"])
-        widths = [num_features(layer["norm1"]), conv1.in_channels, conv1.out_channels]
-        if last is not conv1:
-            widths += [num_features(layer["norm2"]), last.in_channels, last.out_channels]
-        if not channels:
-            channels, bottleneck, growth = widths[0], conv1.out_channels, last.out_channels
-        expected = [channels, channels, *([bottleneck] * 3 if last is not conv1 else []), growth]
-        if widths != expected:
-            found, right = (", ".join(map(str, numbers)) for numbers in (widths, expected))
-            return f"{name} has channels {found}, expected {right}"
-        channels += growth
-    return None
+        drop_rates = [0.0] * (len(names) - 1) + [drop_rate]
+        return run_dense_block(
+            init_features, norms, convs, self.recompute, self.backend, drop_rates=drop_rates
+        )
 
 
 class DenseBlock(FusedDenseBlock, EagerDenseBlock):
@@ -476,7 +538,7 @@ class FusedFeatures(Fused, nn.Sequential):
                 # As in eager, only an input in channels_last memory gives features in channels_last memory.
                 contiguous = isinstance(x, Tensor) and (x.is_contiguous() or not ops.is_dense(x))
             if i == stem.start < stem.stop and self.why_not_fused(x) is None:
-                x, i = self._run_stem(child, x), stem.stop
+                x, i = self._run_stem(child, children[stem.stop - 1], x), stem.stop
                 continue
             if carried is not None and isinstance(child, FusedTransition) and self._fuses(child, x):
                 x, carried = child.run(x, carried), None
@@ -504,9 +566,9 @@ class FusedFeatures(Fused, nn.Sequential):
         norms = (nn.BatchNorm2d, nn.BatchNorm3d, cls.parts["norm0"])
         return type(child) in norms and interference(child) is None
 
-    def _run_stem(self, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-        check_input("stem", x, norm)
+    def _run_stem(self, norm: Any, pool: nn.Module, x: Tensor) -> Tensor:
+        check_input("stem", x, norm, isinstance(pool, nn.MaxPool3d))
         args = read_arguments("stem", x, [norm], [], self.backend)
         y, stats = torch.ops.dense_ext.stem(x, *args)
-        update_running_stats([norm], stats, [0], values_per_channel(x))
+        update_running_stats([norm], stats, [0], _count(x, args))
         return y.float() if _autocast_pools_in_float32(y) else y

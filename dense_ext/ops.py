@@ -8,8 +8,9 @@ that a recomputation cannot update them twice.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -21,30 +22,43 @@ from .arguments import (
     Arguments,
     BlockOptions,
     Gradients,
+    TransitionOptions,
     fake_gradients,
     in_parameter_dtypes,
+    unpack,
     zero_gradients,
 )
 from .autograd import load, needs_conv_grad, register, save
 from .backends import Primitives, requested, select
 from .backends.base import accumulate_dtype
-from .backends.volume import for_volumes
+from .backends.general import Form, in_form
 from .batch_norm import in_dtype, values_per_channel
 from .flops import register_formulas
 from .ownership import is_exclusive
-from .schedule import Block, Layer, Norm
+from .schedule import Block, Dropout, Layer, Norm
+from .synchronised import Sync, resolve
+from .transition import Pooling
 
 _LIBRARY = torch.library.Library("dense_ext", "FRAGMENT")
 # The dispatch key of the gradients that ``torch.autograd.grad(is_grads_batched=True)`` passes.
 _LEGACY_BATCHED = torch._C._dispatch_key_parse("Batched")
 
 
+# In the order of the fields of Arguments, BlockOptions and TransitionOptions.
 _ARGUMENTS = (
-    "Tensor[] norm_weights, Tensor[] norm_biases, Tensor[] conv_weights, Tensor[] running_means, "
-    "Tensor[] running_vars, float[] eps, bool[] batch_stats, str backend"
+    "Tensor[] norm_weights, Tensor[] norm_biases, Tensor[] conv_weights, Tensor[] conv_biases, "
+    "Tensor[] running_means, Tensor[] running_vars, float[] eps, bool[] batch_stats, str activation, "
+    "str group, Tensor? counts, str backend"
 )
-_BLOCK = f"{_ARGUMENTS}, Tensor? dropout_seeds, float drop_rate, str recompute"
-_GRADIENTS = "(Tensor, Tensor[], Tensor[], Tensor[])"
+_BLOCK = (
+    f"{_ARGUMENTS}, int convs_per_layer, int dilation, Tensor? dropout_seeds, float[] drop_rates, "
+    "bool drops_channels, str recompute"
+)
+_TRANSITION = (
+    f"{_ARGUMENTS}, str pool, int[] pool_window, Tensor? dropout_seed, float drop_rate, "
+    "bool drops_channels, Tensor? known_stats"
+)
+_GRADIENTS = "(Tensor, Tensor[], Tensor[], Tensor[], Tensor[])"
 
 
 def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -75,12 +89,19 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else nullcontext()
 
 
-def _primitives(x: Tensor, args: Arguments) -> Primitives:
+def _primitives(x: Tensor, args: Arguments, form: Form) -> Primitives:
     asked = requested(args.backend), x.device.type, x.dtype
     primitives, pixels = select(*asked), values_per_channel(x)
     if pixels > primitives.max_pixels:  # only large inputs, so that select caches few entries
         primitives = select(*asked, pixels)
-    return for_volumes(primitives) if x.dim() == 5 else primitives
+    return in_form(primitives, form)
+
+
+def _sync(x: Tensor, args: Arguments) -> Sync | None:
+    """The processes that share batch statistics, None if each has its own."""
+    if args.counts is None:
+        return None
+    return Sync(resolve(args.group), _vector(args.counts, accumulate_dtype(x.dtype)))
 
 
 def _vector(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -103,15 +124,35 @@ def _norms(x: Tensor, args: Arguments) -> list[Norm]:
     return norms
 
 
+def _conv_biases(x: Tensor, args: Arguments) -> list[Tensor]:
+    return [_vector(bias, accumulate_dtype(x.dtype)) for bias in args.conv_biases]
+
+
 def _block(x: Tensor, in_channels: int, args: Arguments, options: BlockOptions) -> Block:
-    norms, convs = _norms(x, args), args.conv_weights
-    per_layer = 2 if convs[0].shape[-1] == 1 else 1
-    layers = [
-        Layer(norms[i : i + per_layer], convs[i : i + per_layer]) for i in range(0, len(convs), per_layer)
+    norms, biases, each = _norms(x, args), _conv_biases(x, args), options.convs_per_layer
+    seeds = [None] * len(norms) if options.dropout_seeds is None else options.dropout_seeds.tolist()
+    dropouts = [
+        Dropout(rate, options.drops_channels, seed)
+        for rate, seed in zip(itertools.cycle(options.drop_rates), seeds, strict=False)
     ]
-    bottleneck = convs[0].shape[0] if per_layer == 2 else 0
-    return Block(
-        layers, in_channels, convs[-1].shape[0], bottleneck, options.drop_rate, options.dropout_seeds
+    own = [slice(i, i + each) for i in range(0, len(norms), each)]
+    layers = [Layer(norms[i], args.conv_weights[i], biases[i], dropouts[i]) for i in own]
+    return Block(layers, in_channels, _sync(x, args))
+
+
+def _pooling(x: Tensor, args: Arguments, options: TransitionOptions | None) -> Pooling:
+    """The constants of a transition or, without options, of the stem."""
+    if options is None:
+        return Pooling(_norms(x, args)[0], None, None, Dropout(0.0), True, (), _sync(x, args))
+    seed = None if options.dropout_seed is None else int(options.dropout_seed)
+    return Pooling(
+        _norms(x, args)[0],
+        args.conv_weights[0],
+        next(iter(_conv_biases(x, args)), None),
+        Dropout(options.drop_rate, options.drops_channels, seed),
+        options.pool == "max",
+        tuple(options.pool_window),
+        _sync(x, args),
     )
 
 
@@ -145,17 +186,23 @@ def dense_channels_last(x: Tensor) -> Tensor:
 
 @_operator(f"dense_block(Tensor x, {_BLOCK}) -> (Tensor, Tensor, Tensor)")
 def _dense_block(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    args, options = Arguments(*rest[:8]), BlockOptions(*rest[8:])
+    args, options = unpack(rest, Arguments, BlockOptions)
     block = _block(x, x.shape[1], args, options)
     with _without_autocast(x):
-        return schedule.forward(_primitives(x, args), block, x, options.recompute == "none")
+        return schedule.forward(_of_block(x, args, options), block, x, options.recompute == "none")
+
+
+def _of_block(x: Tensor, args: Arguments, options: BlockOptions) -> Primitives:
+    window = tuple(args.conv_weights[-1].shape[2:])
+    return _primitives(x, args, Form(window, options.dilation, (2,) * len(window), args.activation))
 
 
 @_fake("dense_block")
 def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    args, options = Arguments(*rest[:8]), BlockOptions(*rest[8:])
-    block = _block(x, x.shape[1], args, options)
-    return schedule.empty_outputs(block, x, options.recompute == "none")
+    args, options = unpack(rest, Arguments, BlockOptions)
+    # A fake tensor has no values to read seeds and process counts from.
+    args, options = args._replace(counts=None), options._replace(dropout_seeds=None)
+    return schedule.empty_outputs(_block(x, x.shape[1], args, options), x, options.recompute == "none")
 
 
 _BLOCK_BACKWARD = (
@@ -167,17 +214,20 @@ _BLOCK_BACKWARD = (
 @_operator(f"dense_block_backward_(Tensor(a!) grad, {_BLOCK_BACKWARD}")
 def _dense_block_backward_(grad: Tensor, output: Tensor, stats: Tensor, z: Tensor, *rest: Any) -> Gradients:
     """Backward that overwrites ``grad``, which is in dense channels_last memory and serves as G."""
-    args, options = Arguments(*rest[:8]), BlockOptions(*rest[8:11])
-    in_channels, needs_conv_grad = rest[11:]
-    if grad.shape[0] == 0:
+    args, options, in_channels, needs_conv_grad = unpack(rest, Arguments, BlockOptions)
+    if grad.shape[0] == 0 and args.counts is None:
         return zero_gradients(grad.new_empty(0, in_channels, *grad.shape[2:]), args)
     output, stats, z = dense_channels_last(output), stats.contiguous(), z.contiguous()
     block = _block(output, in_channels, args, options)
     with _without_autocast(output):
-        g = schedule.backward(
-            _primitives(output, args), block, dense_channels_last(grad), output, z, stats, needs_conv_grad
-        )
-    return in_parameter_dtypes(args, g.x, g.norm_weights, g.norm_biases, g.convs)
+        grad_x, layers = schedule.backward(
+            _of_block(output, args, options), block, dense_channels_last(grad), output, z, stats,
+            needs_conv_grad,
+        )  # fmt: skip
+    weights, biases = zip(*(norm for layer in layers for norm in layer.norms), strict=True)
+    convs = [conv for layer in layers for conv in layer.convs]
+    conv_biases = [bias for layer in layers for bias in layer.conv_biases]
+    return in_parameter_dtypes(args, grad_x, weights, biases, convs, conv_biases)
 
 
 @_operator(f"dense_block_backward(Tensor grad, {_BLOCK_BACKWARD}")
@@ -189,9 +239,8 @@ def _dense_block_backward(grad: Tensor, *rest: Any) -> Gradients:
 def _dense_block_backward_fake(
     grad: Tensor, output: Tensor, stats: Tensor, z: Tensor, *rest: Any
 ) -> Gradients:
-    in_channels, needs_conv_grad = rest[11:]
-    grad_x = schedule.empty_like(output, in_channels)
-    return fake_gradients(grad_x, Arguments(*rest[:8]), needs_conv_grad)
+    args, _, in_channels, needs_conv_grad = unpack(rest, Arguments, BlockOptions)
+    return fake_gradients(schedule.empty_like(output, in_channels), args, needs_conv_grad)
 
 
 _fake("dense_block_backward_")(_dense_block_backward_fake)
@@ -199,7 +248,8 @@ _fake("dense_block_backward")(_dense_block_backward_fake)
 
 
 def _dense_block_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, args, options = inputs[0], Arguments(*inputs[1:9]), BlockOptions(*inputs[9:])
+    x, *rest = inputs
+    args, options = unpack(rest, Arguments, BlockOptions)
     out, stats, z = output
     ctx.in_channels = x.shape[1]
     ctx.recomputed = None
@@ -255,7 +305,7 @@ def recomputed_output(ctx: Any, last: bool = False) -> tuple[tuple[Any, ...], Te
     kept: _Recomputed | None = ctx.recomputed and ctx.recomputed()
     if kept is None or kept.value is None:
         saved = args, x, _, _, seeds = load(ctx)
-        options = BlockOptions(seeds, ctx.options.drop_rate, "bottleneck")
+        options = ctx.options._replace(dropout_seeds=seeds, recompute="bottleneck")
         # If the backward is differentiated again, this records the path from X to its input and parameters.
         output, _, _ = torch.ops.dense_ext.dense_block(x, *args, *options)
         if last:
@@ -280,79 +330,97 @@ def _probe_ownership() -> None:
             torch.ones(1, 1, 3, 3, device="cpu"),
         )
         one, zero = torch.ones(1, device="cpu"), torch.zeros(1, device="cpu")
-        args = Arguments([one], [zero], [weight], [zero], [one], [1.0], [False], "reference")
-        out, _, _ = torch.ops.dense_ext.dense_block(x, *args, None, 0.0, "bottleneck")
+        args = Arguments(
+            [one], [zero], [weight], [], [zero], [one], [1.0], [False], "relu", "", None, "reference"
+        )
+        options = BlockOptions(1, 1, None, [0.0], False, "bottleneck")
+        out, _, _ = torch.ops.dense_ext.dense_block(x, *args, *options)
         (out * 2).sum().backward()
 
 
 # --- transition and stem: (x) -> (y, batch statistics) ------------------------------------------------
 
 
-def _norm_and_conv(x: Tensor, args: Arguments) -> tuple[Norm, Tensor | None]:
-    return _norms(x, args)[0], (args.conv_weights[0] if args.conv_weights else None)
+def _register_pooling(name: str, schema: str, *kinds: Any) -> None:
+    """Define an operator that pools, and its backward.
 
+    Args:
+        name: the operator's name.
+        schema: its arguments after x.
+        kinds: the named tuples that the arguments are, Arguments first.
+    """
 
-def _pooling_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """``rest`` holds Arguments and, for a transition, x's batch statistics or None if they are not known."""
-    args, known = Arguments(*rest[:8]), rest[8] if len(rest) > 8 else None
-    with _without_autocast(x):
-        return transition.forward(
-            _primitives(x, args), *_norm_and_conv(x, args), dense_channels_last(x), known
-        )
+    def parse(rest: Sequence[Any]) -> tuple[Arguments, TransitionOptions | None, list[Any]]:
+        args, *others = unpack(rest, *kinds)
+        return (args, others[0], others[1:]) if len(kinds) > 1 else (args, None, others)
 
+    def forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        args, options, _ = parse(rest)
+        known = options.known_stats if options else None
+        with _without_autocast(x):
+            return transition.forward(
+                _of_pooling(x, args, options), _pooling(x, args, options), dense_channels_last(x), known
+            )
 
-def _pooling_fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return transition.empty_outputs(_norm_and_conv(x, Arguments(*rest[:8]))[1], x)
+    def fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        args, options, _ = parse(rest)
+        args, options = args._replace(counts=None), options and options._replace(dropout_seed=None)
+        return transition.empty_outputs(_pooling(x, args, options), x)
 
+    def backward(grad: Tensor, x: Tensor, stats: Tensor, *rest: Any) -> Gradients:
+        args, options, (needs_conv_grad,) = parse(rest)
+        if x.shape[0] == 0 and args.counts is None:
+            return zero_gradients(torch.empty_like(x), args)
+        with _without_autocast(x):
+            found = transition.backward(
+                _of_pooling(x, args, options),
+                _pooling(x, args, options),
+                dense_channels_last(grad),
+                dense_channels_last(x),
+                stats.contiguous(),
+                any(needs_conv_grad),
+            )
+        convs = [found.weight] if args.conv_weights else []
+        biases = [] if found.bias is None else [found.bias]
+        return in_parameter_dtypes(args, found.x, [found.norm_weight], [found.norm_bias], convs, biases)
 
-def _pooling_backward(grad: Tensor, x: Tensor, stats: Tensor, *rest: Any) -> Gradients:
-    args, needs_conv_grad = Arguments(*rest[:8]), rest[8]
-    if x.shape[0] == 0:
-        return zero_gradients(torch.empty_like(x), args)
-    norm, conv = _norm_and_conv(x, args)
-    with _without_autocast(x):
-        grad_x, grad_weight, grad_bias, grad_conv = transition.backward(
-            _primitives(x, args),
-            norm,
-            conv,
-            dense_channels_last(grad),
-            dense_channels_last(x),
-            stats.contiguous(),
-            any(needs_conv_grad),
-        )
-    convs = [] if conv is None else [grad_conv]
-    return in_parameter_dtypes(args, grad_x, [grad_weight], [grad_bias], convs)
+    def backward_fake(grad: Tensor, x: Tensor, stats: Tensor, *rest: Any) -> Gradients:
+        args, _, (needs_conv_grad,) = parse(rest)
+        grad_x = torch.empty_like(x, memory_format=schedule.channels_last(x))
+        return fake_gradients(grad_x, args, needs_conv_grad)
 
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, *rest = inputs
+        args, options, _ = parse(rest)
+        save(ctx, args, x, output[1], *((options.dropout_seed,) if options else ()))
+        ctx.options = options and options._replace(dropout_seed=None, known_stats=None)
 
-def _pooling_backward_fake(grad: Tensor, x: Tensor, stats: Tensor, *rest: Any) -> Gradients:
-    grad_x = torch.empty_like(x, memory_format=schedule.channels_last(x))
-    return fake_gradients(grad_x, Arguments(*rest[:8]), rest[8])
-
-
-def _pooling_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, args = inputs[0], Arguments(*inputs[1:9])
-    save(ctx, args, x, output[1])
-
-
-def _pooling_formula(backward: str) -> Callable[[Any, Tensor], Gradients]:
     def formula(ctx: Any, grad: Tensor) -> Gradients:
-        args, x, stats = load(ctx)
+        args, x, stats, *seed = load(ctx)
+        options = ctx.options and ctx.options._replace(dropout_seed=seed[0])
         if differentiates_inside(grad):
-            return differentiable.pooling_backward(grad, x, args)
-        return getattr(torch.ops.dense_ext, backward)(grad, x, stats, *args, needs_conv_grad(ctx))
+            return differentiable.pooling_backward(grad, x, args, options)
+        operator = getattr(torch.ops.dense_ext, f"{name}_backward")
+        return operator(grad, x, stats, *args, *(options or ()), needs_conv_grad(ctx))
 
-    return formula
-
-
-for _name, _more in (("transition", ", Tensor? known_stats"), ("stem", "")):
-    _operator(f"{_name}(Tensor x, {_ARGUMENTS}{_more}) -> (Tensor, Tensor)")(_pooling_forward)
-    _fake(_name)(_pooling_fake)
+    _operator(f"{name}(Tensor x, {schema}) -> (Tensor, Tensor)")(forward)
+    _fake(name)(fake)
     _operator(
-        f"{_name}_backward(Tensor grad, Tensor x, Tensor stats, {_ARGUMENTS}, bool[] needs_conv_grad) "
+        f"{name}_backward(Tensor grad, Tensor x, Tensor stats, {schema}, bool[] needs_conv_grad) "
         f"-> {_GRADIENTS}"
-    )(_pooling_backward)
-    _fake(f"{_name}_backward")(_pooling_backward_fake)
-    register(_LIBRARY, _name, _pooling_setup, _pooling_formula(f"{_name}_backward"))
+    )(backward)
+    _fake(f"{name}_backward")(backward_fake)
+    register(_LIBRARY, name, setup, formula)
+
+
+def _of_pooling(x: Tensor, args: Arguments, options: TransitionOptions | None) -> Primitives:
+    dims = x.dim() - 2
+    pool = tuple(options.pool_window) if options else (2,) * dims
+    return _primitives(x, args, Form((3,) * dims, 1, pool, args.activation))
+
+
+_register_pooling("transition", _TRANSITION, Arguments, TransitionOptions)
+_register_pooling("stem", _ARGUMENTS, Arguments)
 register(_LIBRARY, "dense_block", _dense_block_setup, _dense_block_formula)
 
 
@@ -363,10 +431,11 @@ class Carried(NamedTuple):
     """A block's information about its output X, for a transition that directly follows it."""
 
     stats: Tensor | None  # X's batch statistics [2, Ct], None if not computed
+    group: str  # the process group over which they were taken
     node: Any  # the block's node in the autograd graph if the block keeps only its input, else None
 
 
-NOTHING_CARRIED = Carried(None, None)
+NOTHING_CARRIED = Carried(None, "", None)
 
 
 def block_node(out: Tensor) -> Any:
@@ -376,15 +445,18 @@ def block_node(out: Tensor) -> Any:
     return node if isinstance(options, BlockOptions) and options.recompute == "block" else None
 
 
-def run_transition(x: Tensor, args: Arguments, carried: Carried) -> tuple[Tensor, Tensor]:
+def run_transition(
+    x: Tensor, args: Arguments, options: TransitionOptions, carried: Carried
+) -> tuple[Tensor, Tensor]:
     """Run the operator ``transition``; after a block with ``recompute="block"`` it does not save x.
 
     Saving x would keep the very buffer that the block frees. Instead, the transition's backward makes the
     block recompute x; the block's own backward, which runs next, uses the result too.
     """
-    operator, (stats, node) = torch.ops.dense_ext.transition, carried
+    operator, (stats, _, node) = torch.ops.dense_ext.transition, carried
+    options = options._replace(known_stats=stats)
     if node is None:
-        return operator(x, *args, stats)
+        return operator(x, *args, *options)
     # The hooks live as long as the graph, so they must not hold x; `output` is cleared below.
     output = [x.detach()]
 
@@ -403,7 +475,7 @@ def run_transition(x: Tensor, args: Arguments, carried: Carried) -> tuple[Tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        result = operator(x, *args, stats)
+        result = operator(x, *args, *options)
     output.clear()
     return result
 

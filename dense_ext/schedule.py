@@ -1,17 +1,22 @@
 """The dense block's forward and backward over the primitives, written once for every backend.
 
 A block owns one buffer X [N, H, W, Ct] (NHWC) with Ct = c0 + L*K channels. c0 of them come from the input,
-and K from each of the L layers. Layer l reads the slice ``X[..., :C]``, C = c0 + l*K, and writes
-``X[..., C:C+K]``, so nothing is ever concatenated. A channel's batch statistics are computed once, by the
-kernel that writes the channel. In backward, G [N, H, W, Ct] accumulates the gradient of X. Batch norm's
-contribution to it is kept separately, as ``U*X + V`` per channel (see :mod:`dense_ext.batch_norm`).
+and K from each of the L layers; K may differ from layer to layer. Layer l reads the slice ``X[..., :C]``,
+C = c0 + l*K, and writes ``X[..., C:C+K]``, so nothing is ever concatenated. A channel's batch statistics are
+computed once, by the kernel that writes the channel. In backward, G [N, H, W, Ct] accumulates the gradient of
+X. Batch norm's contribution to it is kept separately, as ``U*X + V`` per channel (see
+:mod:`dense_ext.batch_norm`).
 
 M is the number of pixels N*H*W, B the number of channels of a layer's bottleneck, and z [N, H, W, B] the
 bottleneck's activations. All this also holds for volumes, with D before H and 3x3x3 instead of 3x3.
+
+A convolution may be followed by a bias and dropout, which are applied to its result in place. Then the
+statistics are computed in a pass of their own, and backward forms the convolution's gradient in memory.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +26,8 @@ from torch import Tensor
 
 from .backends import Primitives
 from .backends.base import accumulate_dtype
+from .batch_norm import values_per_channel
+from .synchronised import Sync
 
 RECOMPUTE = ("none", "bottleneck", "block")
 
@@ -41,6 +48,33 @@ class Layer:
 
     norms: list[Norm]
     convs: list[Tensor]
+    biases: list[Tensor]  # of the convolutions, in the accumulation dtype; empty if they have none
+    dropouts: list[Dropout]  # one after each convolution
+
+
+@dataclass
+class Dropout:
+    """Dropout whose mask follows from a seed, so that backward gets the same mask as forward."""
+
+    rate: float  # 0 if dropout is off
+    channels: bool = False  # whether it drops whole channels of an image
+    seed: int | None = None
+
+    def mask(self, y: Tensor) -> Tensor:
+        """The factors of y [N, H, W, K], 0 or 1/(1-p): of y's shape, or [N, 1, 1, K].
+
+        Raises:
+            ValueError: there is no seed.
+        """
+        if self.seed is None:
+            raise ValueError("dropout needs one seed per convolution")
+        keep = 1.0 - self.rate
+        generator = torch.Generator(device=y.device)
+        generator.manual_seed(self.seed)
+        shape = (len(y), *[1] * (y.dim() - 2), y.shape[-1]) if self.channels else y.shape
+        mask = torch.empty(shape, dtype=y.dtype, device=y.device)
+        mask.bernoulli_(keep, generator=generator)
+        return mask.div_(keep) if keep > 0 else mask
 
 
 @dataclass
@@ -49,28 +83,34 @@ class Block:
 
     layers: list[Layer]
     in_channels: int  # c0
-    growth_rate: int  # K
-    bottleneck: int  # B, or 0 without a bottleneck
-    drop_rate: float  # 0 if dropout is off
-    dropout_seeds: Tensor | None  # [L] int64 on the CPU
+    sync: Sync | None = None  # the processes that share batch statistics
+
+    @property
+    def growth(self) -> list[int]:
+        """K of each layer."""
+        return [layer.convs[-1].shape[0] for layer in self.layers]
+
+    @property
+    def bottlenecks(self) -> list[int]:
+        """B of each layer; empty if the layers have no bottleneck."""
+        return [layer.convs[0].shape[0] for layer in self.layers if len(layer.convs) == 2]
 
     @property
     def out_channels(self) -> int:
-        return self.in_channels + len(self.layers) * self.growth_rate
+        return self.in_channels + sum(self.growth)
 
     @property
     def stats_sizes(self) -> list[int]:
         """The channels of each part of the statistics: the input, each layer's output, each bottleneck."""
-        layers = len(self.layers)
-        bottlenecks = [self.bottleneck] * layers if self.bottleneck else []
-        return [self.in_channels, *[self.growth_rate] * layers, *bottlenecks]
+        return [self.in_channels, *self.growth, *self.bottlenecks]
 
 
-def norm_starts(num_norms: int, out_channels: int, bottleneck: int) -> list[int]:
+def norm_starts(out_channels: int, bottlenecks: Sequence[int], layers: int) -> list[int]:
     """The index of each norm's first channel in a block's statistics, for norms in the layers' order."""
-    if not bottleneck:
-        return [0] * num_norms
-    return [start for i in range(num_norms // 2) for start in (0, out_channels + i * bottleneck)]
+    if not bottlenecks:
+        return [0] * layers
+    starts = itertools.accumulate(bottlenecks[:-1], initial=out_channels)
+    return [start for of_z in starts for start in (0, of_z)]
 
 
 def nhwc(x: Tensor) -> Tensor:
@@ -151,8 +191,7 @@ def empty_outputs(block: Block, x: Tensor, keep_bottleneck: bool) -> tuple[Tenso
     """Tensors for the outputs of :func:`forward`: X and z uninitialised, the statistics zero."""
     out = empty_like(x, block.out_channels)
     stats = x.new_zeros(2, sum(block.stats_sizes), dtype=accumulate_dtype(x.dtype))
-    kept = keep_bottleneck and block.bottleneck > 0
-    z = x.new_empty((len(block.layers), *nhwc(x).shape[:-1], block.bottleneck) if kept else (0,))
+    z = x.new_empty(values_per_channel(x) * sum(block.bottlenecks) if keep_bottleneck else 0)
     return out, stats, z
 
 
@@ -171,35 +210,41 @@ class Pass:
         # One call makes the views for all layers: making them one by one takes longer than many launches.
         sizes, parts = block.stats_sizes, len(block.layers) + 1
         self.x_parts = self.x.split(sizes[:parts], -1)
+        self.reads = list(itertools.accumulate(sizes[:parts]))  # C of each layer
         each = list(zip(self.mean.split(sizes), self.var.split(sizes), strict=True))
         self.x_stats, self.z_stats = each[:parts], each[parts:]
-        self.keeps_bottleneck = z_all.dim() > 1
-        self.z_all = z_all
-        if block.bottleneck and not self.keeps_bottleneck:
+        self.widths = block.bottlenecks
+        self.keeps_bottleneck = len(z_all) > 0
+        if self.keeps_bottleneck:
+            each_z = z_all.split([pixels(self.x) * width for width in self.widths])
+            self.z_parts = [part.view(*self.x.shape[:-1], -1) for part in each_z]
+        elif self.widths:
             self.z_scratch = self.new_bottleneck()
         self.bound: dict[int, list[BoundNorm]] = {}
 
     def new_bottleneck(self) -> Tensor:
-        """An uninitialised tensor [N, H, W, B]."""
-        return self.x.new_empty(*self.x.shape[:-1], self.block.bottleneck)
+        """Uninitialised memory for the widest layer's [N, H, W, B]."""
+        return self.x.new_empty(pixels(self.x) * max(self.widths))
 
-    def in_channels(self, index: int) -> int:
-        """How many of X's first channels layer ``index`` reads."""
-        return self.block.in_channels + index * self.block.growth_rate
+    def of_width(self, memory: Tensor, index: int) -> Tensor:
+        """Memory from :meth:`new_bottleneck` as layer ``index``'s [N, H, W, B]."""
+        *sizes, _ = self.x.shape
+        width = self.widths[index]
+        return memory[: pixels(self.x) * width].view(*sizes, width)
 
     def source(self, index: int) -> Tensor:
         """The part of X that layer ``index`` reads."""
-        return first_channels(self.x, self.in_channels(index))
+        return first_channels(self.x, self.reads[index])
 
     def z(self, index: int) -> Tensor:
         """Layer ``index``'s z: its own memory if every z is kept, else memory that all layers share."""
-        return self.z_all[index] if self.keeps_bottleneck else self.z_scratch
+        return self.z_parts[index] if self.keeps_bottleneck else self.of_width(self.z_scratch, index)
 
     def batch_stats(self, index: int) -> list[tuple[Tensor, Tensor]]:
         """The batch's mean and variance for each of layer ``index``'s norms."""
-        c = self.in_channels(index)
+        c = self.reads[index]
         first = first_channels(self.mean, c), first_channels(self.var, c)
-        return [first, self.z_stats[index]] if self.block.bottleneck else [first]
+        return [first, self.z_stats[index]] if self.widths else [first]
 
     def norms(self, index: int) -> list[BoundNorm]:
         """Layer ``index``'s bound norms; the statistics of its whole group of layers must be known."""
@@ -217,37 +262,30 @@ class Pass:
         self, index: int, norm1: BoundNorm, mean: Tensor | None = None, var: Tensor | None = None
     ) -> None:
         """Write layer ``index``'s z, and z's statistics unless ``mean`` is None."""
+        layer, z = self.block.layers[index], self.z(index)
+        written = (None, None) if self.finishes(layer, 0) else (mean, var)
         self.ops.bn_relu_conv1x1_forward(
-            self.source(index),
-            norm1.scale,
-            norm1.shift,
-            self.block.layers[index].convs[0],
-            self.z(index),
-            mean,
-            var,
+            self.source(index), norm1.scale, norm1.shift, layer.convs[0], z, *written
         )
+        self.finish(layer, 0, z, mean, var)
 
-    def dropout_mask(self, index: int, y: Tensor) -> Tensor:
-        """Layer ``index``'s dropout factors, of the shape and dtype of y [N, H, W, K]."""
-        return dropout_mask(self.block.dropout_seeds, index, self.block.drop_rate, y)
+    @staticmethod
+    def finishes(layer: Layer, which: int) -> bool:
+        """Whether a bias or dropout follows convolution ``which`` of a layer."""
+        return bool(layer.biases) or layer.dropouts[which].rate > 0
 
-
-def dropout_mask(seeds: Tensor | None, index: int, drop_rate: float, y: Tensor) -> Tensor:
-    """Layer ``index``'s dropout factors, 0 or 1/(1-p), of the shape and dtype of y [N, H, W, K].
-
-    They follow from the seed, so forward and backward get the same ones.
-
-    Raises:
-        ValueError: there are no seeds.
-    """
-    if seeds is None:
-        raise ValueError("dropout needs one seed per layer")
-    keep = 1.0 - drop_rate
-    generator = torch.Generator(device=y.device)
-    generator.manual_seed(int(seeds[index]))
-    mask = torch.empty(y.shape, dtype=y.dtype, device=y.device)
-    mask.bernoulli_(keep, generator=generator)
-    return mask.div_(keep) if keep > 0 else mask
+    def finish(self, layer: Layer, which: int, y: Tensor, mean: Tensor | None, var: Tensor | None) -> None:
+        """Apply what follows convolution ``which`` to its result y, and complete y's statistics."""
+        if layer.biases:
+            y.add_(layer.biases[which])
+        if layer.dropouts[which].rate > 0:
+            y.mul_(layer.dropouts[which].mask(y))
+        if mean is None or var is None:
+            return
+        if self.finishes(layer, which):
+            self.ops.channel_stats(y, mean, var)
+        if self.block.sync is not None:
+            self.block.sync.combine(mean, var)
 
 
 def forward(ops: Primitives, block: Block, x: Tensor, keep_bottleneck: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -258,12 +296,12 @@ def forward(ops: Primitives, block: Block, x: Tensor, keep_bottleneck: bool) -> 
         keep_bottleneck: whether to return every layer's z, so that backward need not recompute it.
 
     Returns:
-        The buffer X as [N, Ct, H, W] in channels_last memory, the batch statistics [2, Ct + L*B], and
-        z [L, N, H, W, B], or an empty tensor if z is not kept. The statistics are mean and biased variance,
-        and zero where no norm uses them.
+        The buffer X as [N, Ct, H, W] in channels_last memory, the batch statistics [2, Ct + L*B], and z: the
+        memory of every layer's [N, H, W, B] one after another, or an empty tensor if z is not kept. The
+        statistics are mean and biased variance, and zero where no norm uses them.
     """
     out, stats, z_all = empty_outputs(block, x, keep_bottleneck)
-    if x.shape[0] == 0:
+    if x.shape[0] == 0 and block.sync is None:
         return out, stats, z_all
     run = Pass(ops, block, out, stats, z_all)
     norms = [norm for layer in block.layers for norm in layer.norms]
@@ -273,6 +311,8 @@ def forward(ops: Primitives, block: Block, x: Tensor, keep_bottleneck: bool) -> 
     run.x_parts[0].copy_(nhwc(x))
     if wants_stats:
         ops.channel_stats(run.x_parts[0], *run.x_stats[0])
+        if block.sync is not None:
+            block.sync.combine(*run.x_stats[0])
     for i in range(len(block.layers)):
         _layer_forward(run, i, wants_stats, frozen)
     return out, stats, z_all
@@ -290,29 +330,23 @@ def _layer_forward(run: Pass, index: int, wants_stats: bool, frozen: bool) -> No
         return run.norms(index)[which] if frozen else bind(ops, layer.norms[which], *batch[which])
 
     last, source = norm(0), run.source(index)
-    if run.block.bottleneck:
+    if run.widths:
         run.run_bottleneck(index, last, *(batch[1] if layer.norms[1].running is None else ()))
         last, source = norm(1), run.z(index)
-    y, y_stats, dropout = run.x_parts[index + 1], run.x_stats[index + 1], run.block.drop_rate > 0
-    written = y_stats if wants_stats and not dropout else (None, None)
+    y = run.x_parts[index + 1]
+    stats = run.x_stats[index + 1] if wants_stats else (None, None)
+    written = (None, None) if run.finishes(layer, -1) else stats
     ops.bn_relu_conv3x3_forward(source, last.scale, last.shift, layer.convs[-1], y, *written)
-    if dropout:
-        y.mul_(run.dropout_mask(index, y))
-        if wants_stats:
-            ops.channel_stats(y, *y_stats)
+    run.finish(layer, -1, y, *stats)
 
 
 @dataclass
-class BlockGradients:
-    """The gradients of a block's input and of its norms and convolutions, in the layers' order.
+class LayerGradients:
+    """The gradients of a layer's norms and convolutions, in their order."""
 
-    A convolution's gradient is None if not needed.
-    """
-
-    x: Tensor  # [N, c0, H, W]
-    norm_weights: list[Tensor]
-    norm_biases: list[Tensor]
-    convs: list[Tensor | None]
+    norms: list[tuple[Tensor, Tensor]]  # of weight and bias [C]
+    convs: list[Tensor | None]  # None where not needed
+    conv_biases: list[Tensor]  # empty if the convolutions have no bias
 
 
 class BackwardPass(Pass):
@@ -323,34 +357,50 @@ class BackwardPass(Pass):
     ) -> None:
         super().__init__(ops, block, out, stats, z_all)
         self.g = nhwc(grad)
+        # Several processes divide U and V by the M of all of them once their shares have been added up.
+        self.count = 1 if block.sync is not None else pixels(self.x)
         self.u, self.v = stats.new_zeros(2, block.out_channels).unbind()
         sizes = block.stats_sizes[: len(self.x_parts)]
         self.g_parts = self.g.split(sizes, -1)
         self.u_parts, self.v_parts = self.u.split(sizes), self.v.split(sizes)
         # The u and v of each layer's second norm; allocated together, they take one launch to zero.
-        z_uv = stats.new_zeros(2, len(block.layers), block.bottleneck)
-        self.z_u, self.z_v = (vectors.unbind() for vectors in z_uv.unbind())
-        if block.bottleneck:
+        z_u, z_v = stats.new_zeros(2, sum(self.widths)).unbind()
+        self.z_u, self.z_v = z_u.split(self.widths), z_v.split(self.widths)
+        if self.widths:
             self.grad_bn = self.new_bottleneck()
 
+    def complete(self, u: Tensor, v: Tensor) -> None:
+        """Complete ``u`` and ``v`` [C], to which every reader of their channels has added its share."""
+        if self.block.sync is not None:
+            self.block.sync.average(u, v)
+
     def conv3x3_backward(
-        self, index: int, z: Tensor, norm: BoundNorm, grad_bn: Tensor, grad_weight: Tensor | None
+        self, index: int, z: Tensor, norm: BoundNorm, grad_bn: Tensor, grads: LayerGradients
     ) -> Tensor:
         """Backward of layer ``index``'s 3x3 convolution: writes grad_bn, returns its channel sums [2, C]."""
-        k = index + 1
+        k, layer = index + 1, self.block.layers[index]
         grad, y, u, v = self.g_parts[k], self.x_parts[k], self.u_parts[k], self.v_parts[k]
-        if self.block.drop_rate > 0:
-            # Dropout lies between the convolution and X, so the convolution's gradient needs its own memory.
+        self.complete(u, v)
+        if self.finishes(layer, -1):
+            # A bias or dropout lies between the convolution and X, so its gradient needs its own memory.
             grad = self.x.new_empty(y.shape)
             self.ops.affine_gradient(self.g_parts[k], y, u, v, grad)
-            grad.mul_(self.dropout_mask(index, y))
+            self.unfinish(layer, -1, grad, grads)
             u, v = torch.zeros_like(u), torch.zeros_like(v)
         sums = self.mean.new_empty(2, z.shape[-1])
-        weight = self.block.layers[index].convs[-1]
         self.ops.bn_relu_conv3x3_backward(
-            grad, y, u, v, z, norm.mean, norm.scale, norm.shift, weight, grad_bn, sums, grad_weight
-        )
+            grad, y, u, v, z, norm.mean, norm.scale, norm.shift, layer.convs[-1], grad_bn, sums,
+            grads.convs[-1],
+        )  # fmt: skip
         return sums
+
+    def unfinish(self, layer: Layer, which: int, grad: Tensor, grads: LayerGradients) -> None:
+        """Backward of :meth:`finish`: ``grad`` becomes the gradient of the convolution's own result."""
+        if layer.dropouts[which].rate > 0:
+            grad.mul_(layer.dropouts[which].mask(grad))
+        if layer.biases:
+            bias = grad.sum(tuple(range(grad.dim() - 1)), dtype=self.mean.dtype)
+            grads.conv_biases.insert(0, bias)
 
 
 def backward(
@@ -361,7 +411,7 @@ def backward(
     z_all: Tensor,
     stats: Tensor,
     needs_conv_grad: Sequence[bool],
-) -> BlockGradients:
+) -> tuple[Tensor, list[LayerGradients]]:
     """Backward of :func:`forward`.
 
     Args:
@@ -370,51 +420,56 @@ def backward(
         z_all: z as :func:`forward` returned it; if it is empty, each layer's z is recomputed.
         stats: as :func:`forward` returned them.
         needs_conv_grad: for each convolution, whether its weight gradient is needed.
+
+    Returns:
+        The gradient of the block's input [N, c0, H, W], and those of each layer.
     """
     run = BackwardPass(ops, block, grad, out, stats, z_all)
-    weights = [weight for layer in block.layers for weight in layer.convs]
-    convs = [
-        torch.empty_like(weight) if needed else None
-        for weight, needed in zip(weights, needs_conv_grad, strict=True)
+    needed = iter(needs_conv_grad)
+    gradients = [
+        LayerGradients([], [torch.empty_like(weight) if next(needed) else None for weight in layer.convs], [])
+        for layer in block.layers
     ]
-    layer_backward = _bottleneck_layer_backward if block.bottleneck else _plain_layer_backward
-    per_layer = len(convs) // len(block.layers)
-    norms: list[tuple[Tensor, Tensor]] = []
+    layer_backward = _bottleneck_layer_backward if run.widths else _plain_layer_backward
     for i in reversed(range(len(block.layers))):
-        norms = layer_backward(run, i, convs[i * per_layer : (i + 1) * per_layer]) + norms
-
+        layer_backward(run, i, gradients[i])
     grad_x = empty_like(out, block.in_channels)
+    run.complete(run.u_parts[0], run.v_parts[0])
     ops.affine_gradient(run.g_parts[0], run.x_parts[0], run.u_parts[0], run.v_parts[0], nhwc(grad_x))
-    return BlockGradients(grad_x, [weight for weight, _ in norms], [bias for _, bias in norms], convs)
+    return grad_x, gradients
 
 
-def _bottleneck_layer_backward(
-    run: BackwardPass, index: int, grad_weights: list[Tensor | None]
-) -> list[tuple[Tensor, Tensor]]:
-    """Add layer ``index``'s part to G, U and V; returns the weight and bias gradients of its two norms."""
-    ops, m, c = run.ops, pixels(run.x), run.in_channels(index)
+def _bottleneck_layer_backward(run: BackwardPass, index: int, grads: LayerGradients) -> None:
+    """Add layer ``index``'s part to G, U and V, and write its gradients."""
+    ops, c, layer = run.ops, run.reads[index], run.block.layers[index]
     norm1, norm2 = run.norms(index)
-    z, z_u, z_v = run.z(index), run.z_u[index], run.z_v[index]
+    z, z_u, z_v, z_scale = run.z(index), run.z_u[index], run.z_v[index], norm2.scale
     if not run.keeps_bottleneck:
         run.run_bottleneck(index, norm1)
-    sums2 = run.conv3x3_backward(index, z, norm2, run.grad_bn, grad_weights[1])
-    norm2_grads = norm2.gradient(ops, sums2, m, z_u, z_v)
+    grad_bn = run.of_width(run.grad_bn, index)
+    sums2 = run.conv3x3_backward(index, z, norm2, grad_bn, grads)
+    norm2_grads = norm2.gradient(ops, sums2, run.count, z_u, z_v)
+    run.complete(z_u, z_v)
+    if run.finishes(layer, 0):
+        ops.affine_gradient(grad_bn.mul_(z_scale), z, z_u, z_v, grad_bn)
+        run.unfinish(layer, 0, grad_bn, grads)
+        z_scale, z_u, z_v = torch.ones_like(z_u), torch.zeros_like(z_u), torch.zeros_like(z_v)
     sums1 = run.mean.new_empty(2, c)
     ops.bn_relu_conv1x1_backward(
-        run.grad_bn, z, norm2.scale, z_u, z_v,
-        run.source(index), norm1.mean, norm1.scale, norm1.shift, run.block.layers[index].convs[0],
-        first_channels(run.g, c), sums1, grad_weights[0],
+        grad_bn, z, z_scale, z_u, z_v,
+        run.source(index), norm1.mean, norm1.scale, norm1.shift, layer.convs[0],
+        first_channels(run.g, c), sums1, grads.convs[0],
     )  # fmt: skip
-    return [norm1.gradient(ops, sums1, m, first_channels(run.u, c), first_channels(run.v, c)), norm2_grads]
+    norm1_grads = norm1.gradient(ops, sums1, run.count, first_channels(run.u, c), first_channels(run.v, c))
+    grads.norms = [norm1_grads, norm2_grads]
 
 
-def _plain_layer_backward(
-    run: BackwardPass, index: int, grad_weights: list[Tensor | None]
-) -> list[tuple[Tensor, Tensor]]:
+def _plain_layer_backward(run: BackwardPass, index: int, grads: LayerGradients) -> None:
     """The same for a layer without a bottleneck, whose 3x3 convolution reads X."""
-    c, (norm,) = run.in_channels(index), run.norms(index)
+    c, (norm,) = run.reads[index], run.norms(index)
     source, g = run.source(index), first_channels(run.g, c)
     grad_bn = run.x.new_empty(source.shape)
-    sums = run.conv3x3_backward(index, source, norm, grad_bn, grad_weights[0])
+    sums = run.conv3x3_backward(index, source, norm, grad_bn, grads)
     run.ops.scaled_accumulate(grad_bn, norm.scale, g)
-    return [norm.gradient(run.ops, sums, pixels(run.x), first_channels(run.u, c), first_channels(run.v, c))]
+    u, v = first_channels(run.u, c), first_channels(run.v, c)
+    grads.norms = [norm.gradient(run.ops, sums, run.count, u, v)]

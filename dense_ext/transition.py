@@ -5,33 +5,58 @@ takes the maximum (window 3, stride 2, padding 1). For volumes the windows are 2
 is saved; backward recomputes the activation tile by tile. The input's gradient leaves the operator, so batch
 norm's deferred ``u*x + v`` is added here (see :mod:`dense_ext.batch_norm`).
 
-``weight`` is the transition's convolution [K, C, 1, 1], and None for the stem.
+A transition's average pool and 1x1 convolution commute. If the pool takes the maximum, or dropout comes
+before it, they do not: then the convolution comes first, and its result is held in memory during the call.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import Primitives
 from .backends.base import accumulate_dtype
 from .batch_norm import values_per_channel
-from .schedule import Norm, bind, channels_last, nhwc
+from .schedule import BoundNorm, Dropout, Norm, bind, channels_last, nhwc
+from .synchronised import Sync
 
 
-def empty_outputs(weight: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass
+class Pooling:
+    """The constants of a transition, or of the stem, which has neither convolution nor dropout."""
+
+    norm: Norm
+    weight: Tensor | None  # the convolution's [K, C, 1, 1]; None for the stem
+    bias: Tensor | None  # the convolution's [K], accumulation dtype
+    dropout: Dropout  # between convolution and pool
+    takes_maximum: bool  # whether a transition's pool takes the maximum
+    window: tuple[int, ...]  # of a transition's pool
+    sync: Sync | None  # the processes that share batch statistics
+
+    @property
+    def pools_first(self) -> bool:
+        """Whether a transition's pool and convolution may be exchanged."""
+        return not self.takes_maximum and self.dropout.rate == 0
+
+
+def empty_outputs(pooling: Pooling, x: Tensor) -> tuple[Tensor, Tensor]:
     """Tensors for the outputs of :func:`forward`: y uninitialised, the statistics zero."""
     n, c, *pixels = x.shape
-    if weight is None:
+    if pooling.weight is None:
         size = (n, c, *((length - 1) // 2 + 1 for length in pixels))
     else:
-        size = (n, weight.shape[0], *(length // 2 for length in pixels))
+        lengths = (length // w for length, w in zip(pixels, pooling.window, strict=True))
+        size = (n, pooling.weight.shape[0], *lengths)
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=channels_last(x))
     return y, x.new_zeros(2, c, dtype=accumulate_dtype(x.dtype))
 
 
 def forward(
-    ops: Primitives, norm: Norm, weight: Tensor | None, x: Tensor, known: Tensor | None = None
+    ops: Primitives, pooling: Pooling, x: Tensor, known: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Run a transition or the stem.
 
@@ -44,30 +69,74 @@ def forward(
         [N, C, (H-1)//2 + 1, (W-1)//2 + 1]. The statistics are mean and biased variance, and zero if the norm
         uses running statistics.
     """
-    y, stats = empty_outputs(weight, x)
-    if x.shape[0] == 0:
+    y, stats = empty_outputs(pooling, x)
+    if x.shape[0] == 0 and pooling.sync is None:
         return y, stats
+    norm = pooling.norm
     if norm.running is None and known is not None:
         stats.copy_(known)
     elif norm.running is None:
         ops.channel_stats(nhwc(x), stats[0], stats[1])
+        if pooling.sync is not None:
+            pooling.sync.combine(stats[0], stats[1])
     bound = bind(ops, norm, stats[0], stats[1])
-    if weight is None:
+    if pooling.weight is None:
         ops.bn_relu_maxpool_forward(nhwc(x), bound.scale, bound.shift, nhwc(y))
+    elif pooling.pools_first:
+        ops.bn_relu_pool_conv1x1_forward(nhwc(x), bound.scale, bound.shift, pooling.weight, nhwc(y))
+        if pooling.bias is not None:
+            nhwc(y).add_(pooling.bias)
     else:
-        ops.bn_relu_pool_conv1x1_forward(nhwc(x), bound.scale, bound.shift, weight, nhwc(y))
+        y.copy_(_pool(pooling, _convolved(ops, pooling, bound, x)))
     return y, stats
 
 
+def _convolved(ops: Primitives, pooling: Pooling, bound: BoundNorm, x: Tensor) -> Tensor:
+    """The convolution's result [N, K, H, W], after bias and dropout."""
+    assert pooling.weight is not None
+    z = x.new_empty(*nhwc(x).shape[:-1], pooling.weight.shape[0])
+    ops.bn_relu_conv1x1_forward(nhwc(x), bound.scale, bound.shift, pooling.weight, z, None, None)
+    if pooling.bias is not None:
+        z.add_(pooling.bias)
+    if pooling.dropout.rate > 0:
+        z.mul_(pooling.dropout.mask(z))
+    return z.movedim(-1, 1)
+
+
+def _pool(pooling: Pooling, z: Tensor) -> Tensor:
+    """The pool of z [N, K, H, W], through PyTorch's operators."""
+    dims = len(pooling.window)
+    pools: Any = (F.max_pool2d, F.max_pool3d) if pooling.takes_maximum else (F.avg_pool2d, F.avg_pool3d)
+    return pools[dims - 2](z, pooling.window)
+
+
+def _pool_backward(pooling: Pooling, grad: Tensor, z: Tensor) -> Tensor:
+    """The gradient of z [N, K, H, W], of whose values only a maximum depends."""
+    dims, window = len(pooling.window), pooling.window
+    zeros, ones = [0] * dims, [1] * dims
+    if not pooling.takes_maximum:
+        average = getattr(torch.ops.aten, f"avg_pool{dims}d_backward")
+        return average(grad, z, window, window, zeros, False, True, None)
+    maximum = (F.max_pool2d, F.max_pool3d)[dims - 2]
+    _, indices = maximum(z, window, return_indices=True)
+    backward = getattr(torch.ops.aten, f"max_pool{dims}d_with_indices_backward")
+    return backward(grad, z, window, window, zeros, ones, False, indices)
+
+
+@dataclass
+class PoolingGradients:
+    """The gradients of a transition's or the stem's parameters and input; None where there is none."""
+
+    x: Tensor
+    norm_weight: Tensor  # [C]
+    norm_bias: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None  # [K]
+
+
 def backward(
-    ops: Primitives,
-    norm: Norm,
-    weight: Tensor | None,
-    grad: Tensor,
-    x: Tensor,
-    stats: Tensor,
-    needs_conv_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    ops: Primitives, pooling: Pooling, grad: Tensor, x: Tensor, stats: Tensor, needs_conv_grad: bool
+) -> PoolingGradients:
     """Backward of :func:`forward`.
 
     Args:
@@ -75,30 +144,52 @@ def backward(
         x: forward's x, in channels_last memory.
         stats: as forward returned them.
         needs_conv_grad: whether the gradient of the convolution's weight is needed.
-
-    Returns:
-        The gradients of x, of the norm's weight and bias [C], and of the convolution's weight; the last is
-        None if not needed.
     """
+    norm, weight = pooling.norm, pooling.weight
     bound = bind(ops, norm, stats[0], stats[1])
     grad_x = torch.empty_like(x)
     grad_weight = torch.empty_like(weight) if weight is not None and needs_conv_grad else None
-    if norm.running is None:
+    # Averaging windows keeps the sum of a gradient, and so the gradient of a bias.
+    grad_bias = None if pooling.bias is None else _sum(nhwc(grad), pooling.bias)
+    vectors = torch.empty_like(bound.mean), torch.empty_like(bound.mean)
+    if norm.running is None and pooling.sync is None and pooling.pools_first:
         through = bound.mean, bound.var, norm.weight, norm.eps, bound.scale, bound.shift
-        grads = torch.empty_like(bound.mean), torch.empty_like(bound.mean)
         if weight is None:
-            ops.bn_relu_maxpool_norm_backward(nhwc(grad), nhwc(x), *through, nhwc(grad_x), *grads)
+            ops.bn_relu_maxpool_norm_backward(nhwc(grad), nhwc(x), *through, nhwc(grad_x), *vectors)
         else:
             ops.bn_relu_pool_conv1x1_norm_backward(
-                nhwc(grad), nhwc(x), *through, weight, nhwc(grad_x), *grads, grad_weight
+                nhwc(grad), nhwc(x), *through, weight, nhwc(grad_x), *vectors, grad_weight
             )
-        return grad_x, *grads, grad_weight
+        return PoolingGradients(grad_x, *vectors, grad_weight, grad_bias)
     sums = torch.empty_like(stats)
     affine = bound.mean, bound.scale, bound.shift
     if weight is None:
         ops.bn_relu_maxpool_backward(nhwc(grad), nhwc(x), *affine, nhwc(grad_x), sums)
-    else:
+    elif pooling.pools_first:
         ops.bn_relu_pool_conv1x1_backward(
             nhwc(grad), nhwc(x), *affine, weight, nhwc(grad_x), sums, grad_weight
         )
-    return grad_x, *bound.gradient(ops, sums, values_per_channel(x), None, None), grad_weight
+    else:
+        z = _convolved(ops, pooling, bound, x)
+        dz = nhwc(_pool_backward(pooling, grad, z).contiguous(memory_format=channels_last(x)))
+        if pooling.dropout.rate > 0:
+            dz.mul_(pooling.dropout.mask(dz))
+        if pooling.bias is not None:
+            grad_bias = _sum(dz, pooling.bias)
+        ones, zeros = dz.new_ones(dz.shape[-1], dtype=stats.dtype), stats.new_zeros(dz.shape[-1])
+        ops.bn_relu_conv1x1_backward(
+            dz, nhwc(z), ones, zeros, zeros, nhwc(x), *affine, weight, nhwc(grad_x.zero_()), sums, grad_weight
+        )
+    u, v = torch.zeros_like(stats)
+    count = values_per_channel(x) if pooling.sync is None else 1
+    vectors = bound.gradient(ops, sums, count, u, v)
+    if norm.running is None:
+        if pooling.sync is not None:
+            pooling.sync.average(u, v)
+        ops.affine_gradient(nhwc(grad_x), nhwc(x), u, v, nhwc(grad_x))
+    return PoolingGradients(grad_x, *vectors, grad_weight, grad_bias)
+
+
+def _sum(grad: Tensor, bias: Tensor) -> Tensor:
+    """The gradient of a bias [K], which was added to a tensor with the gradient ``grad`` [N, H, W, K]."""
+    return grad.sum(tuple(range(grad.dim() - 1)), dtype=bias.dtype)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.models.densenet import DenseNet
 
 import dense_ext
-from dense_ext.arguments import Arguments, BlockOptions
+from dense_ext.arguments import Arguments, BlockOptions, TransitionOptions
 
 from .helpers import assert_same_state, eager_block, randomize, small_densenet, twin
 
@@ -28,10 +28,14 @@ def arguments(channels: list[int], convs: list[Tensor], frozen: bool, backend: s
         [n.weight for n in norms],
         [n.bias for n in norms],
         convs,
+        [],
         [n.running_mean for n in norms if frozen],
         [n.running_var for n in norms if frozen],
         [n.eps for n in norms],
         [not frozen] * len(norms),
+        "relu",
+        "",
+        None,
         backend,
     )
 
@@ -54,12 +58,15 @@ class TestOpcheck:
     def test_dense_block(self, backend: str, recompute: str, frozen: bool) -> None:
         args = block_arguments(frozen, backend)
         x = channels_last(2, 3, 4, 3).requires_grad_()
-        for drop_rate, seeds in ((0.0, None), (0.5, torch.arange(2))):
-            options = BlockOptions(seeds, drop_rate, recompute)
+        for drop_rate, seeds in ((0.0, None), (0.5, torch.arange(4))):
+            options = BlockOptions(2, 1, seeds, [0.0, drop_rate], False, recompute)
             torch.library.opcheck(OPS.dense_block.default, (x, *args, *options))
 
     def test_dense_block_backward(self, backend: str, recompute: str, frozen: bool) -> None:
-        args, options = block_arguments(frozen, backend), BlockOptions(None, 0.0, recompute)
+        args, options = (
+            block_arguments(frozen, backend),
+            BlockOptions(2, 1, None, [0.0] * 2, False, recompute),
+        )
         x, grad = channels_last(2, 3, 4, 3), channels_last(2, 7, 4, 3)
         with torch.no_grad():
             out, stats, z = OPS.dense_block(x, *args, *options)
@@ -75,12 +82,12 @@ class TestOpcheck:
         args = arguments([3], [conv(2, 3, 1)] if name == "transition" else [], frozen, backend)
         x = channels_last(2, 3, 5, 4).requires_grad_()
         forward, backward = getattr(OPS, name).default, getattr(OPS, name + "_backward").default
-        known = [None] if name == "transition" else []
-        torch.library.opcheck(forward, (x, *args, *known))
+        options = TransitionOptions("average", [2, 2], None, 0.0, False, None) if name == "transition" else ()
+        torch.library.opcheck(forward, (x, *args, *options))
         with torch.no_grad():
-            y, stats = forward(x, *args, *known)
+            y, stats = forward(x, *args, *options)
             needed = [True] * len(args.conv_weights)
-            torch.library.opcheck(backward, (torch.randn_like(y), x.detach(), stats, *args, needed))
+            torch.library.opcheck(backward, (torch.randn_like(y), x.detach(), stats, *args, *options, needed))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ Every primitive of every backend follows these conventions:
 * Activations are NHWC *views* ``[N, H, W, C]`` with unit stride along C. The pixel stride may be
   larger than C (a slice of a wider concatenation buffer). H and W are dense: the strides are
   ``(H*W*s, W*s, s, 1)`` with ``s >= C``. M = N*H*W is the number of pixels. Volumes
-  ``[N, D, H, W, C]`` run through :mod:`dense_ext.backends.volume`.
+  ``[N, D, H, W, C]`` run through :mod:`dense_ext.backends.general`.
 * Convolution weights and their gradients have PyTorch's shape ``[out, in, kh, kw]``, any strides,
   and the activations' dtype.
 * Per-channel vectors (``mean``, ``var``, ``scale``, ``shift``, ``weight``, ``bias``, ``u``, ``v``,

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..activations import activation
 from .base import STORAGE_DTYPES, Backend, accumulate_dtype
 
 
@@ -51,24 +52,47 @@ def _spatial(x: Tensor) -> int:
     return x.dim() - 2
 
 
-def _mask_and_sum(g: Tensor, activation: Tensor, x: Tensor, mean: Tensor, sums: Tensor) -> None:
-    """Apply ReLU's backward to the gradient ``g`` in place, and write its channel sums to ``sums``.
-
-    ``activation`` is overwritten. Where it is NaN the gradient passes, as in PyTorch.
-    """
-    pixels = tuple(range(x.dim() - 1))
-    g.masked_fill_(activation <= 0, 0)
-    sums[0] = g.sum(dim=pixels)
-    sums[1] = torch.sub(_widen(x), mean, out=activation).mul_(g).sum(dim=pixels)
-
-
 class ReferenceBackend(Backend):
     """Computes every primitive step by step, as the formulas in :mod:`dense_ext.backends.base` say.
 
-    It takes images and, through :mod:`dense_ext.backends.volume`, volumes.
+    Through :mod:`dense_ext.backends.general` it also takes volumes, other activations and other windows.
     """
 
     name = "reference"
+    activation = "relu"
+    dilation = 1  # of the convolution called 3x3, whose window its weight tells
+
+    def activate(self, x: Tensor) -> Tensor:
+        """The activation of the norm's output ``x``; ReLU is in place."""
+        return x.relu_() if self.activation == "relu" else activation(self.activation).forward(x)
+
+    def activation_backward(self, g: Tensor, x: Tensor) -> Tensor:
+        """The gradient of the norm's output, or for ReLU of the activation, ``x``; ``g`` is overwritten.
+
+        Where x is NaN the gradient passes, as in PyTorch.
+        """
+        if self.activation == "relu":
+            return g.masked_fill_(x <= 0, 0)
+        return activation(self.activation).backward(g, x)
+
+    def _masked(self, g: Tensor, pre: Tensor, x: Tensor, mean: Tensor, sums: Tensor) -> Tensor:
+        """The gradient at the norm's output, whose channel sums are written to ``sums``.
+
+        ``g``, the gradient of the activation, and ``pre``, the norm's output, are overwritten.
+        """
+        pixels = tuple(range(x.dim() - 1))
+        g = self.activation_backward(g, pre)
+        sums[0] = g.sum(dim=pixels)
+        sums[1] = torch.sub(_widen(x), mean, out=pre).mul_(g).sum(dim=pixels)
+        return g
+
+    def _padding(self, weight: Tensor) -> list[int]:
+        """The padding that keeps the size of images."""
+        return [self.dilation * (length // 2) for length in weight.shape[2:]]
+
+    def _window(self, x: Tensor) -> tuple[int, ...]:
+        """A transition's pooling window on x [N, ..., C]."""
+        return (2,) * _spatial(x)
 
     def factor(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """``x`` as a factor of the 3x3 convolution: widened, whatever the activations' ``dtype``."""
@@ -162,7 +186,7 @@ class ReferenceBackend(Backend):
         mean: Tensor | None,
         var: Tensor | None,
     ) -> None:
-        a = _pre_activation(x, scale, shift).relu_()
+        a = self.activate(_pre_activation(x, scale, shift))
         z.copy_(a @ _matrix(_widen(weight)).t())
         if mean is not None and var is not None:
             self.channel_stats(z, mean, var)
@@ -184,12 +208,12 @@ class ReferenceBackend(Backend):
         grad_weight: Tensor | None,
     ) -> None:
         dz = z_scale * _widen(grad_bn) + z_u * _widen(z) + z_v
-        a = _pre_activation(x, scale, shift).relu_()
+        pre = _pre_activation(x, scale, shift)
+        a = self.activate(pre)
         if grad_weight is not None:
             dw = dz.flatten(0, -2).t() @ a.flatten(0, -2)
             grad_weight.copy_(dw.view(grad_weight.shape))
-        g = dz @ _matrix(_widen(weight))
-        _mask_and_sum(g, a, x, mean, sums)
+        g = self._masked(dz @ _matrix(_widen(weight)), pre, x, mean, sums)
         self.scaled_accumulate(g, scale, grad_x)
 
     def bn_relu_conv3x3_forward(
@@ -202,9 +226,14 @@ class ReferenceBackend(Backend):
         mean: Tensor | None,
         var: Tensor | None,
     ) -> None:
-        a = _pre_activation(z, scale, shift).relu_()
-        convolve = _CONVOLUTION[_spatial(z)]
-        y.copy_(_nhwc(convolve(_nchw(self.factor(a, z.dtype)), self.factor(weight, z.dtype), padding=1)))
+        a = self.activate(_pre_activation(z, scale, shift))
+        result = _CONVOLUTION[_spatial(z)](
+            _nchw(self.factor(a, z.dtype)),
+            self.factor(weight, z.dtype),
+            padding=self._padding(weight),
+            dilation=self.dilation,
+        )
+        y.copy_(_nhwc(result))
         if mean is not None and var is not None:
             self.channel_stats(y, mean, var)
 
@@ -224,7 +253,8 @@ class ReferenceBackend(Backend):
         grad_weight: Tensor | None,
     ) -> None:
         dy = _widen(grad) + u * _widen(y) + v
-        a = _pre_activation(z, scale, shift).relu_()
+        pre = _pre_activation(z, scale, shift)
+        a = self.activate(pre)
         ones, zeros = [1] * _spatial(z), [0] * _spatial(z)
         da, dw, _ = torch.ops.aten.convolution_backward(
             _nchw(self.factor(dy, z.dtype)),
@@ -232,24 +262,22 @@ class ReferenceBackend(Backend):
             self.factor(weight, z.dtype),
             None,
             ones,
-            ones,
-            ones,
+            self._padding(weight),
+            [self.dilation] * _spatial(z),
             False,
             zeros,
             1,
             [True, grad_weight is not None, False],
         )
-        g = _widen(_nhwc(da))
-        _mask_and_sum(g, a, z, mean, sums)
-        grad_bn.copy_(g)
+        grad_bn.copy_(self._masked(_widen(_nhwc(da)), pre, z, mean, sums))
         if grad_weight is not None:
             grad_weight.copy_(dw)
 
     def bn_relu_pool_conv1x1_forward(
         self, x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, y: Tensor
     ) -> None:
-        a = _pre_activation(x, scale, shift).relu_()
-        pooled = _nhwc(_AVERAGE[_spatial(x)](_nchw(a), 2))
+        a = self.activate(_pre_activation(x, scale, shift))
+        pooled = _nhwc(_AVERAGE[_spatial(x)](_nchw(a), self._window(x)))
         y.copy_(pooled @ _matrix(_widen(weight)).t())
 
     def bn_relu_pool_conv1x1_backward(
@@ -264,19 +292,19 @@ class ReferenceBackend(Backend):
         sums: Tensor,
         grad_weight: Tensor | None,
     ) -> None:
-        a = _pre_activation(x, scale, shift).relu_()
-        spread = (_widen(grad) @ _matrix(_widen(weight))) / 2 ** _spatial(x)
-        for dim in range(1, x.dim() - 1):
-            spread = spread.repeat_interleave(2, dim=dim)
+        pre, window = _pre_activation(x, scale, shift), self._window(x)
+        a = self.activate(pre)
+        spread = (_widen(grad) @ _matrix(_widen(weight))) / math.prod(window)
+        for dim, length in enumerate(window, start=1):
+            spread = spread.repeat_interleave(length, dim=dim)
         g = torch.zeros_like(a)
         g[tuple(slice(size) for size in spread.shape)] = spread
         del spread
         if grad_weight is not None:
-            pooled = _nhwc(_AVERAGE[_spatial(x)](_nchw(a), 2)).flatten(0, -2)
+            pooled = _nhwc(_AVERAGE[_spatial(x)](_nchw(a), window)).flatten(0, -2)
             dw = _widen(grad).flatten(0, -2).t() @ pooled
             grad_weight.copy_(dw.view(grad_weight.shape))
-        _mask_and_sum(g, a, x, mean, sums)
-        grad_x.copy_(g.mul_(scale))
+        grad_x.copy_(self._masked(g, pre, x, mean, sums).mul_(scale))
 
     def bn_relu_maxpool_forward(self, x: Tensor, scale: Tensor, shift: Tensor, y: Tensor) -> None:
         a = _pre_activation(x, scale, shift).relu_()
@@ -298,6 +326,4 @@ class ReferenceBackend(Backend):
         da = _MAXIMUM_BACKWARD[d](
             _nchw(_widen(grad)), _nchw(a), [3] * d, [2] * d, [1] * d, [1] * d, False, indices
         )
-        g = _nhwc(da)
-        _mask_and_sum(g, a, x, mean, sums)
-        grad_x.copy_(g.mul_(scale))
+        grad_x.copy_(self._masked(_nhwc(da), a, x, mean, sums).mul_(scale))

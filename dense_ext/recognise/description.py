@@ -7,6 +7,7 @@ A forward that can't be described in these terms is refused.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,11 +16,28 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from ..activations import name_of, named
 from .tracing import Guards, RefusedError, traces
 
-NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
-CONVS = (nn.Conv2d, nn.Conv3d)
-POOLS = (nn.AvgPool2d, nn.AvgPool3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+_MAXIMA = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+# Dropout modules, with the spatial dimensions of images whose channels they drop; 0 drops single elements.
+_DROPOUTS = {nn.Dropout: 0, nn.Dropout1d: 1, nn.Dropout2d: 2, nn.Dropout3d: 3}
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Dropout in training.
+
+    Attributes:
+        rate: the probability of dropping.
+        dims: the spatial dimensions of images whose whole channels it drops; 0 if it drops single elements.
+    """
+
+    rate: float = 0.0
+    dims: int = 0
 
 
 @dataclass(frozen=True)
@@ -29,6 +47,11 @@ class DenseLayer:
     norms: tuple[str, ...]
     convs: tuple[str, ...]
 
+    @property
+    def modules(self) -> list[str]:
+        """All of them, in the order they run."""
+        return [name for pair in zip(self.norms, self.convs, strict=True) for name in pair]
+
 
 @dataclass(frozen=True)
 class Block:
@@ -37,21 +60,46 @@ class Block:
     Attributes:
         newest_first: whether a layer's features are concatenated before the older ones, not after them.
         only_new: whether the block returns only the features that its layers add, without its input.
-        drop_rate: the probability of the dropout after each layer in training.
+        activation: what follows each norm, as :func:`dense_ext.activations.activation` takes it.
+        dropouts: the dropout after each convolution of a layer.
     """
 
     layers: tuple[DenseLayer, ...]
-    newest_first: bool
-    only_new: bool
-    drop_rate: float = 0.0
+    newest_first: bool = False
+    only_new: bool = False
+    activation: str = "relu"
+    dropouts: tuple[Dropout, ...] = ()
+
+    @property
+    def drops(self) -> bool:
+        """Whether there is any dropout."""
+        return any([dropout.rate for dropout in self.dropouts])  # noqa: C419  # compiled
+
+    @property
+    def drops_channels(self) -> bool:
+        """Whether dropout drops whole channels."""
+        return any([dropout.dims for dropout in self.dropouts])  # noqa: C419  # compiled
 
 
 @dataclass(frozen=True)
 class Transition:
-    """Norm, ReLU, 1x1 convolution and 2x2 average pool."""
+    """Norm, activation, 1x1 convolution, dropout and a pool of 2x2 windows.
+
+    Attributes:
+        pool: "average" or "max".
+        activation, dropout: as for :class:`Block`.
+    """
 
     norm: str
     conv: str
+    pool: str = "average"
+    activation: str = "relu"
+    dropout: Dropout = Dropout()
+
+    @property
+    def drops(self) -> bool:
+        """Whether there is dropout."""
+        return self.dropout.rate > 0
 
 
 @dataclass(frozen=True)
@@ -115,7 +163,12 @@ def describe(module: nn.Module) -> Plan:
 
 def without_dropout(plan: Plan) -> Plan:
     """The plan in eval mode."""
-    steps = [replace(step, drop_rate=0.0) if isinstance(step, Block) else step for step in plan.steps]
+    steps: list[Block | Transition] = []
+    for step in plan.steps:
+        if isinstance(step, Transition):
+            steps.append(replace(step, dropout=Dropout()))
+        else:
+            steps.append(replace(step, dropouts=(Dropout(),) * len(step.dropouts)))
     return replace(plan, steps=tuple(steps))
 
 
@@ -129,9 +182,10 @@ class _Group:
     width: int | None  # None for the input until a module that reads it determines it
     sources: tuple[_Group, ...] = ()
     norm: str = ""  # the names of the modules that make it; a pool has its convolution's
-    relu: bool = False
+    activation: str = ""
     conv: str = ""
-    drop_rate: float = 0.0
+    dropout: Dropout = Dropout()
+    pool: str = ""  # "average" or "max" if it is the output of a pool
     pooled: _Group | None = None  # for a pool, the convolution's group that it pools
     readers: list[_Group] = field(default_factory=list)
 
@@ -140,12 +194,12 @@ class _Group:
 class _Value:
     groups: tuple[_Group, ...]
     norm: str = ""
-    relu: bool = False
+    activation: str = ""
 
     @property
     def features(self) -> bool:
-        """Whether no norm or ReLU has been applied to the channels."""
-        return not self.norm and not self.relu
+        """Whether no norm has been applied to the channels."""
+        return not self.norm
 
 
 def _width(groups: tuple[_Group, ...]) -> int | None:
@@ -194,21 +248,17 @@ class _Reading:
             self.values[node] = self._normalised(source, name, module)
         elif kind in CONVS:
             self.values[node] = self._convolved(source, name, module)
-        elif kind is nn.ReLU:
-            self.values[node] = self._activated(source, module.inplace)
-        elif kind is nn.Dropout:
-            self.values[node] = self._dropped(source, module.p if module.training else 0.0)
-        elif kind in POOLS:
-            self.values[node] = self._averaged(
-                source,
-                module.kernel_size,
-                module.stride,
-                module.padding,
-                module.ceil_mode,
-                module.divisor_override,
-            )
         elif kind is nn.Identity:
             self.values[node] = self._value(source)
+        elif name_of(module) is not None:
+            inplace = getattr(module, "inplace", False)
+            self.values[node] = self._activated(source, str(name_of(module)), inplace)
+        elif kind in _DROPOUTS:
+            rate = module.p if module.training else 0.0
+            self.values[node] = self._dropped(source, rate, dims=_DROPOUTS[kind])
+        elif kind in (*_AVERAGES, *_MAXIMA):
+            own = {option: getattr(module, option) for option in _POOL_OPTIONS if hasattr(module, option)}
+            self.values[node] = self._pooled(source, "average" if kind in _AVERAGES else "max", **own)
         else:
             raise RefusedError(f"{name} is {_article(kind.__name__)}")
 
@@ -220,9 +270,9 @@ class _Reading:
 
     def _call_method(self, node: fx.Node) -> None:
         if node.target == "relu":
-            self.values[node] = self._activated(node.args[0])
+            self.values[node] = self._activated(node.args[0], "relu")
         elif node.target == "relu_":
-            self.values[node] = self._activated(node.args[0], True)
+            self.values[node] = self._activated(node.args[0], "relu", True)
         elif node.target == "contiguous" and len(node.args) == 1 and not node.kwargs:
             self.values[node] = self._value(node.args[0])
         elif node.target == "new_empty" and node.args[1:] in ((0,), ((0,),), ([0],)) and not node.kwargs:
@@ -240,7 +290,7 @@ class _Reading:
     def _features(self, source: Any, what: str) -> _Value:
         value = self._value(source)
         if not value.features:
-            raise RefusedError(f"{what} of the output of a norm or ReLU")
+            raise RefusedError(f"{what} of the output of a norm or activation")
         return value
 
     def _reads(self, groups: tuple[_Group, ...], channels: int, name: str) -> None:
@@ -255,38 +305,41 @@ class _Reading:
         self.used.append(name)
         return _Value(groups, norm=name)
 
-    def _activated(self, source: Any, inplace: Any = False) -> _Value:
+    def _activated(self, source: Any, name: str, inplace: Any = False) -> _Value:
         value = self._value(source)
-        if not value.norm or value.relu:
-            raise RefusedError("it takes a ReLU of something else than the output of a norm")
+        if not value.norm or value.activation:
+            raise RefusedError("it takes an activation of something else than the output of a norm")
         if inplace and len(source.users) != 1:
-            raise RefusedError("an in-place ReLU changes a tensor that has other readers")
-        return _Value(value.groups, value.norm, relu=True)
+            raise RefusedError("an in-place activation changes a tensor that has other readers")
+        return _Value(value.groups, value.norm, name)
 
     def _convolved(self, source: Any, name: str, conv: Any) -> _Value:
         value = self._value(source)
-        if not value.norm or not value.relu:
-            raise RefusedError(f"{name} has no norm and ReLU before it")
+        if not value.norm:
+            raise RefusedError(f"{name} has no norm before it")
         self._reads(value.groups, conv.in_channels, name)
         self.used.append(name)
-        group = _Group(conv.out_channels, value.groups, value.norm, True, name)
+        group = _Group(conv.out_channels, value.groups, value.norm, value.activation or "identity", name)
         for read in value.groups:
             read.readers.append(group)
         self.made.append(group)
         return _Value((group,))
 
-    def _dropped(self, source: Any, rate: Any = 0.5, training: Any = True, inplace: Any = False) -> _Value:
+    def _dropped(
+        self, source: Any, rate: Any = 0.5, training: Any = True, inplace: Any = False, dims: int = 0
+    ) -> _Value:
         value = self._value(source)
         if not training or not rate:
             return value
         if not self.training:
             raise RefusedError("it applies dropout in eval mode too")
         group = value.groups[0]
-        if not value.features or len(value.groups) > 1 or not group.conv or group.pooled or group.drop_rate:
+        repeated = group.pooled or group.dropout.rate
+        if not value.features or len(value.groups) > 1 or not group.conv or repeated:
             raise RefusedError("it applies dropout other than once after a convolution")
         if len(source.users) != 1:
             raise RefusedError("it reads a convolution's output before dropout")
-        group.drop_rate = float(rate)
+        group.dropout = Dropout(float(rate), dims)
         return value
 
     def _joined(self, tensors: Any, dim: Any = 0) -> _Value:
@@ -299,24 +352,19 @@ class _Reading:
             raise RefusedError("it concatenates an empty tensor of another dtype")
         return _Value(tuple(groups))
 
-    def _averaged(
-        self, source: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: Any = False,
-        divisor_override: Any = None, count_include_pad: Any = True,
+    def _pooled(
+        self, source: Any, kind: str, kernel_size: Any, stride: Any = None, padding: Any = 0,
+        dilation: Any = 1, ceil_mode: Any = False, divisor_override: Any = None, return_indices: Any = False,
+        count_include_pad: Any = True,
     ) -> _Value:  # fmt: skip
         (group, *others) = self._features(source, "it takes a pool").groups
-        sizes = [
-            {size} if isinstance(size, int) else set(size) for size in (kernel_size, stride or kernel_size)
-        ]
-        if (
-            sizes != [{2}, {2}]
-            or {padding} not in ({0}, {(0, 0)}, {(0, 0, 0)})
-            or ceil_mode
-            or divisor_override
-        ):
-            raise RefusedError("its pool is not a 2x2 average")
-        if others or not group.conv or group.pooled or group.drop_rate:
+        settings = (kernel_size, stride or kernel_size, padding, dilation)
+        sizes = [{size} if isinstance(size, int) else set(size) for size in settings]
+        if sizes != [{2}, {2}, {0}, {1}] or ceil_mode or divisor_override or return_indices:
+            raise RefusedError("its pool does not take windows of 2x2")
+        if others or not group.conv or group.pooled:
             raise RefusedError("it takes a pool of something else than a convolution's result")
-        pool = _Group(group.width, group.sources, group.norm, group.relu, group.conv, pooled=group)
+        pool = replace(group, pool=kind, pooled=group, readers=[])
         group.readers.append(pool)
         self.made.append(pool)
         return _Value((pool,))
@@ -332,7 +380,7 @@ class _Reading:
         assert self.input is not None
         assert self.output is not None
         if not self.output.features:
-            raise RefusedError("it returns the output of a norm or ReLU")
+            raise RefusedError("it returns the output of a norm or activation")
         base, layers, named = self.input, [], []  # type: ignore[var-annotated]
         for group in self.made:
             if self._is_bottleneck(group) or (group.pooled is None and any(r.pooled for r in group.readers)):
@@ -340,7 +388,7 @@ class _Reading:
             named += self._modules_of(group)
             if group.pooled is not None:
                 yield from self._closed(base, layers, group.sources)
-                yield Transition(group.norm, group.conv)
+                yield Transition(group.norm, group.conv, group.pool, group.activation, group.dropout)
                 base, layers = group, []
             else:
                 layers.append(group)
@@ -368,30 +416,34 @@ class _Reading:
             if read != (base,):
                 raise RefusedError("it leaves out or repeats features")
             return
-        described, drop_rates, newest_first = [], set(), None
+        described, dropouts, functions, newest_first = [], set(), set(), None
         for i, group in enumerate(layers):
             inner, outer = group.sources, group
-            names = [(group.norm, group.conv)]
+            convolutions = [group]
             if len(inner) == 1 and self._is_bottleneck(inner[0]):
                 outer = inner[0]
-                names.insert(0, (outer.norm, outer.conv))
-                if outer.drop_rate:
-                    raise RefusedError("it applies dropout inside a layer")
+                convolutions.insert(0, outer)
             order = _order((base, *layers[:i]), outer.sources)
             newest_first = order if newest_first is None else newest_first
             if i and order != newest_first:
                 raise RefusedError("its layers read the features in different orders")
-            described.append(DenseLayer(*map(tuple, zip(*names, strict=True))))
-            drop_rates.add(group.drop_rate)
-        if len(drop_rates) > 1:
+            described.append(
+                DenseLayer(tuple(g.norm for g in convolutions), tuple(g.conv for g in convolutions))
+            )
+            dropouts.add(tuple(g.dropout for g in convolutions))
+            functions |= {g.activation for g in convolutions}
+        if len({len(layer.convs) for layer in described}) > 1:
+            raise RefusedError("some of its layers have a bottleneck and some have none")
+        if len(dropouts) > 1:
             raise RefusedError("its layers have different drop rates")
+        if len(functions) > 1:
+            raise RefusedError("its norms are followed by different activations")
         only_new = base not in read
         order = _order(tuple(layers) if only_new else (base, *layers), read)
         if newest_first is not None and order is not None and order != newest_first:
             raise RefusedError("it returns the features in another order than its layers read them")
-        yield Block(
-            tuple(described), bool(order if newest_first is None else newest_first), only_new, *drop_rates
-        )
+        newest_first = bool(order if newest_first is None else newest_first)
+        yield Block(tuple(described), newest_first, only_new, functions.pop(), dropouts.pop())
 
 
 def _order(made: tuple[_Group, ...], read: tuple[_Group, ...]) -> bool | None:
@@ -406,11 +458,27 @@ def _article(name: str) -> str:
 
 
 def _relu(reading: _Reading, input: Any, inplace: Any = False) -> _Value:
-    return reading._activated(input, inplace)
+    return reading._activated(input, "relu", inplace)
 
 
 def _relu_(reading: _Reading, input: Any) -> _Value:
-    return reading._activated(input, True)
+    return reading._activated(input, "relu", True)
+
+
+def _leaky_relu(reading: _Reading, input: Any, negative_slope: Any = 0.01, inplace: Any = False) -> _Value:
+    return reading._activated(input, named("leaky_relu", float(negative_slope)), inplace)
+
+
+def _elu(reading: _Reading, input: Any, alpha: Any = 1.0, inplace: Any = False) -> _Value:
+    return reading._activated(input, named("elu", float(alpha)), inplace)
+
+
+def _gelu(reading: _Reading, input: Any, approximate: str = "none") -> _Value:
+    return reading._activated(input, named("gelu", approximate))
+
+
+def _silu(reading: _Reading, input: Any, inplace: Any = False) -> _Value:
+    return reading._activated(input, "silu", inplace)
 
 
 def _cat(reading: _Reading, tensors: Any, dim: Any = 0, axis: Any = None) -> _Value:
@@ -418,19 +486,36 @@ def _cat(reading: _Reading, tensors: Any, dim: Any = 0, axis: Any = None) -> _Va
 
 
 def _dropout(
-    reading: _Reading, input: Any, p: Any = 0.5, training: Any = True, inplace: Any = False, train: Any = None
-) -> _Value:
-    return reading._dropped(input, p, training if train is None else train, inplace)
+    reading: _Reading, input: Any, p: Any = 0.5, training: Any = True, inplace: Any = False,
+    train: Any = None, dims: int = 0,
+) -> _Value:  # fmt: skip
+    return reading._dropped(input, p, training if train is None else train, inplace, dims)
+
+
+_POOL_OPTIONS = (
+    "kernel_size", "stride", "padding", "dilation", "ceil_mode", "count_include_pad", "divisor_override",
+    "return_indices",
+)  # fmt: skip
 
 
 def _avg_pool(reading: _Reading, input: Any, *args: Any, **options: Any) -> _Value:
-    names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
-    return reading._averaged(input, **dict(zip(names, args, strict=False)), **options)
+    names = [name for name in _POOL_OPTIONS if name not in ("dilation", "return_indices")]
+    return reading._pooled(input, "average", **dict(zip(names, args, strict=False)), **options)
+
+
+def _max_pool(reading: _Reading, input: Any, *args: Any, **options: Any) -> _Value:
+    names = [name for name in _POOL_OPTIONS if name not in ("count_include_pad", "divisor_override")]
+    return reading._pooled(input, "max", **dict(zip(names, args, strict=False)), **options)
 
 
 _FUNCTIONS: dict[Callable[..., Any], Callable[..., _Value]] = {
     torch.cat: _cat, torch.concat: _cat, torch.concatenate: _cat,
     F.relu: _relu, torch.relu: _relu, F.relu_: _relu_, torch.relu_: _relu_,
+    F.leaky_relu: _leaky_relu, F.elu: _elu, F.gelu: _gelu, F.silu: _silu,
     F.dropout: _dropout, torch.dropout: _dropout,
-    F.avg_pool2d: _avg_pool, F.avg_pool3d: _avg_pool,
+    F.dropout1d: functools.partial(_dropout, dims=1),
+    F.dropout2d: functools.partial(_dropout, dims=2),
+    F.dropout3d: functools.partial(_dropout, dims=3),
+    F.avg_pool1d: _avg_pool, F.avg_pool2d: _avg_pool, F.avg_pool3d: _avg_pool,
+    F.max_pool1d: _max_pool, F.max_pool2d: _max_pool, F.max_pool3d: _max_pool,
 }  # fmt: skip

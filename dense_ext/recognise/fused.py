@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,16 +14,18 @@ from torch.jit import is_scripting  # type: ignore[attr-defined]  # absent from 
 
 from .. import ops
 from ..arguments import Arguments
-from ..batch_norm import update_running_stats, values_per_channel
+from ..batch_norm import update_running_stats
 from ..eligibility import Fused, interference, known_methods, patched_method
 from ..modules import (
+    as_image,
     autocast_dtype,
     own_memory,
     run_dense_block,
     run_transition,
     written_by_hooks,
 )
-from .description import Block, Plan, Transition
+from ..supported import block_reason, dims_of, transition_reason
+from .description import Block, Dropout, Plan, Transition
 
 
 class Recognised(Fused):
@@ -71,7 +73,7 @@ class Recognised(Fused):
 
     def unfusable(self) -> str | None:
         reason = super().unfusable()
-        if reason is None and any([block.drop_rate for block in self.plan.blocks]):  # noqa: C419  # compiled
+        if reason is None and any([step.drops for step in self.plan.steps]):  # noqa: C419  # compiled
             modes = {m.training for m in self.modules() if not isinstance(m, nn.modules.batchnorm._BatchNorm)}  # type: ignore[attr-defined]
             if len(modes) > 1:
                 return "some of its modules apply dropout and some do not"
@@ -91,29 +93,43 @@ class Recognised(Fused):
 
     def run(self, x: Tensor) -> Tensor:
         """The module's output, computed by the fused operators."""
+        image = as_image(x, self._find(self.plan.convs[0]))
+        signals, x = image is not x, image
         carried = ops.NOTHING_CARRIED
         for step in self.plan.steps:
             if isinstance(step, Transition):
-                x = run_transition(x, self._find(step.norm), self._find(step.conv), self.backend, carried)
-                carried = ops.NOTHING_CARRIED
+                x, carried = self._run_transition(step, x, carried), ops.NOTHING_CARRIED
             else:
                 x, carried = self._run_block(step, x)
-        return x
+        return x.squeeze(2) if signals else x
 
     def _find(self, name: str) -> Any:
         return _submodule(self, name)
 
+    def _run_transition(self, step: Transition, x: Tensor, carried: ops.Carried) -> Tensor:
+        return run_transition(
+            x, self._find(step.norm), self._find(step.conv), self.backend, carried,
+            pool=step.pool,
+            drop_rate=step.dropout.rate if self.training else 0.0,
+            drops_channels=step.dropout.dims > 0,
+            activation=step.activation,
+        )  # fmt: skip
+
     def _run_block(self, step: Block, x: Tensor) -> tuple[Tensor, ops.Carried]:
         norms = [self._find(name) for layer in step.layers for name in layer.norms]
         convs = [self._find(name) for layer in step.layers for name in layer.convs]
-        drop_rate = step.drop_rate if self.training else 0.0
+        options: dict[str, Any] = {
+            "drop_rates": [dropout.rate if self.training else 0.0 for dropout in step.dropouts],
+            "drops_channels": step.drops_channels,
+            "activation": step.activation,
+        }
         if not step.newest_first:
-            out, carried = run_dense_block(x, norms, convs, drop_rate, self.recompute, self.backend)
+            out, carried = run_dense_block(x, norms, convs, self.recompute, self.backend, **options)
             if not step.only_new:
                 return out, carried
             out = out[:, x.shape[1] :]
         else:
-            out = _run_newest_first(x, norms, convs, drop_rate, self.recompute, self.backend)
+            out = _run_newest_first(x, norms, convs, self.recompute, self.backend, options)
             if step.only_new:
                 out = out[:, : -x.shape[1]]
         if step.only_new:
@@ -136,16 +152,22 @@ def _reversed(x: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
 
 
 def _run_newest_first(
-    x: Tensor, norms: Sequence[Any], convs: Sequence[Any], drop_rate: float, recompute: str, backend: str
+    x: Tensor,
+    norms: Sequence[Any],
+    convs: Sequence[Any],
+    recompute: str,
+    backend: str,
+    options: dict[str, Any],
 ) -> Tensor:
     """Run a block whose layers read [newest, ..., oldest, input].
 
     The operator's buffer has the opposite order. So the layers' parameters are put into the buffer's order,
     and the result into the module's.
     """
-    per_layer = 2 if convs[0].kernel_size[0] == 1 else 1
-    growth, width = convs[-1].out_channels, x.shape[1]
-    sizes = {i: [growth] * (i // per_layer) + [width] for i in range(0, len(norms), per_layer)}
+    per_layer = len(options["drop_rates"])
+    made = [x.shape[1], *[conv.out_channels for conv in convs[per_layer - 1 :: per_layer]]]
+    # The sizes of the parts that each first norm of a layer reads, in its own order.
+    sizes = {i: made[i // per_layer :: -1] for i in range(0, len(norms), per_layer)}
 
     def reorder(args: Arguments) -> Arguments:
         vectors = [list(group) for group in (args.norm_weights, args.norm_biases)]
@@ -165,18 +187,17 @@ def _run_newest_first(
             running_means=running[0], running_vars=running[1],
         )  # fmt: skip
 
-    def update(stats: Tensor, starts: Sequence[int]) -> None:
+    def update(stats: Tensor, starts: Sequence[int], count: Any) -> None:
         parts, new_starts = [], [0]
         for i, norm in enumerate(norms):
             part = stats[:, starts[i] : starts[i] + norm.num_features]
             # The buffer begins with the input, so its sizes are the reversed ones.
             parts.append(_reversed(part, sizes[i][::-1], 1) if i in sizes else part)
             new_starts.append(new_starts[-1] + norm.num_features)
-        update_running_stats(norms, torch.cat(parts, 1), new_starts[:-1], values_per_channel(x))
+        update_running_stats(norms, torch.cat(parts, 1), new_starts[:-1], count)
 
-    out, _ = run_dense_block(x, norms, convs, drop_rate, recompute, backend, reorder, update)
-    layers = len(norms) // per_layer
-    return _reversed(out, [width] + [growth] * layers, 1)
+    out, _ = run_dense_block(x, norms, convs, recompute, backend, **options, reorder=reorder, update=update)
+    return _reversed(out, made, 1)
 
 
 # --- checks -------------------------------------------------------------------------------------------
@@ -224,36 +245,25 @@ def _holder(module: str, path: str) -> tuple[Any, str]:
 
 def unsupported(module: Any, plan: Plan) -> str | None:
     """Why the operators cannot compute the plan, or None."""
-    norm_types = {type(_submodule(module, name)) for name in plan.norms}
-    if len(norm_types) > 1:
-        return "it is for images and for volumes"
-    volumes = norm_types == {nn.BatchNorm3d}
-    norm_type, conv_type = (nn.BatchNorm3d, nn.Conv3d) if volumes else (nn.BatchNorm2d, nn.Conv2d)
 
-    def parts(norms: Sequence[str], convs: Sequence[str], last: int) -> Iterator[str]:
-        for name in norms:
-            if reason := Recognised.part_reason(_submodule(module, name), norm_type, 1):
-                yield f"{name} {reason}"
-        for i, name in enumerate(convs):
-            size = last if i == len(convs) - 1 else 1
-            if reason := Recognised.part_reason(_submodule(module, name), conv_type, size):
-                yield f"{name} {reason}"
+    def named(names: Iterable[str]) -> list[tuple[str, Any]]:
+        return [(name, _submodule(module, name)) for name in names]
 
+    dims = {dims_of(conv) for _, conv in named(plan.convs)}
+    if len(dims) > 1:
+        return "it is for data of different dimensions"
     for step in plan.steps:
         if isinstance(step, Transition):
-            for reason in parts([step.norm], [step.conv], 1):
-                return reason
-            continue
-        for layer in step.layers:
-            for reason in parts(layer.norms, layer.convs, 3):
-                return reason
-        if len({len(layer.convs) for layer in step.layers}) > 1:
-            return "some of its layers have a bottleneck and some have none"
-        widths = {
-            tuple(_submodule(module, name).out_channels for name in layer.convs) for layer in step.layers
-        }
-        if len(widths) > 1:
-            return "its layers have different widths"
+            dropouts: tuple[Dropout, ...] = (step.dropout,)
+            reason = transition_reason(*named([step.norm, step.conv]))
+        else:
+            dropouts = step.dropouts
+            reason = block_reason([named(layer.modules) for layer in step.layers])
+        if reason is not None:
+            return reason
+        kinds = {dropout.dims for dropout in dropouts if dropout.rate}
+        if len(kinds) > 1 or not kinds <= {0, *dims}:
+            return "it applies dropout of different kinds or dimensions"
     return None
 
 

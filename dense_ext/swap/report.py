@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..backends import requested, select
-from ..backends.volume import for_volumes
+from ..backends.general import FOR_VOLUMES, in_form
 from ..modules import FusedDenseBlock, FusedFeatures, FusedTransition
 from ..recognise import Recognised
 
@@ -61,7 +61,7 @@ def swapped_rows(model: nn.Module) -> Iterator[Row]:
         try:
             primitives = select(requested(module.backend), tensor.device.type, tensor.dtype)
             volumes = any(isinstance(inner, nn.BatchNorm3d) for inner in module.modules())
-            detail = (for_volumes(primitives) if volumes else primitives).summary()
+            detail = (in_form(primitives, FOR_VOLUMES) if volumes else primitives).summary()
         except RuntimeError as error:
             yield Row(name, kind, "refused", recompute, str(error))
             continue

@@ -1,7 +1,8 @@
-"""Runs volumes [N, D, H, W, C] on an image backend's primitives where possible.
+"""Runs what the kernels do not take on an image backend's primitives where possible.
 
-Some primitives treat each pixel by itself: the 1x1x1 convolution, the statistics and the sums. They take a
-volume as an image of D*H rows and run on the image backend. The 3x3x3 convolution, the transition and the
+The kernels take images, ReLU, 3x3 windows and 2x2 pools. Volumes, other activations and other windows run
+here. Some primitives treat each pixel by itself: the 1x1 convolution, the statistics and the sums. They take
+a volume as an image of D*H rows and run on the image backend. The other convolutions, the transition and the
 stem use PyTorch's own operators, on an activation that lives only for the call. So memory still grows
 linearly with depth.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,10 +22,30 @@ from .base import PRIMITIVES
 from .reference import ReferenceBackend
 
 _OF_CHANNELS = ("bn_scale_shift", "bn_gradient")
-_OF_PIXELS = (
-    "channel_stats", "affine_gradient", "scaled_accumulate", "bn_relu_conv1x1_forward",
-    "bn_relu_conv1x1_backward",
-)  # fmt: skip
+_OF_PIXELS = ("channel_stats", "affine_gradient", "scaled_accumulate")
+_CONV1X1 = ("bn_relu_conv1x1_forward", "bn_relu_conv1x1_backward")
+_CONV3X3 = ("bn_relu_conv3x3_forward", "bn_relu_conv3x3_backward")
+_TRANSITION = ("bn_relu_pool_conv1x1_forward", "bn_relu_pool_conv1x1_backward")
+
+
+@dataclass(frozen=True)
+class Form:
+    """What primitives are to compute; the default is what the kernels take.
+
+    Attributes:
+        window: of a layer's last convolution.
+        dilation: of that convolution.
+        pool: the window of a transition's pool.
+        activation: as :func:`dense_ext.activations.activation` takes it.
+    """
+
+    window: tuple[int, ...] = (3, 3)
+    dilation: int = 1
+    pool: tuple[int, ...] = (2, 2)
+    activation: str = "relu"
+
+
+FOR_IMAGES, FOR_VOLUMES = Form(), Form(window=(3, 3, 3), pool=(2, 2, 2))
 
 
 def _as_image(value: Any) -> Any:
@@ -42,20 +64,33 @@ def _on_images(primitive: Callable[..., None]) -> Callable[..., None]:
     return on_volumes
 
 
-class VolumeBackend(ReferenceBackend):
-    """The primitives for volumes: some from an image backend, the others from PyTorch's operators.
+class GeneralBackend(ReferenceBackend):
+    """The primitives of another form: some from an image backend, the others from PyTorch's operators.
 
     Args:
         images: the primitives for images, for the same device and dtype.
+        form: what the primitives are to compute.
     """
 
-    def __init__(self, images: Primitives) -> None:
-        self.name = f"{images.summary()}; PyTorch (3x3x3, pools)"  # type: ignore[misc]
-        self.max_pixels = images.max_pixels  # type: ignore[misc]
-        for name in _OF_CHANNELS:
-            setattr(self, name, getattr(images, name))
-        for name in _OF_PIXELS:
+    def __init__(self, images: Primitives, form: Form) -> None:
+        self.activation, self.dilation, self.pool = form.activation, form.dilation, form.pool
+        relu = form.activation == "relu"
+        plain_conv = (form.window, form.dilation) == ((3, 3), 1)
+        runs = {  # the primitives by their name in a report, and whether PyTorch's operators run them
+            "1x1": (_CONV1X1, not relu),
+            "x".join(map(str, form.window)): (_CONV3X3, not (relu and plain_conv)),
+            "pools": (_TRANSITION, not (relu and form.pool == (2, 2))),
+        }
+        taken = [*_OF_CHANNELS, *_OF_PIXELS]
+        taken += [name for primitives, slow in runs.values() if not slow for name in primitives]
+        for name in taken:
             setattr(self, name, _on_images(getattr(images, name)))
+        others = ", ".join(name for name, (_, slow) in runs.items() if slow)
+        self.name = f"{images.summary()}; PyTorch ({others})"  # type: ignore[misc]
+        self.max_pixels = images.max_pixels  # type: ignore[misc]
+
+    def _window(self, x: Tensor) -> tuple[int, ...]:
+        return self.pool
 
     def factor(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """``x`` in the activations' dtype, in which eager PyTorch convolves too."""
@@ -117,6 +152,8 @@ class VolumeBackend(ReferenceBackend):
 
 
 @functools.lru_cache(maxsize=256)
-def for_volumes(images: Primitives) -> Primitives:
-    """The primitives for volumes, given those that were selected for images."""
-    return Primitives(dict.fromkeys(PRIMITIVES, VolumeBackend(images)))
+def in_form(images: Primitives, form: Form) -> Primitives:
+    """The primitives that compute another form, given those that were selected for images."""
+    if form == FOR_IMAGES:
+        return images
+    return Primitives(dict.fromkeys(PRIMITIVES, GeneralBackend(images, form)))
