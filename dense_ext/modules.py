@@ -11,7 +11,6 @@ into X gets a copy.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -186,7 +185,10 @@ def run_dense_block(
     out, stats, _ = torch.ops.dense_ext.dense_block(x, *args, *options)
     bottlenecks = [conv.out_channels for conv in convs[::2]] if per_layer == 2 else []
     starts = norm_starts(out.shape[1], bottlenecks, len(norms) // per_layer)
-    (update or functools.partial(update_running_stats, norms))(stats, starts, _count(x, args))
+    if update is None:
+        update_running_stats(norms, stats, starts, _count(x, args))
+    else:
+        update(stats, starts, _count(x, args))
     of_x = any(args.batch_stats[::per_layer])  # whether X's statistics were computed
     known = stats[:, : out.shape[1]] if of_x else None
     return out, ops.Carried(known, args.group, ops.block_node(out))

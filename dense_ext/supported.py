@@ -16,7 +16,7 @@ from .eligibility import Fused, interference, names_of
 Named = tuple[str, Any]  # a module with its name for messages
 
 # The norms and convolutions of signals, images and volumes, by the number of spatial dimensions.
-_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+NORM_TYPES = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
@@ -53,7 +53,7 @@ def _parts_reason(parts: Sequence[Named], dims: int, pointwise: bool = False) ->
     """Why these norms and convolutions are not supported; ``pointwise`` ones have windows of one pixel."""
     width: int | None = None
     for name, module in parts:
-        expected: Any = (_NORMS if width is None else _CONVS).get(dims)
+        expected: Any = (NORM_TYPES if width is None else _CONVS).get(dims)
         if expected is None:
             return f"{name} is {type(module).__name__}, which is not supported"
         if width is None:

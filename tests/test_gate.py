@@ -443,8 +443,8 @@ def test_a_snapshot_notices(what: str) -> None:
     assert reasons() == []
 
 
-def test_sync_norms_are_fused_while_they_use_their_running_statistics() -> None:
-    """A change of a norm's mode is noticed."""
+def test_sync_norms_are_fused_while_all_take_statistics_over_the_same_processes() -> None:
+    """A change of a norm's mode or process group is noticed."""
     eager = small_densenet()
     ours = dense_ext.swap(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(eager)).eval(), strict=True)
     eager.eval()
@@ -452,9 +452,12 @@ def test_sync_norms_are_fused_while_they_use_their_running_statistics() -> None:
     assert_steps_alike(ours, eager, x)
     assert blocks_run(ours, x) == 4
     block = ours.features.denseblock1
+    block.denselayer1.norm1.process_group = object()
     block.denselayer1.norm1.train()
-    assert block.unfusable() == "denselayer1: norm1 is SyncBatchNorm, not BatchNorm2d"
-    block.denselayer1.norm1.eval()
+    assert block.unfusable() is None, "the other norms use running statistics"
+    block.denselayer2.norm1.train()
+    assert block.unfusable() == "its norms take statistics over different processes"
+    block.eval()
     assert block.unfusable() is None
 
 

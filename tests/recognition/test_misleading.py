@@ -328,24 +328,53 @@ class DropsOutChannels(Layer):
 
 
 @refused
-class DropsOutInside(Layer):
+class DropsOutInTwoWays(Layer):
     def new(self, x: Tensor) -> Tensor:
-        z = F.dropout(self.conv1(self.relu(self.norm1(x))), 0.2, self.training)
-        return self.conv2(self.relu(self.norm2(z)))
+        z = F.dropout2d(self.conv1(self.relu(self.norm1(x))), 0.2, self.training)
+        return F.dropout(self.conv2(self.relu(self.norm2(z))), 0.2, self.training)
 
 
 @refused
-class Biased(Layer):
-    def __init__(self, inputs: int) -> None:
-        super().__init__(inputs)
-        self.conv2 = nn.Conv2d(8, K, 3, padding=1)
+class DropsOutVolumes(Layer):
+    def new(self, x: Tensor) -> Tensor:
+        return F.dropout3d(super().new(x), 0.2, self.training)
 
 
 @refused
-class Dilated(Layer):
+class ActivatesInTwoWays(Layer):
+    def new(self, x: Tensor) -> Tensor:
+        return self.conv2(F.elu(self.norm2(self.conv1(self.relu(self.norm1(x))))))
+
+
+@refused
+class Unpadded(Layer):
     def __init__(self, inputs: int) -> None:
         super().__init__(inputs)
-        self.conv2 = nn.Conv2d(8, K, 3, padding=2, dilation=2, bias=False)
+        self.conv2 = nn.Conv2d(8, K, 3, padding=1, dilation=2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:, :, 1:-1, 1:-1], self.new(x)], 1)
+
+
+@refused
+class EvenWindows(Layer):
+    def __init__(self, inputs: int) -> None:
+        super().__init__(inputs)
+        self.conv2 = nn.Conv2d(8, K, 2, padding="same", bias=False)
+
+
+@refused
+class DilatesMoreAndMore(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        for i, layer in enumerate(self.layers, start=1):
+            layer.conv2 = nn.Conv2d(8, K, 3, padding=i, dilation=i, bias=False)
+
+
+@refused
+class PoolsThreeByThree(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(self.layers(x), 3, 2, 1)
 
 
 @refused
@@ -442,8 +471,8 @@ CHANGES: dict[str, Callable[[Any, Any], None]] = {
         _set("layers.1.conv2.dilation", (2, 2))(model, patch),
         _set("layers.1.conv2.padding", (2, 2))(model, patch),
     )[0],
-    "a bias": lambda model, patch: setattr(
-        model.layers[1].conv2, "bias", nn.Parameter(torch.ones(K, dtype=torch.float64))
+    "groups": lambda model, patch: setattr(
+        model.layers[1], "conv2", nn.Conv2d(8, K, 3, padding=1, groups=2, bias=False).double()
     ),
     "a layer exchanged": lambda model, patch: setattr(
         model, "layers", nn.Sequential(*list(model.layers)[:2])
@@ -472,6 +501,19 @@ def test_a_change_after_the_swap_is_noticed(change: str, monkeypatch: pytest.Mon
             assert_equal(ours(x), expected, "after")
     assert calls.names == []
     monkeypatch.undo()
+
+
+def test_a_bias_after_the_swap_is_added() -> None:
+    """The operator has biases, so the block stays fused."""
+    torch.manual_seed(0)
+    ours, eager = twin(randomize(Guarded()).double(), lambda m: dense_ext.swap(m, strict=True))
+    x = torch.randn(2, C, 6, 5, dtype=torch.float64)
+    for model in (ours, eager):
+        model(x)
+        model.layers[1].conv2.bias = nn.Parameter(torch.ones(K, dtype=torch.float64))
+    with Calls() as calls:
+        assert_equal(ours(x), eager(x), "with a bias")
+    assert calls.names == ["dense_block"]
 
 
 def test_some_modules_in_training_mode() -> None:

@@ -178,15 +178,15 @@ def test_recognition_can_be_left_out() -> None:
 
 def test_report_says_why_a_block_is_not_recognised() -> None:
     block = nn.Sequential(*layers(CatFunctional))
-    block[1].conv2 = nn.Conv2d(8, 4, 3, padding=2, dilation=2, bias=False)
+    block[1].conv2 = nn.Conv2d(8, 4, 3, padding=1, groups=2, bias=False)
     model = nn.Sequential(Classifier(nn.Sequential(*layers(CatFunctional)), 18), Classifier(block, 18))
-    with pytest.warns(UserWarning, match=r"1\.body: 1\.conv2 has padding \(2, 2\), expected \(1, 1\)"):
+    with pytest.warns(UserWarning, match=r"1\.body: 1\.conv2 has groups 2, expected 1"):
         dense_ext.swap(model)
     rows = {row.name: row for row in dense_ext.report(model).rows}
     assert rows["0.body"].runs == "fused"
     assert (rows["1.body"].runs, rows["1.body"].detail) == (
         "eager",
-        "1.conv2 has padding (2, 2), expected (1, 1)",
+        "1.conv2 has groups 2, expected 1",
     )
 
 
