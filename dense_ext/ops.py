@@ -90,7 +90,9 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def _primitives(x: Tensor, args: Arguments, form: Form) -> Primitives:
-    asked = requested(args.backend), x.device.type, x.dtype
+    # The kernels take no empty batch. A process has one only if it shares statistics with others.
+    name = requested(args.backend) if len(x) else "reference"
+    asked = name, x.device.type, x.dtype
     primitives, pixels = select(*asked), values_per_channel(x)
     if pixels > primitives.max_pixels:  # only large inputs, so that select caches few entries
         primitives = select(*asked, pixels)

@@ -38,9 +38,9 @@ class Sync:
 
 def gather(own: Tensor, group: Any) -> Tensor:
     """The tensors of all processes [W, ...], in the order of their ranks."""
-    every = own.new_empty(group.size(), *own.shape)
-    dist.all_gather_into_tensor(every, own, group=group)
-    return every
+    every = own.new_empty(group.size() * own.numel())
+    dist.all_gather_into_tensor(every, own.flatten(), group=group)
+    return every.view(-1, *own.shape)
 
 
 def resolve(name: Any) -> Any:
