@@ -20,6 +20,7 @@ from .models import (
     densenet_bc_250_24,
 )
 from .modules import DenseBlock, DenseLayer, Transition
+from .recognise import register
 from .swap import report, restore, restored, swap
 from .version import __version__
 
@@ -43,6 +44,7 @@ __all__ = [
     "functional",
     "fused_export",
     "memory",
+    "register",
     "report",
     "restore",
     "restored",

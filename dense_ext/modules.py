@@ -34,7 +34,7 @@ from .checks import check_batch, check_input, check_options, check_parameters
 from .eligibility import Fused, interference, mode_reason, names_of
 from .schedule import norm_starts
 from .supported import block_reason
-from .synchronised import gather, group_of, resolve
+from .synchronised import group_of
 
 
 def read_arguments(
@@ -75,7 +75,7 @@ def read_arguments(
     )  # fmt: skip
     for name, parameters in zip(names, groups, strict=True):
         check_parameters(where, name, parameters, x)
-    counts = gather_counts(x, group) if group else None
+    counts = torch.ops.dense_ext.gather_counts(x, group) if group else None
     eps = [norm.eps for norm in norms]
     return Arguments(*groups, eps, batch_stats, activation, group, counts, backend)
 
@@ -84,12 +84,6 @@ def sync_group(norms: Sequence[nn.Module]) -> str:
     """The name of the process group that shares the norms' batch statistics; "" for this process alone."""
     synchronised = [norm for norm in norms if isinstance(norm, nn.SyncBatchNorm) and norm.training]
     return group_of(synchronised[0]) if synchronised else ""
-
-
-def gather_counts(x: Tensor, group: str) -> Tensor:
-    """The number of values per channel in each process of a group [W]."""
-    own = torch.full((1,), values_per_channel(x), dtype=accumulate_dtype(x.dtype), device=x.device)
-    return gather(own, resolve(group)).flatten()
 
 
 def as_image(x: Tensor, conv: nn.Module) -> Tensor:

@@ -36,7 +36,7 @@ from .batch_norm import in_dtype, values_per_channel
 from .flops import register_formulas
 from .ownership import is_exclusive
 from .schedule import Block, Dropout, Layer, Norm
-from .synchronised import Sync, resolve
+from .synchronised import Sync, gather, resolve
 from .transition import Pooling
 
 _LIBRARY = torch.library.Library("dense_ext", "FRAGMENT")
@@ -97,6 +97,18 @@ def _primitives(x: Tensor, args: Arguments, form: Form) -> Primitives:
     if pixels > primitives.max_pixels:  # only large inputs, so that select caches few entries
         primitives = select(*asked, pixels)
     return in_form(primitives, form)
+
+
+@_operator("gather_counts(Tensor x, str group) -> Tensor")
+def _gather_counts(x: Tensor, group: str) -> Tensor:
+    """The number of values per channel in each process of a group [W]; ``x`` is this process's input."""
+    own = torch.full((1,), values_per_channel(x), dtype=accumulate_dtype(x.dtype), device=x.device)
+    return gather(own, resolve(group)).flatten()
+
+
+@_fake("gather_counts")
+def _(x: Tensor, group: str) -> Tensor:
+    return x.new_empty(resolve(group).size(), dtype=accumulate_dtype(x.dtype))
 
 
 def _sync(x: Tensor, args: Arguments) -> Sync | None:

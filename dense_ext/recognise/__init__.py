@@ -7,13 +7,13 @@ original's (:mod:`proof`). A module that fails one of these steps stays unchange
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 
-from .description import CONVS, NORMS, Plan, describe
+from .description import CONVS, NORMS, Plan, describe, plan_of_layers
 from .fused import Recognised, changes, install, kinds_of, original_class, recognised_base, unsupported
 from .proof import prove
 from .tracing import RefusedError, graph_of, is_torchs, transparent_checkpoints
@@ -28,6 +28,7 @@ __all__ = [
     "original_class",
     "recognise",
     "recognised_base",
+    "register",
     "wants_copies",
 ]
 
@@ -98,6 +99,31 @@ def _concatenates(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) and len(children) > 1 and all(map(_concatenates, children))
 
 
+_registered: dict[type[nn.Module], Callable[[Any], Sequence[Sequence[nn.Module]]]] = {}
+
+
+def register(kind: type[nn.Module], layers: Callable[[Any], Sequence[Sequence[nn.Module]]]) -> None:
+    """Tell :func:`dense_ext.swap` which layers a class of dense blocks has, where tracing cannot find out.
+
+    A forward that branches on its input or draws random numbers cannot be traced. Each instance is still
+    compared with the fused operator in float64 before it is swapped, and refused if they differ. The forward
+    must compute nothing else in any other situation; only its class's methods are watched after the swap.
+
+    Args:
+        kind: a class of modules; subclasses are not included.
+        layers: returns, for an instance, the modules of each layer in the order they run: a norm, an
+            activation, a convolution and dropout, or two of each. Without an activation it is ReLU; dropout
+            may be left out. Each layer reads the concatenation of the block's input and all layers' results
+            before it, and the block returns the concatenation of all.
+
+    Raises:
+        TypeError: kind is not a class of modules.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise TypeError(f"kind must be a class of torch.nn.Module, got {kind!r}")
+    _registered[kind] = layers
+
+
 def recognise(module: nn.Module) -> Plan:
     """The plan of a module, verified by comparing results.
 
@@ -105,7 +131,8 @@ def recognise(module: nn.Module) -> Plan:
         RefusedError: the module is not recognised; the message gives the reason.
     """
     with transparent_checkpoints():
-        plan = describe(module)
+        layers = _registered.get(type(module))
+        plan = describe(module) if layers is None else plan_of_layers(module, layers(module))
         if len(plan.blocks) == len(plan.steps) == 1 and len(plan.blocks[0].layers) < 2:
             raise RefusedError("it is a single layer")
         if (reason := changes(module, kinds_of(module), plan) or unsupported(module, plan)) is not None:

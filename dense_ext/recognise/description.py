@@ -8,7 +8,7 @@ A forward that can't be described in these terms is refused.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -159,6 +159,51 @@ def describe(module: nn.Module) -> Plan:
     if len(set(modules)) < len(modules):
         raise RefusedError("a norm or convolution is used more than once")
     return replace(first, guards=guards)
+
+
+def plan_of_layers(module: nn.Module, layers: Sequence[Sequence[nn.Module]]) -> Plan:
+    """The plan of a block of these layers, each the modules of a layer in the order they run.
+
+    Raises:
+        RefusedError: a layer is not norm, activation, convolution and dropout, once or twice.
+    """
+    names = {inner: name for name, inner in module.named_modules()}
+    described, dropouts, functions = [], set(), set()
+    for i, layer in enumerate(layers):
+        parts: dict[str, list[Any]] = {"norm": [], "activation": [], "conv": [], "dropout": []}
+        for inner in layer:
+            if inner not in names:
+                raise RefusedError(f"layer {i} has a {type(inner).__name__} that is not inside the module")
+            kind = _kind(inner)
+            if kind == "conv":
+                parts["dropout"].append(Dropout())
+            if kind == "dropout" and parts["dropout"]:
+                parts["dropout"][-1] = Dropout(inner.p, _DROPOUTS[type(inner)])
+            else:
+                parts[kind].append(name_of(inner) if kind == "activation" else names[inner])
+        if len(parts["norm"]) != len(parts["conv"]) or len(parts["conv"]) not in (1, 2):
+            raise RefusedError(
+                f"layer {i} has {len(parts['norm'])} norms and {len(parts['conv'])} convolutions"
+            )
+        described.append(DenseLayer(tuple(parts["norm"]), tuple(parts["conv"])))
+        dropouts.add(tuple(parts["dropout"]))
+        functions |= set(parts["activation"] or ["relu"])
+    if len(dropouts) != 1 or len(functions) != 1:
+        raise RefusedError("its layers differ in activation or dropout, or there are none")
+    block = Block(tuple(described), activation=functions.pop(), dropouts=dropouts.pop())
+    return Plan((block,), Guards())
+
+
+def _kind(module: nn.Module) -> str:
+    if isinstance(module, NORMS):
+        return "norm"
+    if isinstance(module, CONVS):
+        return "conv"
+    if type(module) in _DROPOUTS:
+        return "dropout"
+    if name_of(module) is not None:
+        return "activation"
+    raise RefusedError(f"{type(module).__name__} is not a norm, activation, convolution or dropout")
 
 
 def without_dropout(plan: Plan) -> Plan:

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..batch_norm import num_features
 from ..supported import NORM_TYPES, dims_of
-from .description import Plan, Transition, without_dropout
+from .description import Dropout, Plan, Transition, without_dropout
 from .fused import Recognised, install
 from .tracing import RefusedError
 
@@ -20,23 +20,30 @@ from .tracing import RefusedError
 TOLERANCE = 1e-9
 # Rounding, relative to the largest value compared. A bias before a norm has no gradient but rounding.
 ROUNDING = 1e-13
-_DROPOUTS = (
-    F.dropout, torch.dropout, torch.native_dropout, torch.dropout_,
-    F.dropout1d, F.dropout2d, F.dropout3d, torch.feature_dropout,
-)  # fmt: skip
+# Dropout functions with the spatial dimensions of images whose channels they drop; 0 drops single elements.
+_DROPOUTS = {F.dropout: 0, torch.dropout: 0, F.dropout1d: 1, F.dropout2d: 2, F.dropout3d: 3}
 
 
 class _WithoutDropout(TorchFunctionMode):
     """Makes dropout return its input, since two networks would draw different masks.
 
-    The position of dropout is already known from the graph.
+    Attributes:
+        dropped: the dropout that was left out, in the order of the calls, each with its number of channels.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropped: list[tuple[Dropout, int]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _DROPOUTS:
-            return args[0] if args else kwargs["input"]
-        return func(*args, **kwargs)
+        if func not in _DROPOUTS:
+            return func(*args, **kwargs)
+        given = {**dict(zip(("input", "p", "training"), args, strict=False)), **kwargs}
+        x, rate = given["input"], given.get("p", 0.5)
+        if rate and given.get("training", given.get("train", True)):
+            self.dropped.append((Dropout(rate, _DROPOUTS[func]), x.shape[1]))
+        return x
 
 
 def prove(module: nn.Module, plan: Plan) -> None:
@@ -69,17 +76,19 @@ def prove(module: nn.Module, plan: Plan) -> None:
     x = torch.randn(2, num_features(first), *sizes, dtype=torch.float64, device="cpu", generator=generator)  # type: ignore[call-overload]
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         for training in (True, False):
-            results = [_results(m.train(training), x, generator.clone_state()) for m in (eager, ours)]
-            largest = max(float(value.abs().max()) for _, value in results[0] if value is not None)
-            for (what, expected), (_, found) in zip(*results, strict=True):
+            results = [_Results(m.train(training), x, generator.clone_state()) for m in (eager, ours)]
+            if training and results[0].dropped != _expected_dropout(eager, plan):
+                raise RefusedError("its dropout differs from that of its layers")
+            largest = max(float(value.abs().max()) for _, value in results[0].values if value is not None)
+            for (what, expected), (_, found) in zip(*(r.values for r in results), strict=True):
                 _compare(what, found, expected, ROUNDING * largest)
 
 
 def _keep_to_this_process(module: nn.Module, dims: int) -> None:
     """Make synchronised norms plain ones: others take no part in the comparison."""
-    for norm in module.modules():
-        if type(norm) is nn.SyncBatchNorm:
-            norm.__class__ = NORM_TYPES[dims]
+    norms: list[Any] = [norm for norm in module.modules() if type(norm) is nn.SyncBatchNorm]
+    for norm in norms:
+        norm.__class__ = NORM_TYPES[dims]
 
 
 def _randomize(module: nn.Module, generator: torch.Generator) -> None:
@@ -94,21 +103,37 @@ def _randomize(module: nn.Module, generator: torch.Generator) -> None:
                 tensor.uniform_(0.3, 1.3, generator=generator)
 
 
-def _results(module: Any, x: Tensor, generator: torch.Generator) -> list[tuple[str, Tensor | None]]:
-    leaf = x.clone().requires_grad_()
-    with _WithoutDropout(), torch.autocast("cpu", enabled=False):
-        if isinstance(module, Recognised):
-            if (reason := module.why_eager(leaf)) is not None:
-                raise RefusedError(reason)
-            y = module.run(leaf)
+class _Results:
+    """What a step of a module computes: named values, and the dropout that it would apply."""
+
+    def __init__(self, module: Any, x: Tensor, generator: torch.Generator) -> None:
+        leaf = x.clone().requires_grad_()
+        with _WithoutDropout() as mode, torch.autocast("cpu", enabled=False):
+            if isinstance(module, Recognised):
+                if (reason := module.why_eager(leaf)) is not None:
+                    raise RefusedError(reason)
+                y = module.run(leaf)
+            else:
+                y = module(leaf)
+        self.dropped = mode.dropped
+        cotangent = torch.randn(y.shape, dtype=y.dtype, device="cpu", generator=generator)
+        (y * cotangent).sum().backward()
+        self.values: list[tuple[str, Tensor | None]] = [("output", y.detach()), ("input gradient", leaf.grad)]
+        self.values += [(f"gradient of {name}", p.grad) for name, p in module.named_parameters()]
+        self.values += [(name, buffer.clone()) for name, buffer in module.named_buffers()]
+        module.zero_grad()
+
+
+def _expected_dropout(module: nn.Module, plan: Plan) -> list[tuple[Dropout, int]]:
+    """The plan's dropout, in the order that it is applied, each with the number of channels."""
+    found: list[tuple[Dropout, int]] = []
+    for step in plan.steps:
+        if isinstance(step, Transition):
+            places = [(step.conv, step.dropout)]
         else:
-            y = module(leaf)
-    cotangent = torch.randn(y.shape, dtype=y.dtype, device="cpu", generator=generator)
-    (y * cotangent).sum().backward()
-    found = [("output", y.detach()), ("input gradient", leaf.grad)]
-    found += [(f"gradient of {name}", parameter.grad) for name, parameter in module.named_parameters()]
-    found += [(name, buffer.clone()) for name, buffer in module.named_buffers()]
-    module.zero_grad()
+            places = [pair for layer in step.layers for pair in zip(layer.convs, step.dropouts, strict=True)]
+        convs: list[tuple[Any, Dropout]] = [(module.get_submodule(name), dropout) for name, dropout in places]
+        found += [(dropout, conv.out_channels) for conv, dropout in convs if dropout.rate]
     return found
 
 
