@@ -33,7 +33,7 @@ from .batch_norm import (
 from .checks import check_batch, check_input, check_options, check_parameters
 from .eligibility import Fused, interference, mode_reason, names_of
 from .schedule import norm_starts
-from .supported import block_reason
+from .supported import layers_reason
 from .synchronised import group_of
 
 
@@ -330,7 +330,7 @@ class FusedDenseBlock(Fused):
             return "its layers have different drop rates"
         if any(rates) and len({layer.training for layer in children.values()}) > 1:
             return "some layers apply dropout and some do not"
-        return block_reason([
+        return layers_reason([
             [(f"{name}: {part}", module) for part, module in inner.items() if part[:4] in ("norm", "conv")]
             for name, inner in layers.items()
         ])  # fmt: skip

@@ -191,7 +191,8 @@ def empty_outputs(block: Block, x: Tensor, keep_bottleneck: bool) -> tuple[Tenso
     """Tensors for the outputs of :func:`forward`: X and z uninitialised, the statistics zero."""
     out = empty_like(x, block.out_channels)
     stats = x.new_zeros(2, sum(block.stats_sizes), dtype=accumulate_dtype(x.dtype))
-    z = x.new_empty(values_per_channel(x) * sum(block.bottlenecks) if keep_bottleneck else 0)
+    # Sizes are tuples for MONAI's MetaTensor, which takes no other.
+    z = x.new_empty((values_per_channel(x) * sum(block.bottlenecks) if keep_bottleneck else 0,))
     return out, stats, z
 
 
@@ -224,7 +225,7 @@ class Pass:
 
     def new_bottleneck(self) -> Tensor:
         """Uninitialised memory for the widest layer's [N, H, W, B]."""
-        return self.x.new_empty(pixels(self.x) * max(self.widths))
+        return self.x.new_empty((pixels(self.x) * max(self.widths),))
 
     def of_width(self, memory: Tensor, index: int) -> Tensor:
         """Memory from :meth:`new_bottleneck` as layer ``index``'s [N, H, W, B]."""

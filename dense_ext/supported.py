@@ -27,36 +27,51 @@ def dims_of(conv: nn.Module) -> int:
 
 def block_reason(layers: Sequence[Sequence[Named]]) -> str | None:
     """Why the operators do not compute a dense block of these layers, or None."""
-    (_, first), dims = layers[0][-1], dims_of(layers[0][-1][1])
-    channels = num_features(layers[0][0][1])
+    dims = dims_of(layers[0][-1][1])
     for layer in layers:
-        if len(layer) != len(layers[0]):
-            return "some of its layers have a bottleneck and some have none"
         reason = _parts_reason(layer[:-2], dims, pointwise=True) or _parts_reason(layer[-2:], dims)
         if reason is not None:
             return reason
+    return layers_reason(layers)
+
+
+def layers_reason(layers: Sequence[Sequence[Named]]) -> str | None:
+    """Why layers of supported modules do not form a dense block, or None.
+
+    Each layer must read all channels before it, and all must have windows and dilation of the same size.
+    """
+    (_, first), channels = layers[0][-1], num_features(layers[0][0][1])
+    for layer in layers:
+        if len(layer) != len(layers[0]):
+            return "some of its layers have a bottleneck and some have none"
+        width = channels
+        for (norm_name, norm), (name, conv) in zip(layer[::2], layer[1::2], strict=True):
+            if num_features(norm) != width:
+                return f"{norm_name} has {num_features(norm)} channels, expected {width}"
+            if conv.in_channels != width:
+                return f"{name} reads {conv.in_channels} channels, expected {width}"
+            width = conv.out_channels
         name, last = layer[-1]
         if (last.kernel_size, last.dilation) != (first.kernel_size, first.dilation):
             return f"{name} has another kernel_size or dilation than the first layer's"
-        if layer[0][1].weight is not None and num_features(layer[0][1]) != channels:
-            return f"{layer[0][0]} has {num_features(layer[0][1])} channels, expected {channels}"
-        channels += last.out_channels
+        channels += width
     return shared_reason([norm for layer in layers for _, norm in layer[::2]])
 
 
 def transition_reason(norm: Named, conv: Named) -> str | None:
     """Why the operators do not compute a transition of these modules, or None."""
-    return _parts_reason([norm, conv], dims_of(conv[1]), pointwise=True)
+    reason = _parts_reason([norm, conv], dims_of(conv[1]), pointwise=True)
+    return reason or layers_reason([[norm, conv]])
 
 
 def _parts_reason(parts: Sequence[Named], dims: int, pointwise: bool = False) -> str | None:
-    """Why these norms and convolutions are not supported; ``pointwise`` ones have windows of one pixel."""
-    width: int | None = None
-    for name, module in parts:
-        expected: Any = (NORM_TYPES if width is None else _CONVS).get(dims)
+    """Why a norm and a convolution are not supported; a ``pointwise`` one has a window of one pixel."""
+    kinds: tuple[dict[int, Any], dict[int, Any]] = (NORM_TYPES, _CONVS)
+    for (name, module), of in zip(parts, kinds, strict=False):
+        expected = of.get(dims)
         if expected is None:
             return f"{name} is {type(module).__name__}, which is not supported"
-        if width is None:
+        if of is NORM_TYPES:
             reason = Fused.part_reason(module, expected, 1)
         elif type(module) is not expected:
             reason = "is {}, not {}".format(*names_of(type(module), expected))
@@ -64,12 +79,6 @@ def _parts_reason(parts: Sequence[Named], dims: int, pointwise: bool = False) ->
             reason = interference(module) or _conv_reason(module, pointwise)
         if reason is not None:
             return f"{name} {reason}"
-        if width is None:
-            width = num_features(module)
-        elif width != module.in_channels:
-            return f"{name} reads {module.in_channels} channels, and its norm {width}"
-        else:
-            width = None
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -77,8 +78,9 @@ def test_compiles_and_exports() -> None:
     assert_equal(program.module()(x), eager(x).detach(), "exported")
 
 
-def add_a_bias(model: nn.Module) -> None:
-    model.layers[1][1].bias = nn.Parameter(torch.ones(B, dtype=torch.float64))
+def set_groups(model: nn.Module) -> None:
+    model.layers[1][3] = nn.Conv2d(B, K, 3, padding=1, groups=2, bias=False).double()
+    nn.init.ones_(model.layers[1][3].weight)
 
 
 def add_a_hook(model: nn.Module) -> None:
@@ -87,7 +89,7 @@ def add_a_hook(model: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [(add_a_bias, "convolution 2 has a bias"), (add_a_hook, "convolution 1 carries a hook")],
+    [(set_groups, "layer 1: module 3 has groups 2"), (add_a_hook, "layer 0: module 3 carries a hook")],
 )
 def test_what_the_operator_does_not_support_runs_one_by_one(change: object, reason: str) -> None:
     ours, eager = pair()
@@ -97,6 +99,37 @@ def test_what_the_operator_does_not_support_runs_one_by_one(change: object, reas
     with Calls() as calls, pytest.warns(UserWarning, match=f"one by one: {reason}"):
         assert_equal(ours(x), eager(x), "output")
     assert calls.names == ["transition"]
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("pool", ["average", "max"])
+def test_every_dimension_activation_and_pool(dims: int, pool: str) -> None:
+    conv: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    norm: Any = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1]
+    block = [[norm(C + i * K), conv(C + i * K, K, 3, padding=1)] for i in range(2)]
+    last = [norm(C + 2 * K), conv(C + 2 * K, 5, 1)]
+    for module in (*block[0], *block[1], *last):
+        randomize(module).double()
+    x = torch.randn(2, C, *(4, 6, 5)[:dims], dtype=torch.float64)
+    act = nn.LeakyReLU(0.3)
+    with Calls() as calls:
+        y = dense_ext.functional.dense_block(x, block, activation=act)
+        y = dense_ext.functional.transition(y, *last, activation=act, pool=pool)
+    assert calls.names == ["dense_block", "transition"]
+    for layer in block:
+        x = torch.cat([x, layer[1](act(layer[0](x)))], 1)
+    pooling = getattr(nn, f"{'Avg' if pool == 'average' else 'Max'}Pool{dims}d")(2)
+    assert_equal(y, pooling(last[1](act(last[0](x)))), "transition")
+
+
+def test_an_activation_that_is_not_known_runs_eagerly() -> None:
+    x, block = torch.randn(2, C, 5, 5), layers(False)
+    with Calls() as calls, pytest.warns(UserWarning, match="the activation is Tanh"):
+        y = dense_ext.functional.dense_block(x, block, activation=nn.Tanh())
+    assert calls.names == []
+    for norm, convolution in block:
+        x = torch.cat([x, convolution(torch.tanh(norm(x)))], 1)
+    assert_equal(y, x, "block", 1e-5)
 
 
 def test_dropout_drops_and_scales() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -308,7 +309,7 @@ def test_memory_of_a_device() -> None:
     ("arguments", "message"),
     [
         ({"model": "resnet50"}, "model must be one of"),
-        ({"model": nn.Linear(2, 2)}, "Linear is not a DenseNet"),
+        ({"model": nn.Linear(2, 2)}, "Linear is not and does not contain a DenseNet"),
         ({"input_shape": (3, 32, 32)}, r"must be \[N, C, H, W\]"),
         ({"input_shape": (1, 4, 32, 32)}, "images of 3 channels"),
         ({"input_shape": (0, 3, 32, 32)}, "batch must be at least 1"),
@@ -393,6 +394,22 @@ def test_swap_plans_only_models_it_can_fuse() -> None:
     model.features.denseblock1.denselayer1.relu1 = nn.GELU()
     with pytest.raises(ValueError, match=r'recompute="auto"\): left as they are: features.denseblock1'):
         dense_ext.swap(model, recompute="auto", input_shape=(1, 3, 64, 64))
-    wrapped = nn.Sequential(small_densenet())
-    with pytest.raises(ValueError, match="Sequential is not a DenseNet"):
-        dense_ext.swap(wrapped, recompute="auto", input_shape=(1, 3, 64, 64))
+
+
+def test_swap_plans_for_a_densenet_inside_a_model() -> None:
+    """Its parameters are those of the whole model; the policies are the DenseNet's."""
+    shape = (64, 3, 64, 64)
+    wrapped = nn.Sequential(OrderedDict(backbone=small_densenet(), head=nn.Linear(4, 500).double()))
+    alone, inside = (
+        Planner(model, shape[1:], optimizer="adamw", channels_last=False)
+        for model in (small_densenet(), wrapped)
+    )
+    assert inside.estimate(64).parts["parameters"] == alone.estimate(64).parts["parameters"] + 8 * 5 * 500
+    memory = inside.estimate(64, "none").peak - 1
+    dense_ext.swap(wrapped, recompute="auto", input_shape=shape, memory=memory)
+    choice = inside.choose(64, memory)
+    assert choice is not None
+    assert policies(wrapped) == list(choice.recompute.values())
+    two = nn.ModuleList([small_densenet(), small_densenet()])
+    with pytest.raises(ValueError, match="ModuleList contains 2 DenseNets"):
+        dense_ext.swap(two, recompute="auto", input_shape=shape)

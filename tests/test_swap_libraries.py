@@ -363,7 +363,14 @@ def test_segmentation_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runs == {("dense block", "fused"), ("transition", "eager"), ("stem", "eager")}
     with pytest.raises(ValueError, match=reason):
         dense_ext.swap(ours, strict=True)
-    assert_trains_alike(ours, eager, torch.randn(2, 3, 64, 64, dtype=torch.float64), steps=1)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    assert_trains_alike(ours, eager, x, steps=1)
+    kept = {}
+    for recompute in ("bottleneck", "block"):
+        with pytest.warns(UserWarning, match=reason):
+            dense_ext.swap(ours, recompute=recompute)
+        kept[recompute] = saved_bytes(ours, lambda: ours(x).sum())
+    assert kept["block"] <= kept["bottleneck"], "transitions called child by child keep the blocks' outputs"
 
 
 @other_libraries

@@ -56,8 +56,12 @@ class TransitionShape:
 
 @dataclass(frozen=True)
 class Network:
-    """A DenseNet: stem, blocks and transitions; then norm, ReLU, average pool and classifier."""
+    """A DenseNet: stem, blocks and transitions; then norm, ReLU, average pool and classifier.
 
+    If a larger model contains it, parameters, buffers and linear layers are those of the whole model.
+    """
+
+    name: str  # the dotted name in the model; "" for the model itself
     in_channels: int  # of the images
     channels: int  # of the first convolution's output
     kernel_size: int  # of the first convolution; so are stride and padding
@@ -104,20 +108,32 @@ def _parts(features: Any) -> Iterable[BlockShape | TransitionShape]:
             yield TransitionShape(name, module.conv.in_channels, module.conv.out_channels)
 
 
+def _is_densenet(module: nn.Module) -> bool:
+    features = module._modules.get("features")
+    return features is not None and any(name.startswith("denseblock") for name in features._modules)
+
+
 def _shape_of(model: Any) -> Network:
-    conv0 = model.features.conv0
-    if hasattr(model.features, "conv1"):
+    found: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if _is_densenet(m)]
+    if len(found) != 1:
+        how = f"contains {len(found)} DenseNets" if found else "is not and does not contain a DenseNet"
+        raise ValueError(f"{type(model).__name__} {how} with dense blocks in its features, expected one")
+    ((name, densenet),) = found
+    features = densenet.features
+    if hasattr(features, "conv1"):
         raise ValueError("the planner does not follow a stem of several convolutions")
+    conv0 = features.conv0
     parameters = list(model.parameters())
     trainable = [p for p in parameters if p.requires_grad]
     return Network(
+        name,
         conv0.in_channels,
         conv0.out_channels,
         conv0.kernel_size[0],
         conv0.stride[0],
         conv0.padding[0],
-        hasattr(model.features, "pool0"),
-        tuple(_parts(model.features)),
+        hasattr(features, "pool0"),
+        tuple(_parts(features)),
         tuple((m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear)),
         conv0.weight.dtype,
         _nbytes(parameters),
@@ -132,11 +148,11 @@ def network_of(model: nn.Module | str) -> Network:
 
     Args:
         model: a :class:`dense_ext.DenseNet`, a DenseNet that :func:`dense_ext.swap` supports (swapped or
-            not), or a name from ``dense_ext.models.MODELS``.
+            not), a model that contains one of these, or a name from ``dense_ext.models.MODELS``.
 
     Raises:
         TypeError: model is neither a module nor a name.
-        ValueError: the name is unknown, or the module is not a DenseNet.
+        ValueError: the name is unknown, or the module is not one DenseNet and does not contain one.
     """
     if isinstance(model, str):
         if model not in MODELS:
@@ -146,9 +162,6 @@ def network_of(model: nn.Module | str) -> Network:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module or a name, got {type(model).__name__}")
     try:
-        network = _shape_of(model)
+        return _shape_of(model)
     except AttributeError as error:
         raise ValueError(f"{type(model).__name__} is not a DenseNet: {error}") from error
-    if not network.blocks:
-        raise ValueError(f"{type(model).__name__} is not a DenseNet: its features have no dense block")
-    return network

@@ -43,8 +43,9 @@ class Planner:
 
     Args:
         model: a :class:`dense_ext.DenseNet` or a DenseNet that :func:`dense_ext.swap` supports, swapped or
-            not, on any device; or a name from ``dense_ext.models.MODELS``. It is never changed or run. The
-            estimates assume that it trains with all of its dense parts fused.
+            not, on any device; a model that contains one; or a name from ``dense_ext.models.MODELS``. It is
+            never changed or run. The estimates assume that it trains with all of its dense parts fused. Of a
+            model around a DenseNet they include the parameters, but not the activations.
         image_shape: the shape [C, H, W] of an image.
         dtype: the activations' dtype; None for the parameters' dtype. A narrower one means autocast.
         optimizer: ``"none"`` (forward and backward only), ``"sgd"``, ``"momentum"`` or ``"adamw"``.

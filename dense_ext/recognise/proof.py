@@ -73,7 +73,7 @@ def prove(module: nn.Module, plan: Plan) -> None:
     first = eager.get_submodule(plan.norms[0])
     poolings = sum(isinstance(step, Transition) for step in plan.steps)
     sizes = [size * 2**poolings for size in (4, 3, 2)[:dims]]
-    x = torch.randn(2, num_features(first), *sizes, dtype=torch.float64, device="cpu", generator=generator)  # type: ignore[call-overload]
+    x = torch.randn(2, num_features(first), *sizes, dtype=torch.float64, device="cpu", generator=generator)
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         for training in (True, False):
             results = [_Results(m.train(training), x, generator.clone_state()) for m in (eager, ours)]

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..checks import check_options
 from ..eligibility import Fused
-from .adapter import ADDED, Adapter, Candidate, adapters, called_one_by_one
+from .adapter import ADDED, Adapter, Candidate, adapters, called_one_by_one, outputs_kept_anyway
 from .automatic import policies_that_fit
 from .recognition import Recognition, restore_recognised
 from .report import Report, Row, swapped_rows
@@ -84,9 +84,12 @@ def swap(
     Args:
         model: any densely connected network. Classes of torchvision, timm, MONAI (2-D, 3-D) and
             TorchXRayVision are known; other modules are recognised by what their forward computes.
-        recompute: as for :class:`dense_ext.DenseBlock`, or ``"auto"``. ``"auto"`` chooses each block's policy
+        recompute: as for :class:`dense_ext.DenseBlock`, or ``"auto"``. A block whose output is kept anyway,
+            because an encoder calls the next transition child by child, takes ``"bottleneck"`` instead of
+            ``"block"``. ``"auto"`` chooses each block's policy
             so that a training step with AdamW's state fits into memory and recomputes as little as possible
-            (:meth:`dense_ext.memory.Planner.choose`). The model must then itself be a DenseNet, for images.
+            (:meth:`dense_ext.memory.Planner.choose`). The model must then be a DenseNet for images, or
+            contain one; input_shape is that of the DenseNet's input.
         backend: as for :class:`dense_ext.DenseBlock`.
         strict: whether to raise, before anything is changed, if a part can't be fused.
         recognise: whether to trace modules of unknown classes, and fuse those that compute dense blocks or
@@ -100,8 +103,8 @@ def swap(
     Raises:
         TypeError: model is not a module, or memory is not a size.
         ValueError: an option is unknown, or the model has no dense block. With ``strict``: a part can't be
-            fused. With ``"auto"``: input_shape is missing, the model is not a DenseNet whose parts can all be
-            fused, or no policy fits. Without ``"auto"``: input_shape, memory or dtype is given. The model is
+            fused. With ``"auto"``: input_shape is missing, there is no DenseNet whose parts can all be fused,
+            or no policy fits. Without ``"auto"``: input_shape, memory or dtype is given. The model is
             then unchanged.
     """
     if not isinstance(model, nn.Module):
@@ -126,8 +129,10 @@ def swap(
             raise ValueError(f"dense_ext.swap({option}): {message}")
         warnings.warn(f"dense_ext.swap: {message}", stacklevel=2)
     policies = policies_that_fit(model, input_shape, memory, dtype, backend) if automatic else {}
+    kept_anyway = outputs_kept_anyway(model) if recompute == "block" else set()
     for adapter, candidate in found:
-        adapter.swap(candidate, policies.get(candidate.name, recompute), backend)
+        policy = "bottleneck" if candidate.module in kept_anyway else recompute
+        adapter.swap(candidate, policies.get(candidate.name, policy), backend)
     return model
 
 

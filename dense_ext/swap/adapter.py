@@ -210,6 +210,20 @@ def called_one_by_one(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
                 yield child, reason
 
 
+def outputs_kept_anyway(model: nn.Module) -> set[nn.Module]:
+    """Parts whose output X its reader keeps for its own backward, so that recomputing X saves nothing.
+
+    The norm of a transition that is called child by child is such a reader.
+    """
+    in_pieces = {module for module, _ in called_one_by_one(model)}
+    return {
+        child
+        for features in model.modules()
+        if not in_pieces.isdisjoint((features, *features.children()))
+        for child in features.children()
+    }
+
+
 def adapters() -> list[Adapter]:
     """The adapters of the libraries that this process has imported."""
     found = []

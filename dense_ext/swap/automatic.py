@@ -41,4 +41,5 @@ def policies_that_fit(
             f"no recompute policy fits images {list(input_shape)} into {budget} bytes: "
             f"they need at least {least} bytes; a batch of {largest} fits"
         )
-    return {f"features.{name}": policy for name, policy in choice.recompute.items()}
+    prefix = f"{planner.network.name}.features." if planner.network.name else "features."
+    return {prefix + name: policy for name, policy in choice.recompute.items()}
