@@ -35,6 +35,7 @@ PEERS = {
     "step_others": [*EAGER, *GRAPHS],
     "inference": [*EAGER, *GRAPHS, "compile-cl"],
     "memory": EAGER,
+    "kernelbench": ["eager", "eager-cl", "compile"],
     "primitives_compiled": ["eager", "compile"],
 }
 
@@ -102,6 +103,7 @@ def parts() -> list[Part]:
         suite("inference", 60, "inference", "--model", "densenet121", "--batch", "256"),
         suite("memory", 60, "memory"),
         suite("step_others", 60, "step", "--model", OTHERS, "--batch", "128"),
+        suite("kernelbench", 90, "kernelbench"),
         suite("primitives_compiled", 60, "primitives", "--model", "densenet121", "--batch", "256",
               "--backend", "triton"),
     ]  # fmt: skip
@@ -208,8 +210,8 @@ def run_suite(
         print(torch.__version__, torch.cuda.get_device_name(), unavailable_reasons("cuda", torch.bfloat16))
         return
     options = Options(
-        models=models, batch=batch, dtypes=("bfloat16",), device=device, backend=backend, rounds=5,
-        budget=2 * 10**9,
+        models=models, batch=batch, dtypes=(SUITES[kind].gpu_dtype,), device=device, backend=backend,
+        rounds=5, budget=2 * 10**9,
     )  # fmt: skip
     results = new_results(kind, options.as_json())
     chosen = sorted(peers.choose(PEERS.get(name, EAGER), POLICIES), key=lambda peer: peer.compiled)

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,13 +26,13 @@ pytest.importorskip("jsonschema")
 import jsonschema
 
 from dense_ext.backends.base import primitive_of
-from dense_ext.benchmark import peers, suites
+from dense_ext.benchmark import kernelbench, peers, suites
 from dense_ext.benchmark.cuda_graph import GraphedStep
 from dense_ext.benchmark.errors import UnavailableError
 from dense_ext.benchmark.memory import saved_bytes, step_peaks
 from dense_ext.benchmark.networks import small_densenet
 from dense_ext.benchmark.primitives import model_cases
-from dense_ext.benchmark.results import Measurement, PeerLabel
+from dense_ext.benchmark.results import Measurement, PeerLabel, new_results, read_results
 from dense_ext.benchmark.step import sgd_step
 from dense_ext.benchmark.suites.speed import mark_disagreement
 
@@ -151,16 +151,20 @@ def test_volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("suite", "options", "message"),
     [
-        (["--peers", "timm"], "volumes have eager, eager-cl, graph and graph-cl; got none"),
-        (["--size", "8"], "volumes of side 8 are too small"),
+        ("volumes", ["--peers", "timm"], "volumes has eager, eager-cl, graph, graph-cl; got none"),
+        ("volumes", ["--size", "8"], "volumes of side 8 are too small"),
+        ("kernelbench", ["--peers", "timm"], "kernelbench has eager, eager-cl, compile, "),
+        ("kernelbench", ["--size", "8"], "images of side 8 are too small for 15: DenseNet-121"),
+        ("kernelbench", ["--model", "densenet121"], "has networks of its own"),
+        ("recognised", ["--size", "8"], "images of side 8 are too small for DenseNet-121 of plain layers"),
     ],
 )
-def test_volumes_that_cannot_be_measured(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+def test_own_networks_that_cannot_be_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], suite: str, options: list[str], message: str
 ) -> None:
-    assert main(["bench", "--suite", "volumes", *options, "--out", str(tmp_path)]) == 2
+    assert main(["bench", "--suite", suite, *options, "--out", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -169,6 +173,112 @@ def test_volumes_without_monai(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "monai.networks.nets.densenet", None)
     assert main(["bench", "--suite", "volumes", "--out", str(tmp_path)]) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_kernelbench(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problem = suites.kernelbench.Problem
+    problems = (
+        problem("transition", lambda _: kernelbench.Shrink(4, 8), 3, 4, 8, {}),
+        problem("block", lambda _: kernelbench.ListedBlock(2, 4, 4), 3, 4, 8, {}),
+        problem("network", lambda classes: kernelbench.PlainDenseNet((2, 2), 4, classes), 3, 3, 8, {}),
+    )
+    monkeypatch.setattr(suites.kernelbench, "PROBLEMS", problems)
+    results = run("kernelbench", tmp_path, "--size", "16", "--peers", "eager,eager-cl,memory-efficient")
+    rows = by_peer(results)
+    assert list(rows) == ["eager", "eager-cl", "dense_ext-bottleneck"], "what runs such networks"
+    assert results["peers"]["dense_ext-bottleneck"]["label"] == "dense_ext", "nothing is kept for backward"
+    for i, posed in enumerate(problems):
+        torch.manual_seed(suites.base.SEED)
+        network, generator = posed.build(10).train(), torch.Generator().manual_seed(suites.base.SEED)
+        with torch.no_grad():
+            expected = network(torch.randn(2, posed.channels, 16, 16, generator=generator)).norm()
+        for peer in rows:
+            row = rows[peer][i]
+            assert row["case"] == {"model": posed.label, "batch": 2, "size": 16, "dtype": "float32"}
+            assert row["values"] == pytest.approx([float(expected)] * 2, rel=1e-5)
+            assert len(row["seconds"]) == 3
+            assert row["measures"].keys() == {"peak_bytes", "flops"}
+        assert rows["dense_ext-bottleneck"][i]["served_by"] == ["cpu"]
+    printed = capsys.readouterr().out
+    assert "transition, 2 x 16x16" in printed
+    assert "H100" not in printed
+    assert (tmp_path / "kernelbench-throughput.png").exists()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(("dtype", "batch"), [("float32", None), ("float32", 2), ("bfloat16", None)])
+def test_published_times_stand_beside_what_a_gpu_was_measured_on(
+    device: str, dtype: str, batch: int | None
+) -> None:
+    results = new_results("kernelbench", {"device": device, "dtypes": [dtype], "rounds": 1})
+    results.machine["gpu"] = {"name": "a GPU"}
+    results.peers, results.work = KNOWN, {"matmul_flops_per_second": {dtype: 1e12}}
+    for problem in suites.kernelbench.PROBLEMS:
+        case = problem.case(dtype, batch).as_json()
+        results.rows += [
+            Measurement(case, peer, measures={"flops": 1e9}, seconds=[seconds])
+            for peer, seconds in (("eager", 0.006), ("ours", 0.003))
+        ]
+    table = suites.kernelbench.KernelBenchSuite.tables(results)["problems"]
+    published = [(row[1:4], row[4:]) for row in table.rows]
+    assert all(measured == ["3", "6", "2.00"] for measured, _ in published)
+    expected = [["7.33", "3.15"], ["7.47", "4.62"], ["6.68", "8.93"], ["10.4", "21.8"]]
+    same = device == "cuda" and dtype == "float32" and batch is None
+    assert [times for _, times in published] == (expected if same else [[]] * 4)
+
+
+def test_kernelbenchs_networks_have_its_size() -> None:
+    """On the meta device: parameters, counted by hand, and what comes out."""
+    for problem, outputs in zip(suites.kernelbench.PROBLEMS, [
+        (128, 64, 128, 128), (10, 224, 224, 224), (10, 10), (10, 10),
+    ], strict=True):  # fmt: skip
+        with torch.device("meta"):
+            network = problem.build(10)
+            images = torch.empty(problem.batch, problem.channels, problem.size, problem.size)
+            assert network(images).shape == outputs
+    for name, blocks, convolutions in (
+        ("15", kernelbench.DENSENET_121, 62),
+        ("16", kernelbench.DENSENET_201, 102),
+    ):
+        (problem,) = (p for p in suites.kernelbench.PROBLEMS if p.label.startswith(name))
+        with torch.device("meta"):
+            network = problem.build(10)
+        kinds = [type(module) for module in network.modules()]
+        assert kinds.count(torch.nn.Conv2d) == convolutions == sum(blocks) + 4
+        assert kinds.count(torch.nn.Dropout) == sum(blocks)
+
+
+@pytest.mark.parametrize("build", [
+    lambda: kernelbench.ListedBlock(2, 4, 4), lambda: kernelbench.PlainDenseNet((2, 2), 4),
+    lambda: kernelbench.JoinedDenseNet(2, 4),
+])  # fmt: skip
+def test_recognition_alone_serves_kernelbenchs_networks(build: Callable[[], torch.nn.Module]) -> None:
+    with pytest.raises(ValueError, match="contains no dense block that dense_ext knows"):
+        dense_ext.swap(build(), recognise=False)
+    dense_ext.swap(build(), strict=True)
+
+
+def test_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {
+        "plain": lambda classes: kernelbench.PlainDenseNet((5, 3), 8, classes),
+        "joined": lambda classes: kernelbench.JoinedDenseNet(3, 8, classes),
+    }
+    networks = {
+        name: replace(network, build=small[name]) for name, network in suites.recognised.NETWORKS.items()
+    }
+    monkeypatch.setattr(suites.recognised, "NETWORKS", networks)
+    results = run("recognised", tmp_path, "--size", "32", "--batch", "4", "--peers", "eager-cl")
+    rows = by_peer(results)
+    assert list(rows) == ["eager-cl", "dense_ext-bottleneck"]
+    for eager, ours in zip(rows["eager-cl"], rows["dense_ext-bottleneck"], strict=True):
+        assert ours["served_by"] == ["cpu"]
+        assert len(ours["seconds"]) == 3
+        assert eager["measures"]["saved_bytes"] > 1.5 * ours["measures"]["saved_bytes"]
+    tables = suites.recognised.RecognisedSuite.short_tables(read_results(tmp_path / "recognised.json"))
+    assert {name: len(table.rows) for name, table in tables.items()} == {"plain": 2, "joined": 2}
+    assert tables["joined"].caption.startswith("DenseNet-BC-40-12, 4 images of 32x32")
 
 
 def test_inference(tmp_path: Path) -> None:

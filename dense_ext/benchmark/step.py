@@ -56,7 +56,7 @@ class InferenceStep:
     """A model's forward without gradients; calling it returns the logits, not synchronised.
 
     Args:
-        model: in evaluation mode.
+        model: in the mode to run it in.
         dtype: other than float32 by autocast.
         device: the model's.
     """

@@ -48,7 +48,10 @@ def bench(
     memory_size: Annotated[int | None, option("Pixels, for memory.", "224; GPU: --size")] = None,
     dtype: Annotated[
         str | None,
-        option("float32, or by autocast bfloat16 or float16; suites take several.", "float32; GPU: bfloat16"),
+        option(
+            "float32, or by autocast bfloat16 or float16; suites take several.",
+            "float32; GPU: bfloat16, but kernelbench float32",
+        ),
     ] = None,
     recompute: Annotated[
         list[str], typer.Option(help="dense_ext's policies, repeated or separated by commas.")
@@ -92,7 +95,7 @@ def bench(
     check_positive(batch=batch, size=size, memory_batch=memory_batch, memory_size=memory_size, rounds=rounds)
     check(budget is None or budget > 0, f"--budget must be positive, got {budget}")
     where = check_device(device)
-    dtypes = listed([dtype or ("bfloat16" if where.type == "cuda" else "float32")])
+    dtypes = listed([dtype or (SUITES[suite].gpu_dtype if where.type == "cuda" else "float32")])
     for name in dtypes:
         check_choice("--dtype", name, tuple(DTYPES))
         check_backend(backend, where, DTYPES[name])

@@ -98,7 +98,8 @@ def _randomize(module: nn.Module, generator: torch.Generator) -> None:
             if not tensor.is_floating_point():
                 tensor.zero_()
             elif tensor.dim() > 1:
-                tensor.normal_(std=(tensor.numel() / len(tensor)) ** -0.5, generator=generator)
+                bound = (3 * len(tensor) / tensor.numel()) ** 0.5  # variance 1 / fan-in
+                tensor.uniform_(-bound, bound, generator=generator)  # several times as fast as normal_
             else:
                 tensor.uniform_(0.3, 1.3, generator=generator)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dis
 import enum
+import functools
 import os
 import random
 import sys
@@ -284,6 +285,7 @@ def _recorded_code() -> Iterator[dict[types.CodeType, types.FrameType]]:
         sys.settrace(before)
 
 
+@functools.cache  # called for every call in PyTorch
 def _passed_over(file: str) -> bool:
     if file.startswith((_TORCH, os.path.dirname(__file__) + os.sep)):
         return True

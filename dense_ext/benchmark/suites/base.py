@@ -58,6 +58,7 @@ class Case:
     size: int  # height and width in pixels
     dtype: str  # a name from step.DTYPES
     labels: Mapping[str, str | int]  # what else tells it from other cases: the model's name, its depth
+    channels: int = 3  # of an image
 
     def as_json(self) -> dict[str, str | int]:
         return {**self.labels, "batch": self.batch, "size": self.size, "dtype": self.dtype}
@@ -114,6 +115,7 @@ class Suite(Kind):
     models: ClassVar[tuple[str, ...]] = ("densenet121",)  # empty for a suite with networks of its own
     dimensions: ClassVar[int] = 2  # of an image
     timed: ClassVar[bool] = True
+    gpu_dtype: ClassVar[str] = "bfloat16"  # on a GPU, unless told otherwise; on a CPU it is float32
 
     def __init__(self, options: Options, peers: list[Peer], results: Results) -> None:
         if options.models and not self.models:
@@ -186,10 +188,10 @@ class Suite(Kind):
         """The peer's network of the model's shape and weights, on the device."""
         return with_weights(peer.twin(model), model.state_dict(), self.device)
 
-    def batch(self, case: Case, peer: Peer, channels: int = 3) -> tuple[Tensor, Tensor]:
+    def batch(self, case: Case, peer: Peer) -> tuple[Tensor, Tensor]:
         """Noise, the same for every peer, and labels; speed and memory do not depend on what images show."""
         generator = torch.Generator().manual_seed(SEED)
-        images = torch.randn(case.batch, channels, *[case.size] * self.dimensions, generator=generator)
+        images = torch.randn(case.batch, case.channels, *[case.size] * self.dimensions, generator=generator)
         labels = torch.arange(case.batch, device=self.device) % self.classes(case)
         return peer.images(images.to(self.device)), labels
 

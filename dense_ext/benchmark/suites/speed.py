@@ -11,10 +11,11 @@ import torch
 
 from ...swap import report
 from ..cuda_graph import GraphedStep
+from ..errors import UsageError
 from ..flops import flops_per_image
 from ..memory import peaks, step_bytes
 from ..networks import plain
-from ..peers import Peer, for_inference
+from ..peers import MODES, OTHERS, Peer, for_inference
 from ..results import Measurement, PeerLabel, Results
 from ..step import DTYPES, InferenceStep
 from ..tables import EMPTY, Draw, Table, machine_name, megabytes, ratio_cells, ratio_columns, spread
@@ -166,11 +167,56 @@ class TimedSuite(Suite):
         return {"throughput": draw} if results.references() else {}
 
 
+class OwnNetworks(TimedSuite):
+    """A suite of networks that are not of the family.
+
+    Of the peers, those that run the network itself: eager in both memory formats and dense_ext, in
+    :attr:`modes`.
+
+    Raises:
+        UsageError: none of the other peers is served, or the images are too small.
+    """
+
+    models = ()
+    modes: ClassVar[tuple[str, ...]] = tuple(MODES)
+
+    def __init__(self, options: Options, peers: list[Peer], results: Results) -> None:
+        served = [p for p in peers if p.mode in self.modes and (p.ours or p.source == "eager")]
+        if all(peer.ours for peer in served):
+            known = [p.name for p in OTHERS.values() if p.mode in self.modes and p.source == "eager"]
+            raise UsageError(f"of the peers, --suite {self.name} has {', '.join(known)}; got none of them")
+        super().__init__(options, served, results)
+        self.operations = {case.labels["model"]: self._flops(case) for case in self.cases()}
+
+    def _flops(self, case: Case) -> int:
+        shape = (case.channels, *[case.size] * self.dimensions)
+        try:
+            return flops_per_image(lambda: case.build(self.classes(case)), shape, self.training)
+        except (RuntimeError, ValueError) as error:
+            what = f"{self.per.split()[1]}s of side {case.size}"
+            raise UsageError(f"{what} are too small for {case.labels['model']}: {error}") from error
+
+    def flops(self, case: Case) -> int:
+        return self.operations[case.labels["model"]]
+
+    def classes(self, case: Case) -> int:
+        return 10
+
+    def twin(self, model: Any, peer: Peer) -> torch.nn.Module:
+        network: torch.nn.Module = model.to(self.device)
+        return network
+
+
 def bytes_and_times(
-    suite: type[TimedSuite], results: Results, decimals: int, setting: Callable[[Measurement], str]
+    suite: type[TimedSuite],
+    results: Results,
+    decimals: int,
+    setting: Callable[[Measurement], str],
+    model: str | None = None,
 ) -> Table:
-    """A step's bytes and time by peer, on the first case that has both."""
+    """A step's bytes and time by peer, on the first case of ``model``, or of all, that has both."""
     rows = [row for row in results.timed() if "saved_bytes" in row.measures]
+    rows = [row for row in rows if model in (None, row.case["model"])]
     rows = [row for row in rows if row.case == rows[0].case]
     if not rows:
         return EMPTY
@@ -286,6 +332,7 @@ class InferenceSuite(TimedSuite):
     title = "Inference"
     summary = "forward passes over the family"
     training = False
+    batch_statistics: ClassVar[bool] = False  # whether networks are in training mode
 
     def __init__(self, options: Options, peers: list[Peer], results: Results) -> None:
         super().__init__(options, for_inference(peers), results)
@@ -295,7 +342,7 @@ class InferenceSuite(TimedSuite):
 
     def prepare(self, case: Case, peer: Peer, row: Measurement) -> Call:
         images, labels = self.batch(case, peer)
-        network = self.network(case, peer, training=False)
+        network = self.network(case, peer, self.batch_statistics)
         self.note_backends(peer, network, row)
         step = InferenceStep(network, DTYPES[case.dtype], self.device)
         step(images, labels)
