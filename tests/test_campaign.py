@@ -97,7 +97,11 @@ def compare(case: Case) -> None:
     tensors = [t for t in expected.values() if isinstance(t, Tensor) and t.is_floating_point()]
     # A gradient that is only rounding is compared relative to the size of the others.
     largest = max((t.abs().max().item() for t in tensors if t.numel()), default=0.0)
+    # A recognised part returns contiguous memory only where the network's own forward needs it.
+    recognised = case.network.library.startswith("recognised")
     for name, right in expected.items():
+        if recognised and "memory format" in name:
+            continue
         assert_same(name, actual[name], right, 1e-3 * largest)
 
 

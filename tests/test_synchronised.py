@@ -21,7 +21,7 @@ import dense_ext
 from dense_ext.schedule import RECOMPUTE
 
 from .helpers import assert_equal, randomize
-from .recognition.test_forms import FORMS, Network
+from .recognition.forms import FORMS, Network
 
 needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 # Each process's share of the batch.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dis
 import enum
 import functools
+import gc
 import os
 import random
 import sys
@@ -134,6 +135,7 @@ def traces(module: nn.Module) -> Iterator[tuple[bool, fx.Graph, Guards]]:
                 stack.enter_context(torch.set_grad_enabled(grad))
                 for device in ("cpu", "cuda"):
                     stack.enter_context(_autocast(device, autocast))
+                stack.enter_context(_without_collection())
                 read = stack.enter_context(_recorded_reads(module))
                 code = stack.enter_context(_recorded_code())
                 graph = graph_of(module, lambda _: False, grad)
@@ -149,6 +151,18 @@ def traces(module: nn.Module) -> Iterator[tuple[bool, fx.Graph, Guards]]:
         raise RefusedError(f"its forward writes {type(changed[0][0]).__name__}.{changed[0][1]}")
     if _generators() != drawn:
         raise RefusedError("its forward draws random numbers")
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Keep the garbage collector from running other code, such as its callbacks, in the middle of a forward."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,8 +16,10 @@ from torchxrayvision.models import DenseNet as XrayDenseNet
 
 import dense_ext
 from dense_ext.modules import DenseBlock, EagerDenseBlock, FusedDenseBlock, FusedFeatures, Transition
+from dense_ext.recognise import Recognised
 
 from ..helpers import randomize
+from ..recognition.forms import CONVS, NORMS, Form, block_of, transition_of
 
 CLASSES = 3
 
@@ -32,6 +34,7 @@ class Network:
     bn_size: int | None = 1
     init: int = 2
     small_inputs: bool = False
+    variant: int = 0  # the form of a recognised network's layers and transitions
 
     def build(self) -> nn.Module:
         """The network in float64, as its library runs it, with the same weights every time."""
@@ -41,7 +44,7 @@ class Network:
     @property
     def dimensions(self) -> int:
         """2 for images, 3 for volumes."""
-        return 3 if self.library == "monai 3-D" else 2
+        return 3 if self.library.endswith("3-D") else 2
 
 
 def _torchvision(of: Network) -> nn.Module:
@@ -69,6 +72,43 @@ def _own(of: Network) -> nn.Module:
     return dense_ext.DenseNet(of.growth, of.blocks, of.init, of.bn_size, **options)
 
 
+def _recognised(dimensions: int) -> Callable[[Network], nn.Module]:
+    def build(of: Network) -> nn.Module:
+        return _Recognised(
+            replace(VARIANTS[of.variant], dims=dimensions, bottleneck=of.bn_size is not None), of
+        )
+
+    return build
+
+
+class _Recognised(nn.Module):
+    """A DenseNet of classes that no library has: its blocks and transitions are recognised."""
+
+    def __init__(self, form: Form, of: Network) -> None:
+        super().__init__()
+        norm, conv = NORMS[form.dims], CONVS[form.dims]
+        channels = of.init
+        self.features = nn.Sequential(conv(3, channels, 3, padding=1))
+        for i, layers in enumerate(of.blocks, start=1):
+            growth = tuple(of.growth + (j % 2 if form.varies else 0) for j in range(max(layers, 2)))
+            form = replace(form, growth=growth, widths=tuple((of.bn_size or 1) * k for k in growth))
+            block, channels = block_of(form, channels)
+            self.features.add_module(f"block{i}", block)
+            if i < len(of.blocks):
+                self.features.add_module(f"transition{i}", transition_of(form, channels, channels - 1))
+                channels -= 1
+        self.features.add_module("norm", norm(channels))
+        self.classifier = nn.Linear(channels, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(torch.relu(self.features(x)).flatten(2).mean(2))
+
+
+VARIANTS = (
+    Form(), Form(bias=True), Form(window=5, varies=True), Form(dilation=2, pool="max"),
+    Form(activation=nn.ELU(), bias=True), Form(window=1, activation=nn.LeakyReLU(0.2, inplace=True)),
+    Form(activation=nn.Identity(), pool="max", bias=True, varies=True), Form(activation=nn.GELU()),
+)  # fmt: skip
 _LIBRARIES: dict[str, Callable[[Network], nn.Module]] = {
     "torchvision": _torchvision,
     "timm": _timm,
@@ -76,6 +116,8 @@ _LIBRARIES: dict[str, Callable[[Network], nn.Module]] = {
     "monai": _monai(2),
     "own": _own,
     "monai 3-D": _monai(3),
+    "recognised": _recognised(2),
+    "recognised 3-D": _recognised(3),
 }
 _EAGER = {DenseBlock: EagerDenseBlock, Transition: nn.Sequential, FusedFeatures: nn.Sequential}
 
@@ -106,8 +148,12 @@ class Options:
                     module.__class__ = FusedFeatures if module is model.features else fused
                     module.backend, module.recompute = self.backend, self.recompute[0]
         else:
-            dense_ext.swap(model, recompute=self.recompute[0], backend=self.backend)
-        blocks = [m for m in model.modules() if isinstance(m, FusedDenseBlock)]
+            try:
+                dense_ext.swap(model, recompute=self.recompute[0], backend=self.backend)
+            except ValueError as error:
+                if "contains no dense block" not in str(error):  # after a change, none may be recognised
+                    raise
+        blocks: list[Any] = [m for m in model.modules() if isinstance(m, (FusedDenseBlock, Recognised))]
         for i, block in enumerate(blocks):
             block.recompute = self.recompute[i % len(self.recompute)]
 
@@ -157,6 +203,7 @@ networks = st.builds(
     bn_size=st.sampled_from([1, 2, 3, None]),
     init=st.integers(2, 6),
     small_inputs=st.booleans(),
+    variant=st.integers(0, len(VARIANTS) - 1),
 )
 options = st.builds(
     Options,

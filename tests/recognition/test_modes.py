@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import cProfile
+import gc
 import io
 
 import pytest
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 
 import dense_ext
 from dense_ext.benchmark.memory import saved_bytes
-from dense_ext.recognise import Recognised
+from dense_ext.recognise import Recognised, recognise
 
 from ..helpers import Calls, assert_equal, assert_trains_alike, randomize, twin
 from .styles import STYLES, CatFunctional, Classifier, OneForward, layers
 
+FLAG = True
 KINDS = ["module_list", "newest_first", "functional_transition", "settings_read_in_forward", "plain_layers"]
 
 
@@ -236,3 +238,21 @@ def test_swaps_while_profiled() -> None:
     assert {row.runs for row in dense_ext.report(ours).rows} == {"fused"}
     names = {getattr(entry.code, "co_name", "") for entry in profile.getstats()}
     assert {"recognise", "swap"} <= names  # the profiler went on afterwards
+
+
+def test_code_that_the_garbage_collector_calls_is_no_part_of_a_forward() -> None:
+    calls: list[str] = []
+
+    def watch(phase: str, info: dict[str, int]) -> None:
+        calls.append(phase if FLAG else "")
+
+    gc.callbacks.append(watch)
+    threshold = gc.get_threshold()
+    try:
+        gc.set_threshold(1)
+        plan = recognise(nn.Sequential(*layers(CatFunctional)))
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(watch)
+    assert calls
+    assert not any("watch" in name or name == "FLAG" for _, name, _ in plan.guards.variables)
