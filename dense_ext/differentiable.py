@@ -20,6 +20,7 @@ from torch import Tensor
 from . import activations
 from .arguments import TRAINABLE_LISTS, Arguments, BlockOptions, TransitionOptions
 from .autograd import grouped
+from .backends.base import accumulate_dtype
 from .schedule import Dropout, nhwc
 
 
@@ -52,9 +53,17 @@ def _activations(x: Tensor, args: Arguments) -> Iterator[Any]:
 
     def activation(weight: Tensor, bias: Tensor, eps: float, statistics: Any) -> Any:
         def apply(x: Tensor) -> Tensor:
-            mean, var = statistics or (None, None)
-            normed = F.batch_norm(x, mean, var, weight, bias, statistics is None, 0.0, eps)
-            return activated(normed)
+            # Written out, because PyTorch's batch norm on a CPU computes wrong gradients for a single image
+            # whose strides are not those of its memory format.
+            wide = x.to(accumulate_dtype(x.dtype))
+            if statistics is None:
+                var, mean = torch.var_mean(wide, (0, *range(2, x.dim())), correction=0)
+            else:
+                mean, var = statistics
+            scale = weight * (var + eps).rsqrt()
+            shape = (1, -1, *[1] * (x.dim() - 2))
+            normed = wide * scale.view(shape) + (bias - mean * scale).view(shape)
+            return activated(normed.to(x.dtype))
 
         return apply
 

@@ -76,7 +76,12 @@ def prove(module: nn.Module, plan: Plan) -> None:
     x = torch.randn(2, num_features(first), *sizes, dtype=torch.float64, device="cpu", generator=generator)
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         for training in (True, False):
-            results = [_Results(m.train(training), x, generator.clone_state()) for m in (eager, ours)]
+            try:
+                results = [_Results(m.train(training), x, generator.clone_state()) for m in (eager, ours)]
+            except RefusedError:
+                raise
+            except Exception as error:
+                raise RefusedError(f"it cannot be compared: {type(error).__name__}: {error}") from error
             if training and results[0].dropped != _expected_dropout(eager, plan):
                 raise RefusedError("its dropout differs from that of its layers")
             largest = max(float(value.abs().max()) for _, value in results[0].values if value is not None)
@@ -115,7 +120,7 @@ class _Results:
                     raise RefusedError(reason)
                 y = module.run(leaf)
             else:
-                y = module(leaf)
+                y = module.forward(leaf)  # hooks of the module itself run in either case
         self.dropped = mode.dropped
         cotangent = torch.randn(y.shape, dtype=y.dtype, device="cpu", generator=generator)
         (y * cotangent).sum().backward()

@@ -155,7 +155,7 @@ def traces(module: nn.Module) -> Iterator[tuple[bool, fx.Graph, Guards]]:
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """Keep the garbage collector from running other code, such as its callbacks, in the middle of a forward."""
+    """Keep the garbage collector from running other code, such as its callbacks, during a forward."""
     was = gc.isenabled()
     gc.disable()
     try:

@@ -148,3 +148,19 @@ def test_compiles_without_a_graph_break() -> None:
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     x = form.images()
     assert_equal(compiled(x), eager(x), "output")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_second_derivatives_of_a_single_image(training: bool) -> None:
+    """PyTorch's batch norm computes wrong gradients for the strides that a single image may have."""
+    form = Form(activation=nn.ELU(), bias=True)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(5, 5, 1), Network(form))
+    ours, eager = twin(randomize(model).double().train(training), dense_ext.swap)
+    x = torch.randn(1, 5, 9, 8, dtype=torch.float64)
+    found = []
+    for network in (ours, eager):
+        leaf = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(network(leaf).square().sum(), leaf, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), leaf)[0])
+    assert_equal(*found, "second derivative")
