@@ -76,16 +76,16 @@ class GeneralBackend(ReferenceBackend):
         self.activation, self.dilation, self.pool = form.activation, form.dilation, form.pool
         relu = form.activation == "relu"
         plain_conv = (form.window, form.dilation) == ((3, 3), 1)
-        runs = {  # the primitives by their name in a report, and whether PyTorch's operators run them
-            "1x1": (_CONV1X1, not relu),
-            "x".join(map(str, form.window)): (_CONV3X3, not (relu and plain_conv)),
-            "pools": (_TRANSITION, not (relu and form.pool == (2, 2))),
-        }
+        runs = [  # primitives with their name in a report, and whether PyTorch's operators run them
+            ("1x1", _CONV1X1, not relu),
+            ("x".join(map(str, form.window)), _CONV3X3, not (relu and plain_conv)),
+            ("pools", _TRANSITION, not (relu and form.pool == (2, 2))),
+        ]
         taken = [*_OF_CHANNELS, *_OF_PIXELS]
-        taken += [name for primitives, slow in runs.values() if not slow for name in primitives]
+        taken += [name for _, primitives, slow in runs if not slow for name in primitives]
         for name in taken:
             setattr(self, name, _on_images(getattr(images, name)))
-        others = ", ".join(name for name, (_, slow) in runs.items() if slow)
+        others = ", ".join(name for name, _, slow in runs if slow)
         self.name = f"{images.summary()}; PyTorch ({others})"  # type: ignore[misc]
         self.max_pixels = images.max_pixels  # type: ignore[misc]
 

@@ -61,7 +61,7 @@ def _visit(module: nn.Module, name: str, known: set[nn.Module], found: list[Foun
         return False
     reason, holds_known = None, not known.isdisjoint(module.modules())
     has_forward = type(module).forward is not nn.Module.forward
-    if has_forward and not holds_known and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+    if has_forward and not holds_known:
         try:
             plan = recognise(module)
         except RefusedError as refused:

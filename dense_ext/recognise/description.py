@@ -39,6 +39,18 @@ class Dropout:
     rate: float = 0.0
     dims: int = 0
 
+    def then(self, other: Dropout) -> Dropout:
+        """The dropout that equals this one followed by another: it keeps what both keep.
+
+        Raises:
+            RefusedError: one drops single elements and the other whole channels.
+        """
+        if not (self.rate and other.rate):
+            return self if self.rate else other
+        if self.dims != other.dims:
+            raise RefusedError("it applies dropout of different kinds one after the other")
+        return Dropout(1 - (1 - self.rate) * (1 - other.rate), self.dims)
+
 
 @dataclass(frozen=True)
 class DenseLayer:
@@ -178,7 +190,8 @@ def plan_of_layers(module: nn.Module, layers: Sequence[Sequence[nn.Module]]) -> 
             if kind == "conv":
                 parts["dropout"].append(Dropout())
             if kind == "dropout" and parts["dropout"]:
-                parts["dropout"][-1] = Dropout(getattr(inner, "p"), _DROPOUTS[type(inner)])  # noqa: B009
+                dropout = Dropout(getattr(inner, "p"), _DROPOUTS[type(inner)])  # noqa: B009
+                parts["dropout"][-1] = parts["dropout"][-1].then(dropout)
             else:
                 parts[kind].append(name_of(inner) if kind == "activation" else names[inner])
         if len(parts["norm"]) != len(parts["conv"]) or len(parts["conv"]) not in (1, 2):
@@ -379,12 +392,11 @@ class _Reading:
         if not self.training:
             raise RefusedError("it applies dropout in eval mode too")
         group = value.groups[0]
-        repeated = group.pooled or group.dropout.rate
-        if not value.features or len(value.groups) > 1 or not group.conv or repeated:
-            raise RefusedError("it applies dropout other than once after a convolution")
+        if not value.features or len(value.groups) > 1 or not group.conv or group.pooled:
+            raise RefusedError("it applies dropout to something else than a convolution's result")
         if len(source.users) != 1:
             raise RefusedError("it reads a convolution's output before dropout")
-        group.dropout = Dropout(float(rate), dims)
+        group.dropout = group.dropout.then(Dropout(float(rate), dims))
         return value
 
     def _joined(self, tensors: Any, dim: Any = 0) -> _Value:

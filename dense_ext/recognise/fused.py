@@ -14,6 +14,7 @@ from torch.jit import is_scripting  # type: ignore[attr-defined]  # absent from 
 
 from .. import ops
 from ..arguments import Arguments
+from ..backends.general import Form
 from ..batch_norm import update_running_stats
 from ..eligibility import Fused, interference, known_methods, patched_method
 from ..modules import (
@@ -102,6 +103,21 @@ class Recognised(Fused):
             else:
                 x, carried = self._run_block(step, x)
         return x.squeeze(2) if signals else x
+
+    @property
+    def forms(self) -> list[Form]:
+        """What the primitives compute in each step, with signals as images of one row."""
+        forms = []
+        for step in self.plan.steps:
+            conv = self._find(step.conv if isinstance(step, Transition) else step.layers[0].convs[-1])
+            dims = dims_of(conv)
+            row = (1,) if dims == 1 else ()
+            pool = row + (2,) * dims
+            if isinstance(step, Transition):
+                forms.append(Form((3,) * len(pool), 1, pool, step.activation))
+            else:
+                forms.append(Form(row + conv.kernel_size, conv.dilation[0], pool, step.activation))
+        return forms
 
     def _find(self, name: str) -> Any:
         return _submodule(self, name)

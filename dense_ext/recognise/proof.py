@@ -29,11 +29,13 @@ class _WithoutDropout(TorchFunctionMode):
 
     Attributes:
         dropped: the dropout that was left out, in the order of the calls, each with its number of channels.
+            Calls on each other's result are one.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.dropped: list[tuple[Dropout, int]] = []
+        self._last: Tensor | None = None  # the last call's result
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -42,7 +44,11 @@ class _WithoutDropout(TorchFunctionMode):
         given = {**dict(zip(("input", "p", "training"), args, strict=False)), **kwargs}
         x, rate = given["input"], given.get("p", 0.5)
         if rate and given.get("training", given.get("train", True)):
-            self.dropped.append((Dropout(rate, _DROPOUTS[func]), x.shape[1]))
+            dropout = Dropout(rate, _DROPOUTS[func])
+            if x is self._last:
+                dropout = self.dropped.pop()[0].then(dropout)
+            self.dropped.append((dropout, x.shape[1]))
+            self._last = x
         return x
 
 

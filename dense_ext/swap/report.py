@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..backends import requested, select
-from ..backends.general import FOR_VOLUMES, in_form
+from ..backends.general import FOR_IMAGES, FOR_VOLUMES, in_form
 from ..modules import FusedDenseBlock, FusedFeatures, FusedTransition
 from ..recognise import Recognised
 
@@ -61,7 +61,9 @@ def swapped_rows(model: nn.Module) -> Iterator[Row]:
         try:
             primitives = select(requested(module.backend), tensor.device.type, tensor.dtype)
             volumes = any(isinstance(inner, nn.BatchNorm3d) for inner in module.modules())
-            detail = (in_form(primitives, FOR_VOLUMES) if volumes else primitives).summary()
+            known = [FOR_VOLUMES if volumes else FOR_IMAGES]
+            forms = module.forms if isinstance(module, Recognised) else known
+            detail = " and ".join(dict.fromkeys(in_form(primitives, form).summary() for form in forms))
         except RuntimeError as error:
             yield Row(name, kind, "refused", recompute, str(error))
             continue

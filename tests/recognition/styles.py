@@ -181,6 +181,24 @@ def dropout_module() -> nn.Module:
 # --- blocks with a list of features -------------------------------------------------------------------
 
 
+class DropoutTwice(nn.Sequential):
+    """Holds its dropout as an attribute of a Sequential, which thus applies it, and applies it once more."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__(
+            nn.BatchNorm2d(inputs), nn.ReLU(), conv1(inputs, 8), nn.BatchNorm2d(8), nn.ReLU(), conv3(8, K)
+        )
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.drop(super().forward(x))], 1)
+
+
+@style
+def dropout_twice() -> nn.Module:
+    return Classifier(nn.Sequential(*layers(DropoutTwice)), C + 3 * K)
+
+
 class ListBlock(nn.Module):
     """Layers take the list of all features, and the children are not in the order in which they run."""
 
@@ -199,6 +217,25 @@ class ListBlock(nn.Module):
 @style
 def module_list() -> nn.Module:
     return Classifier(ListBlock(), C + 3 * K)
+
+
+class ListItself(nn.ModuleList):
+    """A list of layers that has a forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for i, layer in enumerate(layers(TwoConvolutions)):
+            self.add_module(f"layer{i + 1}", layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = torch.cat([x, layer.new(x)], 1)  # type: ignore[operator]
+        return x
+
+
+@style
+def block_is_a_module_list() -> nn.Module:
+    return Classifier(ListItself(), C + 3 * K)
 
 
 class StarredLayer(TwoConvolutions):

@@ -18,7 +18,7 @@ import dense_ext
 from dense_ext import schedule
 
 from ..helpers import Calls, assert_equal, assert_trains_alike, randomize, twin
-from .forms import DROPOUTS, FORMS, Form, Network
+from .forms import DROPOUTS, FORMS, Form, Layer, Network
 
 
 def pair(form: Form, recompute: str) -> tuple[nn.Module, nn.Module]:
@@ -96,6 +96,23 @@ def test_dropout_drops_at_its_rate(name: str) -> None:
     assert bool(whole.all()) == form.drops_channels
 
 
+@pytest.mark.parametrize("channels", [False, True])
+def test_dropout_after_dropout_is_one_at_the_joint_rate(channels: bool) -> None:
+    torch.manual_seed(0)
+    model = Network(Form(drops=(0.0, 0.4), drops_channels=channels, growth=(200, 2), widths=(8, 2)))
+    for layer in model.modules():
+        if isinstance(layer, Layer):
+            layer.append(nn.Dropout2d(0.5) if channels else nn.Dropout(0.5))
+    dense_ext.swap(model.double(), strict=True)
+    assert [row.runs for row in dense_ext.report(model).rows] == ["fused"] * 3
+    added = model.block1(torch.randn(20, 5, 4, 4, dtype=torch.float64))[:, 5:205]
+    dropped = (added == 0).flatten(2)
+    assert abs(dropped.double().mean() - 0.7) < 0.03
+    assert bool((dropped.all(2) | ~dropped.any(2)).all()) == channels
+    model.eval()
+    assert (model.block1(torch.randn(2, 5, 4, 4, dtype=torch.float64)) != 0).all()
+
+
 @pytest.mark.parametrize(
     "name", ["everything", "biases", "signals", "dropout everywhere", "growth that varies"]
 )
@@ -133,6 +150,23 @@ def test_under_autocast_errors_are_those_of_eager(name: str, dtype: torch.dtype)
         assert y.dtype == dtype
         errors.append(float((y.double() - reference).norm() / reference.norm()))
     assert errors[0] <= 1.5 * errors[1] + 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "transition"),
+    [
+        ("biases", "reference", "reference"),
+        ("5x5", "reference; PyTorch (5x5)", "reference"),
+        ("1x1", "reference; PyTorch (1x1)", "reference"),
+        ("dilation", "reference; PyTorch (3x3)", "reference"),
+        ("GELU", *["reference; PyTorch (1x1, 3x3, pools)"] * 2),
+        ("signals", "reference; PyTorch (1x3, pools)", "reference; PyTorch (pools)"),
+        ("dilation, plain, volumes", *["reference; PyTorch (3x3x3, pools)"] * 2),
+    ],
+)
+def test_report_says_what_pytorch_runs(name: str, block: str, transition: str) -> None:
+    model = dense_ext.swap(Network(FORMS[name]), backend="reference")
+    assert [row.detail for row in dense_ext.report(model).rows] == [block, transition, block]
 
 
 def test_signals_of_another_rank_are_refused() -> None:

@@ -308,23 +308,15 @@ class DropsOutAlways(Layer):
 
 
 @refused
-class DropsOutTwice(Layer):
-    def __init__(self, inputs: int) -> None:
-        super().__init__(inputs)
-        self.drop = nn.Dropout(0.2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([x, self.drop(self.drop(self.new(x)))], 1)
+class DropsOutElementsThenChannels(Layer):
+    def new(self, x: Tensor) -> Tensor:
+        return F.dropout2d(F.dropout(super().new(x), 0.2, self.training), 0.2, self.training)
 
 
 @refused
-class DropsOutChannels(Layer):
-    def __init__(self, inputs: int) -> None:
-        super().__init__(inputs)
-        self.drop = nn.Dropout2d(0.2)
-
+class DropsOutTheInputToo(Layer):
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([x, self.drop(self.new(x))], 1)
+        return F.dropout(torch.cat([x, self.new(x)], 1), 0.2, self.training)
 
 
 @refused
@@ -471,9 +463,10 @@ CHANGES: dict[str, Callable[[Any, Any], None]] = {
         _set("layers.1.conv2.dilation", (2, 2))(model, patch),
         _set("layers.1.conv2.padding", (2, 2))(model, patch),
     )[0],
-    "groups": lambda model, patch: setattr(
-        model.layers[1], "conv2", nn.Conv2d(8, K, 3, padding=1, groups=2, bias=False).double()
-    ),
+    "groups": lambda model, patch: (
+        torch.manual_seed(1),  # the same weights in both networks
+        _set("layers.1.conv2", nn.Conv2d(8, K, 3, padding=1, groups=2, bias=False).double())(model, patch),
+    )[1],
     "a layer exchanged": lambda model, patch: setattr(
         model, "layers", nn.Sequential(*list(model.layers)[:2])
     ),
