@@ -73,7 +73,11 @@ class TransitionOptions(NamedTuple):
 
 
 def unpack(flat: Sequence[Any], *kinds: Any) -> list[Any]:
-    """An operator's flat arguments as these named tuples, followed by the arguments that are left."""
+    """An operator's flat arguments as these named tuples, followed by the arguments that are left.
+
+    The first of the tuples is Arguments. AOTInductor passes None for an empty list of tensors.
+    """
+    flat = [*(tensors or [] for tensors in flat[:TENSOR_LISTS]), *flat[TENSOR_LISTS:]]
     found, start = [], 0
     for kind in kinds:
         end = start + len(kind._fields)

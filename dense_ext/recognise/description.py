@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..activations import name_of, named
-from .tracing import Guards, RefusedError, traces
+from .tracing import Guards, RefusedError, is_plain, traces
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -162,7 +162,7 @@ def describe(module: nn.Module) -> Plan:
     plans, guards = [], Guards()
     for training, graph, read in traces(module):
         plans.append((training, Plan(tuple(_Reading(module, graph, training).steps()), Guards())))
-        guards |= read
+        guards |= read | _settings(module, [str(n.target) for n in graph.nodes if n.op == "call_module"])
     (_, first), *others = plans
     for training, plan in others:
         if plan.steps != (first if training else without_dropout(first)).steps:
@@ -171,6 +171,26 @@ def describe(module: nn.Module) -> Plan:
     if len(set(modules)) < len(modules):
         raise RefusedError("a norm or convolution is used more than once")
     return replace(first, guards=guards)
+
+
+def _settings(module: nn.Module, names: Sequence[str]) -> Guards:
+    """Guards for the settings of activations, dropout and pools; those of other modules are read in each call.
+
+    Raises:
+        RefusedError: a setting is mutable.
+    """
+    found = []
+    for name in names:
+        inner = module.get_submodule(name)
+        if isinstance(inner, (*NORMS, *CONVS)):
+            continue
+        for option in ("p", "negative_slope", "alpha", "approximate", *_POOL_OPTIONS):
+            if option in inner.__dict__:
+                value = inner.__dict__[option]
+                if not is_plain(value):
+                    raise RefusedError(f"{name} has {option} {value}")
+                found.append((name, option, value))
+    return Guards(tuple(dict.fromkeys(found)))
 
 
 def plan_of_layers(module: nn.Module, layers: Sequence[Sequence[nn.Module]]) -> Plan:
@@ -204,7 +224,7 @@ def plan_of_layers(module: nn.Module, layers: Sequence[Sequence[nn.Module]]) -> 
     if len(dropouts) != 1 or len(functions) != 1:
         raise RefusedError("its layers differ in activation or dropout, or there are none")
     block = Block(tuple(described), activation=functions.pop(), dropouts=dropouts.pop())
-    return Plan((block,), Guards())
+    return Plan((block,), _settings(module, [names[inner] for layer in layers for inner in layer]))
 
 
 def _kind(module: nn.Module) -> str:

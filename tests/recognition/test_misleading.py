@@ -473,6 +473,55 @@ CHANGES: dict[str, Callable[[Any, Any], None]] = {
 }
 
 
+SETTINGS: dict[str, tuple[str, str, Any]] = {
+    "a pool's window": ("pool", "kernel_size", 3),
+    "a pool's padding": ("pool", "padding", 1),
+    "a slope": ("layers.1.activation", "negative_slope", 0.5),
+    "a dropout rate": ("layers.1.dropout", "p", 0.9),
+}
+
+
+class Leaky(Layer):
+    def __init__(self, inputs: int) -> None:
+        super().__init__(inputs)
+        self.activation, self.dropout = nn.LeakyReLU(0.1), nn.Dropout(0.0)
+
+    def new(self, x: Tensor) -> Tensor:
+        z = self.conv1(self.activation(self.norm1(x)))
+        return self.dropout(self.conv2(self.activation(self.norm2(z))))
+
+
+class Stage(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*[Leaky(C + i * K) for i in range(2)])
+        self.norm, self.conv = nn.BatchNorm2d(C + 2 * K), nn.Conv2d(C + 2 * K, 3, 1)
+        self.activation, self.pool = nn.LeakyReLU(0.1), nn.AvgPool2d(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(self.conv(self.activation(self.norm(self.layers(x)))))
+
+
+@pytest.mark.parametrize("change", SETTINGS)
+def test_a_changed_setting_of_a_module_of_pytorchs_is_noticed(change: str) -> None:
+    torch.manual_seed(0)
+    ours, eager = twin(randomize(Stage()).double(), lambda m: dense_ext.swap(m, strict=True))
+    x = torch.randn(2, C, 6, 5, dtype=torch.float64)
+    with Calls() as calls:
+        assert_equal(ours(x), eager(x), "before")
+    assert calls.names == ["dense_block", "transition"]
+    path, name, value = SETTINGS[change]
+    for model in (ours, eager):
+        setattr(model.get_submodule(path), name, value)
+    with Calls() as calls, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        found = ours(x)
+        torch.manual_seed(0)
+        assert_equal(found, eager(x), "after")
+    assert calls.names == []
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_after_the_swap_is_noticed(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
