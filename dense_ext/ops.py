@@ -157,7 +157,7 @@ def _block(x: Tensor, in_channels: int, args: Arguments, options: BlockOptions) 
 def _pooling(x: Tensor, args: Arguments, options: TransitionOptions | None) -> Pooling:
     """The constants of a transition or, without options, of the stem."""
     if options is None:
-        return Pooling(_norms(x, args)[0], None, None, Dropout(0.0), True, (), _sync(x, args))
+        return Pooling(_norms(x, args)[0], None, None, Dropout(0.0), False, (), _sync(x, args))
     seed = None if options.dropout_seed is None else int(options.dropout_seed)
     return Pooling(
         _norms(x, args)[0],

@@ -39,7 +39,7 @@ class Pooling:
 
     @property
     def pools_first(self) -> bool:
-        """Whether a transition's pool and convolution may be exchanged."""
+        """Whether the pool comes first: always in the stem, in a transition if the two may be exchanged."""
         return not self.takes_maximum and self.dropout.rate == 0
 
 

@@ -174,7 +174,7 @@ def describe(module: nn.Module) -> Plan:
 
 
 def _settings(module: nn.Module, names: Sequence[str]) -> Guards:
-    """Guards for the settings of activations, dropout and pools; those of other modules are read in each call.
+    """Guards for the settings of activations, dropout and pools; each call reads those of other modules.
 
     Raises:
         RefusedError: a setting is mutable.
