@@ -1,8 +1,8 @@
 // merge_moments and add_rows. A block takes 32 columns. Each of its warps combines every kGroups-th
 // row; then the warps' results are combined in a tree. Bytes moved: those of the rows.
 
-#include "moments.cuh"
 #include "reduce.cuh"
+#include "tile.cuh"
 
 namespace dense_ext {
 namespace {
