@@ -154,10 +154,6 @@ def _group_norm(model: nn.Module) -> None:
     model.features.denseblock2.denselayer1.norm1 = nn.GroupNorm(1, 9).double()
 
 
-def _biased(model: nn.Module) -> None:
-    model.features.denseblock2.denselayer1.conv1 = nn.Conv2d(9, 15, 1).double()
-
-
 def _dilated(model: nn.Module) -> None:
     model.features.denseblock2.denselayer1.conv2 = nn.Conv2d(
         15, 5, 3, padding=2, dilation=2, bias=False
@@ -199,13 +195,12 @@ class TestRefusals:
         ("change", "reason"),
         [
             (_group_norm, "denselayer1: norm1 is GroupNorm, not BatchNorm2d"),
-            (_biased, "denselayer1: conv1 has a bias, expected none"),
             (_dilated, r"denselayer1: conv2 has padding \(2, 2\), expected \(1, 1\)"),
             (_activation, "denselayer1: relu1 is SiLU, not ReLU"),
-            (_sync_norm, "denselayer1: norm1 is SyncBatchNorm, not BatchNorm2d"),
+            (_sync_norm, "its norms take statistics over different processes"),
             (_hook, "denselayer1: norm1 carries a hook"),
             (_subclass, "Mine is a subclass with its own forward"),
-            (_narrower, "denselayer2 has channels 15, 15, 15, 15, 15, 5, expected 14, 14, 15, 15, 15, 5"),
+            (_narrower, "denselayer2: norm1 has 15 channels, expected 14"),
             (_drop_rates, "its layers have different drop rates"),
         ],
         ids=lambda value: getattr(value, "__name__", "reason"),

@@ -104,7 +104,6 @@ class Recognised(Fused):
                 x, carried = self._run_block(step, x)
         return x.squeeze(2) if signals else x
 
-    @property
     def forms(self) -> list[Form]:
         """What the primitives compute in each step, with signals as images of one row."""
         forms = []

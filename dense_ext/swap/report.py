@@ -62,7 +62,7 @@ def swapped_rows(model: nn.Module) -> Iterator[Row]:
             primitives = select(requested(module.backend), tensor.device.type, tensor.dtype)
             volumes = any(isinstance(inner, nn.BatchNorm3d) for inner in module.modules())
             known = [FOR_VOLUMES if volumes else FOR_IMAGES]
-            forms = module.forms if isinstance(module, Recognised) else known
+            forms = module.forms() if isinstance(module, Recognised) else known
             detail = " and ".join(dict.fromkeys(in_form(primitives, form).summary() for form in forms))
         except RuntimeError as error:
             yield Row(name, kind, "refused", recompute, str(error))

@@ -10,7 +10,8 @@ from dense_ext import schedule, transition
 from dense_ext.backends import BACKENDS, Primitives
 from dense_ext.backends.base import PRIMITIVES
 from dense_ext.backends.triton import launch
-from dense_ext.schedule import Block, Layer, Norm
+from dense_ext.schedule import Block, Dropout, Layer, Norm
+from dense_ext.transition import Pooling
 
 from ..primitives.common import MakeCase
 from ..primitives.groups import GROUPS
@@ -56,14 +57,12 @@ def block(layers: int, channels: int) -> Block:
             Layer(
                 [norm(c), norm(BOTTLENECK)],
                 [weight(BOTTLENECK, c, 1), weight(GROWTH, BOTTLENECK, 3)],
+                [],
+                [Dropout(0.0), Dropout(0.0)],
             )
             for c in inputs
         ],
         channels,
-        GROWTH,
-        BOTTLENECK,
-        0.0,
-        None,
     )
 
 
@@ -85,8 +84,9 @@ def densenet121_step(ops: Primitives, recompute: str) -> int:
 
     def pool(weight: Tensor | None, channels: int, side: int, known: Tensor | None = None) -> None:
         x = activations(channels, side)
-        y, stats = transition.forward(ops, norm(channels), weight, x, known)
-        transition.backward(ops, norm(channels), weight, torch.empty_like(y), x, stats, True)
+        pooling = Pooling(norm(channels), weight, None, Dropout(0.0), False, (2, 2), None)
+        y, stats = transition.forward(ops, pooling, x, known)
+        transition.backward(ops, pooling, torch.empty_like(y), x, stats, True)
 
     # The first convolution, in cuDNN: forward image and output, backward image and gradient.
     others += 2 * (3 * SIDE * SIDE + channels * side * side) * size * BATCH
