@@ -55,12 +55,14 @@ def named(kind: str, argument: Any = None) -> str:
 
 def name_of(module: nn.Module) -> str | None:
     """The name of what a module of torch.nn computes, None if it is not one of these functions."""
-    names: dict[type, Callable[[Any], str]] = {
-        nn.ReLU: lambda m: "relu",
-        nn.LeakyReLU: lambda m: named("leaky_relu", m.negative_slope),
-        nn.ELU: lambda m: named("elu", m.alpha),
-        nn.GELU: lambda m: named("gelu", m.approximate),
-        nn.SiLU: lambda m: "silu",
-        nn.Identity: lambda m: "identity",
-    }
-    return names[type(module)](module) if type(module) in names else None
+    return _NAMES[type(module)](module) if type(module) in _NAMES else None
+
+
+_NAMES: dict[type, Callable[[Any], str]] = {
+    nn.ReLU: lambda m: "relu",
+    nn.LeakyReLU: lambda m: named("leaky_relu", m.negative_slope),
+    nn.ELU: lambda m: named("elu", m.alpha),
+    nn.GELU: lambda m: named("gelu", m.approximate),
+    nn.SiLU: lambda m: "silu",
+    nn.Identity: lambda m: "identity",
+}

@@ -55,11 +55,12 @@ def read_arguments(
     conv_weights = [constant(conv, "weight") for conv in convs]
     conv_weights = [weight.unsqueeze(2) if weight.dim() == 3 else weight for weight in conv_weights]
     biases_of_convs = [constant(conv, "bias") for conv in convs]
+    conv_biases = []
     if any([bias is not None for bias in biases_of_convs]):  # noqa: C419  # compiled
-        none = [weight.new_zeros(len(weight)) for weight in conv_weights]
-        conv_biases = [b if b is not None else zero for b, zero in zip(biases_of_convs, none, strict=True)]
-    else:
-        conv_biases = []
+        conv_biases = [
+            weight.new_zeros(len(weight)) if bias is None else bias
+            for weight, bias in zip(conv_weights, biases_of_convs, strict=True)
+        ]
     if autocast:
         conv_weights = [weight.to(x.dtype) for weight in conv_weights]
     running = [norm for norm, batch in zip(norms, batch_stats, strict=True) if not batch]

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import copy
-import datetime
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from monai.networks.nets import DenseNet
 from torch import Tensor, nn
@@ -25,23 +21,9 @@ from dense_ext.eligibility import Fused
 from dense_ext.schedule import RECOMPUTE
 
 from .helpers import assert_equal, assert_same_state, randomize, small_densenet
+from .processes import needs_gloo, process_group
 
 WORLD = 2
-
-
-@contextmanager
-def _process_group(rank: int, folder: str) -> Iterator[None]:
-    """Join the process group; at the end, write a file to show that the process got there."""
-    torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=120)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD, timeout=timeout
-    )
-    try:
-        yield
-        Path(folder, f"done-{rank}").touch()
-    finally:
-        dist.destroy_process_group()
 
 
 def _run(worker: Callable[[int, str], None], folder: Path) -> None:
@@ -70,7 +52,7 @@ def _images(rank: int) -> Tensor:
 
 def _train_in_parallel(rank: int, folder: str) -> None:
     """Train swapped and eager for three steps, each rank on its half of the batch."""
-    with _process_group(rank, folder):
+    with process_group(rank, WORLD, folder):
         for recompute in ("bottleneck", "block"):
             ours, eager = _twins()
             models = [dense_ext.swap(ours, recompute=recompute), eager]
@@ -87,7 +69,7 @@ def _train_in_parallel(rank: int, folder: str) -> None:
 
 def _train_sharded(rank: int, folder: str) -> None:
     """Swap before and after sharding, compare each with eager in DistributedDataParallel, then restore."""
-    with _process_group(rank, folder):
+    with process_group(rank, WORLD, folder):
         mesh = init_device_mesh("cpu", (WORLD,))
         for first, recompute in itertools.product(("shard", "swap"), RECOMPUTE):
             ours, eager = _twins(_monai_densenet)
@@ -121,9 +103,6 @@ def _train_sharded(rank: int, folder: str) -> None:
             assert isinstance(ours.features.denseblock2, FSDPModule)
             ours.eval(), eager.eval()
             assert_equal(ours(x), eager(x), "output of the restored network")
-
-
-needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 
 
 @needs_gloo

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import datetime
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,26 +18,11 @@ import dense_ext
 from dense_ext.schedule import RECOMPUTE
 
 from .helpers import assert_equal, randomize
+from .processes import needs_gloo, process_group
 from .recognition.forms import FORMS, Network
 
-needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 # Each process's share of the batch.
 SHARES = {"two": (3, 4), "three": (1, 4, 2), "three, one without images": (3, 0, 4)}
-
-
-@contextmanager
-def process_group(rank: int, world: int, folder: str) -> Iterator[None]:
-    """Join the process group; at the end, write a file to show that the process got there."""
-    torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=120)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=timeout
-    )
-    try:
-        yield
-        Path(folder, f"done-{rank}").touch()
-    finally:
-        dist.destroy_process_group()
 
 
 def features() -> nn.Module:
