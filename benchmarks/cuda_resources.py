@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,11 +96,12 @@ def cases() -> Iterator[tuple[str, dict[str, object]]]:
     import tests.primitives.test_bn_relu_maxpool as maxpool
     import tests.primitives.test_bn_relu_pool_conv1x1 as transition
     import tests.primitives.test_channel_stats as stats
-    from tests.primitives.harness import Maker
+    from tests.primitives.harness import ALIGNED, GUARD, Maker
 
     pixels = (1, 9, 9)  # odd: a transition has pixels at its edges that belong to no window
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        maker = Maker(dtype, torch.device("cpu"))
+    # Aligned and not, for there are kernels for both.
+    for dtype, guard in product((torch.bfloat16, torch.float16, torch.float32), (ALIGNED, GUARD)):
+        maker = Maker(dtype, torch.device("cpu"), guard=guard)
         made = [case(maker, 64) for case in batch_norm.CASES]
         pooled = maxpool.forward_case, maxpool.backward_case, maxpool.norm_backward_case
         one_size = (stats.stats_case, affine.affine_case, affine.accumulate_case, *pooled)

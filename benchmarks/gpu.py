@@ -26,14 +26,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OTHERS = "densenet169,densenet201,densenet161"
 POLICIES = ["none", "bottleneck", "block"]
-# Graphs are not for the suite `memory`, whose steps run without; what is compiled comes last, as it takes
-# longest, and a row of eager's first, as the others' values are compared with it.
+# Graphs are not for the suite `memory`, whose steps run without. A row of eager's comes first, as the
+# others' values are compared with it, and what is compiled comes last, as it takes longest.
 EAGER = ["eager-cl", "memory-efficient-cl"]
-GRAPHS = ["graph-cl", "dense_ext-none-graph", "dense_ext-none-cuda-graph", "dense_ext-bottleneck-graph"]
+GRAPHS = ["graph-cl", "dense_ext-none-graph", "dense_ext-bottleneck-graph"]
 PEERS = {
-    "step": [*EAGER, *GRAPHS, "compile-cl"],
+    "step": ["eager-cl", *GRAPHS, "compile-cl"],
     "step_others": [*EAGER, *GRAPHS],
-    "inference": [*EAGER, *GRAPHS, "compile-cl"],
+    "inference": ["eager-cl", *GRAPHS, "compile-cl"],
     "memory": EAGER,
     "kernelbench": ["eager", "eager-cl", "compile"],
     "primitives_compiled": ["eager", "compile"],
@@ -59,18 +59,16 @@ SANITIZER = toolkit("compute-sanitizer")
 SANITIZED = [*PYTEST, "tests/primitives", "-k", "cuda and (test_aligned or optional)"]
 
 
-def tests() -> list[list[str]]:
-    """Each backend's tests in processes of their own: a kernel that fails takes the GPU from its process.
+def tests(backend: str) -> list[list[str]]:
+    """A backend's tests in several processes: a kernel that fails takes the GPU from its process.
 
     Triton's compile a few hundred variants: side by side.
     """
     files = sorted(path.relative_to(ROOT) for path in (ROOT / "tests" / "primitives").glob("test_*.py"))
-    found = []
-    for backend in ["cuda", "triton"] if NVCC or (ROOT / "dense_ext" / "_cuda.so").exists() else ["triton"]:
-        found.append([*PYTEST, "tests/gpu", "-k", backend])
-        for file in files:
-            parts = (" and backward", " and not backward") if "bn_relu" in file.name else ("",)
-            found += [[*PYTEST, str(file), "-k", backend + part] for part in parts]
+    found = [[*PYTEST, "tests/gpu", "-k", backend]]
+    for file in files:
+        parts = (" and backward", " and not backward") if "bn_relu" in file.name else ("",)
+        found += [[*PYTEST, str(file), "-k", backend + part] for part in parts]
     return found
 
 
@@ -90,23 +88,25 @@ def suite(name: str, seconds: int, kind: str, *options: str) -> Part:
 
 def parts() -> list[Part]:
     """In the order of what they tell; most take less than they may."""
-    found = [suite("machine", 60, "machine"), Part("tests", 150, tests())]
+    network = ("--model", "densenet121", "--batch")
+    found = [suite("machine", 60, "machine")]
+    if NVCC or (ROOT / "dense_ext" / "_cuda.so").exists():
+        found.append(Part("tests_cuda", 60, tests("cuda")))
     if NVCC and NINJA:
         found.insert(0, Part("build", 120, [["setup.py", "build_ext", "--inplace"]]))
     found += [
-        suite("step", 110, "step", "--model", "densenet121", "--batch", "256"),
+        suite("step", 160, "step", *network, "256"),
         *(
-            suite(f"primitives_{backend}", 45, "primitives", "--model", f"densenet121,{OTHERS}",
-                  "--batch", "256", "--backend", backend)
+            suite(f"primitives_{backend}", 60, "primitives", *network, "64", "--backend", backend)
             for backend in ("cuda", "triton")
         ),
-        suite("inference", 60, "inference", "--model", "densenet121", "--batch", "256"),
+        Part("tests_triton", 150, tests("triton")),
+        suite("inference", 90, "inference", *network, "256"),
         suite("memory", 60, "memory"),
         suite("step_others", 60, "step", "--model", OTHERS, "--batch", "128"),
         suite("kernelbench", 90, "kernelbench"),
-        suite("primitives_compiled", 60, "primitives", "--model", "densenet121", "--batch", "256",
-              "--backend", "triton"),
-    ]  # fmt: skip
+        suite("primitives_compiled", 60, "primitives", *network, "256", "--backend", "cuda"),
+    ]
     if SANITIZER:
         found += [Part(tool, 90, [SANITIZED]) for tool in ("memcheck", "racecheck")]
     return found
@@ -233,6 +233,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for logs and results")
     parser.add_argument("--seconds", type=int, default=470, help="all of it may take (default: 470)")
+    parser.add_argument("--only", help="run these parts, separated by commas, in this order")
     parser.add_argument("--suite", help="run one suite in this process instead")
     parser.add_argument("--name", help="with --suite: of the result file")
     parser.add_argument("--model", default="", help="with --suite: networks, separated by commas")
@@ -247,9 +248,13 @@ def main() -> int:
         path = out / f"{options.name}.json"
         run_suite(options.suite, options.name, models, options.batch, path, backend=options.backend)
         return 0
+    known = {part.name: part for part in parts()}
+    chosen = options.only.split(",") if options.only else list(known)
+    if unknown := [name for name in chosen if name not in known]:
+        parser.error(f"--only takes some of {', '.join(known)}; got {', '.join(unknown)}")
     end, lines = time.monotonic() + options.seconds, []
     try:
-        for part in parts():
+        for part in map(known.__getitem__, chosen):
             seconds = min(part.seconds, end - time.monotonic() - 10)  # to end it takes up to ten
             new = run_part(part, seconds, out) if seconds > 15 else [f"{part.name}: no time is left"]
             lines += new

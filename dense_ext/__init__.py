@@ -6,6 +6,7 @@ Swap the dense blocks of an existing model with :func:`swap`, or build with :cla
 from . import functional, memory
 from .backends import available_backends, use_backend
 from .eligibility import fused_export
+from .graphed import make_graphed
 from .models import (
     DenseNet,
     densenet121,
@@ -43,6 +44,7 @@ __all__ = [
     "densenet_bc_250_24",
     "functional",
     "fused_export",
+    "make_graphed",
     "memory",
     "register",
     "report",

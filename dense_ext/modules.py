@@ -30,6 +30,7 @@ from .batch_norm import (
     uses_batch_stats,
     values_per_channel,
 )
+from .casting import cast
 from .checks import check_batch, check_input, check_options, check_parameters
 from .eligibility import Fused, interference, mode_reason, names_of
 from .schedule import norm_starts
@@ -62,7 +63,7 @@ def read_arguments(
             for weight, bias in zip(conv_weights, biases_of_convs, strict=True)
         ]
     if autocast:
-        conv_weights = [weight.to(x.dtype) for weight in conv_weights]
+        conv_weights = cast(conv_weights, x.dtype)
     running = [norm for norm, batch in zip(norms, batch_stats, strict=True) if not batch]
     # No walrus here, since torch.compile cannot trace one in a comprehension.
     means = [mean for mean in [constant(norm, "running_mean") for norm in running] if mean is not None]

@@ -58,7 +58,7 @@ def test_shipped_table() -> None:
 
 def test_a_measured_row_decides_for_its_primitive_device_and_dtype(table: SetTable) -> None:
     table(**row())
-    assert preference.order("channel_stats", CPU, torch.float32) == ("reference", "cpu", "triton", "cuda")
+    assert preference.order("channel_stats", CPU, torch.float32) == ("reference", "cpu", "cuda", "triton")
     assert select("auto", "cpu", torch.float32).table["channel_stats"].name == "reference"
     for primitive, device, dtype in (
         ("bn_gradient", CPU, torch.float32),

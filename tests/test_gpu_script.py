@@ -46,8 +46,8 @@ def test_peers_and_parts_exist(script) -> None:  # type: ignore[no-untyped-def]
 def test_every_file_of_tests_is_run_for_each_backend(script, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(script, "NVCC", "nvcc")
     files = {f"tests/primitives/{path.name}" for path in (ROOT / "tests" / "primitives").glob("test_*.py")}
-    found = {(command[len(script.PYTEST)], command[-1]) for command in script.tests()}
     for backend in ("cuda", "triton"):
+        found = {(command[len(script.PYTEST)], command[-1]) for command in script.tests(backend)}
         whole = {file for file, expression in found if expression == backend}
         halves = [{file for file, expression in found if expression == f"{backend} and {half}"}
                   for half in ("backward", "not backward")]  # fmt: skip

@@ -184,14 +184,13 @@ struct Ring {
     const int64_t first_line = 2 * (strip.lines.begin + i - 1);
     const int64_t first_column = 2 * strip.columns.begin - 1;
     const int columns = 2 * (static_cast<int>(strip.columns.size()) + kHalo) + 1;
-    copy_tile<2 * kPixels, kChannels<T>, kThreads>(
-        stage(i), kChannels<T>, channels.chunk_size, bytes, [&](int r) -> const T* {
+    copy_tile<2 * kPixels, kChannels<T>, kThreads, false>(
+        stage(i), kChannels<T>, channels.chunk_size, bytes, [&](int r) {
           const int64_t h = first_line + r / kPixels, w = first_column + r % kPixels;
           const bool needed = r % kPixels < columns && (i > 0 || r >= kPixels);
           const bool inside = h >= 0 && h < x.height && w >= 0 && w < x.width;
-          return needed && inside
-                     ? x.at((strip.image * x.height + h) * x.width + w) + channels.chunk
-                     : nullptr;
+          return Row<const T>{x.at((strip.image * x.height + h) * x.width + w) + channels.chunk,
+                              needed && inside};
         });
   }
 };
@@ -302,13 +301,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const auto load_grad = [&](int l) {
       const int64_t line = strip.lines.begin + l;
       const int64_t first = (strip.image * args.grad.height + line) * args.grad.width;
-      copy_tile<kWindows, kChannels<T>, kThreads>(
-          ring.windows(l + 1), kChannels<T>, channels.chunk_size, args.grad_bytes,
-          [&](int j) -> const T* {
+      copy_tile<kWindows, kChannels<T>, kThreads, false>(
+          ring.windows(l + 1), kChannels<T>, channels.chunk_size, args.grad_bytes, [&](int j) {
             const int64_t column = strip.columns.begin + j;
             const bool inside =
                 j <= strip.columns.size() && line < args.grad.height && column < args.grad.width;
-            return inside ? args.grad.at(first + column) + channels.chunk : nullptr;
+            return Row<const T>{args.grad.at(first + column) + channels.chunk, inside};
           });
     };
     const auto gather = [&](int l, int j) {

@@ -206,11 +206,10 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   const auto copy_weight = [&](int step) {
     const int c = step * kDepth;
-    copy_tile<kOut, kDepth, kThreads>(
-        weights + step % kStages * Config::kWeightSize, kLd, in - c, args.weight_bytes, [&](int r) {
-          return r < outs ? args.weight.data + (first_out + r) * args.weight.out_stride + c
-                          : nullptr;
-        });
+    copy_tile<kOut, kDepth, kThreads, false>(
+        weights + step % kStages * Config::kWeightSize, kLd, in - c, args.weight_bytes,
+        Rows(args.weight.data + first_out * args.weight.out_stride + c, args.weight.out_stride,
+             outs));
     float* vector = vectors + step % kStages * 2 * kDepth;
     copy_vector<kDepth, kThreads>(vector, args.scale, c, in);
     copy_vector<kDepth, kThreads>(vector + kDepth, args.shift, c, in);
@@ -263,8 +262,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       store_pair(weights + (warp_row + r) * Config::kOutLd + warp_column + c, left, right);
     });
     sync_threads();
-    store_tile<kWindows, kOut, kThreads>(weights, Config::kOutLd, outs, args.y_bytes,
-                                         Rows(args.y, first, rows, first_out));
+    store_tile<kWindows, kOut, kThreads, false>(weights, Config::kOutLd, outs, args.y_bytes,
+                                                Rows(args.y, first, rows, first_out));
     sync_threads();
   }
 }
@@ -413,19 +412,18 @@ __global__ void __launch_bounds__(kThreads, 2)
     float da[2][4][4] = {};
     pipeline<kStages>(
         steps,
-        [&](int64_t step) {
-          T* const grad = tiles + step % kStages * Config::kStageSize;
-          const int k = static_cast<int>(step) * kDepth;
-          copy_tile<kWindows, kDepth, kThreads>(grad, kLd, out - k, args.grad_bytes,
-                                                Rows(args.grad, first, rows, k));
-          copy_tile<kDepth, kIn, kThreads>(
-              grad + Config::kGradSize, kInLd, ins, args.weight_bytes, [&](int r) {
-                return k + r < out ? args.weight.data + (k + r) * args.weight.out_stride + first_in
-                                   : nullptr;
-              });
+        [&](int step, int stage) {
+          T* const grad = tiles + stage * Config::kStageSize;
+          const int k = step * kDepth;
+          copy_tile<kWindows, kDepth, kThreads, false>(grad, kLd, out - k, args.grad_bytes,
+                                                       Rows(args.grad, first, rows, k));
+          copy_tile<kDepth, kIn, kThreads, false>(
+              grad + Config::kGradSize, kInLd, ins, args.weight_bytes,
+              Rows(args.weight.data + k * args.weight.out_stride + first_in, args.weight.out_stride,
+                   out - k));
         },
-        [&](int64_t step) {
-          const T* const grad = tiles + step % kStages * Config::kStageSize;
+        [&](int, int stage) {
+          const T* const grad = tiles + stage * Config::kStageSize;
           multiply_tiles<Math, kDepth, kLd, kInLd>(da, grad_rows, grad, weight_columns,
                                                    grad + Config::kGradSize + warp_column);
         });
@@ -605,18 +603,19 @@ __global__ void __launch_bounds__(kThreads, 2)
   float dw[2][8][4] = {};
   const int64_t tile_count = (windows + kDepth - 1) / kDepth;
   pipeline<kStages>(
-      (tile_count - block_y() + grid_y() - 1) / grid_y(),
-      [&](int64_t step) {
-        T* const grad = tiles + step % kStages * Config::kStageSize;
-        const int64_t first = (block_y() + step * grid_y()) * kDepth;
+      static_cast<int>((tile_count - block_y() + grid_y() - 1) / grid_y()),
+      [&](int step, int stage) {
+        T* const grad = tiles + stage * Config::kStageSize;
+        const int64_t first = (block_y() + int64_t{step} * grid_y()) * kDepth;
         const int rows = static_cast<int>(std::min(int64_t{kDepth}, windows - first));
-        copy_tile<kDepth, kOut, kThreads>(grad, kOutLd, outs, args.grad_bytes,
-                                          Rows(args.grad, first, rows, first_out));
-        copy_tile<kDepth, kIn, kThreads>(grad + Config::kGradSize, kInLd, ins, args.pooled_bytes,
-                                         Rows(args.pooled, first, rows, first_in));
+        copy_tile<kDepth, kOut, kThreads, false>(grad, kOutLd, outs, args.grad_bytes,
+                                                 Rows(args.grad, first, rows, first_out));
+        copy_tile<kDepth, kIn, kThreads, false>(grad + Config::kGradSize, kInLd, ins,
+                                                args.pooled_bytes,
+                                                Rows(args.pooled, first, rows, first_in));
       },
-      [&](int64_t step) {
-        const T* const grad = tiles + step % kStages * Config::kStageSize;
+      [&](int, int stage) {
+        const T* const grad = tiles + stage * Config::kStageSize;
         multiply_tiles<Math, kDepth, kOutLd, kInLd>(dw, grad_columns, grad, p_columns,
                                                     grad + Config::kGradSize + warp_column);
       });

@@ -6,8 +6,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "moments.cuh"
 #include "reduce.cuh"
-#include "tile.cuh"
 #include "vector.cuh"
 
 namespace dense_ext {

@@ -185,6 +185,7 @@ using emulator::Place;
 #define DENSE_EXT_AT_PLACE , Place place = Place::current()
 #define DENSE_EXT_HERE , place
 inline void sync_threads(DENSE_EXT_PLACE) { emulator::barrier(place); }
+inline void sync_warp(DENSE_EXT_PLACE) { emulator::warp_barrier(place); }
 template <class V>
 inline V shuffle(V value, int lane DENSE_EXT_AT_PLACE) {
   return emulator::shuffle(value, lane, place);
@@ -197,6 +198,7 @@ inline V shuffle_xor(V value, int mask DENSE_EXT_AT_PLACE) {
 #define DENSE_EXT_AT_PLACE
 #define DENSE_EXT_HERE
 __device__ __forceinline__ void sync_threads() { __syncthreads(); }
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
 template <class V>
 __device__ __forceinline__ V shuffle(V value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);
@@ -231,6 +233,19 @@ struct alignas(2) Bytes<2> {
   uint16_t data[1];
 };
 
+// An access of 16 bytes is one instruction, however the compiler takes V apart.
+template <class V>
+__device__ __forceinline__ void store(V* p, const V& value) {
+#ifndef DENSE_EXT_EMULATOR
+  if constexpr (alignof(V) == 16) {
+    *reinterpret_cast<uint4*>(p) =
+        make_uint4(value.data[0], value.data[1], value.data[2], value.data[3]);
+    return;
+  }
+#endif
+  *p = value;
+}
+
 template <class V>
 __device__ __forceinline__ V load_global(const V* p DENSE_EXT_AT_PLACE) {
 #ifdef DENSE_EXT_EMULATOR
@@ -243,7 +258,7 @@ __device__ __forceinline__ void store_global(V* p, const V& value DENSE_EXT_AT_P
 #ifdef DENSE_EXT_EMULATOR
   emulator::global_access(p, sizeof(V), true, place);
 #endif
-  *p = value;
+  store(p, value);
 }
 template <class V>
 __device__ __forceinline__ V load_shared(const V* p DENSE_EXT_AT_PLACE) {
@@ -257,7 +272,33 @@ __device__ __forceinline__ void store_shared(V* p, const V& value DENSE_EXT_AT_P
 #ifdef DENSE_EXT_EMULATOR
   emulator::shared_access(p, sizeof(V), place);
 #endif
-  *p = value;
+  store(p, value);
+}
+
+// in_register keeps a value in a register, where the compiler might compute it again at every use.
+// address_of_row is base + number * stride, in bytes, in one instruction. Addresses from either are
+// for copy_async and load_matrices only: the compiler no longer knows to which memory they belong.
+template <class V>
+__device__ __forceinline__ V in_register(V value) {
+#ifndef DENSE_EXT_EMULATOR
+  if constexpr (sizeof(V) == 8) {
+    asm("" : "+l"(value));
+  } else {
+    asm("" : "+r"(value));
+  }
+#endif
+  return value;
+}
+template <class T>
+__device__ __forceinline__ const T* address_of_row(const T* base, int number, uint32_t stride) {
+#ifdef DENSE_EXT_EMULATOR
+  const uintptr_t distance = uintptr_t{static_cast<uint32_t>(number)} * stride;
+  return reinterpret_cast<const T*>(reinterpret_cast<uintptr_t>(base) + distance);
+#else
+  const T* address;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(address) : "r"(number), "r"(stride), "l"(base));
+  return address;
+#endif
 }
 
 // A block's dynamic shared memory, divided into arrays. Every thread takes them in the same order.
@@ -374,11 +415,11 @@ __device__ __forceinline__ void multiply_accumulate(float (&c)[4], const uint32_
 #ifdef DENSE_EXT_EMULATOR
   emulator::multiply_accumulate<T>(c, a, b, place);
 #else
-#define DENSE_EXT_MMA(shape, types)                                      \
-  asm("mma.sync.aligned." shape ".row.col." types                        \
-      " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                   \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+#define DENSE_EXT_MMA(shape, types)                                               \
+  asm volatile("mma.sync.aligned." shape ".row.col." types                        \
+               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                   \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
   if constexpr (sizeof(T) == 4) {
     DENSE_EXT_MMA("m16n8k8", "f32.tf32.tf32.f32");
   } else if constexpr (T::kIsHalf) {

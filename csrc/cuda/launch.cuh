@@ -146,7 +146,8 @@ inline Tensor scratch(int64_t count, const Tensor& like) {
 // A 1x1 weight's tensor, copied if the elements of a row are not contiguous; makes `w` its view.
 template <class T>
 Tensor with_dense_rows(const Tensor& weight, Weight<const T>& w) {
-  if (w.in == 1 || w.in_stride == 1) return weight;
+  // Distances of rows are bytes in 32 bits.
+  if ((w.in == 1 || w.in_stride == 1) && w.out_stride < int64_t{1} << 30) return weight;
   const Tensor dense = torch::stable::contiguous(weight);
   w = weight_of<const T>(dense, "weight", w.out, w.in, 1);
   return dense;

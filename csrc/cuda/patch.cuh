@@ -16,6 +16,24 @@
 
 namespace dense_ext {
 
+// Divides numbers from 0 to 2^31 - 1 by a number that the host knows, as a multiplication.
+class Divisor {
+ public:
+  Divisor() = default;
+  explicit Divisor(int divisor) {
+    while ((int64_t{1} << shift_) < divisor) shift_++;
+    multiplier_ = static_cast<uint32_t>(ceil_div(int64_t{1} << (31 + shift_), divisor));
+  }
+  DENSE_EXT_HOST_DEVICE int quotient(int x) const {
+    const uint64_t product = uint64_t{2 * static_cast<uint32_t>(x)} * multiplier_;
+    return static_cast<int>(static_cast<uint32_t>(product >> 32) >> shift_);
+  }
+
+ private:
+  uint32_t multiplier_ = 0;
+  int shift_ = 0;
+};
+
 struct Patches {
   int64_t image_count;
   int height, width;          // of an image
@@ -24,6 +42,7 @@ struct Patches {
   int line, bordered;         // pixels per line of the bordered patch, and in all of it
   int down, across;           // patches per image, vertically and horizontally
   int count;
+  Divisor by_line, by_border, by_across, by_image;  // by_border: columns of an image and its border
 
   // A slot's column, counted over all images of the patch, and its line.
   DENSE_EXT_HOST_DEVICE int column_of(int slot) const { return slot / 16 / lines * 16 + slot % 16; }
@@ -41,21 +60,29 @@ struct Patches {
     return used ? corner(slot) + line + 1 : -1;
   }
 
-  DENSE_EXT_HOST_DEVICE int64_t first_image(int patch) const {
-    return int64_t{patch / (down * across)} * images;
+  // The position of a patch: the first pixel of its first image, the number of its images, and the
+  // upper left pixel of its border in each of them.
+  struct Position {
+    int64_t origin;
+    int images, row, column;
+  };
+  DENSE_EXT_HOST_DEVICE Position position(int patch) const {
+    const int group = by_image.quotient(patch), rest = patch - group * (down * across);
+    const int y = by_across.quotient(rest), x = rest - y * across;
+    const int64_t first = int64_t{group} * images, left = image_count - first;
+    return {.origin = first * height * width,
+            .images = left < images ? static_cast<int>(left) : images,
+            .row = y * rows - 1,
+            .column = x * columns - 1};
   }
-  // The first pixel of the patch's first image.
-  DENSE_EXT_HOST_DEVICE int64_t origin(int patch) const {
-    return first_image(patch) * height * width;
-  }
-  // The distance from the origin to pixel p of the bordered patch, in pixels; -1 outside the
-  // images.
-  DENSE_EXT_HOST_DEVICE int source(int patch, int p) const {
-    const int y = p / line, x = p % line, image = std::min(x / (columns + 1), images - 1);
-    const int row = patch / across % down * rows + y - 1;
-    const int column = patch % across * columns + x - image * (columns + 1) - 1;
-    const bool inside = y < rows + 2 && first_image(patch) + image < image_count && row >= 0 &&
-                        row < height && column >= 0 && column < width;
+  // The distance from the patch's origin to pixel p of the bordered patch, in pixels; -1 outside
+  // the images.
+  DENSE_EXT_HOST_DEVICE int source(const Position& at, int p) const {
+    const int y = by_line.quotient(p), x = p - y * line;
+    const int image = std::min(by_border.quotient(x), images - 1);
+    const int row = at.row + y, column = at.column + x - image * (columns + 1);
+    const bool inside =
+        image < at.images && row >= 0 && row < height && column >= 0 && column < width;
     return inside ? (image * height + row) * width + column : -1;
   }
 };
@@ -96,7 +123,11 @@ Patches patches_of(const Pixels<T>& x) {
                           .bordered = narrow((rows + 2) * line),
                           .down = narrow(down),
                           .across = narrow(across),
-                          .count = narrow(count)};
+                          .count = narrow(count),
+                          .by_line = Divisor(narrow(line)),
+                          .by_border = Divisor(narrow(columns + 1)),
+                          .by_across = Divisor(narrow(across)),
+                          .by_image = Divisor(narrow(down * across))};
     const auto cost = [](const Patches& p) { return std::pair(p.count, p.bordered); };
     if (best.count == 0 || cost(patches) < cost(best)) best = patches;
   }
@@ -106,26 +137,35 @@ Patches patches_of(const Pixels<T>& x) {
 }
 
 // The positions of the pixels of two patches, the current one and the next one, which `parity`
-// tells apart. They are computed once per patch and kept in shared memory, because computing them
-// takes divisions.
+// tells apart. They are computed once per patch and kept in shared memory.
 template <int kSlots, int kBordered, int kThreads>
 class Places {
  public:
-  static constexpr int kInts = 2 * kBordered + kSlots;
+  static constexpr int kInts = 4 + 2 * kBordered + kSlots;
 
   // The slots, and a patch that was located, can be read after the next barrier.
   __device__ Places(int* memory, const Patches& patches)
-      : sources_(memory), centers_(memory + 2 * kBordered), patches_(patches) {
+      : origins_(reinterpret_cast<int64_t*>(memory)),
+        sources_(memory + 4),
+        centers_(sources_ + 2 * kBordered),
+        patches_(patches) {
     for (int slot = thread_index(); slot < kSlots; slot += kThreads) {
       store_shared(centers_ + slot, patches.center(slot));
     }
   }
 
-  __device__ void locate(int patch, int parity) const {
-    for (int p = thread_index(); p < kBordered; p += kThreads) {
-      store_shared(sources_ + parity * kBordered + p, patches_.source(patch, p));
+  __device__ __forceinline__ void locate(int patch, int parity) const {
+    const Patches::Position at = patches_.position(patch);
+    DENSE_EXT_UNROLL for (int begin = 0; begin < kBordered; begin += kThreads) {
+      const int p = begin + thread_index();
+      if (p >= kBordered) break;
+      const int source = p < patches_.bordered ? patches_.source(at, p) : -1;
+      store_shared(sources_ + parity * kBordered + p, source);
     }
+    if (thread_index() == 0) store_shared(origins_ + parity, at.origin);
   }
+  // The first pixel of the patch's first image.
+  __device__ int64_t origin(int parity) const { return load_shared(origins_ + parity); }
   // The position of pixel p of the bordered patch, as in Patches.
   __device__ int source(int parity, int p) const {
     return load_shared(sources_ + parity * kBordered + p);
@@ -137,6 +177,7 @@ class Places {
   }
 
  private:
+  int64_t* const origins_;
   int *const sources_, *const centers_;
   const Patches& patches_;
 };

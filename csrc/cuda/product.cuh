@@ -1,5 +1,5 @@
-// A warp's matrix products: loading fragments of the two factors from shared memory, applying batch
-// norm and ReLU to them in registers, and adding their product to the warp's accumulators.
+// A warp's matrix products: loading fragments of the two factors from shared memory, and adding
+// their product to the warp's accumulators.
 //
 // A product sums over a depth k: c[row][column] += a[row][k] * b[k][column]. 16-bit types use
 // tensor cores; float uses tensor cores in tf32, or FMAs if it is to be exact.
@@ -153,44 +153,6 @@ struct TransposedColumnFragments {
 
 // --- batch norm and ReLU in registers --------------------------------------------------------
 
-// The scale and shift of those k that a lane holds of a RowFragment.
-template <class T>
-struct DepthFactors {
-  static constexpr int kCount = sizeof(T) == 2 ? 4 : 2;
-  float scale[kCount], shift[kCount];
-
-  // The two vectors, in shared memory, begin with the fragment's first k.
-  __device__ DepthFactors(const float* scales, const float* shifts) {
-    const int t = lane_index() % 4;
-    if constexpr (sizeof(T) == 2) {
-      DENSE_EXT_UNROLL for (int i = 0; i < 2; i++) {
-        const Float2 s = load_pair(scales + 2 * t + 8 * i);
-        const Float2 h = load_pair(shifts + 2 * t + 8 * i);
-        scale[2 * i] = s.x, scale[2 * i + 1] = s.y;
-        shift[2 * i] = h.x, shift[2 * i + 1] = h.y;
-      }
-    } else {
-      DENSE_EXT_UNROLL for (int i = 0; i < 2; i++) {
-        scale[i] = load_shared(scales + t + 4 * i);
-        shift[i] = load_shared(shifts + t + 4 * i);
-      }
-    }
-  }
-
-  __device__ void activate(uint32_t (&r)[4]) const {
-    DENSE_EXT_UNROLL for (int i = 0; i < 4; i++) {
-      const int k = i / 2;
-      if constexpr (sizeof(T) == 2) {
-        const Float2 x = unpack<T>(r[i]);
-        r[i] = pack_relu<T>(x.x * scale[2 * k] + shift[2 * k],
-                            x.y * scale[2 * k + 1] + shift[2 * k + 1]);
-      } else {
-        r[i] = bits_of(relu(float_of_bits(r[i]) * scale[k] + shift[k]));
-      }
-    }
-  }
-};
-
 // Applies batch norm and ReLU to a fragment of b, of which a lane holds values of one column only.
 template <class T>
 __device__ __forceinline__ void activate_column(uint32_t (&b)[2], float scale, float shift) {
@@ -298,6 +260,22 @@ struct Position {
   int row, column;
   __device__ Position() : row(lane_index() / 4), column(lane_index() % 4 * 2) {}
 };
+
+// Loads a lane's values of a 16 x 16 part of a tile: those at the positions of its values of two
+// fragments of c. pairs[j][half] belongs to c[j][2 * half] and c[j][2 * half + 1].
+template <class T>
+__device__ __forceinline__ void load_pairs(Float2 (&pairs)[2][2], const T* part, int ld) {
+  if constexpr (sizeof(T) == 2) {
+    uint32_t r[4];
+    RowFragment<T>([&](int row) { return row * ld; }).load(r, part);
+    DENSE_EXT_UNROLL for (int i = 0; i < 4; i++) pairs[i / 2][i % 2] = unpack<T>(r[i]);
+  } else {
+    const Position at;
+    DENSE_EXT_UNROLL for (int i = 0; i < 4; i++) {
+      pairs[i / 2][i % 2] = load_pair(part + (at.row + i % 2 * 8) * ld + i / 2 * 8 + at.column);
+    }
+  }
+}
 
 // Every lane has sums over its columns of c, two per fragment. This adds them over the lanes, and
 // over the kWarps warps that share the columns, and writes the first `count` of the block's

@@ -56,7 +56,8 @@ class AccessBytes {
  public:
   template <class T>
   AccessBytes& add(const Pixels<T>& p) {
-    STD_TORCH_CHECK(p.stride < int64_t{1} << 31, "pixels are ", p.stride, " elements apart");
+    // Bytes in 32 bits.
+    STD_TORCH_CHECK(p.stride < int64_t{1} << 30, "pixels are ", p.stride, " elements apart");
     return add(p.data, p.channels, p.count() > 1 ? p.stride : 0);
   }
   // Adds the rows of a matrix, whose columns are contiguous.

@@ -1,9 +1,16 @@
-// Tiles in shared memory: copying rows of a matrix there and back by a whole block, and the moments
-// of a tile's columns.
+// Tiles in shared memory: copying rows of a matrix there and back by a whole block, and batch norm
+// and ReLU in place.
+//
+// A unit is 16 bytes of a row: what a thread loads or stores in one access. A kernel is wide if all
+// its accesses to global memory may be of 16 bytes; kWide is its template argument.
 
 #pragma once
 
+#include <limits>
+#include <type_traits>
+
 #include "tensor.cuh"
+#include "vector.cuh"
 
 namespace dense_ext {
 
@@ -13,19 +20,20 @@ __device__ __forceinline__ int spread(int row) { return row / 8 * 8 + row % 2 * 
 
 // A thread's first access to a tile whose rows take kUnits accesses of 16 bytes.
 template <int kUnits>
-__device__ __forceinline__ int first_access() {
-  const int i = thread_index();
+__device__ __forceinline__ int first_access(int i = thread_index()) {
   return kUnits == 4 ? spread(i / kUnits) * kUnits + i % kUnits : i;
 }
 
-// Calls body(row, column, valid) for each access of kBytes to the first `rows` rows of a tile of
-// kRows x kColumns; an access is valid if its column is below `columns`.
+// Calls body(row, column, valid) for each access of kBytes to a tile of kRows x kColumns; an access
+// is valid if its column is below `columns`.
 template <class T, int kBytes, int kRows, int kColumns, int kThreads, class Body>
-__device__ __forceinline__ void for_accesses(int rows, int columns, const Body& body) {
+__device__ __forceinline__ void for_accesses(int columns, const Body& body,
+                                             int thread = thread_index()) {
   constexpr int kElements = kBytes / static_cast<int>(sizeof(T)), kUnits = kColumns / kElements;
   static_assert(kUnits != 4 || kRows % 8 == 0);
   // Not unrolled: the addresses of several accesses would take registers that the products need.
-  DENSE_EXT_NO_UNROLL for (int i = first_access<kUnits>(); i < rows * kUnits; i += kThreads) {
+  DENSE_EXT_NO_UNROLL for (int i = first_access<kUnits>(thread); i < kRows * kUnits;
+                           i += kThreads) {
     const int column = i % kUnits * kElements;
     body(i / kUnits, column, column < columns);
   }
@@ -50,75 +58,254 @@ __device__ __forceinline__ void for_width(int bytes, const Body& body) {
   }
 }
 
-// Consecutive rows, of which the first `count` exist. 32-bit distances save registers.
+// A row of a matrix in global memory. If it does not exist, its address is never followed.
 template <class T>
-struct Rows {
+struct Row {
   T* data;
-  int stride, count;
-
-  // The rows are the pixels from `first` on; their elements are the channels from `channel` on.
-  __device__ Rows(const Pixels<T>& p, int64_t first, int count, int64_t channel)
-      : data(p.at(first) + channel), stride(static_cast<int>(p.stride)), count(count) {}
-  __device__ T* operator()(int r) const { return r < count ? data + int64_t{r} * stride : nullptr; }
+  bool exists;
 };
 
-// Copies a tile into shared memory, asynchronously except for single 16-bit elements. `row(r)` is
-// the address of row r's first element in global memory. Columns from `columns` on, and rows whose
-// address is null, become zeros. Rows from `rows` on are not written.
-template <int kRows, int kColumns, int kThreads, class T, class Row>
-__device__ __forceinline__ void copy_tile(T* tile, int ld, int columns, int bytes, const Row& row,
-                                          int rows = kRows) {
-  for_width<T>(bytes, [&](auto width) {
-    constexpr int kBytes = decltype(width)::value;
-    for_accesses<T, kBytes, kRows, kColumns, kThreads>(
-        rows, columns, [&](int r, int c, bool valid) {
-          const T* from = row(r);
-          valid = valid && from;
-          if constexpr (kBytes >= 4) {
-            copy_async<kBytes>(tile + r * ld + c, valid ? from + c : from, valid);
-          } else {
-            store_shared(tile + r * ld + c, valid ? load_global(from + c) : T{0});
-          }
-        });
+// Rows at equal distances, of which the first `count` exist. The distance is a 32-bit number of
+// bytes, so that a row's address takes one instruction.
+template <class T>
+struct Rows {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  T* data;
+  uint32_t stride;
+  int count;
+
+  __device__ __forceinline__ Rows(T* data, int64_t stride, int count)
+      : data(data), stride(static_cast<uint32_t>(stride) * uint32_t{sizeof(T)}), count(count) {}
+  // The rows are the pixels from `first` on; their elements are the channels from `channel` on.
+  __device__ __forceinline__ Rows(const Pixels<T>& p, int64_t first, int count, int64_t channel)
+      : Rows(p.at(first) + channel, p.stride, count) {}
+
+  __device__ __forceinline__ Row<T> operator()(int r) const { return {at(r), r < count}; }
+  __device__ __forceinline__ T* at(int r) const {
+    const uint64_t distance = uint64_t{static_cast<uint32_t>(r)} * stride;
+    return reinterpret_cast<T*>(reinterpret_cast<Byte*>(data) + distance);
+  }
+  // The rows with the columns from `column` on.
+  __device__ __forceinline__ Rows from(int column) const {
+    Rows rows = *this;
+    rows.data += column;
+    return rows;
+  }
+};
+
+// Rows in any order: row r is row numbers(r) of `all`, and does not exist if that is negative.
+template <class T, class Numbers>
+struct ChosenRows {
+  Rows<T> all;
+  Numbers numbers;
+
+  __device__ __forceinline__ ChosenRows(const Rows<T>& all, const Numbers& numbers)
+      : all(all), numbers(numbers) {}
+  __device__ __forceinline__ Row<T> operator()(int r) const {
+    const int number = numbers(r);
+    return {all.at(number), number >= 0};
+  }
+};
+
+// Pixels in tiles of kPixels, with the channels from `channel` on.
+template <int kPixels, class T>
+struct Tiles {
+  Rows<T> all;
+
+  __device__ __forceinline__ Tiles(const Pixels<T>& p, int64_t channel)
+      : all(p.data + channel, p.stride, 0) {}
+  // The rows of a tile, of which the first `count` exist.
+  __device__ __forceinline__ Rows<T> operator()(int tile, int count) const {
+    Rows<T> rows = all;
+    const uint64_t distance = uint64_t{static_cast<uint32_t>(tile)} * all.stride * kPixels;
+    rows.data =
+        reinterpret_cast<T*>(reinterpret_cast<typename Rows<T>::Byte*>(all.data) + distance);
+    rows.count = count;
+    return rows;
+  }
+};
+
+// Calls body(std::true_type{}) if all accesses to global memory may be of 16 bytes, and
+// body(std::false_type{}) otherwise. A kernel is compiled for both; the second one finds out at
+// each copy how many bytes an access may have.
+template <class Body>
+void with_width(int bytes, const Body& body) {
+  if (bytes == 16) {
+    body(std::true_type{});
+  } else {
+    body(std::false_type{});
+  }
+}
+
+// The units of a tile that belong to one thread: kAcross units in every kRowsAtOnce-th row. kSide
+// threads have neighbouring units of a row. If these are less than 128 bytes, threads take the rows
+// in an order in which the units of eight threads lie in different banks.
+template <class T, int kColumns, int kThreads>
+struct Units {
+  static constexpr int kElements = 16 / static_cast<int>(sizeof(T)), kUnits = kColumns / kElements;
+  static constexpr int kSide = kUnits % 16 == 0  ? 16
+                               : kUnits % 8 == 0 ? 8
+                               : kUnits % 4 == 0 ? 4
+                                                 : 2;
+  static constexpr int kAcross = kUnits / kSide, kRowsAtOnce = kThreads / kSide;
+  static constexpr int kStep = kSide * kElements;  // columns from a unit to the next
+  static_assert(kUnits % kSide == 0 && kThreads % kSide == 0 && kRowsAtOnce % 8 == 0);
+  int row, column;
+
+  __device__ explicit Units(int thread = thread_index())
+      : row(thread / kSide), column(thread % kSide * kElements) {
+    if (kSide == 4) row = spread(row);
+    if (kSide == 2) row = row / 8 * 8 + row % 4 * 2 + row / 4 % 2;
+  }
+
+  // Calls body(row, index) for the thread's rows among kRows rows.
+  template <int kRows, class Body>
+  __device__ __forceinline__ void for_rows(const Body& body) const {
+    DENSE_EXT_UNROLL for (int i = 0; i * kRowsAtOnce < kRows; i++) {
+      const int r = row + i * kRowsAtOnce;
+      if (kRows % kRowsAtOnce == 0 || r < kRows) body(r, i);
+    }
+  }
+  // Calls body(column, index) for the thread's units of a row.
+  template <class Body>
+  __device__ __forceinline__ void for_columns(const Body& body) const {
+    DENSE_EXT_UNROLL for (int i = 0; i < kAcross; i++) body(column + i * kStep, i);
+  }
+};
+
+// The unit that begins at an element.
+template <class T>
+__device__ __forceinline__ auto* unit_at(T* at) {
+  using V = std::conditional_t<std::is_const_v<T>, const Bytes<16>, Bytes<16>>;
+  return reinterpret_cast<V*>(at);
+}
+
+// Copies a thread's units of a tile into shared memory. For float, registers do not suffice to keep
+// the addresses.
+template <int kRows, class T, class U, class Units>
+__device__ __forceinline__ void copy_units(T* tile, int ld, int columns, Rows<U> rows,
+                                           const Units& units) {
+  if constexpr (sizeof(T) == 2 && kRows > Units::kRowsAtOnce) {
+    rows.stride = in_register(rows.stride);
+    units.for_columns([&](int c, int) {
+      Rows<U> from = rows.from(c);
+      from.data = in_register(from.data);
+      if (c >= columns) from.count = 0;
+      units.template for_rows<kRows>(
+          [&](int r, int) { copy_async<16>(tile + r * ld + c, from.at(r), r < from.count); });
+    });
+  } else {
+    units.template for_rows<kRows>([&](int r, int) {
+      const Row<U> from = rows(r);
+      units.for_columns([&](int c, int) {
+        copy_async<16>(tile + r * ld + c, from.data + c, from.exists && c < columns);
+      });
+    });
+  }
+}
+// Finds the numbers of all rows before the first copy. Otherwise the compiler would put waiting
+// instructions between each load of a number from shared memory and its copy.
+template <int kRows, class T, class U, class Numbers, class Units>
+__device__ __forceinline__ void copy_units(T* tile, int ld, int columns,
+                                           const ChosenRows<U, Numbers>& rows, const Units& units) {
+  int numbers[(kRows + Units::kRowsAtOnce - 1) / Units::kRowsAtOnce];
+  units.template for_rows<kRows>([&](int r, int i) { numbers[i] = rows.numbers(r); });
+  units.for_columns([&](int c, int) {
+    const U* const data = in_register(rows.all.data + c);
+    const int first = c < columns ? 0 : std::numeric_limits<int>::max();
+    units.template for_rows<kRows>([&](int r, int i) {
+      copy_async<16>(tile + r * ld + c, address_of_row(data, numbers[i], rows.all.stride),
+                     numbers[i] >= first);
+    });
   });
 }
 
-// Writes the columns below `columns` of a tile's rows to global memory, except rows whose address
-// is null.
-template <int kRows, int kColumns, int kThreads, class T, class Row>
+// Copies a tile into shared memory, asynchronously except for single 16-bit elements. `rows(r)` is
+// row r in global memory. Columns from `columns` on, and rows that do not exist, become zeros. If
+// kWide, each thread copies its own units.
+template <int kRows, int kColumns, int kThreads, bool kWide, class T, class RowAt>
+__device__ __forceinline__ void copy_tile(T* tile, int ld, int columns, int bytes,
+                                          const RowAt& rows, int thread = thread_index()) {
+  if constexpr (kWide) {
+    copy_units<kRows>(tile, ld, columns, rows, Units<T, kColumns, kThreads>(thread));
+  } else {
+    for_width<T>(bytes, [&](auto width) {
+      constexpr int kBytes = decltype(width)::value;
+      for_accesses<T, kBytes, kRows, kColumns, kThreads>(
+          columns,
+          [&](int r, int c, bool valid) {
+            const auto from = rows(r);
+            valid = valid && from.exists;
+            if constexpr (kBytes >= 4) {
+              copy_async<kBytes>(tile + r * ld + c, from.data + c, valid);
+            } else {
+              store_shared(tile + r * ld + c, valid ? load_global(from.data + c) : T{0});
+            }
+          },
+          thread);
+    });
+  }
+}
+
+// Writes the columns below `columns` of a tile's rows to global memory, except rows that do not
+// exist there.
+template <int kRows, int kColumns, int kThreads, bool kWide, class T, class RowAt>
 __device__ __forceinline__ void store_tile(const T* tile, int ld, int columns, int bytes,
-                                           const Row& row) {
-  for_width<T>(bytes, [&](auto width) {
-    constexpr int kBytes = decltype(width)::value;
-    using V = Bytes<kBytes>;
-    for_accesses<T, kBytes, kRows, kColumns, kThreads>(
-        kRows, columns, [&](int r, int c, bool valid) {
-          T* to = row(r);
-          if (!valid || !to) return;
-          store_global(reinterpret_cast<V*>(to + c),
-                       load_shared(reinterpret_cast<const V*>(tile + r * ld + c)));
-        });
-  });
+                                           const RowAt& row, int thread = thread_index()) {
+  if constexpr (kWide) {
+    const Units<T, kColumns, kThreads> units(thread);
+    units.template for_rows<kRows>([&](int r, int) {
+      const auto to = row(r);
+      units.for_columns([&](int c, int) {
+        if (to.exists && c < columns) {
+          store_global(unit_at(to.data + c), load_shared(unit_at(tile + r * ld + c)));
+        }
+      });
+    });
+  } else {
+    for_width<T>(bytes, [&](auto width) {
+      constexpr int kBytes = decltype(width)::value;
+      using V = Bytes<kBytes>;
+      for_accesses<T, kBytes, kRows, kColumns, kThreads>(
+          columns,
+          [&](int r, int c, bool valid) {
+            const auto to = row(r);
+            if (!valid || !to.exists) return;
+            store_global(reinterpret_cast<V*>(to.data + c),
+                         load_shared(reinterpret_cast<const V*>(tile + r * ld + c)));
+          },
+          thread);
+    });
+  }
 }
 
-// Calls compute(step) for each step when load(step)'s copies have arrived in shared memory. Copies
-// for the next steps are in flight meanwhile; step s uses stage s % kStages. At the end the stages'
-// memory is free.
-template <int kStages, class Load, class Compute>
-__device__ __forceinline__ void pipeline(int64_t steps, const Load& load, const Compute& compute) {
+// Calls compute(step, stage) for each step when load(step, stage)'s copies have arrived in shared
+// memory. Copies for the next kStages - 1 steps are in flight meanwhile; stage is step % kStages.
+// Each thread first calls prepare(step, stage), when only its own copies have arrived; then comes a
+// barrier. At the end the stages' memory is free.
+template <int kStages, class Load, class Prepare, class Compute>
+__device__ __forceinline__ void pipeline(int steps, const Load& load, const Prepare& prepare,
+                                         const Compute& compute) {
   for (int step = 0; step < kStages - 1; step++) {
-    if (step < steps) load(step);
+    if (step < steps) load(step, step);
     copy_async_commit();
   }
-  for (int64_t step = 0; step < steps; step++) {
+  int stage = 0;
+  DENSE_EXT_NO_UNROLL for (int step = 0; step < steps; step++) {
     copy_async_wait<kStages - 2>();
+    prepare(step, stage);
     sync_threads();
-    if (step + kStages - 1 < steps) load(step + kStages - 1);
+    if (step + kStages - 1 < steps) load(step + kStages - 1, stage == 0 ? kStages - 1 : stage - 1);
     copy_async_commit();
-    compute(step);
+    compute(step, stage);
+    stage = stage == kStages - 1 ? 0 : stage + 1;
   }
   copy_async_wait<0>();
   sync_threads();
+}
+template <int kStages, class Load, class Compute>
+__device__ __forceinline__ void pipeline(int steps, const Load& load, const Compute& compute) {
+  pipeline<kStages>(steps, load, [](int, int) {}, compute);
 }
 
 // Stores and loads two neighbouring values of a tile, stored as T.
@@ -140,138 +327,83 @@ __device__ __forceinline__ Float2 load_pair(const T* at) {
   }
 }
 
-// Applies relu(scale*x + shift) in place, rounded to T, to the rows of a tile for which `valid(r)`.
-template <int kColumns, int kThreads, class T, class Valid>
-__device__ __forceinline__ void activate_rows(T* tile, int ld, int rows, const float* scale,
-                                              const float* shift, const Valid& valid) {
-  constexpr int kElements = 16 / static_cast<int>(sizeof(T)), kUnits = kColumns / kElements;
-  // A thread has the same columns in all its rows.
-  static_assert(kThreads % kUnits == 0);
-  const int column = thread_index() % kUnits * kElements;
-  float s[kElements], t[kElements];
-  DENSE_EXT_UNROLL for (int e = 0; e < kElements; e++) {
-    s[e] = load_shared(scale + column + e);
-    t[e] = load_shared(shift + column + e);
+// A vector of kColumns floats in shared memory, one per column of a tile. A thread loads the floats
+// that belong to its unit of the tile, four at a time. A unit of a 16-bit type has eight: the
+// second fours of all units lie behind the first fours of all, in the other half of the banks. So
+// neither neighbouring units nor the two halves of a pair of columns share a bank.
+template <class T, int kColumns>
+struct UnitVector {
+  static constexpr int kElements = 16 / static_cast<int>(sizeof(T));
+  static constexpr int kHalf = kElements == 8 ? kColumns / 2 | 16 : 0;
+  static constexpr int kSize = kElements == 8 ? kColumns / 2 + kHalf : kColumns;
+
+  // Where the float of a column lies.
+  static __device__ int place(int column) {
+    return kHalf ? column / 4 % 2 * kHalf + column / 8 * 4 + column % 4 : column;
   }
-  DENSE_EXT_NO_UNROLL for (int i = first_access<kUnits>(); i < rows * kUnits; i += kThreads) {
-    if (!valid(i / kUnits)) continue;
-    auto* const at = reinterpret_cast<Bytes<16>*>(tile + i / kUnits * ld + column);
-    Bytes<16> x = load_shared(at);
-    DENSE_EXT_UNROLL for (int w = 0; w < 4; w++) {
-      if constexpr (sizeof(T) == 2) {
-        const Float2 pair = unpack<T>(x.data[w]);
-        x.data[w] =
-            pack_relu<T>(pair.x * s[2 * w] + t[2 * w], pair.y * s[2 * w + 1] + t[2 * w + 1]);
-      } else {
-        x.data[w] = bits_of(relu(float_of_bits(x.data[w]) * s[w] + t[w]));
-      }
+  static __device__ void load(float (&to)[kElements], const float* vector, int column) {
+    DENSE_EXT_UNROLL for (int half = 0; half < kElements / 4; half++) {
+      const auto four = load_shared(unit_at(vector + place(column) + half * kHalf));
+      DENSE_EXT_UNROLL for (int i = 0; i < 4; i++) to[4 * half + i] = float_of_bits(four.data[i]);
     }
-    store_shared(at, x);
   }
+  static __device__ void store(float* vector, int column, const float (&from)[kElements]) {
+    DENSE_EXT_UNROLL for (int half = 0; half < kElements / 4; half++) {
+      Bytes<16> four;
+      DENSE_EXT_UNROLL for (int i = 0; i < 4; i++) four.data[i] = bits_of(from[4 * half + i]);
+      store_shared(unit_at(vector + place(column) + half * kHalf), four);
+    }
+  }
+};
+
+// relu(scale*x + shift) of the elements of a unit, rounded to T.
+template <class T, int kElements>
+__device__ __forceinline__ Bytes<16> activated(Bytes<16> x, const float (&scale)[kElements],
+                                               const float (&shift)[kElements]) {
+  DENSE_EXT_UNROLL for (int w = 0; w < 4; w++) {
+    if constexpr (sizeof(T) == 2) {
+      const Float2 pair = unpack<T>(x.data[w]);
+      x.data[w] = pack_relu<T>(pair.x * scale[2 * w] + shift[2 * w],
+                               pair.y * scale[2 * w + 1] + shift[2 * w + 1]);
+    } else {
+      x.data[w] = bits_of(relu(float_of_bits(x.data[w]) * scale[w] + shift[w]));
+    }
+  }
+  return x;
 }
 
-// Copies kCount values of a vector, from `first` on, into shared memory. Beyond the vector's end,
-// at `count`, it writes zeros.
+// Applies relu(scale*x + shift) in place, rounded to T, to the rows of a tile for which `valid(r)`.
+template <int kRows, int kColumns, int kThreads, class T, class Valid>
+__device__ __forceinline__ void activate_rows(T* tile, int ld, const float* scale,
+                                              const float* shift, const Valid& valid) {
+  const Units<T, kColumns, kThreads> units;
+  using Vector = UnitVector<T, kColumns>;
+  units.for_columns([&](int c, int) {
+    float s[Vector::kElements], t[Vector::kElements];
+    Vector::load(s, scale, c);
+    Vector::load(t, shift, c);
+    units.template for_rows<kRows>([&](int r, int) {
+      if (!valid(r)) return;
+      auto* const at = unit_at(tile + r * ld + c);
+      store_shared(at, activated<T>(load_shared(at), s, t));
+    });
+  });
+}
+
+// Copies kCount values of a vector, from `first` on, into shared memory: value i to place(i).
+// Beyond the vector's end, at `count`, it writes zeros.
+template <int kCount, int kThreads, class Place>
+__device__ __forceinline__ void copy_vector(float* shared, const float* vector, int64_t first,
+                                            int64_t count, const Place& place) {
+  DENSE_EXT_UNROLL for (int begin = 0; begin < kCount; begin += kThreads) {
+    const int i = begin + thread_index();
+    if (i < kCount) copy_async<4>(shared + place(i), vector + first + i, first + i < count);
+  }
+}
 template <int kCount, int kThreads>
 __device__ __forceinline__ void copy_vector(float* shared, const float* vector, int64_t first,
                                             int64_t count) {
-  for (int i = thread_index(); i < kCount; i += kThreads) {
-    const bool valid = first + i < count;
-    copy_async<4>(shared + i, valid ? vector + first + i : vector, valid);
-  }
+  copy_vector<kCount, kThreads>(shared, vector, first, count, [](int i) { return i; });
 }
-
-// The mean and the sum of squared deviations (m2) of `count` values, merged as in Chan, Golub and
-// LeVeque (1979).
-struct Moments {
-  float count = 0, mean = 0, m2 = 0;
-
-  __device__ void merge(const Moments& other) {
-    if (other.count == 0) return;
-    const float together = count + other.count, delta = other.mean - mean;
-    const float fraction = other.count / together;
-    mean += delta * fraction;
-    m2 += other.m2 + delta * delta * (count * fraction);
-    count = together;
-  }
-};
-
-// The moments of a tile's columns, over all tiles of a block.
-template <class T, int kColumns, int kThreads>
-class ColumnMoments {
-  static constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
-  static constexpr int kWords = kColumns / kPerWord, kGroups = kThreads / kWords;
-  static_assert(kColumns <= kThreads);
-
- public:
-  static constexpr int kScratch = kGroups * (2 * kColumns + 1);  // in floats
-
-  __device__ explicit ColumnMoments(float* scratch) : scratch_(scratch) {}
-
-  // Adds the rows of a tile for which `valid(r)`. All threads of the block must call it. The tile
-  // and the scratch are in use until the block's next barrier.
-  template <int kRows, class Valid>
-  __device__ void add(const T* tile, int ld, const Valid& valid) {
-    const int word = thread_index() % kWords, group = thread_index() / kWords;
-    const T* column = tile + word * kPerWord;
-    const int rows = group < kGroups ? kRows : 0;  // leftover threads do nothing
-    const int first = kWords == 16 ? spread(group) : group;
-    int count = 0;
-    float mean[kPerWord] = {}, m2[kPerWord] = {};
-    for (int r = first; r < rows; r += kGroups) {
-      if (!valid(r)) continue;
-      count++;
-      const Word x(column + r * ld);
-      DENSE_EXT_UNROLL for (int i = 0; i < kPerWord; i++) mean[i] += x.value[i];
-    }
-    DENSE_EXT_UNROLL for (int i = 0; i < kPerWord; i++) mean[i] /= static_cast<float>(count);
-    for (int r = first; r < rows; r += kGroups) {
-      if (!valid(r)) continue;
-      const Word x(column + r * ld);
-      DENSE_EXT_UNROLL for (int i = 0; i < kPerWord; i++) {
-        m2[i] += (x.value[i] - mean[i]) * (x.value[i] - mean[i]);
-      }
-    }
-    if (group < kGroups) {
-      float* means = scratch_ + group * kColumns + word * kPerWord;
-      DENSE_EXT_UNROLL for (int i = 0; i < kPerWord; i++) {
-        means[i] = mean[i];
-        means[kGroups * kColumns + i] = m2[i];
-      }
-      if (word == 0) scratch_[2 * kGroups * kColumns + group] = static_cast<float>(count);
-    }
-    sync_threads();
-    if (thread_index() >= kColumns) return;
-    for (int g = 0; g < kGroups; g++) {
-      const float* of = scratch_ + g * kColumns + thread_index();
-      total_.merge({scratch_[2 * kGroups * kColumns + g], of[0], of[kGroups * kColumns]});
-    }
-  }
-
-  // Writes the moments of `columns` columns to a row [count, means, m2]. Each of the two vectors
-  // has `size` elements, and this block's columns begin at `first`.
-  __device__ void write(float* row, int64_t first, int64_t size, int columns) const {
-    if (thread_index() >= columns) return;
-    if (first == 0 && thread_index() == 0) store_global(row, total_.count);
-    store_global(row + 1 + first + thread_index(), total_.mean);
-    store_global(row + 1 + size + first + thread_index(), total_.m2);
-  }
-
- private:
-  struct Word {
-    float value[kPerWord];
-    __device__ explicit Word(const T* at) {
-      if constexpr (kPerWord == 2) {
-        const Float2 x = unpack<T>(load_shared(reinterpret_cast<const uint32_t*>(at)));
-        value[0] = x.x, value[1] = x.y;
-      } else {
-        value[0] = load_shared(at);
-      }
-    }
-  };
-
-  float* scratch_;
-  Moments total_;  // of column thread_index()
-};
 
 }  // namespace dense_ext

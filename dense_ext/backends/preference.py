@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 # The general order, fastest first.
-PREFERENCE = ("cpu", "triton", "cuda", "reference")
+PREFERENCE = ("cpu", "cuda", "triton", "reference")
 
 SHIPPED = Path(__file__).with_name("preference.json")
 

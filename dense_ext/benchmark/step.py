@@ -15,7 +15,7 @@ class TrainStep:
 
     Args:
         model: float32 parameters.
-        optimizer: over the model's parameters; its gradients stay allocated between steps.
+        optimizer: over the model's parameters.
         dtype: other than float32 the forward runs under autocast to it; float16 scales the loss.
         device: the model's.
     """
@@ -38,7 +38,7 @@ class TrainStep:
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         """The loss before the step's update, detached."""
-        self.optimizer.zero_grad(set_to_none=False)
+        self.optimizer.zero_grad()
         loss, _ = self.loss_and_logits(images, labels)
         torch.autograd.backward(self.scaler.scale(loss))
         self.scaler.step(self.optimizer)

@@ -13,6 +13,7 @@ from .step import synchronize
 # On a GPU, steps are queued until a sample lasts about this long.
 _SAMPLE_SECONDS = 0.5
 _FLUSHED_BYTES = 2**26  # more than the last-level cache of a CPU core's share
+_LAUNCH_CYCLES = 4_000_000  # of a GPU, some 2 ms: longer than the host takes to launch a call
 _WARM_UP = {"cpu": 1, "cuda": 3}  # calls
 
 
@@ -82,8 +83,8 @@ def interleave(
 class ColdTimer:
     """Times single calls that find the caches empty, by CUDA events on a GPU.
 
-    Between two calls a buffer larger than the last-level cache is overwritten. On a GPU that also
-    keeps the device busy while the call is launched: what is timed is the device's work.
+    Between two calls a buffer larger than the last-level cache is overwritten. A GPU sleeps until all
+    calls are launched: what is timed is its work, not how long the host takes to launch it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -107,6 +108,7 @@ class ColdTimer:
 
     def _events(self, call: Callable[[], object], count: int) -> list[float]:
         pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+        torch.cuda._sleep(count * _LAUNCH_CYCLES)
         for start, end in pairs:
             self.flushed.zero_()
             start.record()

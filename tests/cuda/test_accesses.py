@@ -283,8 +283,8 @@ def weight_passes(blocks: int, channels: int) -> int:
 def check_conv3x3(gpu: Emulator, patches: int) -> None:
     """Fragments have no conflicts: a matrix's eight rows are pixels of one line, or repeat its last pixel."""
     found = conflicts(gpu)
-    assert set(found) <= {"bn_relu_conv3x3.cu", "patch.cuh", "tile.cuh"}
-    assert found["bn_relu_conv3x3.cu"] <= weight_passes(patches, 64)
+    assert set(found) <= {"taps.cuh", "patch.cuh", "tile.cuh"}
+    assert found["taps.cuh"] <= weight_passes(patches, 64)
     # Looking up the pixels of slots: of several lines at once, and only of slots that have one.
     lookups = sum(taken for place, taken in gpu.counters.shared_passes.items() if "patch.cuh" in place)
     assert found["patch.cuh"] <= lookups / 8

@@ -68,18 +68,18 @@ WRONG_VALUES = "off by|NaN in other places"
 FAULTS = {
     # One warp reads too early or too late what another writes.
     "no barrier before reading": backward_1x1(
-        "bn_relu_conv1x1.cu",
-        "    sync_threads();\n\n    if (args.wants_weight) {\n",
-        "    if (args.wants_weight) {\n",
+        "bn_relu_conv1x1_backward.cuh",
+        "activate(at);\n      sync_threads();\n",
+        "activate(at);\n",
         WRONG_VALUES,
     ),
     "no barrier before writing": Fault(
         "bn_relu_conv1x1.cu",
         partial(conv1x1.forward_case, statistics=False),
         (2, 12, 17, 104, 48),
-        "bn_relu_conv1x1.cu",
-        "    sync_threads();\n  }\n  if (args.moments) {\n",
-        "  }\n  if (args.moments) {\n",
+        "bn_relu_conv1x1_forward.cuh",
+        "      sync_threads();\n    }\n    if (args.moments) {\n",
+        "    }\n    if (args.moments) {\n",
         WRONG_VALUES,
     ),
     "no wait for copies": forward_1x1("tile.cuh", "copy_async_wait<kStages - 2>();", "", WRONG_VALUES),
@@ -99,8 +99,8 @@ FAULTS = {
     # Threads diverge at a collective operation.
     "a barrier for some": stats(
         "reduce.cu",
-        "    sync_threads();\n    if (warp_index() < half) parts[thread_index()].merge",
-        "    if (warp_index() >= half) continue;\n    sync_threads();\n    parts[thread_index()].merge",
+        "    sync_threads();\n    if (warp_index() < half) {\n",
+        "    if (warp_index() >= half) continue;\n    sync_threads();\n    {\n",
         "threads wait for each other: .* at reduce.cu:.* at the end of the kernel",
     ),
     "two barriers for one": stats(
@@ -130,10 +130,10 @@ FAULTS = {
         WRONG_VALUES,
     ),
     "slots without a pixel added up": backward_3x3(
-        "bn_relu_conv3x3.cu", "            keep_rows<T>(b[0], keep + slot);\n", "", WRONG_VALUES
+        "bn_relu_conv3x3_backward.cuh", "            keep_rows<T>(b[i], keep + slot);\n", "", WRONG_VALUES
     ),
     "the line above for its neighbour": backward_3x3(
-        "bn_relu_conv3x3.cu", "if (l >= 2) add(2);", "if (l >= 2) add(1);", WRONG_VALUES
+        "bn_relu_conv3x3_backward.cuh", "if (l >= 2) add(2);", "if (l >= 2) add(1);", WRONG_VALUES
     ),
     "more shared memory than asked for": stats(
         "channel_stats.cu",
@@ -143,7 +143,7 @@ FAULTS = {
     ),
     # Uninitialised registers.
     "a sum that begins with nothing": backward_1x1(
-        "bn_relu_conv1x1.cu",
+        "bn_relu_conv1x1_backward.cuh",
         "float da[1][kDataColumns][4] = {};",
         "float da[1][kDataColumns][4];",
         WRONG_VALUES,

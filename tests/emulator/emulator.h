@@ -49,6 +49,7 @@ void run(const Grid& grid, const std::function<void()>& kernel, const char* name
 // --- collective operations -----------------------------------------------------------------------
 
 void barrier(Place place);
+void warp_barrier(Place place);
 
 // Waits for the other lanes of the warp at the same place. The last lane to arrive runs `body` on
 // the values `mine` of all lanes, ordered by lane.

@@ -1,0 +1,216 @@
+// The kernel of bn_relu_conv3x3.cu's forward, which has the formulas and the shapes.
+
+#pragma once
+
+#include "moments.cuh"
+#include "reduce.cuh"
+#include "taps.cuh"
+
+namespace dense_ext {
+namespace {
+
+template <class T>
+struct ForwardArguments {
+  Pixels<const T> z;
+  const float *scale, *shift;  // [B]
+  Weight<const T> weight;      // [K, B, 3, 3]
+  Pixels<T> y;
+  float* moments;  // [blocks, 1 + 2 K]; null if not wanted
+  Patches patches;
+  int z_bytes, weight_bytes, y_bytes;  // per access
+  int kept;  // chunks of the weight in shared memory: all, or one at a time
+};
+
+// A block computes kOut channels of patches of kPixels slots, and steps through B in chunks of
+// kDepth; while it computes with one chunk, it loads the next. A warp has a stack of kStack lines
+// and one of kParts parts of the channels.
+template <class Math_, int kOut_, int kStack_, int kParts_, bool kWide_>
+struct Forward {
+  using Math = Math_;
+  using T = typename Math::T;
+  static constexpr bool kWide = kWide_;
+  static constexpr int kThreads = 256, kStack = kStack_, kParts = kParts_;
+  static constexpr int kPixels = kThreads / kWarp / kParts * 16 * kStack, kOut = kOut_;
+  // Enough for the bordered patch of eight images of 8 x 8 in 512 slots, or one of 16 x 16 in 256.
+  static constexpr int kBordered = kPixels == 512 ? 736 : kPixels == 256 ? 360 : 200;
+  // The blocks per multiprocessor for which the registers suffice.
+  static constexpr int kBlocks = kPixels == 512 || kOut > 32 ? 1 : 2;
+  static constexpr int kDepth = 64 / static_cast<int>(sizeof(T));
+  static constexpr int kLd = padded<T>(kDepth), kOutLd = padded<T>(kOut);
+  static constexpr int kStageSize =
+      kBordered * kLd > kPixels* kOutLd ? kBordered * kLd : kPixels * kOutLd;
+  static constexpr int kTapSize = tap_size<T>(kOut * kLd), kWeightSize = kTaps * kTapSize;
+  using Places = dense_ext::Places<kPixels, kBordered, kThreads>;
+  using Vector = UnitVector<T, kDepth>;
+  using Statistics = ColumnMoments<T, kOut, kThreads>;
+  static_assert(Statistics::kScratch * sizeof(float) <= 2 * kStageSize * sizeof(T));
+
+  static constexpr int shared_bytes(int64_t kept) {
+    return SharedMemory::bytes_of(2 * kStageSize * int64_t{sizeof(T)}) +
+           SharedMemory::bytes_of(kept * kWeightSize * int64_t{sizeof(T)}) +
+           SharedMemory::bytes_of(2 * 2 * Vector::kSize * int64_t{sizeof(float)}) +
+           SharedMemory::bytes_of(Places::kInts * int64_t{sizeof(int)}) +
+           SharedMemory::bytes_of(Statistics::kPivots * int64_t{sizeof(T)});
+  }
+};
+
+// The phases of a block, and what they share.
+template <class Config>
+struct ForwardBlock {
+  using Math = typename Config::Math;
+  using T = typename Config::T;
+  using Vector = typename Config::Vector;
+  static constexpr int kThreads = Config::kThreads, kPixels = Config::kPixels;
+  static constexpr int kOut = Config::kOut, kDepth = Config::kDepth, kLd = Config::kLd;
+  static constexpr int kBordered = Config::kBordered, kOutLd = Config::kOutLd;
+  static constexpr int kColumns = kOut / 8 / Config::kParts;  // fragments per warp
+  using Products = float[Config::kStack][kColumns][4];
+
+  const ForwardArguments<T>& args;
+  const Patches& patches;
+  T* const stages;       // [2][kBordered][kDepth] of z; one of them later y [kPixels][kOut]
+  T* const weights;      // [kept][kTaps][kOut][kDepth]
+  float* const vectors;  // [2][scale, shift][kDepth]
+  const typename Config::Places places;
+  typename Config::Statistics statistics;
+  const int in, chunks, first_out, outs;  // outs: the block's channels of y
+  const RowFragment<T> rows;
+  const ColumnFragments<T> columns;
+
+  __device__ ForwardBlock(const ForwardArguments<T>& args, SharedMemory shared)
+      : args(args),
+        patches(args.patches),
+        stages(shared.take<T>(2 * Config::kStageSize)),
+        weights(shared.take<T>(args.kept * Config::kWeightSize)),
+        vectors(shared.take<float>(2 * 2 * Vector::kSize)),
+        places(shared.take<int>(Config::Places::kInts), args.patches),
+        statistics(shared.take<T>(Config::Statistics::kPivots)),
+        in(static_cast<int>(args.z.channels)),
+        chunks((in + kDepth - 1) / kDepth),
+        first_out(block_x() * kOut),
+        outs(std::min(int{kOut}, static_cast<int>(args.y.channels) - first_out)),
+        rows([&](int r) { return args.patches.corner(warp_row() + r) * kLd; }),
+        columns(kLd) {}
+
+  __device__ void run() {
+    if (keeps_weight()) {
+      for (int chunk = 0; chunk < chunks; chunk++) load_weight(chunk, chunk);
+    }
+    int stage = 0, parity = 0;
+    places.locate(block_y(), parity);
+    sync_threads();
+    load(parity, 0, stage);
+    copy_async_commit();
+    for (int patch = block_y(); patch < patches.count; patch += grid_y(), parity = 1 - parity) {
+      const int next = patch + grid_y();
+      if (next < patches.count) places.locate(next, 1 - parity);
+      Products y = {};
+      for (int chunk = 0; chunk < chunks; chunk++, stage = 1 - stage) {
+        copy_async_wait<0>();
+        sync_threads();
+        if (!keeps_weight()) load_weight(chunk, 0);
+        copy_async_commit();
+        const bool last = chunk + 1 == chunks;
+        if (!last || next < patches.count) {
+          load(last ? 1 - parity : parity, last ? 0 : chunk + 1, 1 - stage);
+        }
+        copy_async_commit();
+        activate(stage, parity);
+        copy_async_wait<1>();  // for the weight
+        sync_threads();
+        multiply(y, stage, keeps_weight() ? chunk : 0);
+      }
+      sync_threads();
+      store(y, stages + (1 - stage) * Config::kStageSize, parity);
+      sync_threads();
+    }
+    copy_async_wait<0>();
+    if (args.moments) {
+      const int64_t out = args.y.channels;
+      statistics.write(reinterpret_cast<float*>(stages), args.moments + block_y() * (1 + 2 * out),
+                       first_out, out, outs);
+    }
+  }
+
+  __device__ bool keeps_weight() const { return args.kept == chunks; }
+  __device__ __forceinline__ void load_weight(int chunk, int place) const {
+    load_taps<kOut, kDepth, kThreads>(weights + place * Config::kWeightSize, kLd, args.weight,
+                                      args.weight_bytes, first_out, chunk * kDepth);
+  }
+
+  // Loads a chunk of a bordered patch, and its scale and shift.
+  __device__ __forceinline__ void load(int parity, int chunk, int stage) const {
+    const int c = chunk * kDepth;
+    copy_tile<kBordered, kDepth, kThreads, Config::kWide>(
+        stages + stage * Config::kStageSize, kLd, in - c, args.z_bytes,
+        ChosenRows(Rows(args.z, places.origin(parity), 0, c),
+                   [&](int p) { return places.source(parity, p); }));
+    float* vector = vectors + stage * 2 * Vector::kSize;
+    copy_vector<kDepth, kThreads>(vector, args.scale, c, in, Vector::place);
+    copy_vector<kDepth, kThreads>(vector + Vector::kSize, args.shift, c, in, Vector::place);
+  }
+
+  // Activates z in place; outside the images it stays zero.
+  __device__ __forceinline__ void activate(int stage, int parity) const {
+    const float* scale = vectors + stage * 2 * Vector::kSize;
+    activate_rows<kBordered, kDepth, kThreads>(
+        stages + stage * Config::kStageSize, kLd, scale, scale + Vector::kSize,
+        [&](int p) { return places.source(parity, p) >= 0; });
+  }
+
+  // y += the products of a chunk, over all taps.
+  __device__ __forceinline__ void multiply(Products& y, int stage, int place) const {
+    const T* weight = weights + place * Config::kWeightSize;
+    const auto load_tap = [&](uint32_t (&b)[2][2], int tap, int k, int j) {
+      const T* of_tap = weight + tap * Config::kTapSize;
+      columns.load(b[0], b[1], of_tap + (warp_column() + 8 * j) * kLd + k, kLd);
+    };
+    multiply_taps<Math, kDepth>(y, rows, stages + stage * Config::kStageSize, kLd, patches.line,
+                                kDepth, load_tap);
+  }
+
+  // Stores a patch of y through the memory of its last chunk, and adds it to the statistics.
+  __device__ __forceinline__ void store(const Products& y, T* tile, int parity) {
+    for_pairs(y, [&](int row, int column, float left, float right) {
+      store_pair(tile + (warp_row() + row) * kOutLd + warp_column() + column, left, right);
+    });
+    sync_threads();
+    store_tile<kPixels, kOut, kThreads, Config::kWide>(
+        tile, kOutLd, outs, args.y_bytes,
+        ChosenRows(Rows(args.y, places.origin(parity), 0, first_out),
+                   [&](int r) { return places.center(parity, r); }));
+    if (args.moments) {
+      statistics.template add<kPixels>(tile, kOutLd,
+                                       [&](int r) { return places.center(parity, r) >= 0; });
+    }
+  }
+
+  // The warp's position in y.
+  __device__ static int warp_row() { return warp_index() / Config::kParts * 16 * Config::kStack; }
+  __device__ static int warp_column() { return warp_index() % Config::kParts * 8 * kColumns; }
+};
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
+    forward_kernel(const ForwardArguments<typename Config::T> args) {
+  ForwardBlock<Config>(args, SharedMemory()).run();
+}
+
+template <class Config>
+void run_forward(ForwardArguments<typename Config::T> args, const Tensor& like, float* mean,
+                 float* var) {
+  const int64_t out = args.y.channels, columns = ceil_div(out, Config::kOut);
+  const int64_t chunks = ceil_div(args.z.channels, Config::kDepth);
+  const bool keep = Config::shared_bytes(chunks) <= current_device().shared_bytes;
+  args.kept = static_cast<int>(keep ? chunks : 1);
+  args.patches = patches_of<Config>(args.z);
+  const int shared = Config::shared_bytes(args.kept);
+  const int64_t blocks = persistent_blocks(args.patches.count, columns, Config::kBlocks, shared);
+  with_moments(blocks, out, like, mean, var, [&](float* moments) {
+    args.moments = moments;
+    launch<forward_kernel<Config>>({columns, blocks, Config::kThreads, shared}, args);
+  });
+}
+
+}  // namespace
+}  // namespace dense_ext
