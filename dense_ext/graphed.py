@@ -167,6 +167,8 @@ class _Recording:
                 (self._out,), self._replay_forward = record(self._run_forward, pool, stream)
                 if self.call.gradients:
                     self._grads, self._replay_backward = record(self._run_backward, pool, stream)
+            # Its autograd graph would keep nodes that belong to the recording's stream.
+            self._y = self._out
         finally:
             with torch.no_grad():
                 for buffer, before in buffers:

@@ -183,8 +183,15 @@ struct Forward {
       SharedMemory::bytes_of(kStages * 2 * kDepth * int64_t{sizeof(float)});
 };
 
+// The blocks per multiprocessor for which the registers suffice with broad tiles.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kBroadBlocks = 1;
+#else
+constexpr int kBroadBlocks = 2;
+#endif
+
 template <class Config>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, Config::kOut > 128 ? kBroadBlocks : 2)
     forward_kernel(const ForwardArguments<typename Config::T> args) {
   using Math = typename Config::Math;
   using T = typename Config::T;

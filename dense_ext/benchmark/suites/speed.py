@@ -151,13 +151,16 @@ class TimedSuite(Suite):
 
     @classmethod
     def _bound(cls, results: Results, row: Measurement) -> str:
-        """What was measured, and what bounds it."""
+        """What was measured, and what bounds it where it comes near that bound."""
         work, flops = results.work, row.measures["flops"] / int(row.case["batch"])
+        what = "step" if cls.training else "call"
+        near = max(results.matmul_share(other) for other in results.timed()) > 0.5
+        begin = f"What bounds the {what} is arithmetic:" if near else f"A {what} takes"
+        multiplies = work["matmul_flops_per_second"][row.case["dtype"]] / 1e9
         return (
             f"{row.case['model']}, {cls.setting(results, row)}; PyTorch {results.versions['torch']}; "
-            f"{results.options['rounds']} rounds. What bounds the {'step' if cls.training else 'call'} is "
-            f"arithmetic: {flops / 1e9:.2f} GFLOP {cls.per}, on a machine that multiplies matrices at "
-            f"{work['matmul_flops_per_second'][row.case['dtype']] / 1e9:.0f} GFLOP/s and copies at "
+            f"{results.options['rounds']} rounds. {begin} {flops / 1e9:.2f} GFLOP {cls.per}, on a machine "
+            f"that multiplies matrices at {multiplies:.0f} GFLOP/s and copies at "
             f"{work['copy_bytes_per_second'] / 1e9:.0f} GB/s"
         )
 
