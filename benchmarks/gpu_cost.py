@@ -293,14 +293,15 @@ def patches(size: int, slots: int, stack: int, bordered: int) -> Patches:
 
 
 def cuda_3x3_forward(layer: Layer) -> Work:
-    """The loops: patches, chunks of B, their weight, columns of taps, and pivots.
+    """The loops: patches, chunks of B, their weight by elements and by units, columns of taps, and pivots.
 
-    For K = 32 the weight stays in shared memory. For K = 48 it does not fit: each patch loads it again.
+    For K = 32 the weight stays in shared memory. For K = 48 it does not fit: each patch loads it again, by
+    units, as it is in channels_last memory.
     """
     slots, stack, bordered, out = (512, 4, 736, 32) if layer.k == 32 else (256, 2, 360, 48)
     count, chunks = patches(layer.size, slots, stack, bordered).number * up(layer.k, out), up(layer.b, 32)
-    weight = 0 if layer.k == 32 else chunks * up(9 * out * 32, 32 * WARPS)
-    turns = (1, chunks, weight, 3 * chunks, 0)
+    weight = 0 if layer.k == 32 else chunks * up(9 * out * 32 // 8, 32 * WARPS)
+    turns = (1, chunks, 0, weight, 3 * chunks, 0)
     return work_3x3(layer, [count * t for t in turns], False)
 
 

@@ -6,7 +6,7 @@ Swap the dense blocks of an existing model with :func:`swap`, or build with :cla
 from . import functional, memory
 from .backends import available_backends, use_backend
 from .eligibility import fused_export
-from .graphed import make_graphed
+from .graphed import GraphedModel, make_graphed
 from .models import (
     DenseNet,
     densenet121,
@@ -29,6 +29,7 @@ __all__ = [
     "DenseBlock",
     "DenseLayer",
     "DenseNet",
+    "GraphedModel",
     "Transition",
     "__version__",
     "available_backends",
