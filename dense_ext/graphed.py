@@ -70,7 +70,7 @@ def make_graphed(model: nn.Module, *samples: Tensor) -> GraphedModel:
     Raises:
         ValueError: no sample is given, a sample is not on a GPU, the model draws random numbers on the CPU
             (as fused dropout does for its masks, which a graph would repeat), it is wrapped for several
-            processes, or it does not return one tensor.
+            processes, it does not return one tensor, or it trains and nothing requires a gradient.
     """
     if not samples:
         raise ValueError("make_graphed needs a sample input of each shape")
@@ -130,6 +130,8 @@ class _Recording:
     def __init__(self, model: nn.Module, sample: Tensor, call: _Call) -> None:
         self.model, self.call = model, call
         self.parameters = [p for p in model.parameters() if p.requires_grad] if call.gradients else []
+        if call.gradients and not (self.parameters or call.needs_gradient):
+            raise ValueError("the model is in training mode, but nothing requires a gradient")
         self.calls = 0  # of forward
         self.backwards = True  # whether the last call's backward pass has run
         self._x = sample.detach().clone(memory_format=torch.preserve_format)
@@ -148,10 +150,7 @@ class _Recording:
         dtype = self.call.autocast
         autocast = torch.autocast("cuda", dtype, enabled=dtype is not None, cache_enabled=False)
         try:
-            with (
-                autocast,
-                torch.set_grad_enabled(self.call.gradients),
-            ):
+            with autocast, torch.set_grad_enabled(self.call.gradients):
                 with torch.cuda.stream(stream):
                     for _ in range(_WARM_UP):
                         self._run_forward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -193,7 +194,9 @@ class Pair(nn.Module):
 
 def test_refuses(make: Any, model: nn.Module) -> None:
     with pytest.raises(ValueError, match="one tensor, got tuple"):
-        make(Pair(), batches()[0])
+        make(Pair().eval(), batches()[0])
+    with pytest.raises(ValueError, match="nothing requires a gradient"):
+        make(copy.deepcopy(model).requires_grad_(False), batches()[0])
     with pytest.raises(ValueError, match="needs a sample"):
         dense_ext.make_graphed(model)
     with pytest.raises(ValueError, match="the sample is on cpu"):
