@@ -7,6 +7,7 @@ the smallest failing case as an expression, and `compare(Case(...))` runs it.
 from __future__ import annotations
 
 import os
+import traceback
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,7 +62,9 @@ class Case:
                 for i, call in enumerate(self.calls):
                     found.update({f"call {i}: {k}": v for k, v in call.run(model, x).items()})
             except Exception as error:
-                return {"error": error}
+                # After an error in a checkpointed forward PyTorch's hooks stay until its frames are gone.
+                traceback.clear_frames(error.__traceback__)
+                return {"error": error.with_traceback(None)}
         found["input gradient"] = x.grad
         found.update({f"hook saw {i}": value for i, value in enumerate(SEEN)})
         for name, parameter in model.named_parameters():
