@@ -28,30 +28,34 @@ def cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         ]
         originals = [tensors[i] for i in chosen]
         if chosen:
-            copies = _Cast.apply(dtype, *originals) if learned else _copies(originals, [dtype] * len(chosen))
-            for i, copied in zip(chosen, copies, strict=True):
+            made = _Cast.apply(dtype, *originals) if learned else copies(originals, [dtype] * len(chosen))
+            for i, copied in zip(chosen, made, strict=True):
                 found[i] = copied
     return found
 
 
-def _copies(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    copies = [torch.empty_like(tensor, dtype=dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
-    torch._foreach_copy_(copies, list(tensors))
-    return copies
+def copies(
+    tensors: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None] | None = None
+) -> list[Tensor | None]:
+    """Copies of the tensors, each in its own of ``dtypes``, if any; None where there is no tensor."""
+    pairs = zip(tensors, dtypes or [None] * len(tensors), strict=True)
+    found = [None if t is None else torch.empty_like(t, dtype=dtype) for t, dtype in pairs]
+    there = [(to, t) for to, t in zip(found, tensors, strict=True) if to is not None and t is not None]
+    if there:
+        torch._foreach_copy_([to for to, _ in there], [t for _, t in there])
+    return found
 
 
 class _Cast(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor | None, ...]:
         ctx.dtypes = [tensor.dtype for tensor in tensors]
         ctx.set_materialize_grads(False)
-        return tuple(_copies(tensors, [dtype] * len(tensors)))
+        return tuple(copies(tensors, [dtype] * len(tensors)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # a backward pass that can be differentiated again
             pairs = zip(grads, ctx.dtypes, strict=True)
             return None, *(None if grad is None else grad.to(dtype) for grad, dtype in pairs)
-        found = [(grad, dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True) if grad is not None]
-        done = iter(_copies(*zip(*found, strict=True)) if found else ())
-        return None, *(None if grad is None else next(done) for grad in grads)
+        return None, *copies(grads, ctx.dtypes)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .casting import copies
+
 # Runs before recording: they let libraries choose algorithms and take their workspace.
 _WARM_UP = 3
 
@@ -211,11 +213,7 @@ class _Recording:
         self._gy.copy_(gy)
         self._replay_backward()
         # Copies: the next replay overwrites its own results, and someone may hold these.
-        found = [grad for grad in self._grads if grad is not None]
-        copies = [torch.empty_like(grad) for grad in found]
-        torch._foreach_copy_(copies, found)
-        rest = iter(copies)
-        return [None if grad is None else next(rest) for grad in self._grads]
+        return copies(self._grads)
 
 
 def record(run: Run, pool: Any, stream: torch.cuda.Stream) -> tuple[Sequence[Any], Callable[[], None]]:
