@@ -104,6 +104,30 @@ def input_reason(x: Any) -> str | None:
     return None
 
 
+def readable(x: Any, module: Any) -> Any:
+    """``x`` in a memory layout from which the norms inside ``module`` compute the right gradients.
+
+    For channels_last images on a CPU, PyTorch's batch norm backward assumes that a norm's vectors are dense.
+    In eager the images might have been contiguous; a fused part made them channels_last.
+    """
+    if not isinstance(x, Tensor) or torch.compiler.is_compiling() or x.dim() not in (4, 5):
+        return x
+    if x.is_contiguous() or not any(map(_has_strided_vectors, module.modules())):
+        return x
+    return x.contiguous()
+
+
+def _has_strided_vectors(norm: nn.Module) -> bool:
+    """Whether a batch norm's vectors may be strided; those that are no plain tensors of the norm may be."""
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        return False
+    own = {**norm._parameters, **norm._buffers}
+    names = ("weight", "bias", "running_mean", "running_var")
+    return any(name not in own for name in names) or any(
+        tensor is not None and not tensor.is_contiguous() for tensor in own.values()
+    )
+
+
 def _vouched(x: Any) -> bool:
     """Whether the operators read x like a plain tensor. The compiler has its own classes and checks them."""
     return torch.compiler.is_compiling() or type(x) in VOUCHED_TENSORS
@@ -227,7 +251,7 @@ class Fused:
 
     def run_original(self, x: Any) -> Any:
         """Call the module's own forward, as its class defines it now."""
-        return self.original.forward(self, x)
+        return self.original.forward(self, readable(x, self))
 
     @classmethod
     def why_not(cls, module: Any) -> str | None:

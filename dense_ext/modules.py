@@ -32,7 +32,7 @@ from .batch_norm import (
 )
 from .casting import cast
 from .checks import check_batch, check_input, check_options, check_parameters
-from .eligibility import Fused, interference, mode_reason, names_of
+from .eligibility import Fused, interference, mode_reason, names_of, readable
 from .schedule import norm_starts
 from .supported import layers_reason
 from .synchronised import group_of
@@ -547,7 +547,7 @@ class FusedFeatures(Fused, nn.Sequential):
                 if isinstance(child, FusedDenseBlock) and self._fuses(child, x):
                     x, carried = child.run(x)
                 else:
-                    x = child(x)
+                    x = child(readable(x, child))
             i += 1
         if carried is not None:
             x = own_memory(x)

@@ -98,7 +98,7 @@ def test_saved_tensors_of_volumes_in_another_layout(recompute: str, tmp_path: Pa
 
 
 def norms(model: nn.Module) -> list[nn.BatchNorm2d]:
-    """All norms but the last, which stays PyTorch's own; it is wrong for strided vectors in some layouts."""
+    """All norms but the last, which stays PyTorch's own; there strided vectors give other bits."""
     return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)][:-1]
 
 
@@ -206,6 +206,33 @@ def test_gradients_of_parameters_in_other_layouts_in_float32(
         model(x).square().sum().backward()
     for (name, one), other in zip(usual.named_parameters(), strided.parameters(), strict=True):
         assert torch.equal(one.grad, other.grad), name
+
+
+def as_columns(norm: nn.BatchNorm2d) -> None:
+    table = torch.stack([norm.weight.detach(), norm.bias.detach(), norm.running_mean, norm.running_var], 1)
+    norm.weight, norm.bias = nn.Parameter(table[:, 0]), nn.Parameter(table[:, 1])
+    norm.running_mean, norm.running_var = table[:, 2], table[:, 3]
+
+
+@pytest.mark.filterwarnings("ignore:.*runs its original forward")
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize(
+    "part",
+    ["norm0", "denseblock2.denselayer1.norm1", "denseblock1.denselayer2.norm2", "transition1.norm", "norm5"],
+)
+def test_strided_vectors_where_pytorchs_own_norm_runs(part: str, training: bool) -> None:
+    """PyTorch's batch norm is wrong for strided vectors if the images are in channels_last memory."""
+    ours, eager = twin(small_densenet().train(training), lambda m: dense_ext.swap(m, strict=True))
+    as_columns(ours.features.get_submodule(part))
+    x, results = images(), []
+    for model in (ours, eager):
+        if part != "norm5":  # the last norm is not fused anyway
+            model.features.get_submodule(part).register_forward_hook(lambda *_: None)
+        leaf = x.clone().requires_grad_()
+        model(leaf).square().sum().backward()
+        results.append(leaf.grad)
+    assert_equal(*results, "input gradient")
+    assert_same_state(ours, eager)
 
 
 # --- images and features ---------------------------------------------------------------------------------
