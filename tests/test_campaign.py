@@ -113,9 +113,12 @@ def _known(case: Case, eager: str, fused: str) -> bool:
     written = "modified by an inplace operation"
     if not fused:  # eager saves or returns other tensors, and so may detect a write that has no effect here
         return written in eager or "is a view and is being modified inplace" in eager
-    # A block called on its own saves its output, as documented. The last error is PyTorch's own; eager raises
-    # it too for channels_last images: for a batch of gradients of GroupNorm.
+    # A block called on its own, or by a class that dense_ext does not know, saves its output, as documented.
+    # The last error is PyTorch's own; eager raises it too for channels_last images: for a batch of gradients
+    # of GroupNorm.
     alone = any(call.part == "children one by one" for call in case.calls)
+    written_by_hook = any(change.what.startswith("write_into") for change in (*case.before, *case.after))
+    alone |= case.network.library.startswith("recognised") and written_by_hook
     return (alone and written in fused) or "NYI: querying is_contiguous inside of vmap" in fused
 
 

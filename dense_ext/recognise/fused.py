@@ -225,7 +225,7 @@ def kinds_of(module: Any) -> dict[str, type[nn.Module]]:
 
 def changes(module: Any, kinds: dict[str, type], plan: Plan) -> str | None:
     """What has changed since the module was recognised, or None."""
-    if kinds_of(module) != kinds:
+    if list(kinds_of(module).items()) != list(kinds.items()):  # their order too: a Sequential runs in it
         return "its modules have changed since it was recognised"
     original = original_class(type(module)) if isinstance(module, Recognised) else type(module)
     if not torch.compiler.is_compiling() and (name := patched_method(original)):

@@ -476,8 +476,14 @@ def _expanded(t: Tensor) -> Tensor:
 
 @_change
 def norm_vectors_strided(model: nn.Module, at: int) -> None:
-    """Every vector of a norm, including the running statistics, is a strided slice."""
-    norm = _pick(model, at, _NORMS)
+    """Every vector of a norm in a block or transition, with the running statistics, is a strided slice.
+
+    Where a network itself runs a norm after a fused part, PyTorch's own fault shows, as in eager with
+    channels_last images: see :func:`norm_vectors_dense`.
+    """
+    parent, _, norm = _pick_with_parent(model, at, _NORMS)
+    if parent is _features(model):
+        raise NoSuchModule
     for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
         if tensor is not None:
             tensor.data = _strided(tensor)

@@ -190,7 +190,8 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
     "strided": _strided,
     "offset": _offset,
-    "expanded": lambda x: x[:1].expand_as(x),
+    # Equal channels, not equal images: these have no variance left where a single pixel remains.
+    "expanded": lambda x: x[:, :1].expand_as(x),
     "channels first in memory": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
 }
 

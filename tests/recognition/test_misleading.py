@@ -467,6 +467,9 @@ CHANGES: dict[str, Callable[[Any, Any], None]] = {
         torch.manual_seed(1),  # the same weights in both networks
         _set("layers.1.conv2", nn.Conv2d(8, K, 3, padding=1, groups=2, bias=False).double())(model, patch),
     )[1],
+    "the order of the layers": lambda model, patch: model.layers._modules.update(
+        {"0": model.layers._modules.pop("0")}
+    ),
     "a layer exchanged": lambda model, patch: setattr(
         model, "layers", nn.Sequential(*list(model.layers)[:2])
     ),
