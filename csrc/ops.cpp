@@ -27,7 +27,11 @@ STABLE_TORCH_LIBRARY(DENSE_EXT_NAMESPACE, m) {
   m.def("bn_relu_pool_conv1x1_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) grad_x, Tensor(b!) sums, Tensor(c!)? grad_weight" TF32_ARGUMENT ") -> ()");
   m.def("bn_relu_maxpool_forward(Tensor x, Tensor scale, Tensor shift, Tensor(a!) y) -> ()");
   m.def("bn_relu_maxpool_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor(a!) grad_x, Tensor(b!) sums) -> ()");
-#ifdef DENSE_EXT_GPU
+#ifndef DENSE_EXT_GPU
+  m.def("frozen_block_forward(Tensor(a!) x, int in_channels, Tensor[] means, Tensor[] vars, Tensor[] weights, Tensor[] biases, float[] eps, Tensor[] convs) -> ()");
+  m.def("pack_frozen_block(int in_channels, Tensor[] means, Tensor[] vars, Tensor[] weights, Tensor[] biases, float[] eps, Tensor[] convs) -> Tensor");
+  m.def("packed_block_forward(Tensor(a!) x, Tensor packed, int in_channels, int[] inner, int[] out) -> ()");
+#else
   m.def("has_code(int device) -> bool");
   m.def("bn_relu_pool_conv1x1_norm_backward(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor norm_weight, float eps, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) grad_x, Tensor(b!) grad_norm_weight, Tensor(c!) grad_norm_bias, Tensor(d!)? grad_weight" TF32_ARGUMENT ") -> ()");
   m.def("bn_relu_maxpool_norm_backward(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor norm_weight, float eps, Tensor scale, Tensor shift, Tensor(a!) grad_x, Tensor(b!) grad_norm_weight, Tensor(c!) grad_norm_bias) -> ()");

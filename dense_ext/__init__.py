@@ -21,6 +21,7 @@ from .models import (
     densenet_bc_250_24,
 )
 from .modules import DenseBlock, DenseLayer, Transition
+from .packing import pack_weights
 from .recognise import register
 from .swap import report, restore, restored, swap
 from .version import __version__
@@ -47,6 +48,7 @@ __all__ = [
     "fused_export",
     "make_graphed",
     "memory",
+    "pack_weights",
     "register",
     "report",
     "restore",

@@ -7,6 +7,7 @@ recomputes.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -38,6 +39,18 @@ def _dense_block(x: Shape, *rest: Any, out_shape: Any = None, **_: Any) -> int:
     return sum(_products(x, _weights(rest)))
 
 
+def _packed_dense_block(
+    x: Shape, packed: Shape, widths: Shape, growth: Shape, *_: Any, out_shape: Any = None, **__: Any
+) -> int:
+    channels = itertools.accumulate(growth[:-1], initial=x[1])
+    weights = [
+        weight
+        for c, b, k in zip(channels, widths, growth, strict=True)
+        for weight in ((b, c, 1, 1), (k, b, 3, 3))
+    ]
+    return sum(_products(x, weights))
+
+
 def _dense_block_backward(
     grad: Shape, output: Shape, stats: Shape, z: Shape, *rest: Any, out_shape: Any = None, **__: Any
 ) -> int:
@@ -62,6 +75,7 @@ def register_formulas() -> None:
     ops = torch.ops.dense_ext
     for names, formula in (
         (["dense_block"], _dense_block),
+        (["packed_dense_block"], _packed_dense_block),
         (["dense_block_backward", "dense_block_backward_"], _dense_block_backward),
         (["transition", "stem"], _pooling),
         (["transition_backward", "stem_backward"], _pooling_backward),

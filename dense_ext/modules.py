@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.jit import is_scripting  # type: ignore[attr-defined]  # absent from torch's stubs
 
-from . import ops  # registers the operators
+from . import ops, packing  # ops registers the operators
 from .arguments import Arguments, BlockOptions, TransitionOptions
 from .backends.base import accumulate_dtype
 from .batch_norm import (
@@ -168,6 +168,9 @@ def run_dense_block(
     """
     check_input("dense block", x, norms[0], isinstance(convs[0], nn.Conv3d))
     per_layer = len(drop_rates)
+    plain = per_layer == 2 and activation == "relu" and not any(drop_rates) and reorder is None
+    if plain and packing.wanted(norms) and (out := _run_packed(x, norms, convs, backend)) is not None:
+        return out, ops.NOTHING_CARRIED
     x = _as_autocast_concatenates(x)
     args = read_arguments("dense block", x, norms, convs, backend, activation)
     if reorder is not None:
@@ -188,6 +191,23 @@ def run_dense_block(
     of_x = any(args.batch_stats[::per_layer])  # whether X's statistics were computed
     known = stats[:, : out.shape[1]] if of_x else None
     return out, ops.Carried(known, args.group, ops.block_node(out))
+
+
+def _run_packed(x: Tensor, norms: Sequence[Any], convs: Sequence[Any], backend: str) -> Tensor | None:
+    """A frozen block's X, computed with packed weights; None if they are not for this call."""
+    run = None if x.dim() != 4 or ops.autocast_enabled(x) else ops.frozen_blocks(x, backend)
+    first, last = convs[0], convs[1]
+    form = tuple(last.kernel_size), tuple(last.dilation), constant(first, "bias")
+    if run is None or form != ((3, 3), (1, 1), None) or constant(first, "weight").dtype != x.dtype:
+        return None
+    if (packed := packing.find(norms, convs)) is None:
+        args = read_arguments("dense block", x, norms, convs, backend)
+        if any(args.batch_stats) or args.conv_biases:
+            return None
+        packed = ops.pack_block(x, args, run)
+        packing.keep(norms, convs, packed)
+    widths, growth = ([conv.out_channels for conv in convs[i::2]] for i in (0, 1))
+    return torch.ops.dense_ext.packed_dense_block(x, packed, widths, growth, backend)
 
 
 def _count(x: Tensor, args: Arguments) -> Any:

@@ -30,7 +30,7 @@ from .arguments import (
 )
 from .autograd import load, needs_conv_grad, register, save
 from .backends import Primitives, requested, select
-from .backends.base import accumulate_dtype
+from .backends.base import FrozenBlocks, accumulate_dtype
 from .backends.general import Form, in_form
 from .batch_norm import in_dtype, values_per_channel
 from .flops import register_formulas
@@ -204,6 +204,33 @@ def _dense_block(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     block = _block(x, x.shape[1], args, options)
     with _without_autocast(x):
         return schedule.forward(_of_block(x, args, options), block, x, options.recompute == "none")
+
+
+# --- a frozen block with packed weights: (x) -> X, without a backward ------------------------------------
+
+
+def frozen_blocks(x: Tensor, backend: str) -> FrozenBlocks | None:
+    """What runs frozen blocks of images like x in one call, None if the backend runs them layer by layer."""
+    return select(requested(backend), x.device.type, x.dtype).frozen_blocks
+
+
+def pack_block(x: Tensor, args: Arguments, run: FrozenBlocks) -> Tensor:
+    """The packed weights of the frozen block with these arguments, whose input is like x."""
+    options = BlockOptions(2, 1, None, [0.0, 0.0], False, "bottleneck")
+    block = _block(x, x.shape[1], args, options)
+    return run.pack(x.shape[1], *schedule.frozen_parameters(block))
+
+
+@_operator("packed_dense_block(Tensor x, Tensor packed, int[] widths, int[] growth, str backend) -> Tensor")
+def _packed_dense_block(
+    x: Tensor, packed: Tensor, widths: list[int], growth: list[int], backend: str
+) -> Tensor:
+    out, run = schedule.empty_like(x, x.shape[1] + sum(growth)), frozen_blocks(x, backend)
+    if run is None:
+        raise RuntimeError(f"packed weights are for a CPU, got an input on {x.device}")
+    schedule.start_buffer(out, x)
+    run.forward_packed(schedule.nhwc(out), packed, x.shape[1], widths, growth)
+    return out
 
 
 def _of_block(x: Tensor, args: Arguments, options: BlockOptions) -> Primitives:

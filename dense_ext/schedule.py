@@ -20,6 +20,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,6 +99,13 @@ class Block:
     @property
     def out_channels(self) -> int:
         return self.in_channels + sum(self.growth)
+
+    def is_plain(self) -> bool:
+        """Whether each layer is a bottleneck of norms and convolutions, without biases or dropout."""
+        return all(
+            len(layer.convs) == 2 and not layer.biases and not any(dropout.rate for dropout in layer.dropouts)
+            for layer in self.layers
+        )
 
     @property
     def stats_sizes(self) -> list[int]:
@@ -304,9 +312,13 @@ def forward(ops: Primitives, block: Block, x: Tensor, keep_bottleneck: bool) -> 
     out, stats, z_all = empty_outputs(block, x, keep_bottleneck)
     if x.shape[0] == 0 and block.sync is None:
         return out, stats, z_all
-    run = Pass(ops, block, out, stats, z_all)
     norms = [norm for layer in block.layers for norm in layer.norms]
     frozen = all(norm.running is not None for norm in norms)
+    if frozen and not keep_bottleneck and ops.frozen_blocks is not None and block.is_plain():
+        start_buffer(out, x)
+        ops.frozen_blocks.forward(nhwc(out), block.in_channels, *frozen_parameters(block))
+        return out, stats, z_all
+    run = Pass(ops, block, out, stats, z_all)
     # If any layer needs X's statistics, compute all of them: the next transition uses the last layer's too.
     wants_stats = any(layer.norms[0].running is None for layer in block.layers)
     run.x_parts[0].copy_(nhwc(x))
@@ -317,6 +329,20 @@ def forward(ops: Primitives, block: Block, x: Tensor, keep_bottleneck: bool) -> 
     for i in range(len(block.layers)):
         _layer_forward(run, i, wants_stats, frozen)
     return out, stats, z_all
+
+
+def start_buffer(out: Tensor, x: Tensor) -> None:
+    """Copy the block's input to the first channels of X."""
+    first_channels(nhwc(out), x.shape[1]).copy_(nhwc(x))
+
+
+def frozen_parameters(block: Block) -> tuple[list[Any], ...]:
+    """The parameters of :class:`FrozenBlocks` for a block whose norms are all frozen."""
+    norms = [norm for layer in block.layers for norm in layer.norms]
+    means, variances = zip(*[norm.running for norm in norms if norm.running is not None], strict=True)
+    vectors = [norm.weight for norm in norms], [norm.bias for norm in norms]
+    convs = [conv for layer in block.layers for conv in layer.convs]
+    return list(means), list(variances), *vectors, [norm.eps for norm in norms], convs
 
 
 def _layer_forward(run: Pass, index: int, wants_stats: bool, frozen: bool) -> None:

@@ -4,6 +4,8 @@
 //                   statistics also u += du, v -= scale*grad_bias/count + du*mean,
 //                   du = -scale*invstd*grad_weight/count.
 
+#include "batch_norm.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
@@ -29,13 +31,8 @@ void bn_scale_shift(const Tensor& mean, const Tensor& var, const Tensor& weight,
     const A* vars = channels<const A>(var, "var", n);
     const A* weights = channels<const A>(weight, "weight", n);
     const A* biases = channels<const A>(bias, "bias", n);
-    A* scales = channels<A>(scale, "scale", n);
-    A* shifts = channels<A>(shift, "shift", n);
-    for (int64_t c = 0; c < n; c++) {
-      const A s = weights[c] / std::sqrt(vars[c] + static_cast<A>(eps));
-      shifts[c] = biases[c] - means[c] * s;
-      scales[c] = s;
-    }
+    scale_and_shift(means, vars, weights, biases, eps, n, channels<A>(scale, "scale", n),
+                    channels<A>(shift, "shift", n));
   });
 }
 

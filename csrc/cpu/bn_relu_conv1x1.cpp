@@ -15,9 +15,7 @@
 namespace dense_ext {
 namespace {
 
-// The pixels of a tile (8 register tiles), and the channels that are activated at a time.
-constexpr int64_t kForwardPixels = 112;
-constexpr int64_t kForwardChannels = 256;
+// The pixels of a tile, and the channels that are activated at a time.
 constexpr int64_t kBackwardPixels = 112;
 constexpr int64_t kBackwardChannels = 128;
 
@@ -41,8 +39,7 @@ class Forward {
         in_(args.x.channels),
         out_(args.z.channels),
         weights_(weights_as_b(args.weight, /*transposed=*/true)),
-        tiles_(args.x.count(), kForwardPixels, num_threads()),
-        chunks_(in_, kForwardChannels, kPanel<A>),
+        tiles_(args.x.count(), ActivatedProduct<T>::kPixels, num_threads()),
         workspace_{bytes_of<A>(weights_.packed_size()), 2 * padded_bytes<A>(in_),
                    Moments::bytes(tiles_.parts, out_)},
         packed_(workspace_.take<A>(weights_.packed_size())),
@@ -58,49 +55,22 @@ class Forward {
 
  private:
   void run_part(int64_t part) {
-    const int64_t a_ld = leading_dimension<A>(chunks_.size), z_ld = leading_dimension<A>(out_);
-    A* a = scratch<A>(Slot::kActivation, kForwardPixels * a_ld);
-    A* z = scratch<A>(Slot::kProduct, kForwardPixels * z_ld);
+    const ActivatedProduct<T> product{args_.x, scale_, shift_, packed_, out_};
     moments_.clear(part);
     const Range range = tiles_.of_part(part);
     for (int64_t i = range.begin; i < range.end; i++) {
-      const Range tile = tiles_.tile(i);
-      for (int64_t c = 0; c < chunks_.count; c++) {
-        const int64_t first = chunks_[c].begin, columns = chunks_[c].size();
-        activate_rows(args_.x.at(tile.begin) + first, args_.x.stride, tile.size(), columns,
-                      scale_ + first, shift_ + first, a, a_ld);
-        multiply(Product<A>{
-            .rows = tile.size(),
-            .columns = out_,
-            .depth = columns,
-            .a = a,
-            .a_row = a_ld,
-            .a_depth = 1,
-            .b = packed_ + first * kPanel<A>,
-            .b_panel = in_ * kPanel<A>,
-            .b_depth = kPanel<A>,
-            .c = z,
-            .c_row = z_ld,
-            .accumulate = c > 0,
-            .prefetch = {next_input(i, c, range.end), fetch_pixels(args_.z, tile, {0, out_})}});
-      }
-      store_rounded_rows(z, z_ld, tile.size(), out_, args_.z.at(tile.begin), args_.z.stride);
-      if (args_.mean) moments_.add_rows(part, z, z_ld, tile.size());
+      const Range tile = tiles_.tile(i), next = i + 1 < range.end ? tiles_.tile(i + 1) : Range{};
+      A* z = product.run(tile, next, fetch_pixels(args_.z, tile, {0, out_}));
+      store_rounded_rows(z, product.ld(), tile.size(), out_, args_.z.at(tile.begin),
+                         args_.z.stride);
+      if (args_.mean) moments_.add_rows(part, z, product.ld(), tile.size());
     }
-  }
-
-  // The input that is activated after chunk c of tile i.
-  Prefetch next_input(int64_t i, int64_t c, int64_t end) const {
-    if (c + 1 < chunks_.count) return fetch_pixels(args_.x, tiles_.tile(i), chunks_[c + 1]);
-    if (i + 1 < end) return fetch_pixels(args_.x, tiles_.tile(i + 1), chunks_[0]);
-    return {};
   }
 
   const ForwardArguments<T>& args_;
   const int64_t in_, out_;
   const WeightsAsB<T> weights_;  // [in][out]
   const Tiles tiles_;
-  const Chunks chunks_;
   Workspace workspace_;
   A* const packed_;
   const A *const scale_, *const shift_;

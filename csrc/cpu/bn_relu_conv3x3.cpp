@@ -17,12 +17,10 @@
 namespace dense_ext {
 namespace {
 
-// The bytes of scratch for a band, and the channels that are activated at a time. The last is the
-// number of pixels that a weight gradient sums at a time, so that its operands stay in the L1
-// cache.
+// The bytes of scratch for a band. The last is the number of pixels that a weight gradient sums at
+// a time, so that its operands stay in the L1 cache.
 constexpr int64_t kForwardBytes = 256 << 10;
 constexpr int64_t kBackwardBytes = 512 << 10;
-constexpr int64_t kChannels = 128;
 constexpr int64_t kWeightPixels = 128;
 
 template <class T>
@@ -44,19 +42,13 @@ class Forward {
       : args_(args),
         in_(args.z.channels),
         out_(args.y.channels),
-        chunks_(in_, kChannels, kPanel<A>),
+        chunks_(in_, kConv3x3Channels, kPanel<A>),
         a_ld_(whole_vectors<A>(std::min(in_, chunks_.size))),
         y_ld_(whole_vectors<A>(out_)),
         weight_taps_(TapOffsets::in_weight(args.weight, /*reversed=*/false)),
         a_taps_(TapOffsets::in_band(args.z.width, a_ld_)),
         b_taps_(TapOffsets::in_panel<A>(in_)),
-        weights_{.weights = args.weight.data,
-                 .taps = kTaps,
-                 .depth = in_,
-                 .columns = out_,
-                 .k_stride = args.weight.in_stride,
-                 .j_stride = args.weight.out_stride,
-                 .tap_offsets = weight_taps_.offset},
+        weights_(weights_as_b(args.weight, weight_taps_)),
         bands_(args.z, a_ld_ * int64_t{sizeof(A)}, kForwardBytes, num_threads()),
         workspace_{bytes_of<A>(weights_.packed_size()), 2 * padded_bytes<A>(in_),
                    Moments::bytes(bands_.parts(), out_)},
@@ -177,7 +169,7 @@ class Backward {
       : args_(args),
         in_(args.z.channels),
         out_(args.y.channels),
-        chunks_(in_, kChannels, kPanel<A>),
+        chunks_(in_, kConv3x3Channels, kPanel<A>),
         a_ld_(whole_vectors<A>(chunks_.size)),
         dy_ld_(whole_vectors<A>(out_)),
         weight_taps_(TapOffsets::in_weight(args.weight, /*reversed=*/true)),

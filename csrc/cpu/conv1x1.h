@@ -7,6 +7,7 @@
 
 #include "parallel.h"
 #include "reduce.h"
+#include "rows.h"
 #include "tensor.h"
 
 namespace dense_ext {
@@ -31,6 +32,53 @@ template <class A>
 int64_t leading_dimension(int64_t columns) {
   return round_up(columns, kLanes<A>) + kLanes<A>;
 }
+
+// The products of forward's 1x1 convolution, for the tiles of one thread.
+template <class T>
+struct ActivatedProduct {
+  using A = Acc<T>;
+  // The pixels of a tile (8 register tiles), and the channels that are activated at a time.
+  static constexpr int64_t kPixels = 112;
+  static constexpr int64_t kChannels = 256;
+
+  Pixels<const T> x;       // [M, C]
+  const A *scale, *shift;  // [C], padded
+  const A* packed;         // the weight [B, C], from pack_weights
+  int64_t out;             // B
+  Chunks chunks = {x.channels, kChannels, kPanel<A>};
+
+  int64_t ld() const { return leading_dimension<A>(out); }
+
+  // z = relu(scale*x + shift) @ W^T for the pixels of `tile`, in scratch with rows of ld().
+  // Meanwhile prefetches the first input of the tile `next`, and `target`, to which z will be
+  // written.
+  A* run(Range tile, Range next, Prefetch target) const {
+    const int64_t a_ld = leading_dimension<A>(chunks.size);
+    A* a = scratch<A>(Slot::kActivation, kPixels * a_ld);
+    A* z = scratch<A>(Slot::kProduct, kPixels * ld());
+    for (int64_t c = 0; c < chunks.count; c++) {
+      const int64_t first = chunks[c].begin, columns = chunks[c].size();
+      const bool last = c + 1 == chunks.count;
+      activate_rows(x.at(tile.begin) + first, x.stride, tile.size(), columns, scale + first,
+                    shift + first, a, a_ld);
+      multiply(Product<A>{
+          .rows = tile.size(),
+          .columns = out,
+          .depth = columns,
+          .a = a,
+          .a_row = a_ld,
+          .a_depth = 1,
+          .b = packed + first * kPanel<A>,
+          .b_panel = x.channels * kPanel<A>,
+          .b_depth = kPanel<A>,
+          .c = z,
+          .c_row = ld(),
+          .accumulate = c > 0,
+          .prefetch = {fetch_pixels(x, last ? next : tile, chunks[last ? 0 : c + 1]), target}});
+    }
+    return z;
+  }
+};
 
 // How threads split the work: over the pixels and, if there are few pixels, over the channels too.
 // Each part of the pixels costs a private weight gradient, which must be filled and added. Each

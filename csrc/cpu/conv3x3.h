@@ -12,6 +12,8 @@
 namespace dense_ext {
 
 constexpr int64_t kTaps = 9;
+// The channels of the convolution's input that are multiplied at a time.
+constexpr int64_t kConv3x3Channels = 128;
 
 template <class A>
 int64_t whole_vectors(int64_t columns) {
@@ -47,6 +49,18 @@ struct TapOffsets {
     return taps;
   }
 };
+
+// A 3x3 weight [out, in] as the b of forward's product.
+template <class T>
+WeightsAsB<T> weights_as_b(const Weight<const T>& w, const TapOffsets& taps) {
+  return {.weights = w.data,
+          .taps = kTaps,
+          .depth = w.in,
+          .columns = w.out,
+          .k_stride = w.in_stride,
+          .j_stride = w.out_stride,
+          .tap_offsets = taps.offset};
+}
 
 // The weight gradients [tap][in][out] of the parts (threads), in a workspace. Their rows are padded
 // to whole vectors.

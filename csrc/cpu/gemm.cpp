@@ -13,20 +13,39 @@ namespace dense_ext {
 namespace {
 
 constexpr int64_t kNoOffset = 0;
+// The depth steps of an iteration, if a is dense along the depth.
+constexpr int kUnrolled = 4;
 
 template <class A, int kRows, int kVectors>
 void product_kernel(const Product<A>& p, const A* a, const A* b, A* c) {
+  constexpr int kPointers = (kRows + 2) / 3;
   Vector<A> acc[kRows][kVectors] = {};
   const int64_t a_row = p.a_row, a_depth = p.a_depth, b_depth = p.b_depth, depth = p.depth;
   for (int64_t tap = 0; tap < p.taps; tap++) {
     const A* at = a + (p.a_taps ? p.a_taps[tap] : kNoOffset);
     const A* bt = b + (p.b_taps ? p.b_taps[tap] : kNoOffset);
-    for (int64_t k = 0; k < depth; k++, at += a_depth, bt += b_depth) {
+    // A pointer for each three rows: an address reaches 0, 1 or 2 strides from it without
+    // arithmetic.
+    const A* rows[kPointers];
+    DENSE_UNROLL for (int i = 0; i < kPointers; i++) rows[i] = at + 3 * i * a_row;
+    const auto step = [&](int64_t offset, const A* bk) {
       Vector<A> bv[kVectors];
-      DENSE_UNROLL for (int v = 0; v < kVectors; v++) bv[v] = load(bt + v * kLanes<A>);
+      DENSE_UNROLL for (int v = 0; v < kVectors; v++) bv[v] = load(bk + v * kLanes<A>);
       DENSE_UNROLL for (int r = 0; r < kRows; r++) {
-        DENSE_UNROLL for (int v = 0; v < kVectors; v++) acc[r][v] += at[r * a_row] * bv[v];
+        const A value = rows[r / 3][r % 3 * a_row + offset];
+        DENSE_UNROLL for (int v = 0; v < kVectors; v++) acc[r][v] += value * bv[v];
       }
+    };
+    int64_t k = 0;
+    if (a_depth == 1) {
+      for (; k + kUnrolled <= depth; k += kUnrolled, bt += kUnrolled * b_depth) {
+        DENSE_UNROLL for (int u = 0; u < kUnrolled; u++) step(u, bt + u * b_depth);
+        DENSE_UNROLL for (int i = 0; i < kPointers; i++) rows[i] += kUnrolled;
+      }
+    }
+    for (; k < depth; k++, bt += b_depth) {
+      step(0, bt);
+      DENSE_UNROLL for (int i = 0; i < kPointers; i++) rows[i] += a_depth;
     }
   }
   DENSE_UNROLL for (int r = 0; r < kRows; r++) {

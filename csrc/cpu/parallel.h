@@ -136,17 +136,39 @@ class Workspace {
 };
 
 template <class T>
-void pack_weights(const WeightsAsB<T>& weights, Acc<T>* packed) {
+struct Packing {
+  WeightsAsB<T> weights;
+  Acc<T>* packed;
+};
+
+// Packs several weights in one parallel loop.
+template <class T>
+void pack_weights(std::initializer_list<Packing<T>> all) {
   constexpr int64_t kRows = 64;
-  const int64_t chunks = ceil_div(weights.depth, kRows), items = weights.panels() * chunks;
-  const int64_t parts = std::min(items, num_threads());
+  const auto items = [](const Packing<T>& p) {
+    return p.weights.panels() * ceil_div(p.weights.depth, kRows);
+  };
+  int64_t total = 0;
+  for (const Packing<T>& each : all) total += items(each);
+  const int64_t parts = std::min(total, num_threads());
   parallel(parts, [&](int64_t part) {
-    const Range range = part_of(items, parts, part);
-    for (int64_t i = range.begin; i < range.end; i++) {
-      const int64_t first = i % chunks * kRows;
-      pack_rows(weights, i / chunks, {first, std::min(first + kRows, weights.depth)}, packed);
+    const Range range = part_of(total, parts, part);
+    int64_t first = 0;
+    for (const Packing<T>& each : all) {
+      const int64_t chunks = ceil_div(each.weights.depth, kRows), last = first + items(each);
+      for (int64_t i = std::max(range.begin, first); i < std::min(range.end, last); i++) {
+        const int64_t panel = (i - first) / chunks, row = (i - first) % chunks * kRows;
+        pack_rows(each.weights, panel, {row, std::min(row + kRows, each.weights.depth)},
+                  each.packed);
+      }
+      first = last;
     }
   });
+}
+
+template <class T>
+void pack_weights(const WeightsAsB<T>& weights, Acc<T>* packed) {
+  pack_weights<T>({{weights, packed}});
 }
 
 }  // namespace dense_ext

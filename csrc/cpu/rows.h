@@ -69,6 +69,18 @@ void store_rounded_rows(Acc<T>* values, int64_t ld, int64_t rows, int64_t column
   }
 }
 
+// values = values, rounded to T
+template <class T>
+void round_rows(Acc<T>* values, int64_t ld, int64_t rows, int64_t columns) {
+  if constexpr (!std::is_same_v<T, Acc<T>>) {
+    for (int64_t r = 0; r < rows; r++, values += ld) {
+      for_vectors<T>(columns, [&](int64_t j, auto) {
+        store(values + j, widen<T>(narrow<T>(load(values + j))));
+      });
+    }
+  }
+}
+
 // mean and m2 = sum (x - mean)^2 of each column, by two passes over rows that are in the cache.
 template <class T>
 void moments_of_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, Acc<T>* mean,

@@ -43,6 +43,8 @@ class Primitives:
         for name, primitive in THROUGH_NORM.items():
             setattr(self, name, getattr(table[primitive], name))
         self.max_pixels = min(backend.max_pixels for backend in table.values())
+        convs = {table[name] for name in ("bn_relu_conv1x1_forward", "bn_relu_conv3x3_forward")}
+        self.frozen_blocks = convs.pop().frozen_blocks if len(convs) == 1 else None
 
     def __getattr__(self, name: str) -> Any:  # tells mypy that the attributes set above exist
         raise AttributeError(name)

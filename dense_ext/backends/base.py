@@ -24,7 +24,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,6 +85,27 @@ def tf32_allowed(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and convolutions.fp32_precision == "tf32"
 
 
+class FrozenBlocks(NamedTuple):
+    """A dense block of bottlenecks whose norms all use their running statistics, in one call.
+
+    The bits are those of :meth:`Backend.bn_scale_shift`, :meth:`Backend.bn_relu_conv1x1_forward` and
+    :meth:`Backend.bn_relu_conv3x3_forward`, layer by layer.
+
+    Attributes:
+        forward: ``forward(x, in_channels, *parameters)`` writes the layers' channels of x [N, H, W, Ct]. Its
+            first ``in_channels`` hold the block's input. The parameters are, for each norm in the order they
+            run, its mean, variance, weight and bias [C] and its eps; and for each layer the weights
+            [B, C, 1, 1] and [K, B, 3, 3]. Each is a list.
+        pack: ``pack(in_channels, *parameters)`` returns them in the order in which forward reads them.
+        forward_packed: ``forward_packed(x, packed, in_channels, widths, growth)`` is ``forward`` with what
+            ``pack`` returned. The last two are B and K of each layer.
+    """
+
+    forward: Callable[..., None]
+    pack: Callable[..., Tensor]
+    forward_packed: Callable[..., None]
+
+
 class Backend(ABC):
     """One implementation of the primitives. Calls leave no state in the instance."""
 
@@ -93,6 +115,8 @@ class Backend(ABC):
     rounds_operands: ClassVar[bool] = False
     # The largest M that one call may have.
     max_pixels: ClassVar[float] = math.inf
+    # A frozen dense block in one call, if the backend has it.
+    frozen_blocks: FrozenBlocks | None = None
 
     @abstractmethod
     def unavailable_reason(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:

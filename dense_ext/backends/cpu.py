@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .base import PRIMITIVES, STORAGE_DTYPES, accumulate_dtype
+from .base import PRIMITIVES, STORAGE_DTYPES, FrozenBlocks, accumulate_dtype
 from .compiled import PACKAGE, CompiledBackend, Library
 
 # PyTorch's name for the instruction set -> the libraries that such a machine can run, best first.
@@ -17,12 +17,15 @@ LIBRARIES = {
     "AVX2": ("_cpu_avx2", "_cpu_default"),
 }
 ELSEWHERE = ("_cpu_default",)
+# The ops of :class:`FrozenBlocks`, in the order of its fields.
+_OF_FROZEN_BLOCKS = ("frozen_block_forward", "pack_frozen_block", "packed_block_forward")
 
 
 def _library() -> Library:
     names = LIBRARIES.get(torch.backends.cpu.get_cpu_capability(), ELSEWHERE)
     absent = f"the C++ backend is not built: none of {', '.join(names)} is in {PACKAGE}"
-    return Library([PACKAGE / f"{name}.so" for name in names], "dense_ext", absent)
+    paths = [PACKAGE / f"{name}.so" for name in names]
+    return Library(paths, "dense_ext", absent, (*PRIMITIVES, *_OF_FROZEN_BLOCKS))
 
 
 # The widest vector and panel of the matrix product over all instruction sets, in values; see csrc/cpu/gemm.h.
@@ -41,6 +44,7 @@ class CPUBackend(CompiledBackend):
 
     def __init__(self) -> None:
         super().__init__(_library())
+        self.frozen_blocks = FrozenBlocks(*map(self.library.op, _OF_FROZEN_BLOCKS))
 
     def unavailable_reason(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
         if self.library.reason is not None:

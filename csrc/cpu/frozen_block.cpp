@@ -1,0 +1,339 @@
+// A dense block whose norms all use their running statistics, layer by layer:
+//   z = relu(scale1*x + shift1) @ W1^T,  y = conv3x3(relu(scale2*z + shift2), W3)
+//
+// x [N, H, W, Ct] holds the block's input in its first channels; each layer's y follows the
+// channels that the layer reads. W1 [B, C], W3 [K, B, 3, 3], any strides. The bits are those of
+// bn_relu_conv1x1 and bn_relu_conv3x3. But a band of z is read while it is in the cache. It is
+// stored activated and with a border of zeros, so that the 3x3 convolution reads it in place.
+
+#include <torch/csrc/stable/library.h>
+
+#include <vector>
+
+#include "batch_norm.h"
+#include "conv1x1.h"
+#include "conv3x3.h"
+
+namespace dense_ext {
+namespace {
+
+// The activated z that a thread writes before it is read.
+constexpr int64_t kBytesPerThread = 512 << 10;
+
+// The sizes of a layer.
+struct Shape {
+  int64_t in, inner, out;  // C, B, K
+};
+
+// What the products of a layer read, one after another in memory: each norm's scale and shift,
+// padded so that whole vectors can be loaded, and the packed weights.
+template <class A>
+struct Prepared {
+  A *scale1, *shift1, *scale2, *shift2, *packed1, *packed3, *end;
+
+  Prepared(A* memory, const Shape& shape) {
+    const int64_t in = round_up(shape.in, kPanel<A>), inner = round_up(shape.inner, kPanel<A>);
+    scale1 = memory;
+    shift1 = scale1 + in;
+    scale2 = shift1 + in;
+    shift2 = scale2 + inner;
+    packed1 = shift2 + inner;
+    packed3 = packed1 + shape.in * inner;
+    end = packed3 + kTaps * shape.inner * round_up(shape.out, kPanel<A>);
+  }
+  static int64_t size(const Shape& shape) {
+    A start;
+    return Prepared(&start, shape).end - &start;
+  }
+};
+
+// A layer's parameters and statistics.
+template <class T>
+struct Layer {
+  // The vectors [C] of a norm.
+  struct Norm {
+    const Acc<T>*mean, *var, *weight, *bias;
+    double eps;
+  };
+  Shape shape;
+  Norm norm1, norm2;
+  Weight<const T> weight1, weight3;
+
+  void prepare(const Prepared<Acc<T>>& to) const {
+    set(norm1, shape.in, to.scale1, to.shift1);
+    set(norm2, shape.inner, to.scale2, to.shift2);
+    const TapOffsets taps = TapOffsets::in_weight(weight3, /*reversed=*/false);
+    pack_weights<T>({{weights_as_b(weight1, /*transposed=*/true), to.packed1},
+                     {weights_as_b(weight3, taps), to.packed3}});
+  }
+
+ private:
+  static void set(const Norm& norm, int64_t count, Acc<T>* scale, Acc<T>* shift) {
+    scale_and_shift(norm.mean, norm.var, norm.weight, norm.bias, norm.eps, count, scale, shift);
+    const int64_t padded = round_up(count, kPanel<Acc<T>>);
+    std::fill(scale + count, scale + padded, Acc<T>{0});
+    std::fill(shift + count, shift + padded, Acc<T>{0});
+  }
+};
+
+template <class T>
+class FrozenBlock {
+  using A = Acc<T>;
+
+ public:
+  FrozenBlock(const Pixels<T>& x, const std::vector<Shape>& shapes)
+      : x_(x),
+        shapes_(shapes),
+        widest_(widest(shapes)),
+        z_ld_(whole_vectors<A>(widest_.inner)),
+        line_size_((x.width + 2) * z_ld_),
+        lines_(x.images * x.height),
+        bands_(std::min(
+            lines_, ceil_div(lines_ * bytes_of<A>(line_size_), num_threads() * kBytesPerThread))),
+        images_(std::min(x.images, ceil_div(ceil_div(lines_, bands_), x.height) + 1)),
+        z_taps_(TapOffsets::in_band(x.width, z_ld_)),
+        workspace_{bytes_of<A>(Prepared<A>::size(widest_)),
+                   bytes_of<A>(images_ * (x.height + 2) * line_size_)},
+        prepared_(workspace_.take<A>(Prepared<A>::size(widest_))),
+        z_(workspace_.take<A>(images_ * (x.height + 2) * line_size_)) {}
+
+  // Runs layers that are prepared one by one.
+  void run(const std::vector<Layer<T>>& layers) {
+    clear_border();
+    for (const Layer<T>& layer : layers) {
+      const Prepared<A> prepared(prepared_, layer.shape);
+      layer.prepare(prepared);
+      run(layer.shape, prepared);
+    }
+  }
+
+  // Runs layers that have been prepared, one after another in memory.
+  void run(A* memory) {
+    clear_border();
+    for (const Shape& shape : shapes_) {
+      const Prepared<A> prepared(memory, shape);
+      run(shape, prepared);
+      memory = prepared.end;
+    }
+  }
+
+ private:
+  static Shape widest(const std::vector<Shape>& shapes) {
+    Shape widest{};
+    for (const Shape& shape : shapes) {
+      widest.in = std::max(widest.in, shape.in);
+      widest.inner = std::max(widest.inner, shape.inner);
+      widest.out = std::max(widest.out, shape.out);
+    }
+    return widest;
+  }
+
+  void clear_border() {
+    for (int64_t i = 0; i < images_; i++) {
+      A* line = z_ + i * (x_.height + 2) * line_size_;
+      for (int64_t h = 0; h < x_.height + 2; h++, line += line_size_) {
+        if (h == 0 || h == x_.height + 1) {
+          std::fill_n(line, line_size_, A{0});
+        } else {
+          std::fill_n(line, z_ld_, A{0});
+          std::fill_n(line + line_size_ - z_ld_, z_ld_, A{0});
+        }
+      }
+    }
+  }
+
+  void run(const Shape& shape, const Prepared<A>& prepared) {
+    int64_t written = 0;
+    for (int64_t i = 0; i < bands_; i++) {
+      const Range band = part_of(lines_, bands_, i);
+      write_bottleneck(shape, prepared, band);
+      // The last line waits for the line below it, if that is in the same image.
+      const int64_t ready = band.end % x_.height ? band.end - 1 : band.end;
+      write_output(shape, prepared, {written, ready});
+      written = ready;
+    }
+  }
+
+  // Writes the activated z of these lines. A line is one row of one image.
+  void write_bottleneck(const Shape& shape, const Prepared<A>& prepared, Range lines) {
+    const int64_t width = x_.width, first = lines.begin * width;
+    const Pixels<const T> source = {x_.at(first), 1, lines.size(), width, shape.in, x_.stride};
+    const ActivatedProduct<T> product{source, prepared.scale1, prepared.shift1, prepared.packed1,
+                                      shape.inner};
+    const Tiles tiles(source.count(), product.kPixels, num_threads());
+    parallel(tiles.parts, [&](int64_t part) {
+      const Range range = tiles.of_part(part);
+      for (int64_t i = range.begin; i < range.end; i++) {
+        const Range tile = tiles.tile(i), next = i + 1 < range.end ? tiles.tile(i + 1) : Range{};
+        A* z = product.run(tile, next, {});
+        round_rows<T>(z, product.ld(), tile.size(), shape.inner);
+        for (int64_t p = tile.begin; p < tile.end;) {
+          const int64_t column = p % width, count = std::min(width - column, tile.end - p);
+          A* line = padded_line((first + p) / width) + line_size_;
+          activate_rows(z + (p - tile.begin) * product.ld(), product.ld(), count, shape.inner,
+                        prepared.scale2, prepared.shift2, line + (column + 1) * z_ld_, z_ld_);
+          p += count;
+        }
+      }
+    });
+  }
+
+  // Writes y of these lines.
+  void write_output(const Shape& shape, const Prepared<A>& prepared, Range lines) {
+    const TapOffsets packed_taps = TapOffsets::in_panel<A>(shape.inner);
+    const Chunks chunks(shape.inner, kConv3x3Channels, kPanel<A>);
+    const int64_t y_ld = whole_vectors<A>(shape.out);
+    const int64_t parts = std::min(lines.size(), num_threads());
+    parallel(parts, [&](int64_t part) {
+      A* y = scratch<A>(Slot::kProduct, x_.width * y_ld);
+      const Range range = part_of(lines.size(), parts, part);
+      for (int64_t i = range.begin; i < range.end; i++) {
+        const int64_t line = lines.begin + i;
+        for (int64_t c = 0; c < chunks.count; c++) {
+          const int64_t first = chunks[c].begin;
+          multiply(Product<A>{.rows = x_.width,
+                              .columns = shape.out,
+                              .depth = chunks[c].size(),
+                              .a = padded_line(line) + first,
+                              .a_row = z_ld_,
+                              .a_depth = 1,
+                              .b = prepared.packed3 + first * kPanel<A>,
+                              .b_panel = kTaps * shape.inner * kPanel<A>,
+                              .b_depth = kPanel<A>,
+                              .c = y,
+                              .c_row = y_ld,
+                              .accumulate = c > 0,
+                              .taps = kTaps,
+                              .a_taps = z_taps_.offset,
+                              .b_taps = packed_taps.offset});
+        }
+        store_rows<T>(y, y_ld, x_.width, shape.out, x_.at(line * x_.width) + shape.in, x_.stride);
+      }
+    });
+  }
+
+  // The upper left neighbour of the first pixel of a line of z.
+  A* padded_line(int64_t line) const {
+    const int64_t image = line / x_.height % images_, row = line % x_.height;
+    return z_ + (image * (x_.height + 2) + row) * line_size_;
+  }
+
+  const Pixels<T>& x_;
+  const std::vector<Shape>& shapes_;
+  const Shape widest_;  // the largest sizes of all layers
+  const int64_t z_ld_, line_size_;
+  const int64_t lines_, bands_;
+  const int64_t images_;  // how many are in z at a time
+  const TapOffsets z_taps_;
+  Workspace workspace_;
+  A* const prepared_;
+  A* const z_;  // [images_][H + 2][W + 2][z_ld_]; image i is at i % images_
+};
+
+template <class T>
+std::vector<Layer<T>> layers_of(int64_t in, const std::vector<Tensor>& means,
+                                const std::vector<Tensor>& vars, const std::vector<Tensor>& weights,
+                                const std::vector<Tensor>& biases, const std::vector<double>& eps,
+                                const std::vector<Tensor>& convs) {
+  using A = Acc<T>;
+  const size_t count = convs.size();
+  STD_TORCH_CHECK(count > 0 && count % 2 == 0 && means.size() == count && vars.size() == count &&
+                      weights.size() == count && biases.size() == count && eps.size() == count,
+                  "each layer takes two norms and two convolutions");
+  const auto norm = [&](size_t i, int64_t n) {
+    return typename Layer<T>::Norm{channels<const A>(means[i], "running mean", n),
+                                   channels<const A>(vars[i], "running variance", n),
+                                   channels<const A>(weights[i], "norm weight", n),
+                                   channels<const A>(biases[i], "norm bias", n), eps[i]};
+  };
+  std::vector<Layer<T>> layers;
+  for (size_t i = 0; i < count; i += 2) {
+    const int64_t inner = convs[i].size(0), out = convs[i + 1].size(0);
+    layers.push_back({{in, inner, out},
+                      norm(i, in),
+                      norm(i + 1, inner),
+                      weight_of<const T>(convs[i], "weight", inner, in, 1),
+                      weight_of<const T>(convs[i + 1], "weight", out, inner, 3)});
+    in += out;
+  }
+  return layers;
+}
+
+template <class T>
+std::vector<Shape> shapes_of(const std::vector<Layer<T>>& layers) {
+  std::vector<Shape> shapes;
+  for (const Layer<T>& layer : layers) shapes.push_back(layer.shape);
+  return shapes;
+}
+
+// Checks that the layers fill x.
+void check_channels(int64_t channels, const Shape& last) {
+  STD_TORCH_CHECK(channels == last.in + last.out, "x has ", channels, " channels, expected ",
+                  last.in + last.out);
+}
+
+void frozen_block_forward(const Tensor& x, int64_t in_channels, std::vector<Tensor> means,
+                          std::vector<Tensor> vars, std::vector<Tensor> weights,
+                          std::vector<Tensor> biases, std::vector<double> eps,
+                          std::vector<Tensor> convs) {
+  dispatch(x, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const auto xs = pixels<T>(x, "x");
+    const auto layers = layers_of<T>(in_channels, means, vars, weights, biases, eps, convs);
+    const std::vector<Shape> shapes = shapes_of(layers);
+    check_channels(xs.channels, shapes.back());
+    if (xs.count() > 0) FrozenBlock<T>(xs, shapes).run(layers);
+  });
+}
+
+Tensor pack_frozen_block(int64_t in_channels, std::vector<Tensor> means, std::vector<Tensor> vars,
+                         std::vector<Tensor> weights, std::vector<Tensor> biases,
+                         std::vector<double> eps, std::vector<Tensor> convs) {
+  STD_TORCH_CHECK(!convs.empty(), "a block has at least one layer");
+  Tensor packed;
+  dispatch(convs[0], [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = Acc<T>;
+    const auto layers = layers_of<T>(in_channels, means, vars, weights, biases, eps, convs);
+    int64_t size = 0;
+    for (const Layer<T>& layer : layers) size += Prepared<A>::size(layer.shape);
+    packed = torch::stable::empty({size}, kScalarType<A>);
+    A* memory = static_cast<A*>(packed.mutable_data_ptr());
+    for (const Layer<T>& layer : layers) {
+      const Prepared<A> prepared(memory, layer.shape);
+      layer.prepare(prepared);
+      memory = prepared.end;
+    }
+  });
+  return packed;
+}
+
+void packed_block_forward(const Tensor& x, const Tensor& packed, int64_t in_channels,
+                          std::vector<int64_t> inner, std::vector<int64_t> out) {
+  STD_TORCH_CHECK(!inner.empty() && inner.size() == out.size(), "each layer has two sizes");
+  dispatch(x, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = Acc<T>;
+    const auto xs = pixels<T>(x, "x");
+    std::vector<Shape> shapes;
+    int64_t in = in_channels, size = 0;
+    for (size_t i = 0; i < inner.size(); i++) {
+      shapes.push_back({in, inner[i], out[i]});
+      size += Prepared<A>::size(shapes.back());
+      in += out[i];
+    }
+    check_channels(xs.channels, shapes.back());
+    A* memory = channels<A>(packed, "packed", size);
+    if (xs.count() > 0) FrozenBlock<T>(xs, shapes).run(memory);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(DENSE_EXT_NAMESPACE, CPU, m) {
+  m.impl("frozen_block_forward", TORCH_BOX(&frozen_block_forward));
+  m.impl("pack_frozen_block", TORCH_BOX(&pack_frozen_block));
+  m.impl("packed_block_forward", TORCH_BOX(&packed_block_forward));
+}
+
+}  // namespace dense_ext

@@ -1,0 +1,117 @@
+"""Weights that are packed once for inference on a CPU, instead of at every call."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from operator import attrgetter, getitem, is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .eligibility import Fused
+
+_VECTORS = ("weight", "bias", "running_mean", "running_var")
+_version, _training = attrgetter("_version"), attrgetter("training")
+_state = attrgetter("__dict__", "_parameters", "_buffers")
+
+
+class Packed:
+    """The packed weights of a block, and the state of what they were made of.
+
+    A call compares hundreds of tensors, so it takes little Python for each. The state holds no module, so
+    that modules can be freed.
+    """
+
+    def __init__(self, norms: Sequence[nn.Module], convs: Sequence[nn.Module], weights: Tensor) -> None:
+        self.weights = weights
+        self.states = list(map(_state, (*norms, *convs)))
+        where = [(module, name) for module in norms for name in _VECTORS]
+        where += [(conv, name) for conv in convs for name in ("weight", "bias")]
+        self.holders = [_holder(module, name) for module, name in where]
+        self.names = [name for _, name in where]
+        self.found = self._find()
+        self.sources: list[Tensor] = [source for source in self.found if source is not None]
+        self.versions = self._versions()
+        self.eps = [norm.eps for norm in norms]
+
+    def _find(self) -> list[Tensor | None]:
+        return list(map(getitem, self.holders, self.names))
+
+    def _versions(self) -> list[int]:
+        return [*map(_version, self.sources), *map(Tensor.data_ptr, self.sources)]
+
+    def holds(self, norms: Sequence[Any], convs: Sequence[Any]) -> bool:
+        """Whether all modules, parameters and statistics are unchanged."""
+        states = map(_state, (*norms, *convs))
+        try:
+            return (
+                all(all(map(is_, *pair)) for pair in zip(states, self.states, strict=True))
+                and all(map(is_, self._find(), self.found))
+                and self._versions() == self.versions
+                and [norm.eps for norm in norms] == self.eps
+            )
+        except KeyError:  # a tensor is gone
+            return False
+
+
+def _holder(module: nn.Module, name: str) -> dict[str, Any]:
+    """The dictionary in which a module has its parameter, buffer or plain tensor ``name``."""
+    holders = (module._parameters, module._buffers, module.__dict__)
+    return next((holder for holder in holders if name in holder), {name: None})
+
+
+# By a block's first norm. Weak, and apart from the modules, so that copies and pickles carry nothing.
+_wanted: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_packed: weakref.WeakKeyDictionary[nn.Module, Packed] = weakref.WeakKeyDictionary()
+
+
+def pack_weights(model: nn.Module) -> nn.Module:
+    """Keep the packed weights of the fused blocks for inference on a CPU; returns ``model``.
+
+    The kernels read weights in an order of their own. Without this function they reorder them at every call,
+    which takes much of the time of a single image. With it, a block's first call without gradients in eval
+    mode keeps them, in as much memory as the weights themselves. The results have the same bits.
+
+    A changed weight, norm or statistic is noticed, and packed anew. But PyTorch does not count writes through
+    ``parameter.data``, NumPy or DLPack: after such a write, call this function again.
+
+    Training, other devices and autocast do not use packed weights. Copies and pickles of a model carry none.
+
+    Args:
+        model: a model whose dense blocks are fused, by :func:`swap` or as a :class:`DenseNet`.
+
+    Raises:
+        ValueError: nothing in the model is fused.
+    """
+    if not any(isinstance(module, Fused) for module in model.modules()):
+        raise ValueError("nothing in the model is fused, so there are no weights to pack; swap it first")
+    for module in model.modules():
+        _wanted.add(module)
+        _packed.pop(module, None)
+    return model
+
+
+def wanted(norms: Sequence[nn.Module]) -> bool:
+    """Whether a call of the block of these norms may run with packed weights."""
+    return (
+        len(_wanted) > 0
+        and not torch.compiler.is_compiling()
+        and norms[0] in _wanted
+        and not torch.is_grad_enabled()
+        and not any(map(_training, norms))
+    )
+
+
+def find(norms: Sequence[nn.Module], convs: Sequence[nn.Module]) -> Tensor | None:
+    """The packed weights of a block, if its parameters and statistics are unchanged; else None."""
+    packed = _packed.get(norms[0])
+    return packed.weights if packed is not None and packed.holds(norms, convs) else None
+
+
+def keep(norms: Sequence[nn.Module], convs: Sequence[nn.Module], weights: Tensor) -> None:
+    """Keep a block's packed weights as long as its first norm lives."""
+    tensors = [t for m in (*norms, *convs) for t in (*m._parameters.values(), *m._buffers.values())]
+    if not any(t is not None and t.is_inference() for t in tensors):  # these have no versions to compare
+        _packed[norms[0]] = Packed(norms, convs, weights)

@@ -1,0 +1,129 @@
+"""A frozen block in one call writes the same bits as its primitives, one after another."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from dense_ext import schedule
+from dense_ext.backends import CPU
+from dense_ext.backends.base import STORAGE_DTYPES, accumulate_dtype
+from dense_ext.schedule import Block, Dropout, Layer, Norm
+
+from ..conftest import checked_backends
+
+pytestmark = pytest.mark.skipif(CPU.frozen_blocks is None, reason="the C++ backend is not built")
+
+# N, H, W, c0, and B and K of each layer. The wide images need several bands of lines.
+SIZES = {
+    "small": (2, 7, 7, 12, [(8, 4), (8, 4)]),
+    "one pixel": (1, 1, 1, 3, [(5, 2)]),
+    "one line": (3, 1, 9, 33, [(16, 7)]),
+    "one column": (2, 5, 1, 4, [(4, 3), (6, 5)]),
+    "ragged": (3, 13, 11, 30, [(48, 12), (20, 13), (129, 3)]),
+    "many channels": (1, 6, 5, 300, [(130, 33)]),
+    "wide": (2, 9, 600, 5, [(128, 4), (64, 8)]),
+    "wider than a band": (2, 3, 2500, 3, [(128, 2)]),
+    "many images": (40, 6, 5, 8, [(128, 8)]),
+}
+
+
+@pytest.fixture(autouse=True)
+def only_on_a_cpu(request: pytest.FixtureRequest) -> None:
+    if checked_backends(request.config) != ["cpu"]:
+        pytest.skip("frozen blocks are of the C++ backend")
+
+
+@pytest.fixture(params=[1, 3], ids=["1 thread", "3 threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def block_of(c0: int, layers: list[tuple[int, int]], dtype: torch.dtype) -> Block:
+    generator, wide = torch.Generator().manual_seed(0), accumulate_dtype(dtype)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def norm(channels: int) -> Norm:
+        mean, var, weight, bias = random(4, channels).to(wide)
+        return Norm(weight, bias, 1e-3, (mean, var.square() + 0.5))
+
+    made, channels = [], c0
+    for width, growth in layers:
+        first = random(channels, width, 1, 1).transpose(0, 1)  # strides other than the usual ones
+        last = random(growth, width, 3, 3).contiguous(memory_format=torch.channels_last)
+        made.append(
+            Layer([norm(channels), norm(width)], [first.to(dtype), last.to(dtype)], [], [Dropout(0.0)] * 2)
+        )
+        channels += growth
+    return Block(made, c0)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("storage", STORAGE_DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_the_bits_are_those_of_the_primitives(
+    size: str, storage: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (n, h, w, c0, layers), dtype = SIZES[size], storage
+    block, run = block_of(c0, layers, dtype), CPU.frozen_blocks
+    assert run is not None
+    x = torch.randn(n, c0, h, w, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x[0, 0, 0, 0] = float("inf")  # its neighbours become infinite or NaN, and no others
+    widths, growth = map(list, zip(*layers, strict=True))
+    packed = run.pack(c0, *schedule.frozen_parameters(block))
+    found = []
+    for forward in (
+        lambda out: run.forward(out, c0, *schedule.frozen_parameters(block)),
+        lambda out: run.forward_packed(out, packed, c0, widths, growth),
+    ):
+        # Channels of a wider buffer, so that a write beyond the block's own would be seen.
+        wide = torch.full((n, h, w, block.out_channels + 5), 7.0, dtype=dtype)
+        out = wide[..., : block.out_channels]
+        out[..., :c0] = x.permute(0, 2, 3, 1)
+        forward(out)
+        assert (wide[..., block.out_channels :] == 7).all()
+        found.append(out.permute(0, 3, 1, 2))
+    monkeypatch.setattr(CPU, "frozen_blocks", None)
+    expected, _, _ = schedule.forward(CPU, block, x, keep_bottleneck=False)  # type: ignore[arg-type]
+    for out in found:
+        assert torch.equal(out.isnan(), expected.isnan())
+        assert torch.equal(out.nan_to_num(), expected.nan_to_num())
+    assert expected.isfinite().any() or n * h * w == 1
+
+
+@pytest.mark.parametrize("wrong", ["channels", "norms", "weight", "packed", "dtype"])
+def test_bad_arguments_are_refused(wrong: str) -> None:
+    block, run = block_of(6, [(8, 4)], torch.float32), CPU.frozen_blocks
+    assert run is not None
+    parameters = list(schedule.frozen_parameters(block))
+    packed = run.pack(6, *parameters)
+    x = torch.zeros(1, 3, 3, 10)
+    calls = {
+        "channels": lambda: run.forward(torch.zeros(1, 3, 3, 11), 6, *parameters),
+        "norms": lambda: run.forward(x, 6, parameters[0][:1], *parameters[1:]),
+        "weight": lambda: run.forward(x, 6, *parameters[:-1], [w.transpose(0, 1) for w in parameters[-1]]),
+        "packed": lambda: run.forward_packed(x, packed[:-1], 6, [8], [4]),
+        "dtype": lambda: run.forward_packed(x, packed.double(), 6, [8], [4]),
+    }
+    with pytest.raises(RuntimeError, match=r"expected|takes two norms|must be contiguous"):
+        calls[wrong]()
+    assert not x.any()
+
+
+def test_packed_weights_are_as_large_as_the_weights() -> None:
+    """Up to whole panels of columns, and the norms' vectors."""
+    block, run = block_of(64, [(128, 32)] * 3, torch.float32), CPU.frozen_blocks
+    assert run is not None
+    packed = run.pack(64, *schedule.frozen_parameters(block))
+    weights = [weight.numel() for layer in block.layers for weight in layer.convs]
+    channels = itertools.accumulate([32] * 2, initial=64)
+    assert packed.numel() == sum(weights) + sum(2 * (c + 128) for c in channels)

@@ -1,0 +1,338 @@
+"""Weights packed once for inference: same bits, every change noticed, nothing kept alive."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import densenet121
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+import dense_ext
+from dense_ext import ops
+from dense_ext.backends import CPU
+
+from .helpers import Calls, randomize, small_densenet
+
+pytestmark = pytest.mark.skipif(CPU.frozen_blocks is None, reason="the C++ backend is not built")
+PACKED, UNPACKED = "packed_dense_block", "dense_block"
+
+
+@pytest.fixture
+def model() -> Any:
+    return dense_ext.pack_weights(dense_ext.swap(small_densenet().eval(), strict=True))
+
+
+@pytest.fixture
+def packings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of channels of each block whose weights are packed."""
+    found: list[int] = []
+    pack_block = ops.pack_block
+    monkeypatch.setattr(
+        ops, "pack_block", lambda x, *rest: (found.append(x.shape[1]), pack_block(x, *rest))[1]
+    )
+    return found
+
+
+def images(size: int = 40) -> Tensor:
+    return torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def run(model: nn.Module, x: Tensor) -> tuple[Tensor, list[str]]:
+    """The output, and the operators of blocks that ran."""
+    with Calls() as calls:
+        y = model(x)
+    return y, [name for name in calls.names if "dense_block" in name]
+
+
+def test_packed_once_with_the_same_bits(model: nn.Module, packings: list[int]) -> None:
+    x = images()
+    expected, names = run(dense_ext.swap(small_densenet_of(model)), x)
+    assert names == [UNPACKED] * 4
+    for size in (40, 40, 33):
+        y, names = run(model, images(size))
+        assert names == [PACKED] * 4
+        assert size != 40 or torch.equal(y, expected)
+    assert len(packings) == 4
+
+
+def small_densenet_of(model: nn.Module) -> nn.Module:
+    other = small_densenet().eval()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def second_layer(model: Any) -> Any:
+    return model.features.denseblock2.denselayer2
+
+
+def step(model: Any) -> None:
+    with torch.no_grad():
+        second_layer(model).conv1.weight.mul_(1.5)
+
+
+def load(model: Any) -> None:
+    model.load_state_dict({k: v * 0.5 if v.is_floating_point() else v for k, v in model.state_dict().items()})
+
+
+def train(model: Any) -> None:
+    model.train()(images(33))
+    model.eval()
+
+
+def other_parameter(model: Any) -> None:
+    conv = second_layer(model).conv2
+    conv.weight = nn.Parameter(conv.weight.detach() * 2)
+
+
+def other_memory(model: Any) -> None:
+    conv = second_layer(model).conv2
+    conv.weight.data = conv.weight.data * 2
+
+
+def other_module(model: Any) -> None:
+    layer, norm = second_layer(model), copy.deepcopy(second_layer(model).norm2)
+    nn.init.constant_(norm.weight, 3.0)
+    layer.norm2 = norm
+
+
+def other_layer(model: Any) -> None:
+    layer = copy.deepcopy(second_layer(model))
+    nn.init.normal_(layer.conv1.weight, generator=torch.Generator().manual_seed(3))
+    model.features.denseblock2.denselayer2 = layer
+
+
+def statistics(model: Any) -> None:
+    second_layer(model).norm1.running_var.add_(1.0)
+
+
+def other_statistics(model: Any) -> None:
+    norm = second_layer(model).norm1
+    norm.running_mean = norm.running_mean + 1.0
+
+
+def eps(model: Any) -> None:
+    second_layer(model).norm1.eps = 0.5
+
+
+def no_weight(model: Any) -> None:
+    second_layer(model).norm1.weight = None
+
+
+NOTICED = [
+    step, load, train, other_parameter, other_memory, other_module, other_layer, statistics, other_statistics,
+    eps, no_weight,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", NOTICED, ids=lambda f: f.__name__)
+def test_a_change_is_noticed(change: Callable[[Any], None], model: nn.Module, packings: list[int]) -> None:
+    before, _ = run(model, images())
+    change(model)
+    y, names = run(model, images())
+    with dense_ext.restored(model):
+        eager, _ = run(model, images())
+    torch.testing.assert_close(y, eager, rtol=1e-9, atol=1e-12)
+    assert not torch.equal(y, before)
+    assert names == [PACKED] * 4
+    assert packings.count(model.features.denseblock2.denselayer1.norm1.num_features) == 2
+    assert torch.equal(run(model, images())[0], y)
+    assert len(packings) < 9  # the blocks are not packed at every call
+
+
+def bias(model: Any) -> None:
+    second_layer(model).conv2.bias = nn.Parameter(torch.ones(5, dtype=torch.float64))
+
+
+def hook(model: Any) -> None:
+    second_layer(model).conv2.register_forward_hook(lambda module, args, y: y * 2)
+
+
+def parametrization(model: Any) -> None:
+    parametrize.register_parametrization(second_layer(model).conv2, "weight", nn.Softplus())
+
+
+def batch_statistics(model: Any) -> None:
+    second_layer(model).norm2.train()
+
+
+def dropout(model: Any) -> None:
+    second_layer(model).train()
+    second_layer(model).drop_rate = 1.0
+
+
+@pytest.mark.filterwarnings("ignore:.*runs its original forward")
+@pytest.mark.parametrize(
+    "change", [bias, hook, parametrization, batch_statistics, dropout], ids=lambda f: f.__name__
+)
+def test_what_packed_weights_cannot_serve_runs_without_them(
+    change: Callable[[Any], None], model: nn.Module
+) -> None:
+    run(model, images())
+    change(model)
+    y, names = run(model, images())
+    with dense_ext.restored(model):
+        eager, _ = run(model, images())
+    torch.testing.assert_close(y, eager, rtol=1e-9, atol=1e-12)
+    assert names.count(PACKED) == 3
+
+
+def test_a_write_through_data_needs_another_call(model: nn.Module) -> None:
+    """PyTorch does not count it, as the docstring says."""
+    before, _ = run(model, images())
+    second_layer(model).conv1.weight.data.mul_(2.0)
+    dense_ext.pack_weights(model)
+    y, _ = run(model, images())
+    expected, _ = run(dense_ext.swap(small_densenet_of(model)), images())
+    assert torch.equal(y, expected)
+    assert not torch.equal(y, before)
+
+
+@pytest.mark.parametrize("how", ["training", "with gradients", "autocast", "another backend"])
+def test_calls_that_use_no_packed_weights(how: str, model: nn.Module) -> None:
+    run(model, images())
+    model, x = (model.float(), images().float()) if how == "autocast" else (model, images())
+    expected = dense_ext.swap(small_densenet_of(model).to(x.dtype))
+    found = []
+    for each in (model, expected):
+        with Calls() as calls:
+            if how == "training":
+                each.train()
+                with torch.no_grad():
+                    found.append(each(x))
+            elif how == "with gradients":
+                found.append(each(x))
+            elif how == "autocast":
+                with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                    found.append(each(x))
+            else:
+                with torch.no_grad(), dense_ext.use_backend("reference"):
+                    found.append(each(x))
+        assert PACKED not in calls.names
+    assert torch.equal(*found)
+
+
+def test_compiled_graphs_hold_the_unpacked_operator(model: nn.Module) -> None:
+    """It takes the weights themselves as inputs, so it cannot be stale."""
+    expected, _ = run(model, images())
+    targets: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, _: Any) -> Any:
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    with torch.no_grad():
+        y = torch.compile(model, backend=record, fullgraph=True)(images())
+    assert torch.equal(y, expected)
+    assert sum("dense_block" in target for target in targets) == 4
+    assert not any(PACKED in target for target in targets)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(dtype: torch.dtype, model: nn.Module) -> None:
+    run(model, images())
+    y, names = run(model.to(dtype), images().to(dtype))
+    expected, _ = run(dense_ext.swap(small_densenet_of(model).to(dtype)), images().to(dtype))
+    assert torch.equal(y, expected)
+    assert names == [PACKED] * 4
+
+
+def test_inference_mode(packings: list[int]) -> None:
+    """Parameters that are made in it have no versions, so they are packed at every call."""
+    with torch.inference_mode():
+        model = dense_ext.pack_weights(dense_ext.swap(small_densenet().eval()))
+        before, names = run(model, images())
+        assert names == [PACKED] * 4
+        second_layer(model).conv1.weight.mul_(2.0)
+        y, _ = run(model, images())
+        with dense_ext.restored(model):
+            eager = model(images())
+    torch.testing.assert_close(y, eager, rtol=1e-9, atol=1e-12)
+    assert not torch.equal(y, before)
+    assert len(packings) == 8
+
+
+def test_nothing_is_kept_alive(model: nn.Module) -> None:
+    run(model, images())
+    module = weakref.ref(second_layer(model).conv1)
+    weight = weakref.ref(second_layer(model).conv1.weight)
+    first = weakref.ref(model.features.denseblock2.denselayer1.norm1)
+    del model.features
+    gc.collect()
+    assert (module(), weight(), first()) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"]
+)
+def test_copies_carry_no_packed_weights(copied: Callable[[nn.Module], nn.Module], model: nn.Module) -> None:
+    y, _ = run(model, images())
+    other, names = run(copied(model), images())
+    assert torch.equal(y, other)
+    assert names == [UNPACKED] * 4
+    assert run(model, images())[1] == [PACKED] * 4
+
+
+def test_functional_call_uses_its_own_weights(model: nn.Module) -> None:
+    run(model, images())
+    other = {name: tensor.detach() * 1.1 for name, tensor in model.named_parameters()}
+    with torch.no_grad():
+        y = torch.func.functional_call(model, other, (images(),))
+    twin = dense_ext.swap(small_densenet_of(model))
+    twin.load_state_dict({**twin.state_dict(), **other})
+    assert torch.equal(y, run(twin, images())[0])
+
+
+def test_norms_with_fixed_statistics() -> None:
+    network = randomize(densenet121()).features.denseblock1.double().eval()
+    for layer in network.values():
+        norm = FrozenBatchNorm2d(layer.norm1.num_features).double()
+        norm.load_state_dict(layer.norm1.state_dict())
+        layer.norm1 = norm.eval()
+    model = nn.Sequential(network)
+    x = torch.randn(1, 64, 6, 5, dtype=torch.float64)
+    expected, _ = run(model, x)
+    y, names = run(dense_ext.pack_weights(dense_ext.swap(model)), x)
+    torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-12)
+    assert names == [PACKED]
+
+
+def test_dense_exts_own_networks() -> None:
+    model = randomize(dense_ext.DenseNet(4, (2, 2), 6, 2, num_classes=3)).double().eval()
+    expected, names = run(model, images(33))
+    assert names == [UNPACKED] * 2
+    y, names = run(dense_ext.pack_weights(model), images(33))
+    assert names == [PACKED] * 2
+    assert torch.equal(y, expected)
+
+
+def test_layers_without_a_bottleneck_run_as_before() -> None:
+    model = dense_ext.DenseNet(4, (2, 2), 6, None, num_classes=3).double().eval()
+    _, names = run(dense_ext.pack_weights(model), images(33))
+    assert names == [UNPACKED] * 2
+
+
+def test_flops(model: nn.Module) -> None:
+    counts = []
+    for each in (dense_ext.swap(small_densenet_of(model)), model):
+        x = torch.randn(1, 8, 6, 5, dtype=torch.float64)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            # Called inside, a module runs its original forward, because the counter hooks it.
+            each.features.denseblock1.run(x)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+def test_a_model_without_fused_parts_is_refused() -> None:
+    with pytest.raises(ValueError, match="swap it first"):
+        dense_ext.pack_weights(small_densenet())
