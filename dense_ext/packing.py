@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from itertools import chain
 from operator import attrgetter, getitem, is_
 from typing import Any
 
@@ -26,7 +27,7 @@ class Packed:
 
     def __init__(self, norms: Sequence[nn.Module], convs: Sequence[nn.Module], weights: Tensor) -> None:
         self.weights = weights
-        self.states = list(map(_state, (*norms, *convs)))
+        self.states = self._states(norms, convs)
         where = [(module, name) for module in norms for name in _VECTORS]
         where += [(conv, name) for conv in convs for name in ("weight", "bias")]
         self.holders = [_holder(module, name) for module, name in where]
@@ -36,6 +37,11 @@ class Packed:
         self.versions = self._versions()
         self.eps = [norm.eps for norm in norms]
 
+    @staticmethod
+    def _states(norms: Sequence[nn.Module], convs: Sequence[nn.Module]) -> list[dict[str, Any]]:
+        """What tells a module from any other, without keeping it alive."""
+        return list(chain.from_iterable(map(_state, (*norms, *convs))))
+
     def _find(self) -> list[Tensor | None]:
         return list(map(getitem, self.holders, self.names))
 
@@ -44,10 +50,11 @@ class Packed:
 
     def holds(self, norms: Sequence[Any], convs: Sequence[Any]) -> bool:
         """Whether all modules, parameters and statistics are unchanged."""
-        states = map(_state, (*norms, *convs))
+        states = self._states(norms, convs)
         try:
             return (
-                all(all(map(is_, *pair)) for pair in zip(states, self.states, strict=True))
+                len(states) == len(self.states)
+                and all(map(is_, states, self.states))
                 and all(map(is_, self._find(), self.found))
                 and self._versions() == self.versions
                 and [norm.eps for norm in norms] == self.eps
