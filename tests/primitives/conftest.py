@@ -60,7 +60,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 @pytest.fixture
 def quick(request: pytest.FixtureRequest) -> bool:
-    """Whether to leave out large sizes. The interpreter takes seconds for one; others have several tiles too."""
+    """Whether to leave out large sizes, which take the interpreter seconds; others have several tiles too."""
     return _interpreted(request.config) and not request.config.getoption("--exhaustive")
 
 

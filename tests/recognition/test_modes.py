@@ -42,12 +42,12 @@ def pair(kind: str = "functional_transition") -> tuple[nn.Module, nn.Module]:
 
 # How a network is written concerns tracing. What follows it takes longest, and one network is enough for it.
 @pytest.mark.parametrize(
-    ("kind", "backend"), [(KINDS[0], "aot_eager"), *((kind, "eager") for kind in KINDS[1:])]
+    ("kind", "compiler"), [(KINDS[0], "aot_eager"), *((kind, "eager") for kind in KINDS[1:])]
 )
-def test_compiles_without_a_graph_break(kind: str, backend: str) -> None:
+def test_compiles_without_a_graph_break(kind: str, compiler: str) -> None:
     ours, eager = pair(kind)
     torch._dynamo.reset()
-    compiled = torch.compile(ours, fullgraph=True, backend=backend)
+    compiled = torch.compile(ours, fullgraph=True, backend=compiler)
     x = images()
     for model in (compiled, eager):
         model(x).square().sum().backward()
