@@ -96,8 +96,12 @@ def _train_sharded(rank: int) -> None:
 
 @needs_gloo
 def test_two_processes_train_as_eager(tmp_path: Path) -> None:
-    """In DistributedDataParallel, and with fully_shard."""
-    run_in_processes([_train_in_parallel, _train_sharded], WORLD, tmp_path)
+    run_in_processes([_train_in_parallel], WORLD, tmp_path)
+
+
+@needs_gloo
+def test_fsdp2_shards_before_or_after_the_swap(tmp_path: Path) -> None:
+    run_in_processes([_train_sharded], WORLD, tmp_path)
 
 
 def test_data_parallel_on_one_device_is_the_module_itself() -> None:
