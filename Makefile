@@ -41,7 +41,9 @@ $(VENV)/installed: $(VENV)/requirements pyproject.toml setup.py csrc/rules.ninja
 bench: setup
 	$(BIN)/dense-ext bench --out $(OUT) --overwrite
 
-# One process per core, each with few threads. They are more than there are cores: those that wait sleep.
+# One process per core, each with one thread; for the small tensors of tests, two take half as much time again.
+test test-all fuzz: export OMP_NUM_THREADS = 1
+# Tests of threads start more than there are cores: those that wait sleep.
 test test-all fuzz: export OMP_WAIT_POLICY = passive
 
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
@@ -49,16 +51,16 @@ PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 test-all: PYTEST += --exhaustive
 
 test test-all: setup
-	OMP_NUM_THREADS=2 $(PYTEST)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) tests/primitives tests/gpu tests/triton
-	OMP_NUM_THREADS=1 $(PYTEST) --device emulator tests/primitives tests/gpu tests/cuda
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/primitives tests/gpu tests/triton
+	$(PYTEST) --device emulator tests/primitives tests/gpu tests/cuda
 
 docs: setup
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -c docs . build/docs
 
 # Prints a line for each hundred cases.
 fuzz: setup
-	HYPOTHESIS_PROFILE=fuzz CASES=$(CASES) SEED=$(SEED) OMP_NUM_THREADS=1 \
+	HYPOTHESIS_PROFILE=fuzz CASES=$(CASES) SEED=$(SEED) \
 		$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -v tests/test_campaign.py
 
 # Installs nothing; the machine must have PyTorch, Triton, torchvision and pytest.

@@ -21,6 +21,8 @@ from .helpers import (
     twin,
 )
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 def images(batch: int = 2, height: int = 75, width: int = 53) -> torch.Tensor:
     return torch.randn(batch, 3, height, width, dtype=torch.float64)
