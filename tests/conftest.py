@@ -31,8 +31,7 @@ MARKS = {"each_value": "value of each parameter", "each_pair": "pair of two para
 
 # For tests/test_campaign.py: by default a few cases, always the same; with `make fuzz`, many.
 _ANY = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-settings.register_profile("few", max_examples=150, derandomize=True, **_ANY)
-settings.register_profile("more", settings.get_profile("few"), max_examples=300)
+settings.register_profile("few", max_examples=300, derandomize=True, **_ANY)
 settings.register_profile("fuzz", print_blob=True, **_ANY)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "few"))
 
@@ -48,8 +47,6 @@ def pytest_configure(config: pytest.Config) -> None:
     for mark, what in MARKS.items():
         text = f"without --exhaustive, run few combinations of parameters, in which each {what} occurs"
         config.addinivalue_line("markers", f"{mark}: {text}")
-    if config.getoption("--exhaustive") and "HYPOTHESIS_PROFILE" not in os.environ:
-        settings.load_profile("more")
     if config.getoption("--device") == "emulator":
         from .emulator import emulator
 
