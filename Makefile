@@ -11,11 +11,12 @@ WHEELS ?= dist
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 FORMATTED := $(SOURCES) $(wildcard tests/emulator/*.cpp tests/emulator/*.h tests/cpu/*.cpp)
 
-.PHONY: help setup bench test docs fuzz gpu wheel wheel-check lint format clean
+.PHONY: help setup bench test test-all docs fuzz gpu wheel wheel-check lint format clean
 
 help:
 	@echo "make bench    memory and speed of a training step, compared with torchvision's (OUT=$(OUT))"
 	@echo "make test     the whole test suite; Triton kernels in Triton's interpreter, CUDA kernels in an emulator"
+	@echo "make test-all the same with every combination of parameters: takes more than twice as long"
 	@echo "make docs     the documentation as a site in build/docs; a broken link is an error"
 	@echo "make fuzz     compare fused with eager on random networks, changes and calls (CASES=$(CASES))"
 	@echo "make gpu      tests and measurements on this machine's GPU, with the system's python3 (OUT=$(OUT))"
@@ -40,20 +41,26 @@ $(VENV)/installed: $(VENV)/requirements pyproject.toml setup.py csrc/rules.ninja
 bench: setup
 	$(BIN)/dense-ext bench --out $(OUT) --overwrite
 
-# One process per core, each with few threads. They are more than there are cores: those that wait sleep.
-test fuzz: export OMP_WAIT_POLICY = passive
+# One process per core, each with one thread; for the small tensors of tests, two take half as much time again.
+test test-all fuzz: export OMP_NUM_THREADS = 1
+# Tests of threads start more than there are cores: those that wait sleep.
+test test-all fuzz: export OMP_WAIT_POLICY = passive
 
-test: setup
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/primitives tests/gpu tests/triton
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --device emulator tests/primitives tests/gpu tests/cuda
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+test-all: PYTEST += --exhaustive
+
+test test-all: setup
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/primitives tests/gpu tests/triton
+	$(PYTEST) --device emulator tests/primitives tests/gpu tests/cuda
 
 docs: setup
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -c docs . build/docs
 
 # Prints a line for each hundred cases.
 fuzz: setup
-	HYPOTHESIS_PROFILE=fuzz CASES=$(CASES) SEED=$(SEED) OMP_NUM_THREADS=1 \
+	HYPOTHESIS_PROFILE=fuzz CASES=$(CASES) SEED=$(SEED) \
 		$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -v tests/test_campaign.py
 
 # Installs nothing; the machine must have PyTorch, Triton, torchvision and pytest.

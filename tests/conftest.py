@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,9 @@ AVAILABLE = dense_ext.available_backends("cpu")
 
 DEVICES = ("cpu", "cuda", "emulator")
 
+# The marks of tests that usually run in few combinations of their parameters, those of fixtures included.
+MARKS = {"each_value": "value of each parameter", "each_pair": "pair of two parameters' values"}
+
 # For tests/test_campaign.py: by default a few cases, always the same; with `make fuzz`, many.
 _ANY = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("few", max_examples=300, derandomize=True, **_ANY)
@@ -34,14 +39,56 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "few"))
 def pytest_addoption(parser: pytest.Parser) -> None:
     where = "where tests/primitives and tests/gpu run; in the emulator it is the CUDA kernels, on the CPU"
     parser.addoption("--device", default="cpu", choices=DEVICES, help=where)
+    every = f"run every combination of parameters, also of tests marked {' or '.join(MARKS)}"
+    parser.addoption("--exhaustive", action="store_true", help=every)
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    for mark, what in MARKS.items():
+        text = f"without --exhaustive, run few combinations of parameters, in which each {what} occurs"
+        config.addinivalue_line("markers", f"{mark}: {text}")
     if config.getoption("--device") == "emulator":
         from .emulator import emulator
 
         BACKENDS["cuda"] = emulator().backend
         select.cache_clear()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the combinations of parameters that ``MARKS`` and ``--exhaustive`` say."""
+    if config.getoption("--exhaustive"):
+        return
+    tests: dict[tuple[object, str, int], list[pytest.Function]] = {}
+    for item in items:
+        for size, mark in enumerate(MARKS, 1):
+            if isinstance(item, pytest.Function) and item.get_closest_marker(mark):
+                tests.setdefault((item.parent, item.originalname, size), []).append(item)
+    left_out: set[pytest.Item] = set()
+    for (_, _, size), combinations in tests.items():
+        # By identity, since some values cannot be hashed; combinations share their values.
+        rows = [{k: id(value) for k, value in item.callspec.params.items()} for item in combinations]
+        chosen = covering(rows, size)
+        left_out.update(item for i, item in enumerate(combinations) if i not in chosen)
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
+
+
+def covering(rows: Sequence[dict[str, int]], size: int) -> set[int]:
+    """Few of the rows, in which all values occur that occur in any; or all pairs of values, for size 2.
+
+    Of rows that add equally many, it takes the first of those whose values have been taken least often.
+    """
+    parts = [set(itertools.combinations(row.items(), min(size, len(row)))) for row in rows]
+    missing = set().union(*parts)
+    taken: Counter[tuple[str, int]] = Counter()
+    chosen = set()
+    while missing:
+        uses = [sum(taken[value] for value in row.items()) for row in rows]
+        best = max(range(len(rows)), key=lambda i: (len(parts[i] & missing), -uses[i]))
+        chosen.add(best)
+        missing -= parts[best]
+        taken.update(rows[best].items())
+    return chosen
 
 
 def device_of(config: pytest.Config) -> torch.device:
@@ -91,13 +138,26 @@ def recompute(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Use one thread: for small tensors, more threads are slower, especially on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with _threads(1):
+        yield
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Use two threads, where ``make test`` would use one."""
+    with _threads(2):
+        yield
 
 
 @pytest.fixture

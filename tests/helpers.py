@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,26 +21,6 @@ from torchvision.models.densenet import DenseNet, _DenseBlock, _Transition
 RELATIVE = 1e-9
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def pairs(*values: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """Combinations of a value of each in which every pair of two values occurs; always the same ones."""
-    candidates = list(itertools.product(*map(range, map(len, values))))
-    missing = {pair for row in candidates for pair in itertools.combinations(enumerate(row), 2)}
-    rows = []
-    while missing:
-        row = max(
-            candidates, key=lambda row: len(missing.intersection(itertools.combinations(enumerate(row), 2)))
-        )
-        missing.difference_update(itertools.combinations(enumerate(row), 2))
-        rows.append(tuple(v[i] for v, i in zip(values, row, strict=True)))
-    return rows
-
-
-def in_pairs(**values: Sequence[Any]) -> pytest.MarkDecorator:
-    """Parametrizes a test by the :func:`pairs` of the arguments' values, fixtures among them."""
-    fixtures = [name for name in values if name in ("backend", "recompute")]
-    return pytest.mark.parametrize(tuple(values), pairs(*values.values()), indirect=fixtures)
 
 
 def randomize(module: nn.Module) -> nn.Module:

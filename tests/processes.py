@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 
 needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 
@@ -27,3 +28,15 @@ def process_group(rank: int, world: int, folder: str) -> Iterator[None]:
         Path(folder, f"done-{rank}").touch()
     finally:
         dist.destroy_process_group()
+
+
+def run_in_processes(workers: Sequence[Callable[[int], None]], world: int, folder: Path) -> None:
+    """Run functions of the rank one after another in ``world`` processes, which take seconds to start."""
+    mp.spawn(_work, args=(workers, world, str(folder)), nprocs=world)
+    assert sorted(path.name for path in folder.glob("done-*")) == [f"done-{rank}" for rank in range(world)]
+
+
+def _work(rank: int, workers: Sequence[Callable[[int], None]], world: int, folder: str) -> None:
+    with process_group(rank, world, folder):
+        for worker in workers:
+            worker(rank)

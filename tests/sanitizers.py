@@ -97,15 +97,18 @@ def run_cases(
 ) -> None:
     """Run the cases of the primitives whose names begin with this prefix.
 
-    They have small sizes and unaligned slices with a ``guard``, and one size with several tiles.
+    They have small sizes and unaligned slices with a ``guard``, and one size with several tiles. Dtypes of
+    equal width have equal addresses, so they take the cases in turn.
     """
     cases: list[tuple[MakeCase, Any, int]] = [
         *((case, size, guard) for group in GROUPS for case in group.cases for size in group.sizes),
         *((case, group.large, ALIGNED) for group in GROUPS for case in group.cases),
         *((case, size, 0) for case in test_batch_norm.CASES for size in test_batch_norm.CHANNELS),
     ]
-    for dtype in dtypes:
-        for make, size, around in cases:
+    widths = [[d for d in dtypes if d.itemsize == width] for width in sorted({d.itemsize for d in dtypes})]
+    for types in widths:
+        for n, (make, size, around) in enumerate(cases):
+            dtype = types[n % len(types)]
             torch.backends.cudnn.allow_tf32 = around == ALIGNED  # tests both ways of multiplying float32
             case = make(Maker(dtype, CPU, guard=around), size)
             if case.primitive.startswith(primitives):

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.multiprocessing as mp
 from monai.networks.nets import DenseNet
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,15 +20,9 @@ from dense_ext.eligibility import Fused
 from dense_ext.schedule import RECOMPUTE
 
 from .helpers import assert_equal, assert_same_state, randomize, small_densenet
-from .processes import needs_gloo, process_group
+from .processes import needs_gloo, run_in_processes
 
 WORLD = 2
-
-
-def _run(worker: Callable[[int, str], None], folder: Path) -> None:
-    """In processes that import once what they need for all policies."""
-    mp.spawn(worker, args=(str(folder),), nprocs=WORLD)
-    assert sorted(p.name for p in folder.glob("done-*")) == ["done-0", "done-1"]
 
 
 def _twins(build: Callable[[], nn.Module] = small_densenet) -> tuple[nn.Module, nn.Module]:
@@ -50,69 +43,65 @@ def _images(rank: int) -> Tensor:
     return torch.randn(2 * WORLD, 3, 40, 40, dtype=torch.float64)[2 * rank : 2 * rank + 2]
 
 
-def _train_in_parallel(rank: int, folder: str) -> None:
+def _train_in_parallel(rank: int) -> None:
     """Train swapped and eager for three steps, each rank on its half of the batch."""
-    with process_group(rank, WORLD, folder):
-        for recompute in ("bottleneck", "block"):
-            ours, eager = _twins()
-            models = [dense_ext.swap(ours, recompute=recompute), eager]
-            parallel = [DistributedDataParallel(model, broadcast_buffers=False) for model in models]
-            optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in models]
-            for _ in range(3):
-                x = _images(rank)
-                for model, optimizer in zip(parallel, optimizers, strict=True):
-                    optimizer.zero_grad()
-                    model(x).square().sum().backward()
-                    optimizer.step()
-                assert_same_state(models[0], models[1])
+    for recompute in ("bottleneck", "block"):
+        ours, eager = _twins()
+        models = [dense_ext.swap(ours, recompute=recompute), eager]
+        parallel = [DistributedDataParallel(model, broadcast_buffers=False) for model in models]
+        optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in models]
+        for _ in range(3):
+            x = _images(rank)
+            for model, optimizer in zip(parallel, optimizers, strict=True):
+                optimizer.zero_grad()
+                model(x).square().sum().backward()
+                optimizer.step()
+            assert_same_state(models[0], models[1])
 
 
-def _train_sharded(rank: int, folder: str) -> None:
+def _train_sharded(rank: int) -> None:
     """Swap before and after sharding, compare each with eager in DistributedDataParallel, then restore."""
-    with process_group(rank, WORLD, folder):
-        mesh = init_device_mesh("cpu", (WORLD,))
-        for first, recompute in itertools.product(("shard", "swap"), RECOMPUTE):
-            ours, eager = _twins(_monai_densenet)
-            if first == "swap":
-                dense_ext.swap(ours, recompute=recompute)
-            for name, child in ours.features.named_children():
-                if "denseblock" in name:
-                    fully_shard(child, mesh=mesh)
-            fully_shard(ours, mesh=mesh)
-            if first == "shard":
-                dense_ext.swap(ours, recompute=recompute, strict=True)
-            parallel = DistributedDataParallel(eager, broadcast_buffers=False)
-            optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in (ours, eager)]
-            for _ in range(3):
-                x = _images(rank)
-                outputs = []
-                for model, optimizer in zip((ours, parallel), optimizers, strict=True):
-                    optimizer.zero_grad()
-                    outputs.append(model(x))
-                    outputs[-1].square().sum().backward()
-                    optimizer.step()
-                assert_equal(outputs[0], outputs[1], f"output, {first} first, {recompute}")
-            for (name, a), e in zip(ours.named_parameters(), eager.parameters(), strict=True):
-                assert_equal(a.full_tensor().detach(), e.detach(), name)
-            assert {row.runs for row in dense_ext.report(ours).rows} == {"fused"}
-            assert all(m in eligibility._snapshots for m in ours.modules() if isinstance(m, Fused)), (
-                "ran fused"
-            )
-            dense_ext.restore(ours)
-            assert not any(isinstance(module, Fused) for module in ours.modules())
-            assert isinstance(ours.features.denseblock2, FSDPModule)
-            ours.eval(), eager.eval()
-            assert_equal(ours(x), eager(x), "output of the restored network")
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for first, recompute in itertools.product(("shard", "swap"), RECOMPUTE):
+        ours, eager = _twins(_monai_densenet)
+        if first == "swap":
+            dense_ext.swap(ours, recompute=recompute)
+        for name, child in ours.features.named_children():
+            if "denseblock" in name:
+                fully_shard(child, mesh=mesh)
+        fully_shard(ours, mesh=mesh)
+        if first == "shard":
+            dense_ext.swap(ours, recompute=recompute, strict=True)
+        parallel = DistributedDataParallel(eager, broadcast_buffers=False)
+        optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in (ours, eager)]
+        for _ in range(3):
+            x = _images(rank)
+            outputs = []
+            for model, optimizer in zip((ours, parallel), optimizers, strict=True):
+                optimizer.zero_grad()
+                outputs.append(model(x))
+                outputs[-1].square().sum().backward()
+                optimizer.step()
+            assert_equal(outputs[0], outputs[1], f"output, {first} first, {recompute}")
+        for (name, a), e in zip(ours.named_parameters(), eager.parameters(), strict=True):
+            assert_equal(a.full_tensor().detach(), e.detach(), name)
+        assert {row.runs for row in dense_ext.report(ours).rows} == {"fused"}
+        assert all(m in eligibility._snapshots for m in ours.modules() if isinstance(m, Fused)), "ran fused"
+        dense_ext.restore(ours)
+        assert not any(isinstance(module, Fused) for module in ours.modules())
+        assert isinstance(ours.features.denseblock2, FSDPModule)
+        ours.eval(), eager.eval()
+        assert_equal(ours(x), eager(x), "output of the restored network")
 
 
 @needs_gloo
 def test_two_processes_train_as_eager(tmp_path: Path) -> None:
-    _run(_train_in_parallel, tmp_path)
+    run_in_processes([_train_in_parallel], WORLD, tmp_path)
 
 
 @needs_gloo
 def test_fsdp2_shards_before_or_after_the_swap(tmp_path: Path) -> None:
-    _run(_train_sharded, tmp_path)
+    run_in_processes([_train_sharded], WORLD, tmp_path)
 
 
 def test_data_parallel_on_one_device_is_the_module_itself() -> None:

@@ -9,27 +9,28 @@ from torchvision.models.densenet import DenseNet
 
 import dense_ext
 from dense_ext.modules import FusedDenseBlock
-from dense_ext.schedule import RECOMPUTE
 
-from .conftest import AVAILABLE
 from .helpers import (
     assert_equal,
     assert_same_state,
     assert_trains_alike,
     eager_block,
     eager_transition,
-    in_pairs,
     randomize,
     small_densenet,
     twin,
 )
+
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 def images(batch: int = 2, height: int = 75, width: int = 53) -> torch.Tensor:
     return torch.randn(batch, 3, height, width, dtype=torch.float64)
 
 
-@in_pairs(backend=AVAILABLE, recompute=RECOMPUTE, batch=[1, 3], bn_size=[1, 3])
+@pytest.mark.each_pair
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("bn_size", [1, 3])
 def test_swapped_densenet_trains_as_eager(backend: str, recompute: str, batch: int, bn_size: int) -> None:
     ours, eager = twin(small_densenet(bn_size=bn_size), lambda m: dense_ext.swap(m, recompute=recompute))
     assert all(row.runs == "fused" for row in dense_ext.report(ours).rows)
@@ -107,10 +108,9 @@ def individual_norms(model: nn.Module) -> None:
         module.momentum, module.eps = 0.01 * (i % 4 + 1), 10.0 ** -(2 + i % 4)
 
 
-@in_pairs(
-    change=[freeze_norms, freeze_some_norms, freeze_weights, cumulative_momentum, individual_norms],
-    backend=AVAILABLE,
-    recompute=RECOMPUTE,
+@pytest.mark.each_pair
+@pytest.mark.parametrize(
+    "change", [freeze_norms, freeze_some_norms, freeze_weights, cumulative_momentum, individual_norms]
 )
 def test_settings_of_norms_and_weights(backend: str, recompute: str, change: object) -> None:
     model = small_densenet()
@@ -127,9 +127,9 @@ def replace_norms(model: nn.Module, **options: bool) -> nn.Module:
     return model
 
 
-@in_pairs(
-    backend=AVAILABLE, options=[{"affine": False}, {"track_running_stats": False}], training=[True, False]
-)
+@pytest.mark.each_pair
+@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}])
+@pytest.mark.parametrize("training", [True, False])
 def test_norms_without_parameters_or_statistics(
     backend: str, options: dict[str, bool], training: bool
 ) -> None:
@@ -159,7 +159,8 @@ def test_one_running_statistic_alone_is_refused(missing: str, training: bool) ->
                 model(torch.randn(2, 6, 4, 4, dtype=torch.float64))
 
 
-@in_pairs(backend=AVAILABLE, recompute=RECOMPUTE, size=[(1, 2), (2, 1), (1, 1), (5, 7)])
+@pytest.mark.each_pair
+@pytest.mark.parametrize("size", [(1, 2), (2, 1), (1, 1), (5, 7)])
 def test_block_of_odd_sizes(backend: str, recompute: str, size: tuple[int, int]) -> None:
     ours, eager = twin(eager_block(), lambda m: dense_ext.swap(m, recompute=recompute))
     assert_trains_alike(ours, eager, torch.randn(3, 6, *size, dtype=torch.float64))

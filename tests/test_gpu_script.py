@@ -144,6 +144,7 @@ sys.modules.update(dict.fromkeys(absent))  # an import of None fails
 sys.path.insert(0, "benchmarks")
 import gpu
 from pathlib import Path
+gpu.PEERS["inference"] = ["eager-cl"]  # to compile takes a minute
 gpu.run_suite("inference", "inference", ("densenet_bc_40_12",), 1, Path(sys.argv[1]), "cpu")
 """
     path = tmp_path / "inference.json"

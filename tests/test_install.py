@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -43,11 +44,14 @@ def copy_of_the_sources(target: Path) -> Path:
     return target
 
 
-def build(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-v", "."]
-    return subprocess.run(
-        command, cwd=source, env={**os.environ, **environment}, text=True, capture_output=True, check=False
-    )
+WHEEL = ("-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-v", ".")
+LIBRARIES = ("setup.py", "build_ext")  # what pip runs for the libraries, in half the time
+
+
+def build(source: Path, what: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **environment}
+    command = [sys.executable, *what]
+    return subprocess.run(command, cwd=source, env=environment, text=True, capture_output=True, check=False)
 
 
 NO_COMPILER = {"CXX": "/nonexistent/c++", "DENSE_EXT_CUDA": ""}
@@ -55,7 +59,7 @@ NO_COMPILER = {"CXX": "/nonexistent/c++", "DENSE_EXT_CUDA": ""}
 
 def test_installs_without_a_compiler_and_runs_on_the_reference(tmp_path: Path) -> None:
     source = copy_of_the_sources(tmp_path)
-    result = build(source, **NO_COMPILER, DENSE_EXT_BUILD="")
+    result = build(source, WHEEL, **NO_COMPILER, DENSE_EXT_BUILD="")
     assert result.returncode == 0, result.stderr
     assert (
         "the slower reference backend runs where there is no compiled library"
@@ -91,7 +95,7 @@ def test_installs_without_a_compiler_and_runs_on_the_reference(tmp_path: Path) -
 
 
 def test_a_required_build_must_not_fail(tmp_path: Path) -> None:
-    result = build(copy_of_the_sources(tmp_path), **NO_COMPILER, DENSE_EXT_BUILD="1")
+    result = build(copy_of_the_sources(tmp_path), WHEEL, **NO_COMPILER, DENSE_EXT_BUILD="1")
     assert result.returncode != 0
     assert "BuildError: can't build" in result.stdout + result.stderr
 
@@ -103,7 +107,8 @@ def test_a_required_cuda_library_must_not_fail(tmp_path: Path) -> None:
     nvcc.chmod(0o755)
     asked = {"DENSE_EXT_BUILD": "", "DENSE_EXT_CUDA": "1", "CUDA_HOME": str(nvcc.parent.parent)}
     architectures = {"TORCH_CUDA_ARCH_LIST": "8.0;9.0a+PTX"}
-    result = build(copy_of_the_sources(tmp_path / "sources"), **NO_COMPILER | asked | architectures)
+    environment = NO_COMPILER | asked | architectures
+    result = build(copy_of_the_sources(tmp_path / "sources"), LIBRARIES, **environment)
     assert result.returncode != 0
     output = result.stdout + result.stderr
     assert "BuildError: can't build _cuda" in output
@@ -120,7 +125,7 @@ def says(folder: Path, nvidia_smi: str) -> str:
     program.chmod(0o755)
     path = os.pathsep.join([str(program.parent), os.environ["PATH"]])
     settings = {"DENSE_EXT_BUILD": "", "TORCH_CUDA_ARCH_LIST": "", "PATH": path}
-    result = build(copy_of_the_sources(folder), **NO_COMPILER | settings)
+    result = build(copy_of_the_sources(folder), LIBRARIES, **NO_COMPILER | settings)
     assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr
 

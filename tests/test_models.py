@@ -12,10 +12,8 @@ from torchvision.models.densenet import DenseNet as TorchvisionDenseNet
 
 import dense_ext
 from dense_ext.models import MODELS
-from dense_ext.schedule import RECOMPUTE
 
-from .conftest import AVAILABLE
-from .helpers import assert_equal, assert_trains_alike, in_pairs, randomize
+from .helpers import assert_equal, assert_trains_alike, randomize
 
 
 def parameters(model: torch.nn.Module) -> int:
@@ -85,7 +83,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@in_pairs(backend=AVAILABLE, recompute=RECOMPUTE, variant=list(VARIANTS))
+@pytest.mark.each_pair
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_variants_train(backend: str, recompute: str, variant: str) -> None:
     options = VARIANTS[variant]
     model = dense_ext.DenseNet(num_classes=3, recompute=recompute, **options)

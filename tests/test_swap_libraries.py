@@ -185,6 +185,7 @@ def test_changes_after_the_swap_take_effect(
     assert len(caught) == 1
 
 
+@pytest.mark.each_value  # the test above has each library's reasons
 @other_libraries
 @pytest.mark.parametrize("change", CHANGES)
 def test_parts_changed_before_the_swap_are_not_swapped(

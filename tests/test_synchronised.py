@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -10,7 +11,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torchvision.models.densenet import DenseNet
 
@@ -18,11 +18,11 @@ import dense_ext
 from dense_ext.schedule import RECOMPUTE
 
 from .helpers import assert_equal, randomize
-from .processes import needs_gloo, process_group
+from .processes import needs_gloo, run_in_processes
 from .recognition.forms import FORMS, Network
 
 # Each process's share of the batch.
-SHARES = {"two": (3, 4), "three": (1, 4, 2), "three, one without images": (3, 0, 4)}
+OF_TWO, OF_THREE, ONE_WITHOUT_IMAGES = (3, 4), (1, 4, 2), (3, 0, 4)
 
 
 def features() -> nn.Module:
@@ -57,73 +57,60 @@ def results(model: nn.Module, x: Tensor, weights: Tensor) -> tuple[Tensor, Tenso
     return y.detach(), leaf.grad, gradients
 
 
-def _train(rank: int, shares: tuple[int, ...], folder: str) -> None:
+def _train(rank: int, shares: tuple[int, ...]) -> None:
     """Compare a step of each process on its share with a step on the whole batch in this process."""
-    with process_group(rank, len(shares), folder):
-        for build, shape in NETWORKS.values():
-            eager = build()
-            generator = torch.Generator().manual_seed(1)
-            x = torch.randn(sum(shares), *shape, dtype=torch.float64, generator=generator)
-            weights = torch.randn(eager(x).shape, dtype=torch.float64, generator=generator)
-            eager = build()
-            own = slice(sum(shares[:rank]), sum(shares[: rank + 1]))
-            for recompute in RECOMPUTE:
-                whole, ours = (
-                    copy.deepcopy(eager),
-                    nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(eager)),
-                )
-                dense_ext.swap(ours, recompute=recompute, strict=True)
-                y, grad, gradients = results(whole, x, weights)
-                found, found_grad, found_gradients = results(ours, x[own], weights[own])
-                assert_equal(found, y[own], "output")
-                assert_equal(found_grad, grad[own], "input gradient")
-                largest = max(float(g.abs().max()) for g in gradients)
-                for (name, _), g, e in zip(eager.named_parameters(), found_gradients, gradients, strict=True):
-                    dist.all_reduce(g)
-                    assert_equal(g, e, f"gradient of {name}", rounding=1e-13 * largest)
-                for (name, b), e in zip(ours.named_buffers(), whole.buffers(), strict=True):
-                    assert_equal(b, e, name)
-                    if b.is_floating_point():
-                        every = [torch.empty_like(b) for _ in shares]
-                        dist.all_gather(every, b)
-                        assert all(torch.equal(other, b) for other in every), f"{name}, bit by bit"
-                again = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(eager))
-                dense_ext.swap(again, recompute=recompute)
-                assert torch.equal(results(again, x[own], weights[own])[1], found_grad), "twice the same bits"
+    for build, shape in NETWORKS.values():
+        eager = build()
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(sum(shares), *shape, dtype=torch.float64, generator=generator)
+        weights = torch.randn(eager(x).shape, dtype=torch.float64, generator=generator)
+        eager = build()
+        own = slice(sum(shares[:rank]), sum(shares[: rank + 1]))
+        for recompute in RECOMPUTE:
+            whole, ours = (
+                copy.deepcopy(eager),
+                nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(eager)),
+            )
+            dense_ext.swap(ours, recompute=recompute, strict=True)
+            y, grad, gradients = results(whole, x, weights)
+            found, found_grad, found_gradients = results(ours, x[own], weights[own])
+            assert_equal(found, y[own], "output")
+            assert_equal(found_grad, grad[own], "input gradient")
+            largest = max(float(g.abs().max()) for g in gradients)
+            for (name, _), g, e in zip(eager.named_parameters(), found_gradients, gradients, strict=True):
+                dist.all_reduce(g)
+                assert_equal(g, e, f"gradient of {name}", rounding=1e-13 * largest)
+            for (name, b), e in zip(ours.named_buffers(), whole.buffers(), strict=True):
+                assert_equal(b, e, name)
+                if b.is_floating_point():
+                    every = [torch.empty_like(b) for _ in shares]
+                    dist.all_gather(every, b)
+                    assert all(torch.equal(other, b) for other in every), f"{name}, bit by bit"
+            again = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(eager))
+            dense_ext.swap(again, recompute=recompute)
+            assert torch.equal(results(again, x[own], weights[own])[1], found_grad), "twice the same bits"
 
 
-def spawn(worker: Any, world: int, *args: object) -> None:
-    mp.spawn(worker, args=args, nprocs=world)
+def _count(rank: int) -> None:
+    """Each channel is exchanged once."""
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(features())
+    dense_ext.swap(model, strict=True)
+    gather, sent = dist.all_gather_into_tensor, []
 
+    def counted(every: Tensor, own: Tensor, group: Any = None) -> None:
+        sent.append(own.numel())
+        gather(every, own, group=group)
 
-@needs_gloo
-@pytest.mark.parametrize("name", SHARES)
-def test_trains_as_one_process_on_the_whole_batch(name: str, tmp_path: Path) -> None:
-    shares = SHARES[name]
-    spawn(_train, len(shares), shares, str(tmp_path))
-    assert len(list(tmp_path.glob("done-*"))) == len(shares)
-
-
-def _count(rank: int, folder: str) -> None:
-    with process_group(rank, 2, folder):
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(features())
-        dense_ext.swap(model, strict=True)
-        gather, sent = dist.all_gather_into_tensor, []
-
-        def counted(every: Tensor, own: Tensor, group: Any = None) -> None:
-            sent.append(own.numel())
-            gather(every, own, group=group)
-
-        with mock.patch.object(dist, "all_gather_into_tensor", counted):
-            y = model(torch.randn(2, 3, 32, 32, dtype=torch.float64))
-            forward = list(sent)
-            y.sum().backward()
-        backward = sent[len(forward) :]
-        # Stem and transition: the number of values, and the statistics where the block did not carry them.
-        c, k, b = 8, 5, 15
-        block = [1, *layers(c, k, b, 2)], [1, *layers(9, k, b, 3)]
-        assert forward == [1, 2 * 8, *block[0], 1, *block[1]]
-        assert backward == [*layers(9, k, b, 3)[::-1], 2 * 18, *layers(c, k, b, 2)[::-1], 2 * 8]
+    with mock.patch.object(dist, "all_gather_into_tensor", counted):
+        y = model(torch.randn(2, 3, 32, 32, dtype=torch.float64))
+        forward = list(sent)
+        y.sum().backward()
+    backward = sent[len(forward) :]
+    # Stem and transition: the number of values, and the statistics where the block did not carry them.
+    c, k, b = 8, 5, 15
+    block = [1, *layers(c, k, b, 2)], [1, *layers(9, k, b, 3)]
+    assert forward == [1, 2 * 8, *block[0], 1, *block[1]]
+    assert backward == [*layers(9, k, b, 3)[::-1], 2 * 18, *layers(c, k, b, 2)[::-1], 2 * 8]
 
 
 def layers(c0: int, k: int, b: int, count: int) -> list[int]:
@@ -131,26 +118,28 @@ def layers(c0: int, k: int, b: int, count: int) -> list[int]:
     return [2 * c0, *[2 * size for _ in range(count) for size in (b, k)]]
 
 
-@needs_gloo
-def test_each_channel_is_exchanged_once(tmp_path: Path) -> None:
-    spawn(_count, 2, str(tmp_path))
-
-
-def _refuse(rank: int, folder: str) -> None:
-    with process_group(rank, 2, folder):
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(features())
-        dense_ext.swap(model)
-        x = torch.randn(2, 3, 32, 32, dtype=torch.float64, requires_grad=True)
-        with pytest.raises(NotImplementedError, match="statistics that several processes share"):
-            torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
-        (group,) = [dist.new_group([0, 1])]
-        model.denseblock1.denselayer1.norm1.process_group = group  # type: ignore[union-attr]
-        assert "different processes" in str(model.denseblock1.unfusable())  # type: ignore[union-attr, operator]
+def _refuse(rank: int) -> None:
+    """What is not shared is refused."""
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(features())
+    dense_ext.swap(model)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="statistics that several processes share"):
+        torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    (group,) = [dist.new_group([0, 1])]
+    model.denseblock1.denselayer1.norm1.process_group = group  # type: ignore[union-attr]
+    assert "different processes" in str(model.denseblock1.unfusable())  # type: ignore[union-attr, operator]
 
 
 @needs_gloo
-def test_what_is_not_shared_is_refused(tmp_path: Path) -> None:
-    spawn(_refuse, 2, str(tmp_path))
+def test_two_processes(tmp_path: Path) -> None:
+    run_in_processes([partial(_train, shares=OF_TWO), _count, _refuse], 2, tmp_path)
+
+
+@needs_gloo
+def test_three_processes(tmp_path: Path) -> None:
+    run_in_processes(
+        [partial(_train, shares=shares) for shares in (OF_THREE, ONE_WITHOUT_IMAGES)], 3, tmp_path
+    )
 
 
 def test_a_single_process_trains_as_with_batch_norm() -> None:

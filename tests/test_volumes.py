@@ -201,9 +201,12 @@ def test_every_dtype_under_autocast_is_eagers() -> None:
     assert dtypes[0]["transition1"] == torch.float32
 
 
-def test_compiled() -> None:
+def test_compiled(pytestconfig: pytest.Config) -> None:
     ours, eager = twin(network(), dense_ext.swap)
-    ours.compile(fullgraph=True)
+    # Inductor takes half a minute; test_operators.py has it for images.
+    ours.compile(
+        fullgraph=True, backend="inductor" if pytestconfig.getoption("--exhaustive") else "aot_eager"
+    )
     assert_trains_alike(ours, eager, volumes(), steps=1)
 
 

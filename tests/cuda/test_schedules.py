@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from ..emulator import SHARED_BYTES, Emulator
-from ..helpers import in_pairs
 from ..primitives import test_bn_relu_conv1x1 as conv1x1
 from ..primitives import test_bn_relu_conv3x3 as conv3x3
 from ..primitives.common import MakeCase, Size
@@ -64,11 +63,10 @@ def test_shared_memory(gpu: Emulator, make: MakeCase, size: Size, dtype: torch.d
     check_values(gpu.backend, make(Maker(dtype, CPU, guard=ALIGNED), size))
 
 
-@in_pairs(
-    make=[conv3x3.forward_case, conv3x3.backward_case],
-    images=IMAGES,
-    setting=[(torch.float32, 1), (torch.bfloat16, 1), (torch.bfloat16, 16)],
-)
+@pytest.mark.each_pair
+@pytest.mark.parametrize("make", [conv3x3.forward_case, conv3x3.backward_case])
+@pytest.mark.parametrize("images", IMAGES)
+@pytest.mark.parametrize("setting", [(torch.float32, 1), (torch.bfloat16, 1), (torch.bfloat16, 16)])
 def test_patches(gpu: Emulator, make: MakeCase, images: Size, setting: tuple[torch.dtype, int]) -> None:
     """Patches of every shape; they are small or large depending on how many there are per multiprocessor."""
     dtype, multiprocessors = setting

@@ -38,6 +38,8 @@ def architecture(
         emulator().settings.shared_bytes = SHARED_BYTES[architecture]
     elif architecture == "sm_86":
         pytest.skip("has sm_80's configurations")
+    elif architecture == "sm_80" and not request.config.getoption("--exhaustive"):
+        pytest.skip("tests/triton/test_traffic.py runs its configurations, a kernel at a time")
     else:
         monkeypatch.setattr(launch.Target, "architecture", architecture)
         launch.forget_plans()

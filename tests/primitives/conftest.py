@@ -23,9 +23,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         rows = [
             (backend, case, types[n % len(types)], size)
             for backend in backends
-            for case in metafunc.cls.cases
+            for m, case in enumerate(metafunc.cls.cases)
             for n, size in enumerate(metafunc.cls.sizes)
-            for types in _widths(backend, metafunc.config)
+            for types in _in_turn(_widths(backend, metafunc.config), m + n, metafunc.config)
         ]
         names = ("backend", "case", "dtype", "size")
         metafunc.parametrize(names, rows, indirect=["backend"], ids=_id)
@@ -56,6 +56,12 @@ def exact_products() -> Iterator[None]:
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Each backend that is compared with the reference."""
     return BACKENDS[request.param]
+
+
+@pytest.fixture
+def quick(request: pytest.FixtureRequest) -> bool:
+    """Whether to leave out large sizes, which take the interpreter seconds; others have several tiles too."""
+    return _interpreted(request.config) and not request.config.getoption("--exhaustive")
 
 
 @pytest.fixture
@@ -95,6 +101,17 @@ def _widths(backend: str, config: pytest.Config) -> list[list[torch.dtype]]:
     for dtype in found or STORAGE_DTYPES:
         widths.setdefault(dtype.itemsize, []).append(dtype)
     return list(widths.values())
+
+
+def _interpreted(config: pytest.Config) -> bool:
+    return checked_backends(config) == ["triton"]
+
+
+def _in_turn(widths: list[list[torch.dtype]], number: int, config: pytest.Config) -> list[list[torch.dtype]]:
+    """All widths, but in the interpreter only one, which the sizes and cases take in turn."""
+    if _interpreted(config) and not config.getoption("--exhaustive"):
+        return [widths[number % len(widths)]]
+    return widths
 
 
 def _id(value: object) -> str:

@@ -52,8 +52,9 @@ CASES = [scale_shift_case, gradient_case]
 def test_values(
     backend: Backend, maker: MakeMaker, dtype: torch.dtype, case: MakeCase, channels: int
 ) -> None:
-    check_values(backend, case(maker(dtype), channels))
-    check_repeats(backend, case(maker(dtype), channels))
+    first = case(maker(dtype), channels)
+    check_values(backend, first)
+    check_repeats(backend, case(maker(dtype), channels), first)
 
 
 def test_running_statistics(backend: Backend, maker: MakeMaker) -> None:

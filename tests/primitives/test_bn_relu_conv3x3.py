@@ -72,8 +72,10 @@ def test_channels_last_weight(backend: Backend, maker: MakeMaker, case: MakeCase
 
 
 @pytest.mark.parametrize("case", [forward_case, backward_case])
-def test_many_bands(backend: Backend, maker: MakeMaker, case: MakeCase) -> None:
+def test_many_bands(backend: Backend, maker: MakeMaker, case: MakeCase, quick: bool) -> None:
     """An image too large for the cache is computed in bands of rows, which read each other's edges."""
+    if quick:
+        pytest.skip("Triton's kernels have no bands")
     check_values(backend, case(maker(torch.float32), (1, 13, 100, 128, 12)))
 
 

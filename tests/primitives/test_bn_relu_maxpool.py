@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from dense_ext.backends.base import Backend
@@ -58,8 +59,10 @@ def test_equal_maxima(backend: Backend, maker: MakeMaker) -> None:
     check_values(backend, case)
 
 
-def test_many_bands(backend: Backend, maker: MakeMaker) -> None:
+def test_many_bands(backend: Backend, maker: MakeMaker, quick: bool) -> None:
     """An image too large for the cache is computed in bands, and windows across an edge belong to both."""
+    if quick:
+        pytest.skip("Triton's kernels have no bands")
     check_values(backend, backward_case(maker(torch.float32), (1, 61, 50, 130)))
 
 

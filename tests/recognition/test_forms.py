@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,17 +20,32 @@ from dense_ext import schedule
 from ..helpers import Calls, assert_equal, assert_trains_alike, randomize, twin
 from .forms import DROPOUTS, FORMS, Form, Layer, Network
 
+Pair = tuple[nn.Module, nn.Module]
 
-def pair(form: Form, recompute: str) -> tuple[nn.Module, nn.Module]:
+
+def pair(form: Form) -> Pair:
     torch.manual_seed(0)
-    model = randomize(Network(form)).double()
-    return twin(model, lambda m: dense_ext.swap(m, recompute=recompute, strict=True))
+    return twin(randomize(Network(form)).double(), lambda m: dense_ext.swap(m, strict=True))
+
+
+@pytest.fixture(scope="module")
+def pair_of() -> Callable[[Form, str], Pair]:
+    """Makes a swapped network and its original; to recognise takes long, so it is done once for each form."""
+    once: dict[int, Pair] = {}
+
+    def copies(form: Form, recompute: str) -> Pair:
+        if id(form) not in once:
+            once[id(form)] = pair(form)
+        ours, eager = copy.deepcopy(once[id(form)])
+        return dense_ext.swap(ours, recompute=recompute, strict=True), eager
+
+    return copies
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_trains_as_eager(name: str, recompute: str) -> None:
+def test_trains_as_eager(pair_of: Callable[[Form, str], Pair], name: str, recompute: str) -> None:
     form = FORMS[name]
-    ours, eager = pair(form, recompute)
+    ours, eager = pair_of(form, recompute)
     with Calls() as calls:
         assert_trains_alike(ours, eager, form.images(), steps=2)
     assert {"dense_block", "transition"} <= set(calls.names)
@@ -72,9 +87,11 @@ def same_masks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", DROPOUTS)
-def test_dropout_is_in_its_place(name: str, recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_is_in_its_place(
+    pair_of: Callable[[Form, str], Pair], name: str, recompute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     form = DROPOUTS[name]
-    ours, eager = pair(form, recompute)
+    ours, eager = pair_of(form, recompute)
     with same_masks(monkeypatch), Calls() as calls:
         assert_trains_alike(ours, eager, form.images(), steps=1)
         ours.eval()
@@ -87,7 +104,7 @@ def test_dropout_is_in_its_place(name: str, recompute: str, monkeypatch: pytest.
 def test_dropout_drops_at_its_rate(name: str) -> None:
     """What a layer adds is dropped as often as its rate says, single elements or whole channels."""
     form = replace(DROPOUTS[name], drops=(0.0, 0.4), growth=(40, 2), widths=(8, 2))
-    ours, _ = pair(form, "bottleneck")
+    ours, _ = pair(form)
     x = torch.randn(40, 5, *form.images().shape[2:], dtype=torch.float64)
     added = ours.block1(x)[:, 5:45]  # type: ignore[operator]
     dropped = (added == 0).flatten(2)
@@ -121,7 +138,7 @@ def test_second_derivatives(name: str) -> None:
     form = replace(form, drops=(0.0, 0.0), transition_drops=0.0)
     found = []
     x = form.images()
-    for model in pair(form, "bottleneck"):
+    for model in pair(form):
         leaf = x.clone().requires_grad_()
         (grad,) = torch.autograd.grad(model(leaf).square().sum(), leaf, create_graph=True)
         grad.square().sum().backward()
@@ -170,14 +187,14 @@ def test_report_says_what_pytorch_runs(name: str, block: str, transition: str) -
 
 
 def test_signals_of_another_rank_are_refused() -> None:
-    ours, _ = pair(FORMS["signals"], "none")
+    ours, _ = pair(FORMS["signals"])
     with pytest.raises(ValueError, match=r"input must be 3-D \[N, 5, L\], got shape \(2, 5, 1, 8\)"):
         ours.block1(torch.randn(2, 5, 1, 8, dtype=torch.float64))  # type: ignore[operator]
 
 
 def test_compiles_without_a_graph_break() -> None:
     form = FORMS["everything"]
-    ours, eager = pair(form, "bottleneck")
+    ours, eager = pair(form)
     torch._dynamo.reset()
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     x = form.images()
