@@ -281,6 +281,16 @@ def test_second_derivatives_with_dropout_are_those_of_one_mask() -> None:
         same_values(other, results[0])
 
 
+@pytest.mark.parametrize("policy", ["none", "bottleneck", "block"])
+def test_a_gradient_to_be_differentiated_again_has_forwards_masks(policy: str) -> None:
+    model = dense_ext.swap(small_densenet(drop_rate=0.3), recompute=policy)
+    x = images().requires_grad_()
+    y = model(x).square().sum()
+    inputs = [x, *model.parameters()]
+    once = torch.autograd.grad(y, inputs, retain_graph=True)
+    same_values(torch.autograd.grad(y, inputs, create_graph=True), once)
+
+
 def dropping_block() -> tuple[nn.Module, tuple[int, ...]]:
     return eager_block(2, 3, 2, 1, drop_rate=0.4), (2, 3, 3, 2)
 
