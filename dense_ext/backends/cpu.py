@@ -17,15 +17,16 @@ LIBRARIES = {
     "AVX2": ("_cpu_avx2", "_cpu_default"),
 }
 ELSEWHERE = ("_cpu_default",)
-# The ops of :class:`FrozenBlocks`, in the order of its fields.
+# The ops of :class:`FrozenBlocks`, in the order of its fields; and all ops of a library.
 _OF_FROZEN_BLOCKS = ("frozen_block_forward", "pack_frozen_block", "packed_block_forward")
+OPS = (*PRIMITIVES, *_OF_FROZEN_BLOCKS)
 
 
 def _library() -> Library:
     names = LIBRARIES.get(torch.backends.cpu.get_cpu_capability(), ELSEWHERE)
     absent = f"the C++ backend is not built: none of {', '.join(names)} is in {PACKAGE}"
     paths = [PACKAGE / f"{name}.so" for name in names]
-    return Library(paths, "dense_ext", absent, (*PRIMITIVES, *_OF_FROZEN_BLOCKS))
+    return Library(paths, "dense_ext", absent, OPS)
 
 
 # The widest vector and panel of the matrix product over all instruction sets, in values; see csrc/cpu/gemm.h.
@@ -42,8 +43,8 @@ class CPUBackend(CompiledBackend):
 
     name = "cpu"
 
-    def __init__(self) -> None:
-        super().__init__(_library())
+    def __init__(self, library: Library | None = None) -> None:
+        super().__init__(library or _library())
         self.frozen_blocks = FrozenBlocks(*map(self.library.op, _OF_FROZEN_BLOCKS))
 
     def unavailable_reason(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:

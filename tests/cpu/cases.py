@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -12,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from dense_ext.backends.compiled import CompiledBackend, Library
-from dense_ext.backends.cpu import CPUBackend
+from dense_ext.backends.compiled import Library
+from dense_ext.backends.cpu import OPS, CPUBackend
 
 from ..compiling import CSRC, ROOT, STABLE, compile_source, compiler_with, link
+from ..primitives import test_frozen_block
 from ..sanitizers import Sanitizer, put_in_place, run_cases, train_a_network
 
 NAMESPACE = "dense_ext_cpu_sanitized"
@@ -53,16 +55,9 @@ def run_sanitized(
     return sanitizer.run(__name__, str(build(sanitizer, csrc, kernels)), primitives, *names)
 
 
-class SanitizedBackend(CPUBackend):
-    """The CPU backend with another library than the installed one."""
-
-    def __init__(self, library: Path) -> None:
-        CompiledBackend.__init__(self, Library([library], NAMESPACE, "it is not built"))
-
-
 def main(library: str, primitives: str, *dtypes: str) -> None:
     torch.set_num_threads(THREADS)
-    backend = SanitizedBackend(Path(library))
+    backend = CPUBackend(Library([Path(library)], NAMESPACE, "it is not built", OPS))
     assert backend.library.reason is None, backend.library.reason
     # After a pixel's last channel comes no channel of a neighbour or a guard, so that reading there is
     # noticed.
@@ -70,6 +65,9 @@ def main(library: str, primitives: str, *dtypes: str) -> None:
     if not primitives:
         from ..test_threads import train_together  # imported late, since it imports torchvision
 
+        for size, dtype in itertools.product(test_frozen_block.SIZES, dtypes):
+            print("a frozen block", size, dtype, flush=True)
+            test_frozen_block.check_bits(backend, size, getattr(torch, dtype))
         put_in_place(backend)
         train_together(backend.name)
         train_a_network(backend)

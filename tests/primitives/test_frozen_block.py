@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from dense_ext import schedule
 from dense_ext.backends import CPU
 from dense_ext.backends.base import STORAGE_DTYPES, accumulate_dtype
+from dense_ext.backends.cpu import CPUBackend
 from dense_ext.schedule import Block, Dropout, Layer, Norm
 
 from ..conftest import checked_backends
@@ -67,14 +69,10 @@ def block_of(c0: int, layers: list[tuple[int, int]], dtype: torch.dtype) -> Bloc
     return Block(made, c0)
 
 
-@pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("storage", STORAGE_DTYPES, ids=str)
-@pytest.mark.parametrize("size", SIZES)
-def test_the_bits_are_those_of_the_primitives(
-    size: str, storage: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (n, h, w, c0, layers), dtype = SIZES[size], storage
-    block, run = block_of(c0, layers, dtype), CPU.frozen_blocks
+def check_bits(backend: CPUBackend, size: str, dtype: torch.dtype) -> None:
+    """Assert that a block's bits are those of the backend's primitives, and that it writes nothing else."""
+    n, h, w, c0, layers = SIZES[size]
+    block, run = block_of(c0, layers, dtype), backend.frozen_blocks
     assert run is not None
     x = torch.randn(n, c0, h, w, generator=torch.Generator().manual_seed(1)).to(dtype)
     x[0, 0, 0, 0] = float("inf")  # its neighbours become infinite or NaN, and no others
@@ -92,12 +90,20 @@ def test_the_bits_are_those_of_the_primitives(
         forward(out)
         assert (wide[..., block.out_channels :] == 7).all()
         found.append(out.permute(0, 3, 1, 2))
-    monkeypatch.setattr(CPU, "frozen_blocks", None)
-    expected, _, _ = schedule.forward(CPU, block, x, keep_bottleneck=False)  # type: ignore[arg-type]
+    layer_by_layer = copy.copy(backend)
+    layer_by_layer.frozen_blocks = None
+    expected, _, _ = schedule.forward(layer_by_layer, block, x, keep_bottleneck=False)  # type: ignore[arg-type]
     for out in found:
         assert torch.equal(out.isnan(), expected.isnan())
         assert torch.equal(out.nan_to_num(), expected.nan_to_num())
     assert expected.isfinite().any() or n * h * w == 1
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("storage", STORAGE_DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_the_bits_are_those_of_the_primitives(size: str, storage: torch.dtype) -> None:
+    check_bits(CPU, size, storage)
 
 
 @pytest.mark.parametrize("wrong", ["channels", "norms", "weight", "packed", "dtype"])

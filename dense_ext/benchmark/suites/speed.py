@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from ...packing import pack_weights
 from ...swap import report
 from ..cuda_graph import GraphedStep
 from ..errors import UsageError
@@ -330,7 +331,7 @@ class StepSuite(TimedSuite):
 class InferenceSuite(TimedSuite):
     """Forward passes in evaluation mode without gradients, of one image and of a batch.
 
-    Of peers that differ only in what they keep for backward, one runs.
+    Of peers that differ only in what they keep for backward, one runs. dense_ext runs with packed weights.
     """
 
     name = "inference"
@@ -348,6 +349,8 @@ class InferenceSuite(TimedSuite):
     def prepare(self, case: Case, peer: Peer, row: Measurement) -> Call:
         images, labels = self.batch(case, peer)
         network = self.network(case, peer, self.batch_statistics)
+        if peer.ours:
+            pack_weights(network)
         self.note_backends(peer, network, row)
         step = InferenceStep(network, DTYPES[case.dtype], self.device)
         step(images, labels)
