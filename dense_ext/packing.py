@@ -28,13 +28,15 @@ class Packed:
     def __init__(self, norms: Sequence[nn.Module], convs: Sequence[nn.Module], weights: Tensor) -> None:
         self.weights = weights
         self.states = self._states(norms, convs)
-        where = [(module, name) for module in norms for name in _VECTORS]
-        where += [(conv, name) for conv in convs for name in ("weight", "bias")]
+        where = _places(norms, convs)
         self.holders = [_holder(module, name) for module, name in where]
         self.names = [name for _, name in where]
         self.found = self._find()
         self.sources: list[Tensor] = [source for source in self.found if source is not None]
         self.versions = self._versions()
+        # An assignment to `.data` changes no version. The memory before it is kept, so that the memory after
+        # it has another address.
+        self.memory = [source.detach() for source in self.sources]
         self.eps = [norm.eps for norm in norms]
 
     @staticmethod
@@ -61,6 +63,12 @@ class Packed:
             )
         except KeyError:  # a tensor is gone
             return False
+
+
+def _places(norms: Sequence[nn.Module], convs: Sequence[nn.Module]) -> list[tuple[nn.Module, str]]:
+    """Where the tensors of a block are: modules and names."""
+    vectors = [(norm, name) for norm in norms for name in _VECTORS]
+    return [*vectors, *((conv, name) for conv in convs for name in ("weight", "bias"))]
 
 
 def _holder(module: nn.Module, name: str) -> dict[str, Any]:
@@ -103,8 +111,8 @@ def pack_weights(model: nn.Module) -> nn.Module:
 def wanted(norms: Sequence[nn.Module]) -> bool:
     """Whether a call of the block of these norms may run with packed weights."""
     return (
-        len(_wanted) > 0
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and len(_wanted) > 0
         and norms[0] in _wanted
         and not torch.is_grad_enabled()
         and not any(map(_training, norms))
@@ -114,11 +122,16 @@ def wanted(norms: Sequence[nn.Module]) -> bool:
 def find(norms: Sequence[nn.Module], convs: Sequence[nn.Module]) -> Tensor | None:
     """The packed weights of a block, if its parameters and statistics are unchanged; else None."""
     packed = _packed.get(norms[0])
-    return packed.weights if packed is not None and packed.holds(norms, convs) else None
+    if packed is None:
+        return None
+    if packed.holds(norms, convs):
+        return packed.weights
+    del _packed[norms[0]]
+    return None
 
 
 def keep(norms: Sequence[nn.Module], convs: Sequence[nn.Module], weights: Tensor) -> None:
     """Keep a block's packed weights as long as its first norm lives."""
-    tensors = [t for m in (*norms, *convs) for t in (*m._parameters.values(), *m._buffers.values())]
+    tensors = [_holder(module, name)[name] for module, name in _places(norms, convs)]
     if not any(t is not None and t.is_inference() for t in tensors):  # these have no versions to compare
         _packed[norms[0]] = Packed(norms, convs, weights)

@@ -15,8 +15,8 @@ PACKAGE = ROOT / "dense_ext"
 
 # Lower layers first; a module may import from its own layer and lower ones.
 LAYERS = ["backends", "batch_norm", "ownership", "schedule", "transition", "arguments", "differentiable",
-          "flops", "ops", "checks", "eligibility", "packing", "modules", "functional", "models", "recognise", "memory",
-          "swap", "benchmark", "cli"]  # fmt: skip
+          "flops", "ops", "checks", "eligibility", "packing", "modules", "functional", "models", "recognise",
+          "memory", "swap", "benchmark", "cli"]  # fmt: skip
 
 
 def registered(path: Path) -> list[str]:

@@ -198,6 +198,17 @@ def test_a_write_through_data_needs_another_call(model: nn.Module) -> None:
     assert not torch.equal(y, before)
 
 
+def test_replaced_memory_is_kept_until_the_next_call(model: nn.Module) -> None:
+    """An address is how a new `.data` is noticed, and a freed one might be used again."""
+    run(model, images())
+    weight = second_layer(model).conv1.weight
+    memory = weight.untyped_storage()._weak_ref()
+    weight.data = weight.data * 2
+    assert not torch.UntypedStorage._expired(memory)
+    run(model, images())
+    assert torch.UntypedStorage._expired(memory)
+
+
 @pytest.mark.parametrize("how", ["training", "with gradients", "autocast", "another backend"])
 def test_calls_that_use_no_packed_weights(how: str, model: nn.Module) -> None:
     run(model, images())
