@@ -91,7 +91,7 @@ FAULTS = {
     ),
     "copies that nothing waits for": pool(
         (1, 16, 16, 40),
-        "bn_relu_maxpool.cu",
+        "strips.cuh",
         "if (i <= lines) {",
         "{",
         "a thread ends with copies under way that nothing waited for",
@@ -118,7 +118,7 @@ FAULTS = {
     # Wrong addresses.
     "one channel too many": pool(
         (1, 16, 16, 33),
-        "bn_relu_maxpool.cu",
+        "strips.cuh",
         "if (i < size) store_global(pixel",
         "if (i <= size) store_global(pixel",
         "wrote outside its outputs",
