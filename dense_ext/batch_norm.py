@@ -26,6 +26,10 @@ from torch import Tensor, nn
 ONE_STATISTIC = "a batch norm has only one of running_mean and running_var: it needs both or neither"
 
 
+# The tensors of a batch norm, one value for each channel.
+VECTORS = ("weight", "bias", "running_mean", "running_var")
+
+
 def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x.to(dtype)``, without calling it if x already has the dtype."""
     return x if x.dtype == dtype else x.to(dtype)

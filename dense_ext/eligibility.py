@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
-from .batch_norm import constant, uses_batch_stats
+from .batch_norm import VECTORS, constant, uses_batch_stats
 
 # --- PyTorch's mode ----------------------------------------------------------------------------------
 
@@ -122,8 +122,7 @@ def _has_strided_vectors(norm: nn.Module) -> bool:
     if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
         return False
     own = {**norm._parameters, **norm._buffers}
-    names = ("weight", "bias", "running_mean", "running_var")
-    return any(name not in own for name in names) or any(
+    return any(name not in own for name in VECTORS) or any(
         tensor is not None and not tensor.is_contiguous() for tensor in own.values()
     )
 

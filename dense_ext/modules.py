@@ -567,7 +567,7 @@ class FusedFeatures(Fused, nn.Sequential):
                 if isinstance(child, FusedDenseBlock) and self._fuses(child, x):
                     x, carried = child.run(x)
                 else:
-                    x = child(readable(x, child))
+                    x = child(x if isinstance(child, Fused) else readable(x, child))
             i += 1
         if carried is not None:
             x = own_memory(x)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .batch_norm import VECTORS
 from .eligibility import Fused
 
-_VECTORS = ("weight", "bias", "running_mean", "running_var")
 _version, _training = attrgetter("_version"), attrgetter("training")
 _state = attrgetter("__dict__", "_parameters", "_buffers")
 
@@ -67,7 +67,7 @@ class Packed:
 
 def _places(norms: Sequence[nn.Module], convs: Sequence[nn.Module]) -> list[tuple[nn.Module, str]]:
     """Where the tensors of a block are: modules and names."""
-    vectors = [(norm, name) for norm in norms for name in _VECTORS]
+    vectors = [(norm, name) for norm in norms for name in VECTORS]
     return [*vectors, *((conv, name) for conv in convs for name in ("weight", "bias"))]
 
 

@@ -23,7 +23,7 @@ from dense_ext.backends import CPU
 
 from .helpers import Calls, randomize, small_densenet
 
-pytestmark = pytest.mark.skipif(CPU.frozen_blocks is None, reason="the C++ backend is not built")
+pytestmark = pytest.mark.skipif(CPU.library.path is None, reason="the C++ backend is not built")
 PACKED, UNPACKED = "packed_dense_block", "dense_block"
 
 

@@ -18,7 +18,7 @@ from dense_ext.schedule import Block, Dropout, Layer, Norm
 
 from ..conftest import checked_backends
 
-pytestmark = pytest.mark.skipif(CPU.frozen_blocks is None, reason="the C++ backend is not built")
+pytestmark = pytest.mark.skipif(CPU.library.path is None, reason="the C++ backend is not built")
 
 # N, H, W, c0, and B and K of each layer. The wide images need several bands of lines.
 SIZES = {
