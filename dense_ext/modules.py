@@ -558,13 +558,13 @@ class FusedFeatures(Fused, nn.Sequential):
             if i == stem.start < stem.stop and self.why_not_fused(x) is None:
                 x, i = self._run_stem(child, children[stem.stop - 1], x), stem.stop
                 continue
-            if carried is not None and isinstance(child, FusedTransition) and self._fuses(child, x):
+            if carried is not None and self._fuses(child, FusedTransition, x):
                 x, carried = child.run(x, carried), None
             else:
                 if carried is not None and not self._only_reads(child):
                     x = own_memory(x)
                 carried = None
-                if isinstance(child, FusedDenseBlock) and self._fuses(child, x):
+                if self._fuses(child, FusedDenseBlock, x):
                     x, carried = child.run(x)
                 else:
                     x = child(x if isinstance(child, Fused) else readable(x, child))
@@ -574,9 +574,11 @@ class FusedFeatures(Fused, nn.Sequential):
         return x.contiguous() if contiguous and isinstance(x, Tensor) else x
 
     @staticmethod
-    def _fuses(child: Fused, x: Tensor) -> bool:
-        """Whether a call of a block or transition would do nothing but run its fused operator."""
-        return interference(child) is None and child.why_not_fused(x) is None  # type: ignore[arg-type]
+    def _fuses(child: Any, part: type[FusedDenseBlock | FusedTransition], x: Tensor) -> bool:
+        """Whether a call of a child would do nothing but run the fused operator of such a part."""
+        # A user's subclass may have a forward of its own.
+        runs = isinstance(child, part) and type(child).forward is part.forward
+        return runs and interference(child) is None and child.why_not_fused(x) is None
 
     @classmethod
     def _only_reads(cls, child: nn.Module) -> bool:

@@ -258,6 +258,19 @@ def of_a_subclass(model: nn.Module) -> None:
     layer(model).relu2 = Doubled()
 
 
+def _subclassed(module: nn.Module) -> None:
+    kind: Any = type(module)
+    module.__class__ = type("Own", (kind,), {"forward": lambda self, x: kind.forward(self, x) * 0.5})
+
+
+def block_of_a_subclass(model: nn.Module) -> None:
+    _subclassed(model.features.denseblock2)
+
+
+def transition_of_a_subclass(model: nn.Module) -> None:
+    _subclassed(model.features.transition1)
+
+
 def pooled_otherwise(model: nn.Module) -> None:
     model.features.transition1.pool.stride = model.features.pool0.stride = 1
 
@@ -282,7 +295,8 @@ CHANGES = [
     circular, padded_by_name, dilated, biased, with_a_bias_as_plain_tensor, with_a_bias_as_buffer,
     with_a_weight_as_plain_tensor, with_a_weight_as_buffer,
     with_norm_vectors_as_buffers, with_another_parameter, with_other_norm_settings, of_a_subclass,
-    pooled_otherwise, pooled_by_maxima, with_more_in_a_layer, one_layer_shorter,
+    block_of_a_subclass, transition_of_a_subclass, pooled_otherwise,
+    pooled_by_maxima, with_more_in_a_layer, one_layer_shorter,
 ]  # fmt: skip
 
 
