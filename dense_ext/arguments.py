@@ -72,6 +72,16 @@ class TransitionOptions(NamedTuple):
     known_stats: Tensor | None  # the input's batch statistics if the block before has computed them
 
 
+class ActivationOptions(NamedTuple):
+    """The further argument that only norm and activation without a pool take."""
+
+    known_stats: Tensor | None  # the input's batch statistics; None if the norm uses running statistics
+
+
+# A transition's options, or those of norm and activation alone; None for the stem.
+PoolingOptions = TransitionOptions | ActivationOptions | None
+
+
 def unpack(flat: Sequence[Any], *kinds: Any) -> list[Any]:
     """An operator's flat arguments as these named tuples, followed by the arguments that are left.
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import activations
-from .arguments import TRAINABLE_LISTS, Arguments, BlockOptions, TransitionOptions
+from .arguments import TRAINABLE_LISTS, Arguments, BlockOptions, PoolingOptions, TransitionOptions
 from .autograd import grouped
 from .backends.base import accumulate_dtype
 from .schedule import Dropout, nhwc
@@ -142,14 +142,13 @@ def dense_block_backward(
         return g[0], *found
 
 
-def pooling_backward(grad: Tensor, x: Tensor, args: Arguments, options: TransitionOptions | None) -> Any:
-    """The gradients of a transition's or the stem's backward.
+def pooling_backward(grad: Tensor, x: Tensor, args: Arguments, options: PoolingOptions) -> Any:
+    """The gradients of the backward of a transition, of the stem, or of norm and activation alone.
 
     Args:
         grad: the gradient of the operator's output.
         x: the operator's input [N, C, H, W].
-        args: the operator's arguments; the stem has no convolution.
-        options: a transition's further arguments; None for the stem.
+        args, options: the operator's arguments.
     """
     with _recording(x) as again:
         (x,) = _inputs([x], again)
@@ -157,11 +156,11 @@ def pooling_backward(grad: Tensor, x: Tensor, args: Arguments, options: Transiti
         (activated,), volumes = _activations(x, args), x.dim() == 5
         average, maximum = (F.avg_pool3d, F.max_pool3d) if volumes else (F.avg_pool2d, F.max_pool2d)
         y = activated(x)
-        if options is not None:
+        if isinstance(options, TransitionOptions):
             y = _convolve(y, args.conv_weights[0], args.bias(0))
             y = _drop(y, options.drop_rate, options.drops_channels, options.dropout_seed)
             y = (maximum if options.pool == "max" else average)(y, options.pool_window)
-        else:
+        elif options is None:
             y = maximum(y, 3, 2, 1)
         of_x, *rest = _gradients(y, [x, *(t for group in groups for t in group)], grad, again)
         return of_x, *grouped(rest, list(map(len, groups)))

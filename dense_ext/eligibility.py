@@ -229,6 +229,8 @@ class Fused:
     original: ClassVar[Any]
     known_forward: ClassVar[Any]
     original_forward: ClassVar[Callable[..., Tensor]]
+    # The forward that runs the fused operator; a user's subclass may have another one.
+    fused_forward: ClassVar[Callable[..., Tensor]]
     # The module's dotted name in the swapped model, for messages. None marks features that were swapped
     # although their stem can't be fused.
     part_name: str | None = ""

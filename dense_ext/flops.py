@@ -77,7 +77,7 @@ def register_formulas() -> None:
         (["dense_block"], _dense_block),
         (["packed_dense_block"], _packed_dense_block),
         (["dense_block_backward", "dense_block_backward_"], _dense_block_backward),
-        (["transition", "stem"], _pooling),
-        (["transition_backward", "stem_backward"], _pooling_backward),
+        (["transition", "stem", "activation"], _pooling),
+        (["transition_backward", "stem_backward", "activation_backward"], _pooling_backward),
     ):
         register_flop_formula([getattr(ops, name) for name in names])(formula)

@@ -115,7 +115,7 @@ def transition(
     if not _may_fuse(x, [conv], reason):
         return _POOLS[pool][dims_of(conv)](_apply([norm, conv], activate, x), 2)
     image = as_image(x, conv)
-    y = run_transition(
+    y, _ = run_transition(
         image, norm, conv, backend, NOTHING_CARRIED, pool=pool, activation=str(name_of(activate))
     )
     return y if image is x else y.squeeze(2)

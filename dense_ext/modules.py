@@ -226,7 +226,8 @@ def run_transition(
     drop_rate: float = 0.0,
     drops_channels: bool = False,
     activation: str = "relu",
-) -> Tensor:
+    shows_activation: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """Run the operator of a transition, and update its norm's running statistics.
 
     Args:
@@ -237,9 +238,10 @@ def run_transition(
         pool: "average" or "max".
         drop_rate: the dropout probability between convolution and pool; 0 in eval mode.
         drops_channels, activation: as for :func:`run_dense_block`.
+        shows_activation: whether to return what the convolution reads too.
 
     Returns:
-        [N, K, H//2, W//2].
+        [N, K, H//2, W//2], and the activation [N, C, H, W] or None.
     """
     volumes = isinstance(conv, nn.Conv3d)
     window = [1, 2] if isinstance(conv, nn.Conv1d) else [2, 2, 2] if volumes else [2, 2]
@@ -251,8 +253,39 @@ def run_transition(
     if x is not input or carried.group != args.group:
         carried = ops.NOTHING_CARRIED
     y, stats = ops.run_transition(x, args, options, carried)
+    shown = ops.run_activation(x, args, stats, carried) if shows_activation else None
     update_running_stats([norm], stats, [0], _count(x, args))
-    return y.float() if _autocast_pools_in_float32(y) else y.to(autocast_dtype(y) or y.dtype)
+    return y.float() if _autocast_pools_in_float32(y) else y.to(autocast_dtype(y) or y.dtype), shown
+
+
+def run_stem(
+    x: Tensor, norm: Any, pool: nn.Module, backend: str, *, shows_activation: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Run the operator of a stem, and update its norm's running statistics.
+
+    Args:
+        x: [N, C, H, W].
+        norm, pool: the stem's norm and max pool.
+        backend: as for :class:`DenseBlock`.
+        shows_activation: whether to return what the pool reads too.
+
+    Returns:
+        [N, C, (H-1)//2 + 1, (W-1)//2 + 1], and the activation [N, C, H, W] or None.
+    """
+    check_input("stem", x, norm, isinstance(pool, nn.MaxPool3d))
+    args = read_arguments("stem", x, [norm], [], backend)
+    y, stats = torch.ops.dense_ext.stem(x, *args)
+    shown = ops.run_activation(x, args, stats, ops.NOTHING_CARRIED) if shows_activation else None
+    update_running_stats([norm], stats, [0], _count(x, args))
+    return y.float() if _autocast_pools_in_float32(y) else y, shown
+
+
+def runs_fused(module: Any, part: type[Fused], x: Tensor) -> bool:
+    """Whether a call of a module would do nothing but run the fused operator of such a part."""
+    kind: Any = type(module)
+    # A user's subclass may have a forward of its own.
+    fused = isinstance(module, part) and kind.forward is kind.fused_forward
+    return fused and interference(module) is None and module.why_not_fused(x) is None
 
 
 class DenseLayer(nn.Module):
@@ -362,6 +395,8 @@ class FusedDenseBlock(Fused):
             return self.run_or_fall_back(init_features)
         return self.original_forward(init_features)
 
+    fused_forward = forward
+
     def run_or_fall_back(self, x: Tensor) -> Tensor:
         """The block's output, from the fused operator or the original's forward."""
         if self.why_eager(x) is not None:
@@ -447,6 +482,8 @@ class FusedTransition(Fused):
             return self.run_or_fall_back(input)
         return self.original_forward(input)
 
+    fused_forward = forward
+
     def run_or_fall_back(self, x: Tensor) -> Tensor:
         """The transition's output, from the fused operator or the original's forward."""
         return self.run(x) if self.why_eager(x) is None else self.run_original(x)
@@ -454,7 +491,7 @@ class FusedTransition(Fused):
     def run(self, input: Tensor, carried: ops.Carried = ops.NOTHING_CARRIED) -> Tensor:
         """Run the fused operator. ``carried`` comes from the block, if one has just made ``input``."""
         norm, conv = self._modules["norm"], self._modules["conv"]
-        return run_transition(input, norm, conv, self.backend, carried)
+        return run_transition(input, norm, conv, self.backend, carried)[0]
 
 
 class Transition(FusedTransition, nn.Sequential):
@@ -556,15 +593,15 @@ class FusedFeatures(Fused, nn.Sequential):
                 # As in eager, only an input in channels_last memory gives features in channels_last memory.
                 contiguous = isinstance(x, Tensor) and (x.is_contiguous() or not ops.is_dense(x))
             if i == stem.start < stem.stop and self.why_not_fused(x) is None:
-                x, i = self._run_stem(child, children[stem.stop - 1], x), stem.stop
+                (x, _), i = run_stem(x, child, children[stem.stop - 1], self.backend), stem.stop
                 continue
-            if carried is not None and self._fuses(child, FusedTransition, x):
+            if carried is not None and runs_fused(child, FusedTransition, x):
                 x, carried = child.run(x, carried), None
             else:
                 if carried is not None and not self._only_reads(child):
                     x = own_memory(x)
                 carried = None
-                if self._fuses(child, FusedDenseBlock, x):
+                if runs_fused(child, FusedDenseBlock, x):
                     x, carried = child.run(x)
                 else:
                     x = child(x if isinstance(child, Fused) else readable(x, child))
@@ -573,22 +610,8 @@ class FusedFeatures(Fused, nn.Sequential):
             x = own_memory(x)
         return x.contiguous() if contiguous and isinstance(x, Tensor) else x
 
-    @staticmethod
-    def _fuses(child: Any, part: type[FusedDenseBlock | FusedTransition], x: Tensor) -> bool:
-        """Whether a call of a child would do nothing but run the fused operator of such a part."""
-        # A user's subclass may have a forward of its own.
-        runs = isinstance(child, part) and type(child).forward is part.forward
-        return runs and interference(child) is None and child.why_not_fused(x) is None
-
     @classmethod
     def _only_reads(cls, child: nn.Module) -> bool:
         """Whether a child is known not to write into its input."""
         norms = (nn.BatchNorm2d, nn.BatchNorm3d, cls.parts["norm0"])
         return type(child) in norms and interference(child) is None
-
-    def _run_stem(self, norm: Any, pool: nn.Module, x: Tensor) -> Tensor:
-        check_input("stem", x, norm, isinstance(pool, nn.MaxPool3d))
-        args = read_arguments("stem", x, [norm], [], self.backend)
-        y, stats = torch.ops.dense_ext.stem(x, *args)
-        update_running_stats([norm], stats, [0], _count(x, args))
-        return y.float() if _autocast_pools_in_float32(y) else y

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from . import differentiable, schedule, transition
 from .arguments import (
+    ActivationOptions,
     Arguments,
     BlockOptions,
     Gradients,
+    PoolingOptions,
     TransitionOptions,
     fake_gradients,
     in_parameter_dtypes,
@@ -44,7 +46,7 @@ _LIBRARY = torch.library.Library("dense_ext", "FRAGMENT")
 _LEGACY_BATCHED = torch._C._dispatch_key_parse("Batched")
 
 
-# In the order of the fields of Arguments, BlockOptions and TransitionOptions.
+# In the order of the fields of Arguments, BlockOptions, TransitionOptions and ActivationOptions.
 _ARGUMENTS = (
     "Tensor[] norm_weights, Tensor[] norm_biases, Tensor[] conv_weights, Tensor[] conv_biases, "
     "Tensor[] running_means, Tensor[] running_vars, float[] eps, bool[] batch_stats, str activation, "
@@ -58,6 +60,7 @@ _TRANSITION = (
     f"{_ARGUMENTS}, str pool, int[] pool_window, Tensor? dropout_seed, float drop_rate, "
     "bool drops_channels, Tensor? known_stats"
 )
+_ACTIVATION = f"{_ARGUMENTS}, Tensor? known_stats"
 _GRADIENTS = "(Tensor, Tensor[], Tensor[], Tensor[], Tensor[])"
 
 
@@ -154,10 +157,11 @@ def _block(x: Tensor, in_channels: int, args: Arguments, options: BlockOptions) 
     return Block(layers, in_channels, _sync(x, args))
 
 
-def _pooling(x: Tensor, args: Arguments, options: TransitionOptions | None) -> Pooling:
-    """The constants of a transition or, without options, of the stem."""
-    if options is None:
-        return Pooling(_norms(x, args)[0], None, None, Dropout(0.0), False, (), _sync(x, args))
+def _pooling(x: Tensor, args: Arguments, options: PoolingOptions) -> Pooling:
+    """The constants of a transition, of norm and activation alone or, without options, of the stem."""
+    if not isinstance(options, TransitionOptions):
+        activation = "" if options is None else args.activation
+        return Pooling(_norms(x, args)[0], None, None, Dropout(0.0), False, (), _sync(x, args), activation)
     seed = None if options.dropout_seed is None else int(options.dropout_seed)
     return Pooling(
         _norms(x, args)[0],
@@ -379,19 +383,21 @@ def _probe_ownership() -> None:
         (out * 2).sum().backward()
 
 
-# --- transition and stem: (x) -> (y, batch statistics) ------------------------------------------------
+# --- transition, stem, norm and activation: (x) -> (y, batch statistics) ---------------------------------
 
 
 def _register_pooling(name: str, schema: str, *kinds: Any) -> None:
-    """Define an operator that pools, and its backward.
+    """Define an operator that normalises and pools, or only normalises, and its backward.
 
     Args:
         name: the operator's name.
         schema: its arguments after x.
         kinds: the named tuples that the arguments are, Arguments first.
     """
+    # Without a pool no kernel reads the tensors, and the result is in x's memory format.
+    as_read = _unchanged if ActivationOptions in kinds else dense_channels_last
 
-    def parse(rest: Sequence[Any]) -> tuple[Arguments, TransitionOptions | None, list[Any]]:
+    def parse(rest: Sequence[Any]) -> tuple[Arguments, PoolingOptions, list[Any]]:
         args, *others = unpack(rest, *kinds)
         return (args, others[0], others[1:]) if len(kinds) > 1 else (args, None, others)
 
@@ -400,13 +406,12 @@ def _register_pooling(name: str, schema: str, *kinds: Any) -> None:
         known = options.known_stats if options else None
         with _without_autocast(x):
             return transition.forward(
-                _of_pooling(x, args, options), _pooling(x, args, options), dense_channels_last(x), known
+                _of_pooling(x, args, options), _pooling(x, args, options), as_read(x), known
             )
 
     def fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         args, options, _ = parse(rest)
-        args, options = args._replace(counts=None), options and options._replace(dropout_seed=None)
-        return transition.empty_outputs(_pooling(x, args, options), x)
+        return transition.empty_outputs(_pooling(x, args._replace(counts=None), _constants(options)), x)
 
     def backward(grad: Tensor, x: Tensor, stats: Tensor, *rest: Any) -> Gradients:
         args, options, (needs_conv_grad,) = parse(rest)
@@ -416,8 +421,8 @@ def _register_pooling(name: str, schema: str, *kinds: Any) -> None:
             found = transition.backward(
                 _of_pooling(x, args, options),
                 _pooling(x, args, options),
-                dense_channels_last(grad),
-                dense_channels_last(x),
+                as_read(grad),
+                as_read(x),
                 stats.contiguous(),
                 any(needs_conv_grad),
             )
@@ -427,18 +432,19 @@ def _register_pooling(name: str, schema: str, *kinds: Any) -> None:
 
     def backward_fake(grad: Tensor, x: Tensor, stats: Tensor, *rest: Any) -> Gradients:
         args, _, (needs_conv_grad,) = parse(rest)
-        grad_x = torch.empty_like(x, memory_format=schedule.channels_last(x))
-        return fake_gradients(grad_x, args, needs_conv_grad)
+        return fake_gradients(torch.empty_like(as_read(x)), args, needs_conv_grad)
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, *rest = inputs
         args, options, _ = parse(rest)
-        save(ctx, args, x, output[1], *((options.dropout_seed,) if options else ()))
-        ctx.options = options and options._replace(dropout_seed=None, known_stats=None)
+        save(ctx, args, x, output[1], getattr(options, "dropout_seed", None))
+        ctx.options = _constants(options)
 
     def formula(ctx: Any, grad: Tensor) -> Gradients:
-        args, x, stats, *seed = load(ctx)
-        options = ctx.options and ctx.options._replace(dropout_seed=seed[0])
+        args, x, stats, seed = load(ctx)
+        options = ctx.options
+        if isinstance(options, TransitionOptions):
+            options = options._replace(dropout_seed=seed)
         if differentiates_inside(grad):
             return differentiable.pooling_backward(grad, x, args, options)
         operator = getattr(torch.ops.dense_ext, f"{name}_backward")
@@ -454,14 +460,26 @@ def _register_pooling(name: str, schema: str, *kinds: Any) -> None:
     register(_LIBRARY, name, setup, formula)
 
 
-def _of_pooling(x: Tensor, args: Arguments, options: TransitionOptions | None) -> Primitives:
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+def _constants(options: PoolingOptions) -> PoolingOptions:
+    """The options without their tensors."""
+    if isinstance(options, TransitionOptions):
+        return options._replace(dropout_seed=None, known_stats=None)
+    return options and ActivationOptions(None)
+
+
+def _of_pooling(x: Tensor, args: Arguments, options: PoolingOptions) -> Primitives:
     dims = x.dim() - 2
-    pool = tuple(options.pool_window) if options else (2,) * dims
+    pool = tuple(options.pool_window) if isinstance(options, TransitionOptions) else (2,) * dims
     return _primitives(x, args, Form((3,) * dims, 1, pool, args.activation))
 
 
 _register_pooling("transition", _TRANSITION, Arguments, TransitionOptions)
 _register_pooling("stem", _ARGUMENTS, Arguments)
+_register_pooling("activation", _ACTIVATION, Arguments, ActivationOptions)
 register(_LIBRARY, "dense_block", _dense_block_setup, _dense_block_formula)
 
 
@@ -489,15 +507,33 @@ def block_node(out: Tensor) -> Any:
 def run_transition(
     x: Tensor, args: Arguments, options: TransitionOptions, carried: Carried
 ) -> tuple[Tensor, Tensor]:
-    """Run the operator ``transition``; after a block with ``recompute="block"`` it does not save x.
+    """Run the operator ``transition`` with what the block before has carried."""
+    options = options._replace(known_stats=carried.stats)
+    return _run_without_saving(torch.ops.dense_ext.transition, x, (*args, *options), carried.node)
 
-    Saving x would keep the very buffer that the block frees. Instead, the transition's backward makes the
-    block recompute x; the block's own backward, which runs next, uses the result too.
+
+def run_activation(x: Tensor, args: Arguments, stats: Tensor, carried: Carried) -> Tensor:
+    """Run the operator ``activation`` on x, whose batch statistics another operator has returned.
+
+    The norm's running statistics are not updated; that other operator's caller does it.
     """
-    operator, (stats, _, node) = torch.ops.dense_ext.transition, carried
-    options = options._replace(known_stats=stats)
+    args = args._replace(conv_weights=[], conv_biases=[])
+    rest = (*args, *ActivationOptions(stats))
+    return _run_without_saving(torch.ops.dense_ext.activation, x, rest, carried.node)[0]
+
+
+def _run_without_saving(operator: Any, x: Tensor, rest: Sequence[Any], node: Any) -> tuple[Tensor, Tensor]:
+    """Run an operator; if x is the output of a block that keeps only its input, the operator does not save x.
+
+    Saving x would keep the very buffer that the block frees. Instead, the operator's backward makes the
+    block recompute x; the block's own backward, which runs next, uses the result too.
+
+    Args:
+        operator: an operator that takes x and ``rest``.
+        node: the block's node in the autograd graph; None if x is not the output of such a block.
+    """
     if node is None:
-        return operator(x, *args, *options)
+        return operator(x, *rest)
     # The hooks live as long as the graph, so they must not hold x; `output` is cleared below.
     output = [x.detach()]
 
@@ -516,7 +552,7 @@ def run_transition(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        result = operator(x, *args, *options)
+        result = operator(x, *rest)
     output.clear()
     return result
 
@@ -524,7 +560,7 @@ def run_transition(
 register_formulas()
 
 # PyTorch creates these objects at first use, which is not thread-safe; so create them now.
-for _name in ("dense_block", "transition", "stem"):
+for _name in ("dense_block", "transition", "stem", "activation"):
     for _suffix in ("", "_backward"):
         getattr(torch.ops.dense_ext, _name + _suffix).default  # noqa: B018
 torch.ops.dense_ext.dense_block_backward_.default  # noqa: B018

@@ -5,6 +5,8 @@ takes the maximum (window 3, stride 2, padding 1). For volumes the windows are 2
 is saved; backward recomputes the activation tile by tile. The input's gradient leaves the operator, so batch
 norm's deferred ``u*x + v`` is added here (see :mod:`dense_ext.batch_norm`).
 
+Norm and activation alone, without a pool, serve an encoder that returns the activation before the pool too.
+
 A transition's average pool and 1x1 convolution commute. If the pool takes the maximum, or dropout comes
 before it, they do not: then the convolution comes first, and its result is held in memory during the call.
 """
@@ -18,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .activations import activation
 from .backends import Primitives
 from .backends.base import accumulate_dtype
 from .batch_norm import values_per_channel
@@ -27,15 +30,21 @@ from .synchronised import Sync
 
 @dataclass
 class Pooling:
-    """The constants of a transition, or of the stem, which has neither convolution nor dropout."""
+    """The constants of a transition, of the stem, or of norm and activation alone.
+
+    The last two have neither convolution nor dropout.
+    """
 
     norm: Norm
-    weight: Tensor | None  # the convolution's [K, C, 1, 1]; None for the stem
+    weight: Tensor | None  # a transition's convolution's [K, C, 1, 1]
     bias: Tensor | None  # the convolution's [K], accumulation dtype
     dropout: Dropout  # between convolution and pool
     takes_maximum: bool  # whether a transition's pool takes the maximum
     window: tuple[int, ...]  # of a transition's pool
     sync: Sync | None  # the processes that share batch statistics
+    activation: str = (
+        ""  # of norm and activation alone, as :func:`activation` takes it; "" if there is a pool
+    )
 
     @property
     def pools_first(self) -> bool:
@@ -46,6 +55,8 @@ class Pooling:
 def empty_outputs(pooling: Pooling, x: Tensor) -> tuple[Tensor, Tensor]:
     """Tensors for the outputs of :func:`forward`: y uninitialised, the statistics zero."""
     n, c, *pixels = x.shape
+    if pooling.activation:
+        return torch.empty_like(x), x.new_zeros(2, c, dtype=accumulate_dtype(x.dtype))
     if pooling.weight is None:
         size = (n, c, *((length - 1) // 2 + 1 for length in pixels))
     else:
@@ -58,16 +69,16 @@ def empty_outputs(pooling: Pooling, x: Tensor) -> tuple[Tensor, Tensor]:
 def forward(
     ops: Primitives, pooling: Pooling, x: Tensor, known: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Run a transition or the stem.
+    """Run a transition, the stem, or norm and activation alone.
 
     Args:
-        x: [N, C, H, W] in channels_last memory.
-        known: x's batch statistics [2, C] if the block before has computed them, else None.
+        x: [N, C, H, W] in channels_last memory; for norm and activation alone in any memory format.
+        known: x's batch statistics [2, C] if they are known, else None. Without a pool they must be.
 
     Returns:
         y in channels_last memory, and the batch statistics [2, C]. y is [N, K, H//2, W//2], or for the stem
-        [N, C, (H-1)//2 + 1, (W-1)//2 + 1]. The statistics are mean and biased variance, and zero if the norm
-        uses running statistics.
+        [N, C, (H-1)//2 + 1, (W-1)//2 + 1]. Without a pool y is like x. The statistics are mean and biased
+        variance, and zero if the norm uses running statistics.
     """
     y, stats = empty_outputs(pooling, x)
     if x.shape[0] == 0 and pooling.sync is None:
@@ -80,7 +91,9 @@ def forward(
         if pooling.sync is not None:
             pooling.sync.combine(stats[0], stats[1])
     bound = bind(ops, norm, stats[0], stats[1])
-    if pooling.weight is None:
+    if pooling.activation:
+        nhwc(y).copy_(activation(pooling.activation).forward(_normed(bound, x)))
+    elif pooling.weight is None:
         ops.bn_relu_maxpool_forward(nhwc(x), bound.scale, bound.shift, nhwc(y))
     elif pooling.pools_first:
         ops.bn_relu_pool_conv1x1_forward(nhwc(x), bound.scale, bound.shift, pooling.weight, nhwc(y))
@@ -89,6 +102,11 @@ def forward(
     else:
         y.copy_(_pool(pooling, _convolved(ops, pooling, bound, x)))
     return y, stats
+
+
+def _normed(bound: BoundNorm, x: Tensor) -> Tensor:
+    """The norm's output [N, H, W, C] in the accumulation dtype."""
+    return torch.addcmul(bound.shift, nhwc(x).to(bound.shift.dtype), bound.scale)
 
 
 def _convolved(ops: Primitives, pooling: Pooling, bound: BoundNorm, x: Tensor) -> Tensor:
@@ -125,7 +143,7 @@ def _pool_backward(pooling: Pooling, grad: Tensor, z: Tensor) -> Tensor:
 
 @dataclass
 class PoolingGradients:
-    """The gradients of a transition's or the stem's parameters and input; None where there is none."""
+    """The gradients of an operator's parameters and input; None where there is none."""
 
     x: Tensor
     norm_weight: Tensor  # [C]
@@ -147,6 +165,8 @@ def backward(
     """
     norm, weight = pooling.norm, pooling.weight
     bound = bind(ops, norm, stats[0], stats[1])
+    if pooling.activation:
+        return _activation_backward(ops, pooling, bound, grad, x)
     grad_x = torch.empty_like(x)
     grad_weight = torch.empty_like(weight) if weight is not None and needs_conv_grad else None
     # Averaging windows keeps the sum of a gradient, and so the gradient of a bias.
@@ -188,6 +208,23 @@ def backward(
             pooling.sync.average(u, v)
         ops.affine_gradient(nhwc(grad_x), nhwc(x), u, v, nhwc(grad_x))
     return PoolingGradients(grad_x, *vectors, grad_weight, grad_bias)
+
+
+def _activation_backward(
+    ops: Primitives, pooling: Pooling, bound: BoundNorm, grad: Tensor, x: Tensor
+) -> PoolingGradients:
+    """Backward of norm and activation alone, through PyTorch's operators."""
+    pixels, wide = tuple(range(x.dim() - 1)), nhwc(x).to(bound.mean.dtype)
+    g = activation(pooling.activation).backward(nhwc(grad).to(wide.dtype), _normed(bound, x))
+    sums = torch.stack([g.sum(pixels), (g * (wide - bound.mean)).sum(pixels)])
+    u, v = torch.zeros_like(sums)
+    count = values_per_channel(x) if pooling.sync is None else 1
+    vectors = bound.gradient(ops, sums, count, u, v)
+    if pooling.sync is not None and pooling.norm.running is None:
+        pooling.sync.average(u, v)
+    grad_x = torch.empty_like(x)
+    nhwc(grad_x).copy_(g * bound.scale + u * wide + v)
+    return PoolingGradients(grad_x, *vectors)
 
 
 def _sum(grad: Tensor, bias: Tensor) -> Tensor:

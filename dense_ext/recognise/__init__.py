@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx, nn
 
 from .description import CONVS, NORMS, Plan, describe, plan_of_layers
-from .fused import Recognised, changes, install, kinds_of, original_class, recognised_base, unsupported
+from .fused import Recognised, Traced, changes, install, kinds_of, original_class, traced_base, unsupported
 from .proof import prove
 from .tracing import RefusedError, graph_of, is_torchs, transparent_checkpoints
 
@@ -23,12 +23,13 @@ __all__ = [
     "Plan",
     "Recognised",
     "RefusedError",
+    "Traced",
     "find",
     "install",
     "original_class",
     "recognise",
-    "recognised_base",
     "register",
+    "traced_base",
     "wants_copies",
 ]
 

@@ -1,4 +1,4 @@
-"""The class of a recognised module, which runs the module's plan with the fused operators."""
+"""The classes of modules that were traced: the base class, and that of recognised modules."""
 
 from __future__ import annotations
 
@@ -29,19 +29,16 @@ from ..supported import block_reason, dims_of, transition_reason
 from .description import Block, Dropout, Plan, Transition
 
 
-class Recognised(Fused):
-    """Mixin that runs a module's plan, as long as the module is unchanged since it was recognised.
+class Traced(Fused):
+    """Mixin for a module whose forward was traced; it runs something else as long as nothing has changed.
 
     Attributes:
-        plan: what the module computes.
-        kinds: the class of every submodule when the module was recognised, by dotted name.
-        returns_copy: whether to return a contiguous copy, for a network that relies on it.
+        plan: what the module computes; it has ``guards`` and a ``kind``.
+        kinds: the classes of submodules at that time, by dotted name.
     """
 
-    plan: Plan
+    plan: Any
     kinds: dict[str, type[nn.Module]]
-    recompute: str
-    returns_copy: bool
     training: bool
 
     def forward(self, input: Tensor) -> Tensor:
@@ -51,26 +48,48 @@ class Recognised(Fused):
 
     def run_or_fall_back(self, x: Any) -> Any:
         """The module's output, from the fused operators or the original's forward."""
-        if not isinstance(x, Tensor) or self.why_eager(x) is not None:
-            return self.run_original(x)
-        out = self.run(x)
-        if self.returns_copy:
-            return out.clone(memory_format=torch.contiguous_format)
-        return own_memory(out) if written_by_hooks(self) else out  # type: ignore[arg-type]
+        raise NotImplementedError
 
     def __getitem__(self, idx: Any) -> Any:
-        """Index like a Sequential; a slice is another module, which is not recognised."""
+        """Index like a Sequential; a slice is another module, with the original's class."""
         found = super().__getitem__(idx)  # type: ignore[misc]
         if isinstance(idx, slice):
             found.__class__ = original_class(type(self))
         return found
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle the original's class, from which unpickling makes the recognised class again."""
-        return _new, (original_class(type(self)),), self.__getstate__()
+        """Pickle the original's class, from which unpickling makes this class again."""
+        traced = traced_base(type(self))
+        return _new, (traced.__bases__[1], traced.__bases__[0]), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__.copy()
+
+    @classmethod
+    def guarded(cls, module: Any) -> list[tuple[Any, str, Any]]:
+        guards = module.plan.guards
+        attributes = [(_submodule(module, path), name, value) for path, name, value in guards.attributes]
+        variables = [(*_holder(path, name), value) for path, name, value in guards.variables]
+        original = original_class(type(module))
+        return [*attributes, *variables, *((original, *item) for item in known_methods(original).items())]
+
+
+class Recognised(Traced):
+    """Mixin that runs a module's plan, as long as the module is unchanged since it was recognised.
+
+    Attributes:
+        returns_copy: whether to return a contiguous copy, for a network that relies on it.
+    """
+
+    plan: Plan
+    recompute: str
+    returns_copy: bool
+
+    def run_or_fall_back(self, x: Any) -> Any:
+        if not isinstance(x, Tensor) or self.why_eager(x) is not None:
+            return self.run_original(x)
+        out, _ = self.run(x)
+        return own_memory(out) if written_by_hooks(self) else out  # type: ignore[arg-type]
 
     def unfusable(self) -> str | None:
         reason = super().unfusable()
@@ -84,25 +103,24 @@ class Recognised(Fused):
     def why_not(cls, module: Any) -> str | None:
         return changes(module, module.kinds, module.plan) or unsupported(module, module.plan)
 
-    @classmethod
-    def guarded(cls, module: Any) -> list[tuple[Any, str, Any]]:
-        guards = module.plan.guards
-        attributes = [(_submodule(module, path), name, value) for path, name, value in guards.attributes]
-        variables = [(*_holder(path, name), value) for path, name, value in guards.variables]
-        original = original_class(type(module))
-        return [*attributes, *variables, *((original, *item) for item in known_methods(original).items())]
+    def run(self, x: Tensor, carried: ops.Carried = ops.NOTHING_CARRIED) -> tuple[Tensor, ops.Carried]:
+        """The module's output, computed by the fused operators, and the last block's information about it.
 
-    def run(self, x: Tensor) -> Tensor:
-        """The module's output, computed by the fused operators."""
+        ``carried`` comes from the block that has just made x, if one has.
+        """
         image = as_image(x, self._find(self.plan.convs[0]))
         signals, x = image is not x, image
-        carried = ops.NOTHING_CARRIED
+        carried = ops.NOTHING_CARRIED if signals else carried
         for step in self.plan.steps:
             if isinstance(step, Transition):
                 x, carried = self._run_transition(step, x, carried), ops.NOTHING_CARRIED
             else:
                 x, carried = self._run_block(step, x)
-        return x.squeeze(2) if signals else x
+        if signals:
+            x, carried = x.squeeze(2), ops.NOTHING_CARRIED
+        if self.returns_copy:
+            return x.clone(memory_format=torch.contiguous_format), ops.NOTHING_CARRIED
+        return x, carried
 
     def forms(self) -> list[Form]:
         """What the primitives compute in each step, with signals as images of one row."""
@@ -122,13 +140,14 @@ class Recognised(Fused):
         return _submodule(self, name)
 
     def _run_transition(self, step: Transition, x: Tensor, carried: ops.Carried) -> Tensor:
-        return run_transition(
+        y, _ = run_transition(
             x, self._find(step.norm), self._find(step.conv), self.backend, carried,
             pool=step.pool,
             drop_rate=step.dropout.rate if self.training else 0.0,
             drops_channels=step.dropout.dims > 0,
             activation=step.activation,
         )  # fmt: skip
+        return y
 
     def _run_block(self, step: Block, x: Tensor) -> tuple[Tensor, ops.Carried]:
         norms = [self._find(name) for layer in step.layers for name in layer.norms]
@@ -286,39 +305,39 @@ def unsupported(module: Any, plan: Plan) -> str | None:
 
 
 @functools.cache
-def _recognised_class(kind: Any) -> Any:
+def _traced_class(kind: Any, mixin: Any) -> Any:
     names = ("__module__", "__qualname__", "__doc__", "__annotations__")  # TorchScript reads the last
     own = {name: getattr(kind, name, {}) for name in names}
     # The argument has the original's name, for calls by keyword.
-    forward = Recognised.forward
+    forward = Traced.forward
     (this, _, *others), (_, argument, *_) = forward.__code__.co_varnames, kind.forward.__code__.co_varnames
     code = forward.__code__.replace(co_varnames=(this, argument, *others))
-    own["forward"] = types.FunctionType(code, forward.__globals__)
-    return type(kind.__name__, (Recognised, kind), own)
+    own["forward"] = own["fused_forward"] = types.FunctionType(code, forward.__globals__)
+    return type(kind.__name__, (mixin, kind), own)
 
 
 # Annotated again because mypy does not treat classes as hashable.
-recognised_class: Callable[[Any], Any] = _recognised_class
+traced_class: Callable[[Any, Any], Any] = _traced_class
 
 
 def install(module: Any, plan: Plan, recompute: str, backend: str, name: str, returns_copy: bool) -> None:
     """Make a module run its plan, in place."""
     kinds = kinds_of(module)
-    module.__class__ = recognised_class(type(module))
+    module.__class__ = traced_class(type(module), Recognised)
     module.plan, module.kinds, module.returns_copy = plan, kinds, returns_copy
     module.recompute, module.backend, module.part_name = recompute, backend, name
 
 
-def recognised_base(kind: type) -> Any:
-    """The recognised class among the bases of ``kind``, which ``fully_shard`` may have derived from it."""
-    return next(base for base in kind.__mro__ if Recognised in base.__bases__)
+def traced_base(kind: type) -> Any:
+    """The class that :func:`traced_class` made; ``fully_shard`` may have derived ``kind`` from it."""
+    return next(base for base in kind.__mro__ if "fused_forward" in base.__dict__)
 
 
 def original_class(kind: type) -> Any:
-    """The class from which a recognised class was made."""
-    return recognised_base(kind).__bases__[1]
+    """The class from which a traced module's class was made."""
+    return traced_base(kind).__bases__[1]
 
 
-def _new(kind: Any) -> Any:
-    fused = recognised_class(kind)
-    return fused.__new__(fused)
+def _new(kind: Any, mixin: Any) -> Any:
+    traced = traced_class(kind, mixin)
+    return traced.__new__(traced)

@@ -124,7 +124,7 @@ class _Results:
             if isinstance(module, Recognised):
                 if (reason := module.why_eager(leaf)) is not None:
                     raise RefusedError(reason)
-                y = module.run(leaf)
+                y, _ = module.run(leaf)
             else:
                 y = module.forward(leaf)  # hooks of the module itself run in either case
         self.dropped = mode.dropped

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..eligibility import Fused
-from ..recognise import Plan, Recognised, find, install, original_class, recognised_base, wants_copies
+from ..recognise import Plan, Recognised, Traced, find, install, original_class, traced_base, wants_copies
 from .adapter import ADDED, Candidate, swapped_class
 
 
@@ -50,10 +50,10 @@ class Recognition:
 
 
 def restore_recognised(model: nn.Module) -> None:
-    """Undo every swap of a recognised module in the model."""
+    """Undo every swap of a traced module in the model."""
     for module in model.modules():
-        if isinstance(module, Recognised):
-            fused: Any = recognised_base(type(module))
+        if isinstance(module, Traced):
+            fused: Any = traced_base(type(module))
             module.__class__ = swapped_class(type(module), fused, original_class(fused))
             for attribute in ADDED:
                 module.__dict__.pop(attribute, None)
