@@ -238,7 +238,7 @@ class Fused:
     _modules: dict[str, Any]
     # TorchScript compiles the original's forward, which uses none of these.
     __jit_ignored_attributes__: ClassVar = [
-        "backend", "kinds", "part_name", "plan", "recompute", "returns_copy",
+        "backend", "functions", "kinds", "part_name", "plan", "recompute", "returns_copy",
     ]  # fmt: skip
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -270,6 +270,11 @@ class Fused:
         return list(module._modules.values())
 
     @classmethod
+    def holders(cls, module: Any) -> list[Any]:
+        """Modules that are no longer called: the check looks at their hooks and their list of children."""
+        return []
+
+    @classmethod
     def guarded(cls, module: Any) -> list[tuple[Any, str, Any]]:
         """Further attributes that the check depends on, each as (object, name, value)."""
         return []
@@ -281,10 +286,10 @@ class Fused:
         if self.original.forward is not type(self).known_forward:
             return f"{self.original.__name__}.forward has been replaced"
         snapshot = _snapshots.get(self)
-        if snapshot is None or not snapshot.holds(self.inspected(self)):
+        if snapshot is None or not snapshot.holds(self.inspected(self), self.holders(self)):
             if (reason := self.why_not(self) or weights_reason(self.inspected(self))) is not None:
                 return reason
-            _snapshots[self] = Snapshot(self.inspected(self), self.guarded(self))
+            _snapshots[self] = Snapshot(self.inspected(self), self.holders(self), self.guarded(self))
         return None
 
     def why_eager(self, x: Any) -> str | None:
@@ -361,8 +366,12 @@ def _renamed(function: Any, name: str) -> Any:
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def interference(module: nn.Module) -> str | None:
-    """Why a call of ``module`` might do anything other than its class's own forward, or None."""
+def interference(module: nn.Module, kind: Any = None) -> str | None:
+    """Why a call of ``module`` might do anything other than its class's own forward, or None.
+
+    ``kind`` is the class whose methods are checked: that of the module, unless it is given.
+    """
+    kind = kind or type(module)
     if (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -373,9 +382,9 @@ def interference(module: nn.Module) -> str | None:
     own: dict[str, Any] = module.__dict__
     names: Iterable[str] = _METHODS
     if not torch.compiler.is_compiling():
-        if name := patched_method(type(module)):
+        if name := patched_method(kind):
             return f"is of a class whose {name} has been replaced"
-        names = known_methods(type(module))
+        names = known_methods(kind)
     for name in names:
         if name in own:
             return f"carries a {name} of its own"
@@ -430,6 +439,11 @@ _children, _attributes = attrgetter("_modules"), attrgetter("__dict__")
 _settings_of_conv = itemgetter(*_CONV)
 
 
+def _values(parents: list[Any]) -> list[Any]:
+    """The children of modules, one after the other."""
+    return list(chain.from_iterable(map(dict.values, map(_children, parents))))
+
+
 class Snapshot:
     """The state of modules that passed the full check, in a form that can be compared in microseconds.
 
@@ -437,8 +451,9 @@ class Snapshot:
     flat lists, with little Python per module. If any object is not the same, the full check runs again.
     """
 
-    def __init__(self, top: list[Any], guarded: list[tuple[Any, str, Any]]) -> None:
-        self.top, self.guarded = top, guarded
+    def __init__(self, top: list[Any], holders: list[Any], guarded: list[tuple[Any, str, Any]]) -> None:
+        self.top, self.holders, self.guarded = top, holders, guarded
+        self.held = _values(holders)
         self.parents = [m for t in top for m in t.modules() if m._modules]
         self.modules = self._flat()
         self.types = list(map(type, self.modules))
@@ -462,14 +477,15 @@ class Snapshot:
         ]
 
     def _flat(self) -> list[Any]:
-        below = chain.from_iterable(map(dict.values, map(_children, self.parents)))
-        return [*self.top, *below]
+        return [*self.top, *self.holders, *_values(self.parents)]
 
-    def holds(self, top: list[Any]) -> bool:
+    def holds(self, top: list[Any], holders: list[Any]) -> bool:
         """Whether the modules are unchanged since they passed the full check."""
         try:
             return (
                 top == self.top
+                and holders == self.holders
+                and _values(holders) == self.held
                 and self._flat() == self.modules
                 and list(map(type, self.modules)) == self.types
                 and list(map(len, self.attributes)) == self.lengths

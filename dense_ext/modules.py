@@ -259,20 +259,21 @@ def run_transition(
 
 
 def run_stem(
-    x: Tensor, norm: Any, pool: nn.Module, backend: str, *, shows_activation: bool = False
+    x: Tensor, norm: Any, volumes: bool, backend: str, *, shows_activation: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Run the operator of a stem, and update its norm's running statistics.
 
     Args:
-        x: [N, C, H, W].
-        norm, pool: the stem's norm and max pool.
+        x: [N, C, H, W], or [N, C, D, H, W] for volumes.
+        norm: the stem's norm.
+        volumes: whether x is for volumes.
         backend: as for :class:`DenseBlock`.
         shows_activation: whether to return what the pool reads too.
 
     Returns:
         [N, C, (H-1)//2 + 1, (W-1)//2 + 1], and the activation [N, C, H, W] or None.
     """
-    check_input("stem", x, norm, isinstance(pool, nn.MaxPool3d))
+    check_input("stem", x, norm, volumes)
     args = read_arguments("stem", x, [norm], [], backend)
     y, stats = torch.ops.dense_ext.stem(x, *args)
     shown = ops.run_activation(x, args, stats, ops.NOTHING_CARRIED) if shows_activation else None
@@ -285,7 +286,7 @@ def runs_fused(module: Any, part: type[Fused], x: Tensor) -> bool:
     kind: Any = type(module)
     # A user's subclass may have a forward of its own.
     fused = isinstance(module, part) and kind.forward is kind.fused_forward
-    return fused and interference(module) is None and module.why_not_fused(x) is None
+    return fused and interference(module, module.original) is None and module.why_not_fused(x) is None
 
 
 class DenseLayer(nn.Module):
@@ -574,14 +575,14 @@ class FusedFeatures(Fused, nn.Sequential):
         if mode_reason() is not None or self.original.forward is not type(self).known_forward:
             return self.run_original(x)
         children, stem = list(self._modules.values()), self.stem(self)
-        behind = max([0, *[i + 1 for i, child in enumerate(children) if isinstance(child, Fused)]])
+        behind = max([stem.stop, *[i + 1 for i, child in enumerate(children) if isinstance(child, Fused)]])
         watched = any([_has_forward_hook(child) for child in children[behind:]])  # noqa: C419  # compiled
         contiguous: bool | None = None  # whether the first fused part's input was contiguous
         carried: ops.Carried | None = None  # set while x is a block's X that nothing else has received
         i = 0
         while i < len(children):
             child = children[i]
-            if i == behind and isinstance(x, Tensor) and x.dim() in (4, 5):
+            if 0 < i == behind and isinstance(x, Tensor) and x.dim() in (4, 5):
                 before = x
                 if contiguous and (watched or not ops.is_dense(x)):
                     # So that the last norm's output, which hooks may see, shares memory with the features.
@@ -593,7 +594,8 @@ class FusedFeatures(Fused, nn.Sequential):
                 # As in eager, only an input in channels_last memory gives features in channels_last memory.
                 contiguous = isinstance(x, Tensor) and (x.is_contiguous() or not ops.is_dense(x))
             if i == stem.start < stem.stop and self.why_not_fused(x) is None:
-                (x, _), i = run_stem(x, child, children[stem.stop - 1], self.backend), stem.stop
+                volumes = isinstance(children[stem.stop - 1], nn.MaxPool3d)
+                (x, _), i = run_stem(x, child, volumes, self.backend), stem.stop
                 continue
             if carried is not None and runs_fused(child, FusedTransition, x):
                 x, carried = child.run(x, carried), None

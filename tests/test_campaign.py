@@ -111,8 +111,11 @@ def compare(case: Case) -> None:
 def _known(case: Case, eager: str, fused: str) -> bool:
     """Whether a difference of two errors is known and allowed; an empty string means no error."""
     written = "modified by an inplace operation"
-    if not fused:  # eager saves or returns other tensors, and so may detect a write that has no effect here
-        return written in eager or "is a view and is being modified inplace" in eager
+    if not fused:
+        # Eager saves or returns other tensors, and so may detect a write that has no effect here. PyTorch's
+        # second derivative of a batch norm without a weight fails.
+        no_weight = "Expected a proper Tensor but got None"
+        return any(text in eager for text in (written, "is a view and is being modified inplace", no_weight))
     # A block called on its own, or by a class that dense_ext does not know, saves its output, as documented.
     # The last error is PyTorch's own; eager raises it too for channels_last images: for a batch of gradients
     # of GroupNorm.

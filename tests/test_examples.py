@@ -72,11 +72,10 @@ def test_own_backbone(example: Example) -> None:
 
 
 def test_segmentation(example: Example) -> None:
-    reason = "DenseNetEncoder.forward calls its modules one by one"
-    with pytest.warns(UserWarning, match=f"left as they are: encoder.features, .*: {reason}"):
-        printed = example("segmentation", "--steps", "24", "--size", "64", "--batch", "4")
+    printed = example("segmentation", "--steps", "24", "--size", "64", "--batch", "4")
     assert len(re.findall(r"dense block +fused", printed)) == 4
-    assert len(re.findall(r"transition +eager", printed)) == 3
+    assert len(re.findall(r"transition +fused", printed)) == 3
+    assert len(re.findall(r"stem +fused", printed)) == 1
     assert last("intersection over union", printed) > 0.5
 
 

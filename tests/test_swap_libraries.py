@@ -373,8 +373,8 @@ class TestXray:
         assert_trains_alike(ours, eager, images(), steps=1)
 
 
-def test_segmentation_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A U-Net around torchvision's DenseNet calls the stem's and the transitions' children one by one."""
+def small_unet(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """A U-Net around torchvision's DenseNet, which calls the stem's and the transitions' children by name."""
     small = {"out_channels": [3, 8, 16, 16, 16, 16], "num_init_features": 8, "growth_rate": 4}
     encoder = segmentation_models_pytorch.encoders.encoders["densenet121"]
     monkeypatch.setitem(encoder, "params", {**small, "block_config": (2, 2, 2, 2)})
@@ -382,21 +382,46 @@ def test_segmentation_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     model = segmentation_models_pytorch.Unet(
         "densenet121", encoder_weights=None, decoder_channels=(16, 16, 8, 8, 4)
     )
+    return randomize(model).double()
+
+
+def test_segmentation_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, eager = twin(small_unet(monkeypatch), lambda m: dense_ext.swap(m, strict=True))
+    runs = [(row.kind, row.runs) for row in dense_ext.report(ours).rows]
+    kinds = {"dense block": 4, "transition": 3, "stem": 1}
+    assert sorted(runs) == sorted((kind, "fused") for kind, count in kinds.items() for _ in range(count))
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    assert_trains_alike(ours, eager, x, steps=1)
+    kept = {"eager": saved_bytes(eager, lambda: eager(x).sum())}
+    for recompute in ("bottleneck", "block"):
+        dense_ext.swap(ours, recompute=recompute)
+        kept[recompute] = saved_bytes(ours, lambda: ours(x).sum())
+    assert kept["block"] < kept["bottleneck"] < kept["eager"]
+
+
+def test_segmentation_encoder_of_known_classes_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without tracing, stems and transitions that are called child by child stay as they are."""
     reason = r"DenseNetEncoder\.forward calls its modules one by one"
     with pytest.warns(UserWarning, match=rf"transition1.*: {reason}"):
-        ours, eager = twin(randomize(model).double(), dense_ext.swap)
-    runs = {(row.kind, row.runs) for row in dense_ext.report(ours).rows}
-    assert runs == {("dense block", "fused"), ("transition", "eager"), ("stem", "eager")}
+        ours, eager = twin(small_unet(monkeypatch), lambda m: dense_ext.swap(m, recognise=False))
     with pytest.raises(ValueError, match=reason):
-        dense_ext.swap(ours, strict=True)
+        dense_ext.swap(ours, strict=True, recognise=False)
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     assert_trains_alike(ours, eager, x, steps=1)
     kept = {}
     for recompute in ("bottleneck", "block"):
         with pytest.warns(UserWarning, match=reason):
-            dense_ext.swap(ours, recompute=recompute)
+            dense_ext.swap(ours, recompute=recompute, recognise=False)
         kept[recompute] = saved_bytes(ours, lambda: ours(x).sum())
     assert kept["block"] <= kept["bottleneck"], "transitions called child by child keep the blocks' outputs"
+
+
+def test_planner_takes_a_segmentation_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_unet(monkeypatch)
+    shape = (2, 3, 64, 64)
+    budget = 2 * estimate(model, shape, recompute="none").peak
+    dense_ext.swap(model, recompute="auto", input_shape=shape, memory=budget)
+    assert {row.runs for row in dense_ext.report(model).rows} == {"fused"}
 
 
 @other_libraries

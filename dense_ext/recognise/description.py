@@ -21,8 +21,8 @@ from .tracing import Guards, RefusedError, is_plain, traces
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-_MAXIMA = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+MAXIMA = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 # Dropout modules, with the spatial dimensions of images whose channels they drop; 0 drops single elements.
 _DROPOUTS: dict[type[nn.Module], int] = {nn.Dropout: 0, nn.Dropout1d: 1, nn.Dropout2d: 2, nn.Dropout3d: 3}
 
@@ -162,7 +162,7 @@ def describe(module: nn.Module) -> Plan:
     plans, guards = [], Guards()
     for training, graph, read in traces(module):
         plans.append((training, Plan(tuple(_Reading(module, graph, training).steps()), Guards())))
-        guards |= read | _settings(module, [str(n.target) for n in graph.nodes if n.op == "call_module"])
+        guards |= read | settings(module, [str(n.target) for n in graph.nodes if n.op == "call_module"])
     (_, first), *others = plans
     for training, plan in others:
         if plan.steps != (first if training else without_dropout(first)).steps:
@@ -173,7 +173,7 @@ def describe(module: nn.Module) -> Plan:
     return replace(first, guards=guards)
 
 
-def _settings(module: nn.Module, names: Sequence[str]) -> Guards:
+def settings(module: nn.Module, names: Sequence[str]) -> Guards:
     """Guards for the settings of activations, dropout and pools; each call reads those of other modules.
 
     Raises:
@@ -184,7 +184,7 @@ def _settings(module: nn.Module, names: Sequence[str]) -> Guards:
         inner = module.get_submodule(name)
         if isinstance(inner, (*NORMS, *CONVS)):
             continue
-        for option in ("p", "negative_slope", "alpha", "approximate", *_POOL_OPTIONS):
+        for option in ("p", "negative_slope", "alpha", "approximate", *POOL_OPTIONS):
             if option in inner.__dict__:
                 value = inner.__dict__[option]
                 if not is_plain(value):
@@ -224,7 +224,7 @@ def plan_of_layers(module: nn.Module, layers: Sequence[Sequence[nn.Module]]) -> 
     if len(dropouts) != 1 or len(functions) != 1:
         raise RefusedError("its layers differ in activation or dropout, or there are none")
     block = Block(tuple(described), activation=functions.pop(), dropouts=dropouts.pop())
-    return Plan((block,), _settings(module, [names[inner] for layer in layers for inner in layer]))
+    return Plan((block,), settings(module, [names[inner] for layer in layers for inner in layer]))
 
 
 def _kind(module: nn.Module) -> str:
@@ -334,9 +334,9 @@ class _Reading:
         elif kind in _DROPOUTS:
             rate = module.p if module.training else 0.0
             self.values[node] = self._dropped(source, rate, dims=_DROPOUTS[kind])
-        elif kind in (*_AVERAGES, *_MAXIMA):
-            own = {option: getattr(module, option) for option in _POOL_OPTIONS if hasattr(module, option)}
-            self.values[node] = self._pooled(source, "average" if kind in _AVERAGES else "max", **own)
+        elif kind in (*AVERAGES, *MAXIMA):
+            own = {option: getattr(module, option) for option in POOL_OPTIONS if hasattr(module, option)}
+            self.values[node] = self._pooled(source, "average" if kind in AVERAGES else "max", **own)
         else:
             raise RefusedError(f"{name} is {_article(kind.__name__)}")
 
@@ -569,19 +569,19 @@ def _dropout(
     return reading._dropped(input, p, training if train is None else train, inplace, dims)
 
 
-_POOL_OPTIONS = (
+POOL_OPTIONS = (
     "kernel_size", "stride", "padding", "dilation", "ceil_mode", "count_include_pad", "divisor_override",
     "return_indices",
 )  # fmt: skip
 
 
 def _avg_pool(reading: _Reading, input: Any, *args: Any, **options: Any) -> _Value:
-    names = [name for name in _POOL_OPTIONS if name not in ("dilation", "return_indices")]
+    names = [name for name in POOL_OPTIONS if name not in ("dilation", "return_indices")]
     return reading._pooled(input, "average", **dict(zip(names, args, strict=False)), **options)
 
 
 def _max_pool(reading: _Reading, input: Any, *args: Any, **options: Any) -> _Value:
-    names = [name for name in _POOL_OPTIONS if name not in ("count_include_pad", "divisor_override")]
+    names = [name for name in POOL_OPTIONS if name not in ("count_include_pad", "divisor_override")]
     return reading._pooled(input, "max", **dict(zip(names, args, strict=False)), **options)
 
 

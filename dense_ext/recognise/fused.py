@@ -27,6 +27,7 @@ from ..modules import (
 )
 from ..supported import block_reason, dims_of, transition_reason
 from .description import Block, Dropout, Plan, Transition
+from .tracing import Guards
 
 
 class Traced(Fused):
@@ -41,13 +42,20 @@ class Traced(Fused):
     kinds: dict[str, type[nn.Module]]
     training: bool
 
-    def forward(self, input: Tensor) -> Tensor:
+    # Without a return type, which TorchScript then infers.
+    def forward(self, input: Tensor):  # type: ignore[no-untyped-def]
         if not is_scripting():
             return self.run_or_fall_back(input)
         return self.original_forward(input)
 
     def run_or_fall_back(self, x: Any) -> Any:
         """The module's output, from the fused operators or the original's forward."""
+        if not isinstance(x, Tensor) or self.why_eager(x) is not None:
+            return self.run_original(x)
+        return self.computed(x)
+
+    def computed(self, x: Tensor) -> Any:
+        """The module's output, from the fused operators."""
         raise NotImplementedError
 
     def __getitem__(self, idx: Any) -> Any:
@@ -68,7 +76,7 @@ class Traced(Fused):
     @classmethod
     def guarded(cls, module: Any) -> list[tuple[Any, str, Any]]:
         guards = module.plan.guards
-        attributes = [(_submodule(module, path), name, value) for path, name, value in guards.attributes]
+        attributes = [(submodule(module, path), name, value) for path, name, value in guards.attributes]
         variables = [(*_holder(path, name), value) for path, name, value in guards.variables]
         original = original_class(type(module))
         return [*attributes, *variables, *((original, *item) for item in known_methods(original).items())]
@@ -78,17 +86,21 @@ class Recognised(Traced):
     """Mixin that runs a module's plan, as long as the module is unchanged since it was recognised.
 
     Attributes:
-        returns_copy: whether to return a contiguous copy, for a network that relies on it.
+        returns_copy: whether to return a copy, for a network that relies on it; contiguous if the input is.
     """
 
     plan: Plan
     recompute: str
     returns_copy: bool
 
-    def run_or_fall_back(self, x: Any) -> Any:
-        if not isinstance(x, Tensor) or self.why_eager(x) is not None:
-            return self.run_original(x)
-        out, _ = self.run(x)
+    def computed(self, x: Tensor) -> Tensor:
+        return self.finished(self.run(x)[0], x)
+
+    def finished(self, out: Tensor, x: Tensor) -> Tensor:
+        """What a call with the input x returns, given what the fused operators have computed."""
+        if self.returns_copy:
+            contiguous = x.is_contiguous()
+            return out.clone(memory_format=torch.contiguous_format if contiguous else torch.preserve_format)
         return own_memory(out) if written_by_hooks(self) else out  # type: ignore[arg-type]
 
     def unfusable(self) -> str | None:
@@ -116,11 +128,7 @@ class Recognised(Traced):
                 x, carried = self._run_transition(step, x, carried), ops.NOTHING_CARRIED
             else:
                 x, carried = self._run_block(step, x)
-        if signals:
-            x, carried = x.squeeze(2), ops.NOTHING_CARRIED
-        if self.returns_copy:
-            return x.clone(memory_format=torch.contiguous_format), ops.NOTHING_CARRIED
-        return x, carried
+        return (x.squeeze(2), ops.NOTHING_CARRIED) if signals else (x, carried)
 
     def forms(self) -> list[Form]:
         """What the primitives compute in each step, with signals as images of one row."""
@@ -137,7 +145,7 @@ class Recognised(Traced):
         return forms
 
     def _find(self, name: str) -> Any:
-        return _submodule(self, name)
+        return submodule(self, name)
 
     def _run_transition(self, step: Transition, x: Tensor, carried: ops.Carried) -> Tensor:
         y, _ = run_transition(
@@ -171,7 +179,8 @@ class Recognised(Traced):
         return out, ops.NOTHING_CARRIED
 
 
-def _submodule(module: Any, name: str) -> Any:
+def submodule(module: Any, name: str) -> Any:
+    """The submodule with a dotted name; ``get_submodule`` takes several times as long."""
     for part in name.split(".") if name else ():
         module = module._modules[part]
     return module
@@ -250,13 +259,18 @@ def changes(module: Any, kinds: dict[str, type], plan: Plan) -> str | None:
     if not torch.compiler.is_compiling() and (name := patched_method(original)):
         return f"its class's {name} has been replaced"
     for name in kinds:
-        if reason := interference(_submodule(module, name)):
+        if reason := interference(submodule(module, name)):
             return f"{name} {reason}"
-    for path, name, value in plan.guards.attributes:
-        holder = _submodule(module, path)
+    return changed_guards(module, plan.guards)
+
+
+def changed_guards(module: Any, guards: Guards) -> str | None:
+    """Which of the values that a forward reads has changed, or None."""
+    for path, name, value in guards.attributes:
+        holder = submodule(module, path)
         if not equal(getattr(holder, name, None), value):
             return f"{path or 'its'} {name} has changed since it was recognised"
-    for path, name, value in plan.guards.variables:
+    for path, name, value in guards.variables:
         holder, last = _holder(path, name)
         if not equal(getattr(holder, last, None), value):
             return f"{path}.{name} has changed since it was recognised"
@@ -281,7 +295,7 @@ def unsupported(module: Any, plan: Plan) -> str | None:
     """Why the operators cannot compute the plan, or None."""
 
     def named(names: Iterable[str]) -> list[tuple[str, Any]]:
-        return [(name, _submodule(module, name)) for name in names]
+        return [(name, submodule(module, name)) for name in names]
 
     dims = {dims_of(conv) for _, conv in named(plan.convs)}
     if len(dims) > 1:

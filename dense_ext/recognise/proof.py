@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten
 
 from ..batch_norm import num_features
 from ..supported import NORM_TYPES, dims_of
 from .description import Dropout, Plan, Transition, without_dropout
-from .fused import Recognised, install
+from .fused import Traced, install
 from .tracing import RefusedError
 
 # The relative error allowed: far above rounding in float64, far below any mistake.
@@ -60,13 +62,47 @@ def prove(module: nn.Module, plan: Plan) -> None:
     Raises:
         RefusedError: they differ, or cannot be compared.
     """
+
+    def fuse(copied: nn.Module) -> None:
+        install(copied, without_dropout(plan), "bottleneck", "auto", "", False)
+
+    dims = dims_of(module.get_submodule(plan.convs[0]))
+    poolings = sum(isinstance(step, Transition) for step in plan.steps)
+    sizes = [size * 2**poolings for size in (4, 3, 2)[:dims]]
+    channels = num_features(module.get_submodule(plan.norms[0]))
+    _prove(module, fuse, (2, channels, *sizes), lambda eager: _expected_dropout(eager, plan))
+
+
+def prove_same(module: nn.Module, dims: int, change: Callable[[nn.Module], None]) -> None:
+    """Compare a module that takes images with a copy that was changed, as :func:`prove` does.
+
+    Args:
+        module: the module.
+        dims: the dimensions of its images, 2 or 3.
+        change: changes the copy in place.
+
+    Raises:
+        RefusedError: they differ, or cannot be compared.
+    """
+    convs: list[Any] = [m for m in module.modules() if dims_of(m) == dims]
+    channels = convs[0].in_channels if convs else 3
+    size = {2: 64, 3: 32}[dims]
+    _prove(module, change, (2, channels, *[size] * dims), None)
+
+
+def _prove(
+    module: nn.Module,
+    change: Callable[[nn.Module], None],
+    shape: tuple[int, ...],
+    dropout: Callable[[nn.Module], Any] | None,
+) -> None:
+    """Compare a module with a changed copy on an input of a shape; ``dropout`` gives what it should drop."""
     try:
         eager = copy.deepcopy(module)
         if any(tensor.is_meta for tensor in (*eager.parameters(), *eager.buffers())):
             eager = eager.to_empty(device="cpu")
         eager = eager.to("cpu", torch.float64).requires_grad_()
-        dims = dims_of(eager.get_submodule(plan.convs[0]))
-        _keep_to_this_process(eager, dims)
+        _keep_to_this_process(eager, len(shape) - 2)
         ours: Any = copy.deepcopy(eager)
     except Exception as error:
         raise RefusedError(f"it cannot be copied to be compared: {type(error).__name__}: {error}") from error
@@ -75,11 +111,8 @@ def prove(module: nn.Module, plan: Plan) -> None:
     ours.load_state_dict(eager.state_dict())
     for a, b in zip(ours.buffers(), eager.buffers(), strict=True):
         a.copy_(b)  # includes buffers that are not in the state dict
-    install(ours, without_dropout(plan), "bottleneck", "auto", "", False)
-    first = eager.get_submodule(plan.norms[0])
-    poolings = sum(isinstance(step, Transition) for step in plan.steps)
-    sizes = [size * 2**poolings for size in (4, 3, 2)[:dims]]
-    x = torch.randn(2, num_features(first), *sizes, dtype=torch.float64, device="cpu", generator=generator)
+    change(ours)
+    x = torch.randn(shape, dtype=torch.float64, device="cpu", generator=generator)
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         for training in (True, False):
             try:
@@ -88,11 +121,14 @@ def prove(module: nn.Module, plan: Plan) -> None:
                 raise
             except Exception as error:
                 raise RefusedError(f"it cannot be compared: {type(error).__name__}: {error}") from error
-            if training and results[0].dropped != _expected_dropout(eager, plan):
+            expected = results[1].dropped if dropout is None else dropout(eager)
+            if training and results[0].dropped != expected:
                 raise RefusedError("its dropout differs from that of its layers")
+            if results[0].structure != results[1].structure:
+                raise RefusedError("computed by the fused operators, its outputs are other ones")
             largest = max(float(value.abs().max()) for _, value in results[0].values if value is not None)
-            for (what, expected), (_, found) in zip(*(r.values for r in results), strict=True):
-                _compare(what, found, expected, ROUNDING * largest)
+            for (what, right), (_, found) in zip(*(r.values for r in results), strict=True):
+                _compare(what, found, right, ROUNDING * largest)
 
 
 def _keep_to_this_process(module: nn.Module, dims: int) -> None:
@@ -121,16 +157,22 @@ class _Results:
     def __init__(self, module: Any, x: Tensor, generator: torch.Generator) -> None:
         leaf = x.clone().requires_grad_()
         with _WithoutDropout() as mode, torch.autocast("cpu", enabled=False):
-            if isinstance(module, Recognised):
+            if isinstance(module, Traced):
                 if (reason := module.why_eager(leaf)) is not None:
                     raise RefusedError(reason)
-                y, _ = module.run(leaf)
+                result = module.computed(leaf)
             else:
-                y = module.forward(leaf)  # hooks of the module itself run in either case
+                result = module.forward(leaf)  # hooks of the module itself run in either case
         self.dropped = mode.dropped
-        cotangent = torch.randn(y.shape, dtype=y.dtype, device="cpu", generator=generator)
-        (y * cotangent).sum().backward()
-        self.values: list[tuple[str, Tensor | None]] = [("output", y.detach()), ("input gradient", leaf.grad)]
+        outputs, self.structure = tree_flatten(result)
+        outputs = [y for y in outputs if isinstance(y, Tensor) and y.is_floating_point()]
+        self.values: list[tuple[str, Tensor | None]] = [("output", y.detach()) for y in outputs]
+        loss = torch.zeros((), dtype=x.dtype, device="cpu")
+        for y in outputs:
+            cotangent = torch.randn(y.shape, dtype=y.dtype, device="cpu", generator=generator)
+            loss = loss + (y * cotangent).sum()
+        loss.backward()
+        self.values.append(("input gradient", leaf.grad))
         self.values += [(f"gradient of {name}", p.grad) for name, p in module.named_parameters()]
         self.values += [(name, buffer.clone()) for name, buffer in module.named_buffers()]
         module.zero_grad()

@@ -119,8 +119,12 @@ _MODES = [
 ]
 
 
-def traces(module: nn.Module) -> Iterator[tuple[bool, fx.Graph, Guards]]:
+def traces(
+    module: nn.Module, leaves: Callable[[nn.Module], bool] = lambda _: False
+) -> Iterator[tuple[bool, fx.Graph, Guards]]:
     """For every mode: whether it is training mode, the forward's graph, and its guards.
+
+    Modules for which ``leaves`` holds are not traced.
 
     Raises:
         RefusedError: the forward cannot be traced, has side effects, or reads values that cannot be guarded.
@@ -138,7 +142,7 @@ def traces(module: nn.Module) -> Iterator[tuple[bool, fx.Graph, Guards]]:
                 stack.enter_context(_without_collection())
                 read = stack.enter_context(_recorded_reads(module))
                 code = stack.enter_context(_recorded_code())
-                graph = graph_of(module, lambda _: False, grad)
+                graph = graph_of(module, leaves, grad)
             yield training, graph, Guards(_attribute_guards(module, read), _variable_guards(code))
     finally:
         for m, mode in was.items():

@@ -27,28 +27,41 @@ __all__ = ["Report", "Row", "report", "restore", "restored", "swap"]
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def _candidates(model: nn.Module, recognise: bool) -> list[tuple[Adapter | Recognition, Candidate]]:
-    """Every part of the model that an adapter knows or that recognition finds; not all can be swapped.
+def _candidates(
+    model: nn.Module, traces: bool, finds_blocks: bool = True
+) -> tuple[list[tuple[Adapter | Recognition, Candidate]], set[nn.Module]]:
+    """Every part of the model that an adapter knows or that tracing finds; not all can be swapped.
 
     Recognition checks the modules that adapters do not know, and those that they refuse.
+
+    Args:
+        model: the model; it is not changed.
+        traces: whether to trace modules of unknown classes.
+        finds_blocks: whether tracing looks for blocks, too, or only for stems and transitions that a forward
+            calls one by one.
+
+    Returns:
+        The parts with what swaps them, and the norms that tracing serves although they are called one by one.
     """
     found: list[tuple[Adapter | Recognition, Candidate]] = [
         (adapter, candidate) for adapter in adapters() for candidate in adapter.candidates(model)
     ]
-    if not recognise:
-        return found
-    accepted = {candidate.module for _, candidate in found if candidate.reason is None}
-    features = {candidate.module for _, candidate in found if candidate.kind in ("features", "stem")}
+    if not traces:
+        return found, set()
     in_pieces = {module for module, _ in called_one_by_one(model)}
-    recognition = Recognition(model, (accepted | in_pieces) - features)
+    around = {c.module for _, c in found if c.kind in ("features", "stem")}
+    accepted = {c.module for _, c in found if c.reason is None} - around
+    recognition = Recognition(model, accepted, around, in_pieces, finds_blocks)
+    served = recognition.served
+    found = [(a, c) for a, c in found if c.module not in in_pieces or served.isdisjoint(c.module.children())]
     more = list(recognition.candidates(model))
     recognised = {candidate.module for candidate in more if candidate.reason is None}
     # If both refuse a module, give the adapter's reason, which is more specific.
     refused = {candidate.module for _, candidate in found} - recognised
     return [
         *((adapter, c) for adapter, c in found if c.module not in recognised),
-        *((recognition, c) for c in more if not refused & set(c.module.modules())),
-    ]
+        *((recognition, c) for c in more if c.reason is None or not refused & set(c.module.modules())),
+    ], served
 
 
 def _reasons(candidates: Sequence[Candidate]) -> str:
@@ -116,7 +129,7 @@ def swap(
             f'input_shape, memory and dtype go with recompute="auto", got recompute={recompute!r}'
         )
     # The planner supports only DenseNets of known classes.
-    found = _candidates(model, recognise and not automatic)
+    found, served = _candidates(model, recognise, finds_blocks=not automatic)
     refused = _reasons([candidate for _, candidate in found])
     if all(c.kind == "features" or (c.reason and isinstance(by, Recognition)) for by, c in found):
         how = "knows or recognises" if recognise and not automatic else "knows"
@@ -129,7 +142,7 @@ def swap(
             raise ValueError(f"dense_ext.swap({option}): {message}")
         warnings.warn(f"dense_ext.swap: {message}", stacklevel=2)
     policies = policies_that_fit(model, input_shape, memory, dtype, backend) if automatic else {}
-    kept_anyway = outputs_kept_anyway(model) if recompute == "block" else set()
+    kept_anyway = outputs_kept_anyway(model, served) if recompute == "block" else set()
     for adapter, candidate in found:
         policy = "bottleneck" if candidate.module in kept_anyway else recompute
         adapter.swap(candidate, policies.get(candidate.name, policy), backend)
@@ -175,6 +188,6 @@ def report(model: nn.Module) -> Report:
     """
     return Report([*swapped_rows(model), *(
         Row(c.name, c.kind, "eager", "", c.reason or "not swapped")
-        for _, c in _candidates(model, recognise=True)
+        for _, c in _candidates(model, traces=True)[0]
         if not c.swapped and c.kind != "features"
     )])  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from ..eligibility import Fused
 from ..modules import FusedDenseBlock, FusedFeatures, FusedTransition
 
 # Library -> the adapter's module, which is loaded only if the process has imported the library.
@@ -23,7 +24,7 @@ _LIBRARIES = {
     "torchxrayvision.models": "torchxrayvision",
 }
 # Attributes that a swap adds and a restore removes.
-ADDED = ("recompute", "backend", "part_name", "plan", "kinds", "returns_copy")
+ADDED = ("recompute", "backend", "part_name", "plan", "kinds", "returns_copy", "functions")
 
 
 @dataclass(frozen=True)
@@ -199,10 +200,11 @@ def called_one_by_one(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """
     for network in model.modules():
         features = network._modules.get("features")
-        names = set(getattr(getattr(type(network).forward, "__code__", None), "co_names", ()))
+        kind: Any = network.original if isinstance(network, Fused) else type(network)
+        names = set(getattr(getattr(kind.forward, "__code__", None), "co_names", ()))
         if not isinstance(features, nn.Sequential) or not names & features._modules.keys():
             continue
-        reason = f"{type(network).__name__}.forward calls its modules one by one"
+        reason = f"{kind.__name__}.forward calls its modules one by one"
         if "pool0" in names:
             yield features, reason
         for name, child in features._modules.items():
@@ -210,12 +212,12 @@ def called_one_by_one(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
                 yield child, reason
 
 
-def outputs_kept_anyway(model: nn.Module) -> set[nn.Module]:
+def outputs_kept_anyway(model: nn.Module, served: set[nn.Module]) -> set[nn.Module]:
     """Parts whose output X its reader keeps for its own backward, so that recomputing X saves nothing.
 
-    The norm of a transition that is called child by child is such a reader.
+    The norm of a transition that is called child by child is such a reader, unless it is ``served``.
     """
-    in_pieces = {module for module, _ in called_one_by_one(model)}
+    in_pieces = {m for m, _ in called_one_by_one(model) if served.isdisjoint(m.children())}
     return {
         child
         for features in model.modules()

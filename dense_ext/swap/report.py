@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from ..backends import requested, select
-from ..backends.general import FOR_IMAGES, FOR_VOLUMES, in_form
+from ..backends.general import FOR_IMAGES, FOR_VOLUMES, Form, in_form
 from ..modules import FusedDenseBlock, FusedFeatures, FusedTransition
-from ..recognise import Recognised
+from ..recognise import Recognised, Rewritten, name_of_pieces
 
 
 @dataclass(frozen=True)
@@ -47,24 +48,31 @@ def swapped_rows(model: nn.Module) -> Iterator[Row]:
     """A row for each swapped part, saying how it would run now on its parameters' device and dtype."""
     kinds = ((FusedDenseBlock, "dense block"), (FusedTransition, "transition"), (FusedFeatures, "stem"))
     for name, module in model.named_modules():
-        kind = next((k for cls, k in kinds if isinstance(module, cls)), None)
+        if isinstance(module, Rewritten):
+            for pieces in module.plan.pieces:
+                inner = name_of_pieces(module, pieces)
+                yield _row(f"{name}.{inner}" if name else inner, pieces.kind, module, [pieces.form])
+            continue
         if isinstance(module, Recognised):
-            kind = module.plan.kind
+            yield _row(name, module.plan.kind, module, module.forms())
+            continue
+        kind = next((k for cls, k in kinds if isinstance(module, cls)), None)
         if kind is None or (isinstance(module, FusedFeatures) and not module.runs_stem()):
             continue
-        recompute = "" if kind == "transition" else getattr(module, "recompute", "")
-        if (reason := module.why_not_at_rest(module)) is not None:
-            yield Row(name, kind, "eager", recompute, reason)
-            continue
-        parameter = next(module.parameters(), None)
-        tensor = parameter if parameter is not None else next(module.buffers())
-        try:
-            primitives = select(requested(module.backend), tensor.device.type, tensor.dtype)
-            volumes = any(isinstance(inner, nn.BatchNorm3d) for inner in module.modules())
-            known = [FOR_VOLUMES if volumes else FOR_IMAGES]
-            forms = module.forms() if isinstance(module, Recognised) else known
-            detail = " and ".join(dict.fromkeys(in_form(primitives, form).summary() for form in forms))
-        except RuntimeError as error:
-            yield Row(name, kind, "refused", recompute, str(error))
-            continue
-        yield Row(name, kind, "fused", recompute, detail)
+        volumes = any(isinstance(inner, nn.BatchNorm3d) for inner in module.modules())
+        yield _row(name, kind, module, [FOR_VOLUMES if volumes else FOR_IMAGES])
+
+
+def _row(name: str, kind: str, module: Any, forms: list[Form]) -> Row:
+    """The row of a part that a swapped module runs with primitives of these forms."""
+    recompute = "" if kind == "transition" else getattr(module, "recompute", "")
+    if (reason := module.why_not_at_rest(module)) is not None:
+        return Row(name, kind, "eager", recompute, reason)
+    parameter = next(module.parameters(), None)
+    tensor = parameter if parameter is not None else next(module.buffers())
+    try:
+        primitives = select(requested(module.backend), tensor.device.type, tensor.dtype)
+        detail = " and ".join(dict.fromkeys(in_form(primitives, form).summary() for form in forms))
+    except RuntimeError as error:
+        return Row(name, kind, "refused", recompute, str(error))
+    return Row(name, kind, "fused", recompute, detail)

@@ -1,0 +1,184 @@
+"""The class of a module whose forward was rewritten, and how a chain runs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import ops
+from ..eligibility import Fused, interference
+from ..modules import FusedDenseBlock, FusedTransition, own_memory, run_stem, run_transition, runs_fused
+from ..supported import NORM_TYPES, transition_reason
+from .chains import Chain, Part, Pieces, Rewriting, rewrite
+from .fused import Recognised, Traced, changed_guards, submodule, traced_class
+from .proof import prove_same
+from .tracing import RefusedError, transparent_checkpoints
+
+
+class Rewritten(Traced):
+    """Mixin that runs the rewritten forward.
+
+    Attributes:
+        plan: how the forward was rewritten.
+        functions: the new forward in eval and in training mode.
+    """
+
+    plan: Rewriting
+    functions: tuple[Callable[..., Any], Callable[..., Any]]
+
+    def computed(self, x: Tensor) -> Any:
+        in_eval, in_training = self.functions
+        return (in_training if self.training else in_eval)(self, x, self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "functions"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        self.functions = _functions(self.plan)
+
+    @classmethod
+    def inspected(cls, module: Any) -> list[Any]:
+        return [submodule(module, name) for pieces in module.plan.pieces for name in pieces.modules]
+
+    @classmethod
+    def holders(cls, module: Any) -> list[Any]:
+        return [submodule(module, name) for name, _ in module.plan.entered]
+
+    @classmethod
+    def why_not(cls, module: Any) -> str | None:
+        for name, children in module.plan.entered:
+            if tuple(submodule(module, name)._modules) != children:
+                return f"{name or 'its'} children have changed since the forward was traced"
+        for name, kind in module.kinds.items():
+            found = submodule(module, name)
+            if type(found) is not kind:
+                return f"{name} has changed since the forward was traced"
+            if (reason := interference(found)) is not None:
+                return f"{name} {reason}"
+        if (reason := changed_guards(module, module.plan.guards)) is not None:
+            return reason
+        return next(filter(None, (_reason(module, pieces) for pieces in module.plan.pieces)), None)
+
+
+def name_of_pieces(module: Any, pieces: Pieces) -> str:
+    """The dotted name of the module that holds all pieces and nothing else; else that of the norm."""
+    holders = {name.rpartition(".")[0] for name in pieces.modules}
+    (holder, *others) = holders
+    if not others and holder and len(submodule(module, holder)._modules) == len(pieces.modules):
+        return holder
+    return pieces.norm
+
+
+def _reason(module: Any, pieces: Pieces) -> str | None:
+    """Why the operators no longer compute these pieces, or None."""
+    norm = submodule(module, pieces.norm)
+    if not pieces.conv:
+        reason = Fused.part_reason(norm, NORM_TYPES[pieces.dims], 1)
+        return None if reason is None else f"{pieces.norm} {reason}"
+    return transition_reason((pieces.norm, norm), (pieces.conv, submodule(module, pieces.conv)))
+
+
+# --- finding and installing --------------------------------------------------------------------------
+
+
+def rewritten_calls(
+    model: nn.Module, parts: set[nn.Module], skip: set[nn.Module]
+) -> dict[str, tuple[nn.Module, Rewriting]]:
+    """The modules of a model whose forward can be rewritten, the innermost ones, by dotted name.
+
+    Args:
+        model: the model; it is not changed.
+        parts: its dense parts, which are called as a whole.
+        skip: modules whose forward is never called.
+    """
+    found: dict[str, tuple[nn.Module, Rewriting]] = {}
+    inside = {inner for part in parts for inner in part.modules()}
+    done = set(parts)
+    with transparent_checkpoints():
+        for name, module in reversed(list(model.named_modules())):
+            if module in inside | skip or not parts & set(module.modules()) or not _has_forward(module):
+                continue
+            try:
+                rewriting = rewrite(module, done, run_chain)
+                prove_same(module, rewriting.dims, functools.partial(install_calls, rewriting=rewriting))
+            except RefusedError:
+                continue
+            done.add(module)
+            found[name] = module, rewriting
+    return found
+
+
+def _has_forward(module: nn.Module) -> bool:
+    if isinstance(module, Fused):
+        return False
+    return type(module) is nn.Sequential or not type(module).__module__.startswith("torch.nn.")
+
+
+def install_calls(module: Any, rewriting: Rewriting, backend: str = "auto", name: str = "") -> None:
+    """Make a module run its rewritten forward, in place."""
+    pieces = [name for pieces in rewriting.pieces for name in pieces.modules]
+    names = [*(name for name, _ in rewriting.entered if name), *pieces]
+    kinds = {name: type(submodule(module, name)) for name in names}
+    checked = {name for p in rewriting.pieces for name in (p.norm, p.conv)}
+    module.__class__ = traced_class(type(module), Rewritten)
+    module.plan, module.functions = rewriting, _functions(rewriting)
+    module.kinds = {name: kind for name, kind in kinds.items() if name not in checked}
+    module.backend, module.part_name = backend, name
+
+
+def _functions(rewriting: Rewriting) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    in_eval, in_training = rewriting.code
+    return in_eval.function(), in_training.function()
+
+
+# --- running -----------------------------------------------------------------------------------------
+
+
+def run_chain(module: Any, index: int, x: Tensor) -> tuple[Tensor, ...]:
+    """Run a chain of a rewritten module on x: its last result, then the activations that it shows.
+
+    Results that have to be as in eager are contiguous if x is.
+    """
+    chain: Chain = module.plan.chains[index]
+    contiguous = x.is_contiguous()
+    carried, shown, last = ops.NOTHING_CARRIED, [], chain.links[-1]
+    for link in chain.links:
+        if isinstance(link, Part):
+            x, carried = _run_part(submodule(module, link.name), x, carried, link is last)
+            continue
+        x, activation = _run_pieces(module, link, x, carried)
+        carried = ops.NOTHING_CARRIED
+        if activation is not None:
+            shown.append(activation)
+    results = (x, *shown)
+    if contiguous:
+        return tuple([y.contiguous() if c else y for y, c in zip(results, chain.contiguous, strict=True)])
+    return results
+
+
+def _run_part(part: Any, x: Tensor, carried: ops.Carried, last: bool) -> tuple[Tensor, ops.Carried]:
+    """Run a part; its own call runs if it has to do more than the fused operator, as for the last part."""
+    if not last or carried is not ops.NOTHING_CARRIED:
+        if runs_fused(part, FusedDenseBlock, x):
+            return part.run(x)
+        if runs_fused(part, FusedTransition, x):
+            return part.run(x, carried), ops.NOTHING_CARRIED
+        if runs_fused(part, Recognised, x):
+            out, carried = part.run(x, carried)
+            return part.finished(out, x) if last else out, carried
+    x = x if carried is ops.NOTHING_CARRIED else own_memory(x)
+    return part(x), ops.NOTHING_CARRIED
+
+
+def _run_pieces(module: Any, pieces: Pieces, x: Tensor, carried: ops.Carried) -> tuple[Tensor, Tensor | None]:
+    norm, backend = submodule(module, pieces.norm), module.backend
+    if not pieces.conv:
+        return run_stem(x, norm, pieces.dims == 3, backend, shows_activation=pieces.shows_activation)
+    return run_transition(
+        x, norm, submodule(module, pieces.conv), backend, carried,
+        pool=pieces.pool, activation=pieces.activation, shows_activation=pieces.shows_activation,
+    )  # fmt: skip
