@@ -33,7 +33,7 @@ from .arguments import (
 from .autograd import load, needs_conv_grad, register, save
 from .backends import Primitives, requested, select
 from .backends.base import FrozenBlocks, accumulate_dtype
-from .backends.general import Form, in_form
+from .backends.general import Form, block_form, in_form, transition_form
 from .batch_norm import in_dtype, values_per_channel
 from .flops import register_formulas
 from .ownership import is_exclusive
@@ -238,8 +238,8 @@ def _packed_dense_block(
 
 
 def _of_block(x: Tensor, args: Arguments, options: BlockOptions) -> Primitives:
-    window = tuple(args.conv_weights[-1].shape[2:])
-    return _primitives(x, args, Form(window, options.dilation, (2,) * len(window), args.activation))
+    window = args.conv_weights[-1].shape[2:]
+    return _primitives(x, args, block_form(window, options.dilation, args.activation))
 
 
 @_fake("dense_block")
@@ -472,9 +472,10 @@ def _constants(options: PoolingOptions) -> PoolingOptions:
 
 
 def _of_pooling(x: Tensor, args: Arguments, options: PoolingOptions) -> Primitives:
-    dims = x.dim() - 2
-    pool = tuple(options.pool_window) if isinstance(options, TransitionOptions) else (2,) * dims
-    return _primitives(x, args, Form((3,) * dims, 1, pool, args.activation))
+    pool, last = [2] * (x.dim() - 2), False
+    if isinstance(options, TransitionOptions):
+        pool, last = options.pool_window, options.pool == "max" or options.drop_rate > 0
+    return _primitives(x, args, transition_form(pool, args.activation, last))
 
 
 _register_pooling("transition", _TRANSITION, Arguments, TransitionOptions)

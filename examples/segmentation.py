@@ -1,8 +1,8 @@
 """Segment images with a U-Net whose encoder is a DenseNet, swapped.
 
 segmentation_models_pytorch builds it on torchvision's dense blocks. Its encoder calls the stem and the
-transitions module by module to get the features between. Its forward is traced and rewritten, so that they run
-fused too, as the report says. The images are MONAI's synthetic ones. Run: python examples/segmentation.py
+transitions module by module to get the features between. Its forward is traced and rewritten, so that
+they run fused too. The images are MONAI's synthetic ones. Run: python examples/segmentation.py --steps 40
 """
 
 import numpy as np

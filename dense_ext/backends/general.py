@@ -10,7 +10,7 @@ linearly with depth.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,12 +37,25 @@ class Form:
         dilation: of that convolution.
         pool: the window of a transition's pool.
         activation: as :func:`dense_ext.activations.activation` takes it.
+        pools_last: whether a transition's pool follows its convolution, since it takes the maximum or dropout
+            comes before it. Then PyTorch's operator pools.
     """
 
     window: tuple[int, ...] = (3, 3)
     dilation: int = 1
     pool: tuple[int, ...] = (2, 2)
     activation: str = "relu"
+    pools_last: bool = False
+
+
+def block_form(window: Sequence[int], dilation: int, activation: str) -> Form:
+    """The form of a block whose layers end with a convolution of a window and a dilation."""
+    return Form(tuple(window), dilation, (2,) * len(window), activation)
+
+
+def transition_form(pool: Sequence[int], activation: str, pools_last: bool) -> Form:
+    """The form of a transition with a pooling window."""
+    return Form((3,) * len(pool), 1, tuple(pool), activation, pools_last)
 
 
 FOR_IMAGES, FOR_VOLUMES = Form(), Form(window=(3, 3, 3), pool=(2, 2, 2))
@@ -79,7 +92,7 @@ class GeneralBackend(ReferenceBackend):
         runs = [  # primitives with their name in a report, and whether PyTorch's operators run them
             ("1x1", _CONV1X1, not relu),
             ("x".join(map(str, form.window)), _CONV3X3, not (relu and plain_conv)),
-            ("pools", _TRANSITION, not (relu and form.pool == (2, 2))),
+            ("pools", _TRANSITION, not (relu and form.pool == (2, 2)) or form.pools_last),
         ]
         taken = [*_OF_CHANNELS, *_OF_PIXELS]
         taken += [name for _, primitives, slow in runs if not slow for name in primitives]

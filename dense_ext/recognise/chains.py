@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..activations import name_of
-from ..backends.general import Form
+from ..backends.general import Form, transition_form
 from ..supported import NORM_TYPES, dims_of, transition_reason
 from .description import AVERAGES, MAXIMA, NORMS, POOL_OPTIONS, settings
 from .tracing import Guards, RefusedError, is_torchs, traces
@@ -62,7 +62,7 @@ class Pieces:
     @property
     def form(self) -> Form:
         """What the primitives compute."""
-        return Form((3,) * self.dims, 1, (2,) * self.dims, self.activation)
+        return transition_form((2,) * self.dims, self.activation, bool(self.conv) and self.pool == "max")
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,6 @@ class Rewriting:
     def pieces(self) -> list[Pieces]:
         """The stems and transitions whose modules are called one by one."""
         return [pieces for chain in self.chains for pieces in chain.pieces]
-
-    @property
-    def dims(self) -> int:
-        """The dimensions of the images: 2, or 3 for volumes."""
-        return max([2, *(pieces.dims for pieces in self.pieces)])
 
 
 def rewrite(model: nn.Module, parts: set[nn.Module], run: Callable[..., Any]) -> Rewriting:

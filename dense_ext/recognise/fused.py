@@ -14,7 +14,7 @@ from torch.jit import is_scripting  # type: ignore[attr-defined]  # absent from 
 
 from .. import ops
 from ..arguments import Arguments
-from ..backends.general import Form
+from ..backends.general import Form, block_form, transition_form
 from ..batch_norm import update_running_stats
 from ..eligibility import Fused, interference, known_methods, patched_method
 from ..modules import (
@@ -135,13 +135,12 @@ class Recognised(Traced):
         forms = []
         for step in self.plan.steps:
             conv = self._find(step.conv if isinstance(step, Transition) else step.layers[0].convs[-1])
-            dims = dims_of(conv)
-            row = (1,) if dims == 1 else ()
-            pool = row + (2,) * dims
+            row = (1,) if dims_of(conv) == 1 else ()
             if isinstance(step, Transition):
-                forms.append(Form((3,) * len(pool), 1, pool, step.activation))
+                last = step.pool == "max" or (step.drops and self.training)
+                forms.append(transition_form(row + (2,) * dims_of(conv), step.activation, last))
             else:
-                forms.append(Form(row + conv.kernel_size, conv.dilation[0], pool, step.activation))
+                forms.append(block_form(row + conv.kernel_size, conv.dilation[0], step.activation))
         return forms
 
     def _find(self, name: str) -> Any:

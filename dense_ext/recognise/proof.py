@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -73,21 +73,51 @@ def prove(module: nn.Module, plan: Plan) -> None:
     _prove(module, fuse, (2, channels, *sizes), lambda eager: _expected_dropout(eager, plan))
 
 
-def prove_same(module: nn.Module, dims: int, change: Callable[[nn.Module], None]) -> None:
-    """Compare a module that takes images with a copy that was changed, as :func:`prove` does.
+def prove_same(module: nn.Module, parts: Iterable[nn.Module], change: Callable[[nn.Module], None]) -> None:
+    """Compare a module that takes images with what it is after a change, as :func:`prove` does.
 
     Args:
-        module: the module.
-        dims: the dimensions of its images, 2 or 3.
+        module: the module; only a copy is changed.
+        parts: submodules that the change does not concern; something cheaper takes their places.
         change: changes the copy in place.
 
     Raises:
         RefusedError: they differ, or cannot be compared.
     """
-    convs: list[Any] = [m for m in module.modules() if dims_of(m) == dims]
-    channels = convs[0].in_channels if convs else 3
-    size = {2: 64, 3: 32}[dims]
-    _prove(module, change, (2, channels, *[size] * dims), None)
+    convs: list[Any] = [m for m in module.modules() if dims_of(m)]
+    if not convs:
+        raise RefusedError("it has no convolution")
+    dims = dims_of(convs[0])
+    try:
+        places = {id(part): _StandIn(part, 1 + i) for i, part in enumerate(parts)}
+    except Exception as error:
+        raise RefusedError(f"it cannot be copied to be compared: {type(error).__name__}: {error}") from error
+    shape = (2, convs[0].in_channels, *[32 if dims == 3 else 64] * dims)
+    _prove(module, change, shape, None, places)
+
+
+class _StandIn(nn.Module):
+    """Takes the place of a part: its results have the same shapes and depend on every input."""
+
+    def __init__(self, part: nn.Module, number: int) -> None:
+        super().__init__()
+        copied = _on_cpu(part).eval()
+        for inner in copied.modules():
+            inner._forward_hooks.clear()
+            inner._forward_pre_hooks.clear()
+        self.part, self.number = [copied], number  # in a list, so that it is no submodule
+        self.shapes: dict[torch.Size, torch.Size] = {}  # of the results, by the input's
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape not in self.shapes:
+            weight = next((t for t in self.part[0].parameters() if t.is_floating_point()), x)
+            with torch.no_grad():
+                self.shapes[x.shape] = self.part[0](x.to(weight.dtype)).shape
+        _, channels, *sizes = self.shapes[x.shape]
+        factors = torch.linspace(0.5, 0.5 + self.number, channels, dtype=x.dtype, device="cpu")
+        y = x[:, torch.arange(channels, device="cpu") % x.shape[1]].sin()
+        pools: Any = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+        return pools[len(sizes) - 1](y, sizes) * factors.view(-1, *[1] * len(sizes))
 
 
 def _prove(
@@ -95,40 +125,61 @@ def _prove(
     change: Callable[[nn.Module], None],
     shape: tuple[int, ...],
     dropout: Callable[[nn.Module], Any] | None,
+    places: Mapping[int, nn.Module] | None = None,
 ) -> None:
-    """Compare a module with a changed copy on an input of a shape; ``dropout`` gives what it should drop."""
+    """Compare a copy of a module before and after a change.
+
+    Args:
+        module: the module.
+        change: changes the copy.
+        shape: of the input.
+        dropout: returns what dropout there should be, if it is not what the changed module calls.
+        places: modules to put into the copy, by the id of those whose places they take.
+    """
     try:
-        eager = copy.deepcopy(module)
-        if any(tensor.is_meta for tensor in (*eager.parameters(), *eager.buffers())):
-            eager = eager.to_empty(device="cpu")
-        eager = eager.to("cpu", torch.float64).requires_grad_()
-        _keep_to_this_process(eager, len(shape) - 2)
-        ours: Any = copy.deepcopy(eager)
+        copied = _on_cpu(module, places).to(torch.float64).requires_grad_()
+        _keep_to_this_process(copied, len(shape) - 2)
     except Exception as error:
         raise RefusedError(f"it cannot be copied to be compared: {type(error).__name__}: {error}") from error
     generator = torch.Generator().manual_seed(0)
-    _randomize(eager, generator)
-    ours.load_state_dict(eager.state_dict())
-    for a, b in zip(ours.buffers(), eager.buffers(), strict=True):
-        a.copy_(b)  # includes buffers that are not in the state dict
-    change(ours)
+    _randomize(copied, generator)
+    expected = None if dropout is None else dropout(copied)
     x = torch.randn(shape, dtype=torch.float64, device="cpu", generator=generator)
-    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        for training in (True, False):
-            try:
-                results = [_Results(m.train(training), x, generator.clone_state()) for m in (eager, ours)]
-            except RefusedError:
-                raise
-            except Exception as error:
-                raise RefusedError(f"it cannot be compared: {type(error).__name__}: {error}") from error
-            expected = results[1].dropped if dropout is None else dropout(eager)
-            if training and results[0].dropped != expected:
-                raise RefusedError("its dropout differs from that of its layers")
-            if results[0].structure != results[1].structure:
-                raise RefusedError("computed by the fused operators, its outputs are other ones")
-            largest = max(float(value.abs().max()) for _, value in results[0].values if value is not None)
-            for (what, right), (_, found) in zip(*(r.values for r in results), strict=True):
-                _compare(what, found, right, ROUNDING * largest)
+    before = _results(copied, x, generator)
+    change(copied)
+    after = _results(copied, x, generator)
+    for training, eager, ours in zip((True, False), before, after, strict=True):
+        if training and eager.dropped != (ours.dropped if expected is None else expected):
+            raise RefusedError("its dropout differs from that of its layers")
+        if eager.structure != ours.structure:
+            raise RefusedError("computed by the fused operators, its outputs are other ones")
+        largest = max(float(value.abs().max()) for _, value in eager.values if value is not None)
+        for (what, right), (_, found) in zip(eager.values, ours.values, strict=True):
+            _compare(what, found, right, ROUNDING * largest)
+
+
+def _on_cpu(module: nn.Module, places: Mapping[int, nn.Module] | None = None) -> nn.Module:
+    """A copy of a module on the CPU, with other modules in some places; values of meta tensors are random."""
+    memo: dict[int, Any] = {**(places or {})}
+    copied = copy.deepcopy(module, memo)
+    if any(tensor.is_meta for tensor in (*copied.parameters(), *copied.buffers())):
+        return copied.to_empty(device="cpu")
+    return copied.to("cpu")
+
+
+def _results(module: nn.Module, x: Tensor, generator: torch.Generator) -> list[_Results]:
+    """What a module computes in training and in eval mode; its buffers are as before afterwards."""
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            return [_Results(module.train(mode), x, generator.clone_state()) for mode in (True, False)]
+    except RefusedError:
+        raise
+    except Exception as error:
+        raise RefusedError(f"it cannot be compared: {type(error).__name__}: {error}") from error
+    finally:
+        for buffer, value in buffers:
+            buffer.copy_(value)
 
 
 def _keep_to_this_process(module: nn.Module, dims: int) -> None:
@@ -157,12 +208,12 @@ class _Results:
     def __init__(self, module: Any, x: Tensor, generator: torch.Generator) -> None:
         leaf = x.clone().requires_grad_()
         with _WithoutDropout() as mode, torch.autocast("cpu", enabled=False):
-            if isinstance(module, Traced):
+            if isinstance(module, Traced):  # hooks of the module itself run in either case
                 if (reason := module.why_eager(leaf)) is not None:
                     raise RefusedError(reason)
                 result = module.computed(leaf)
             else:
-                result = module.forward(leaf)  # hooks of the module itself run in either case
+                result = module.forward(leaf)
         self.dropped = mode.dropped
         outputs, self.structure = tree_flatten(result)
         outputs = [y for y in outputs if isinstance(y, Tensor) and y.is_floating_point()]

@@ -104,7 +104,8 @@ def rewritten_calls(
                 continue
             try:
                 rewriting = rewrite(module, done, run_chain)
-                prove_same(module, rewriting.dims, functools.partial(install_calls, rewriting=rewriting))
+                inner = [m for m in module.modules() if m in parts]
+                prove_same(module, inner, functools.partial(install_calls, rewriting=rewriting))
             except RefusedError:
                 continue
             done.add(module)

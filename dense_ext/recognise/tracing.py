@@ -15,7 +15,7 @@ import os
 import random
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -129,25 +129,27 @@ def traces(
     Raises:
         RefusedError: the forward cannot be traced, has side effects, or reads values that cannot be guarded.
     """
-    was = {m: m.training for m in module.modules()}
-    before, drawn = _state(module), _generators()
+    modules = list(_outside(module, leaves))
+    was = {m: m.training for m in modules}
+    before, drawn = _state(modules), _generators()
     try:
         for training, grad, autocast in _MODES:
-            module.train(training)
+            for m in modules:
+                m.training = training
             with ExitStack() as stack:
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.set_grad_enabled(grad))
                 for device in ("cpu", "cuda"):
                     stack.enter_context(_autocast(device, autocast))
                 stack.enter_context(_without_collection())
-                read = stack.enter_context(_recorded_reads(module))
+                read = stack.enter_context(_recorded_reads(modules))
                 code = stack.enter_context(_recorded_code())
                 graph = graph_of(module, leaves, grad)
             yield training, graph, Guards(_attribute_guards(module, read), _variable_guards(code))
     finally:
         for m, mode in was.items():
             m.training = mode
-        after = _state(module)
+        after = _state(modules)
         changed = [key for key in before.keys() | after.keys() if before.get(key) != after.get(key)]
         for m, name in after.keys() - before.keys():
             m.__dict__.pop(name, None)
@@ -155,6 +157,18 @@ def traces(
         raise RefusedError(f"its forward writes {type(changed[0][0]).__name__}.{changed[0][1]}")
     if _generators() != drawn:
         raise RefusedError("its forward draws random numbers")
+
+
+def _outside(module: nn.Module, leaves: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
+    """A module and those inside it, each once, but none inside modules for which ``leaves`` holds."""
+    seen, waiting = set(), [module]
+    while waiting:
+        found = waiting.pop()
+        if found not in seen:
+            seen.add(found)
+            yield found
+            if found is module or not leaves(found):
+                waiting += found.children()
 
 
 @contextmanager
@@ -234,7 +248,7 @@ def _has(module: Any, name: str, value: Any) -> bool:
 
 
 @contextmanager
-def _recorded_reads(module: nn.Module) -> Iterator[list[tuple[nn.Module, str, Any]]]:
+def _recorded_reads(modules: Sequence[nn.Module]) -> Iterator[list[tuple[nn.Module, str, Any]]]:
     """Records the attributes of user-written modules that are read inside the context, with their values."""
     read: list[tuple[nn.Module, str, Any]] = []
 
@@ -248,7 +262,7 @@ def _recorded_reads(module: nn.Module) -> Iterator[list[tuple[nn.Module, str, An
         own = {"__getattribute__": read_attribute, "__module__": kind.__module__}
         return type(kind.__name__, (kind,), own)
 
-    written = [(m, type(m)) for m in module.modules() if not type(m).__module__.startswith("torch.nn.")]
+    written = [(m, type(m)) for m in modules if not type(m).__module__.startswith("torch.nn.")]
     kinds = {kind: recording(kind) for kind in dict.fromkeys(kind for _, kind in written)}
     try:
         for m, kind in written:
@@ -357,22 +371,22 @@ def _globals_read(code: types.CodeType, variables: dict[str, Any]) -> Iterator[t
 # --- side effects -------------------------------------------------------------------------------------
 
 
-def _state(module: nn.Module) -> dict[tuple[nn.Module, str], Any]:
+def _state(modules: Sequence[nn.Module]) -> dict[tuple[nn.Module, str], Any]:
     """The identity of every attribute, and the contents of plain containers."""
-
-    def contents(value: Any) -> Any:
-        if isinstance(value, (list, tuple, set, frozenset)):
-            return [id(item) for item in value]
-        if isinstance(value, dict):
-            return [(id(key), id(item)) for key, item in value.items()]
-        return value._version if isinstance(value, Tensor) and not value.is_inference() else None
-
     return {
-        (m, name): (id(value), contents(value))
-        for m in module.modules()
+        (m, name): (id(value), _contents(value))
+        for m in modules
         for name, value in m.__dict__.items()
         if name != "training"
     }
+
+
+def _contents(value: Any) -> Any:
+    if isinstance(value, dict):
+        return [*map(id, value), *map(id, value.values())] if value else None
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return list(map(id, value))
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
 
 
 def _generators() -> tuple[Any, ...]:
