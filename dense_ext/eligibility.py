@@ -484,15 +484,14 @@ class Snapshot:
         try:
             return (
                 top == self.top
-                and holders == self.holders
-                and _values(holders) == self.held
+                and (not holders or (holders == self.holders and _values(holders) == self.held))
                 and self._flat() == self.modules
                 and list(map(type, self.modules)) == self.types
                 and list(map(len, self.attributes)) == self.lengths
                 and self._no_hooks()
                 and self._same_settings()
-                and all(getattr(kind, name) is function for kind, name, function in self.methods)
-                and all(getattr(of, name) is value for of, name, value in self.guarded)
+                and _unchanged(self.methods)
+                and _unchanged(self.guarded)
             )
         except (KeyError, AttributeError, RuntimeError):  # an attribute is gone, or changes in another thread
             return False
@@ -523,13 +522,24 @@ class Snapshot:
                 or conv["padding_mode"] is not mode
             ):
                 return False
-        if any(layer["drop_rate"] != rate for layer, rate in self.dropping):
-            return False
+        for layer, rate in self.dropping:
+            if layer["drop_rate"] != rate:
+                return False
         if self.drops and len({layer["training"] for layer, _ in self.dropping}) > 1:
             return False
-        return all(_pool_settings(pool) == settings for pool, settings in self.pools) and all(
-            _sync_settings(norm) == settings for norm, settings in self.synchronised
-        )
+        for read, checked in ((_pool_settings, self.pools), (_sync_settings, self.synchronised)):
+            for module, settings in checked:
+                if read(module) != settings:
+                    return False
+        return True
+
+
+def _unchanged(attributes: list[tuple[Any, str, Any]]) -> bool:
+    """Whether attributes, each given as (object, name, value), still have their values."""
+    for of, name, value in attributes:  # noqa: SIM110  # a generator for `all` takes longer
+        if getattr(of, name) is not value:
+            return False
+    return True
 
 
 def _sync_settings(norm: Any) -> tuple[Any, ...]:

@@ -90,6 +90,19 @@ class TestOpcheck:
             needed = [True] * len(args.conv_weights)
             torch.library.opcheck(backward, (torch.randn_like(y), x.detach(), stats, *args, *options, needed))
 
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+    def test_activation(self, backend: str, layout: torch.memory_format, frozen: bool) -> None:
+        args = arguments([3], [], frozen, backend)
+        x = channels_last(2, 3, 5, 4).contiguous(memory_format=layout).requires_grad_()
+        var, mean = torch.var_mean(x.detach(), (0, 2, 3), correction=0)
+        stats = torch.stack([mean, var])
+        torch.library.opcheck(OPS.activation.default, (x, *args, stats))
+        with torch.no_grad():
+            y, _ = OPS.activation(x, *args, stats)
+            assert y.stride() == x.stride()
+            inputs = (torch.randn_like(y), x.detach(), stats, *args, None, [])
+            torch.library.opcheck(OPS.activation_backward.default, inputs)
+
 
 @pytest.mark.parametrize(
     ("recompute", "compiler"),

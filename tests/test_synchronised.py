@@ -20,6 +20,7 @@ from dense_ext.schedule import RECOMPUTE
 from .helpers import assert_equal, randomize
 from .processes import needs_gloo, run_in_processes
 from .recognition.forms import FORMS, Network
+from .recognition.test_chains import Encoder, segmenter
 
 # Each process's share of the batch.
 OF_TWO, OF_THREE, ONE_WITHOUT_IMAGES = (3, 4), (1, 4, 2), (3, 0, 4)
@@ -42,8 +43,17 @@ def network_of_every_form() -> nn.Module:
     return randomize(Network(FORMS["maximum pool, biases, volumes"])).double()
 
 
+def encoder() -> nn.Module:
+    """A network whose encoder calls the stem and a transition module by module."""
+    torch.manual_seed(0)
+    inner = Encoder()
+    inner.norm2 = nn.Identity()
+    return randomize(segmenter(inner)).double()
+
+
 NETWORKS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "features": (features, (3, 24, 20)), "forms": (network_of_every_form, (5, 4, 6, 5)),
+    "encoder": (encoder, (3, 16, 18)),
 }  # fmt: skip
 
 

@@ -98,16 +98,17 @@ def swap(
         model: any densely connected network. Classes of torchvision, timm, MONAI (2-D, 3-D) and
             TorchXRayVision are known; other modules are recognised by what their forward computes.
         recompute: as for :class:`dense_ext.DenseBlock`, or ``"auto"``. A block whose output is kept anyway,
-            because an encoder calls the next transition child by child, takes ``"bottleneck"`` instead of
-            ``"block"``. ``"auto"`` chooses each block's policy
-            so that a training step with AdamW's state fits into memory and recomputes as little as possible
-            (:meth:`dense_ext.memory.Planner.choose`). The model must then be a DenseNet for images, or
-            contain one; input_shape is that of the DenseNet's input.
+            because the next transition is called child by child and not fused, takes ``"bottleneck"`` instead
+            of ``"block"``. ``"auto"`` chooses each block's policy so that a training step with AdamW's state
+            fits into memory and recomputes as little as possible (:meth:`dense_ext.memory.Planner.choose`).
+            The model must then be a DenseNet for images, or contain one; input_shape is that of the
+            DenseNet's input.
         backend: as for :class:`dense_ext.DenseBlock`.
         strict: whether to raise, before anything is changed, if a part can't be fused.
         recognise: whether to trace modules of unknown classes, and fuse those that compute dense blocks or
-            transitions. Each recognised module is compared with its original in float64 once, which takes
-            seconds. With False, only known classes are fused.
+            transitions, and forwards that call a stem's or transition's modules one by one. Each traced
+            module is compared with its original in float64 once, which takes seconds. With False, only known
+            classes are fused.
         input_shape: for ``"auto"``, the shape [N, C, H, W] of a step's images.
         memory: for ``"auto"``, the memory to fit into, in bytes or as in ``"80GiB"``; None for the memory
             that the model's device has available to this process.
