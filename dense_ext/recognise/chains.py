@@ -144,7 +144,9 @@ def rewrite(model: nn.Module, parts: set[nn.Module], run: Callable[..., Any]) ->
     """
 
     def is_leaf(module: nn.Module) -> bool:
-        return module in parts or not (_is_container(module) or parts & set(module.modules()))
+        # A module of its own may hold the stem.
+        pools = any(isinstance(inner, MAXIMA) for inner in module.modules())
+        return module in parts or not (pools or _is_container(module) or parts & set(module.modules()))
 
     found: dict[bool, tuple[Any, ...]] = {}
     guards = Guards()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -92,8 +93,15 @@ def prove_same(module: nn.Module, parts: Iterable[nn.Module], change: Callable[[
         places = {id(part): _StandIn(part, 1 + i) for i, part in enumerate(parts)}
     except Exception as error:
         raise RefusedError(f"it cannot be copied to be compared: {type(error).__name__}: {error}") from error
-    shape = (2, convs[0].in_channels, *[32 if dims == 3 else 64] * dims)
-    _prove(module, change, shape, None, places)
+    *sizes, last = _SIZES[dims]
+    for size in sizes:
+        with contextlib.suppress(RefusedError):  # a linear layer may want another size
+            return _prove(module, change, (2, convs[0].in_channels, *[size] * dims), None, places)
+    return _prove(module, change, (2, convs[0].in_channels, *[last] * dims), None, places)
+
+
+# The sizes of images with which a whole network is compared, by their dimensions.
+_SIZES = {1: (64, 1024), 2: (64, 32, 224), 3: (32, 64)}
 
 
 class _StandIn(nn.Module):

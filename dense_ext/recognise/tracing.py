@@ -263,6 +263,9 @@ def _recorded_reads(modules: Sequence[nn.Module]) -> Iterator[list[tuple[nn.Modu
         return type(kind.__name__, (kind,), own)
 
     written = [(m, type(m)) for m in modules if not type(m).__module__.startswith("torch.nn.")]
+    for m, kind in written:
+        if m.__class__ is not kind:  # a wrapper; its class cannot be changed
+            raise RefusedError(f"{kind.__name__} passes for {m.__class__.__name__}")
     kinds = {kind: recording(kind) for kind in dict.fromkeys(kind for _, kind in written)}
     try:
         for m, kind in written:

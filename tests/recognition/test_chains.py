@@ -83,6 +83,44 @@ class Classifier(nn.Module):
         return self.features(x).relu().mean((2, 3))
 
 
+class Stem(nn.Module):
+    """A stem in a module with a forward of its own."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv, self.bn, self.pool = conv(3, channels, 3), nn.BatchNorm2d(channels), nn.MaxPool2d(3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(torch.relu(self.bn(self.conv(x))))
+
+
+class OfFixedSize(nn.Module):
+    """Takes images of one size only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(Stem(6), block(6))
+        self.classifier = nn.Linear(14 * 8 * 9, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).flatten(1))
+
+
+class Wrapper(nn.Module):
+    """Passes for the class of what it wraps."""
+
+    def __init__(self, wrapped: nn.Module) -> None:
+        super().__init__()
+        self.wrapped = wrapped
+
+    @property
+    def __class__(self) -> Any:
+        return self.wrapped.__class__
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wrapped(x)
+
+
 class FunctionalStem(nn.Module):
     """A stem of calls of functions, in a forward of its own."""
 
@@ -140,10 +178,14 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
         nn.Sequential(*stem(6), block(6), standard_transition(14, 6), block(6))
     ),
     "lists": InLists,
+    "stem in a module": lambda: Classifier(nn.Sequential(Stem(6), block(6))),
+    "fixed size": OfFixedSize,
+    "in a wrapper": lambda: Wrapper(Classifier(nn.Sequential(Stem(6), block(6)))),
 }
 # The stems and transitions that are called module by module.
 PIECES = {"encoder": 2, "shallow encoder": 1, "torchvision's blocks": 2, "functional stem": 1}
 PIECES |= {"stem in a Sequential": 1, "one Sequential": 1, "lists": 0}
+PIECES |= {"stem in a module": 1, "fixed size": 1, "in a wrapper": 1}
 
 
 def images(*size: int) -> Tensor:
