@@ -270,9 +270,11 @@ class Fused:
         return list(module._modules.values())
 
     @classmethod
-    def holders(cls, module: Any) -> list[Any]:
-        """Modules that are no longer called: the check looks at their hooks and their list of children."""
-        return []
+    def surroundings(cls, module: Any) -> tuple[list[Any], list[Any]]:
+        """Modules that the check looks at without what is inside them: at all of the first, at which children
+        the second have.
+        """
+        return [], []
 
     @classmethod
     def guarded(cls, module: Any) -> list[tuple[Any, str, Any]]:
@@ -286,10 +288,10 @@ class Fused:
         if self.original.forward is not type(self).known_forward:
             return f"{self.original.__name__}.forward has been replaced"
         snapshot = _snapshots.get(self)
-        if snapshot is None or not snapshot.holds(self.inspected(self), self.holders(self)):
+        if snapshot is None or not snapshot.holds(self.inspected(self), *self.surroundings(self)):
             if (reason := self.why_not(self) or weights_reason(self.inspected(self))) is not None:
                 return reason
-            _snapshots[self] = Snapshot(self.inspected(self), self.holders(self), self.guarded(self))
+            _snapshots[self] = Snapshot(self.inspected(self), *self.surroundings(self), self.guarded(self))
         return None
 
     def why_eager(self, x: Any) -> str | None:
@@ -451,8 +453,10 @@ class Snapshot:
     flat lists, with little Python per module. If any object is not the same, the full check runs again.
     """
 
-    def __init__(self, top: list[Any], holders: list[Any], guarded: list[tuple[Any, str, Any]]) -> None:
-        self.top, self.holders, self.guarded = top, holders, guarded
+    def __init__(
+        self, top: list[Any], entered: list[Any], holders: list[Any], guarded: list[tuple[Any, str, Any]]
+    ) -> None:
+        self.top, self.entered, self.holders, self.guarded = top, entered, holders, guarded
         self.held = _values(holders)
         self.parents = [m for t in top for m in t.modules() if m._modules]
         self.modules = self._flat()
@@ -477,13 +481,14 @@ class Snapshot:
         ]
 
     def _flat(self) -> list[Any]:
-        return [*self.top, *self.holders, *_values(self.parents)]
+        return [*self.top, *self.entered, *_values(self.parents)]
 
-    def holds(self, top: list[Any], holders: list[Any]) -> bool:
+    def holds(self, top: list[Any], entered: list[Any], holders: list[Any]) -> bool:
         """Whether the modules are unchanged since they passed the full check."""
         try:
             return (
                 top == self.top
+                and entered == self.entered
                 and (not holders or (holders == self.holders and _values(holders) == self.held))
                 and self._flat() == self.modules
                 and list(map(type, self.modules)) == self.types

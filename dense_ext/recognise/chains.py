@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,14 +114,17 @@ class Rewriting:
         chains: the chains that it runs.
         code: the new forward in eval and in training mode: a function of the module, the input, and the
             module again.
-        entered: the modules whose own forward was traced, so that they are no longer called, with the names
-            of their children.
+        called: the names of the dense parts that it calls as a whole.
+        entered: the names of the modules whose own forward was traced, so that they are no longer called.
+        children: the names of the modules that a forward may iterate over, each with its children's names.
         guards: the values that the forward reads.
     """
 
     chains: tuple[Chain, ...]
     code: tuple[Code, Code]
-    entered: tuple[tuple[str, tuple[str, ...]], ...]
+    called: tuple[str, ...]
+    entered: tuple[str, ...]
+    children: tuple[tuple[str, tuple[str, ...]], ...]
     guards: Guards
 
     @property
@@ -152,19 +155,24 @@ def rewrite(model: nn.Module, parts: set[nn.Module], run: Callable[..., Any]) ->
     guards = Guards()
     for training, graph, read in traces(model, is_leaf):
         chains = list(_chains(model, graph, parts))
-        rewritten = tuple(chain for chain, _ in chains), _code(graph, chains, run), _entered(model, graph)
+        names = dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "call_module")
+        called = tuple(name for name in names if model.get_submodule(name) in parts)
+        code, links = _code(graph, chains, run), tuple(chain for chain, _ in chains)
+        rewritten = links, code, called, _entered(model, graph)
         if found.setdefault(training, rewritten) != rewritten:
             raise RefusedError("its forward computes different things in different modes")
         guards |= read
-    (chains, code, entered), (others, in_eval, also) = found[True], found[False]
-    if (chains, entered) != (others, also):
+    (links, code, *called_and_entered), (in_eval, code_in_eval, *others) = found[True], found[False]
+    if (links, called_and_entered) != (in_eval, others):
         raise RefusedError("its forward calls other modules in eval mode")
-    if not chains:
+    if not links:
         raise RefusedError("it has no stem or transition that is called module by module")
-    names = [name for chain in chains for pieces in chain.pieces for name in pieces.modules]
-    if len(set(names)) < len(names):
+    inner = [name for chain in links for pieces in chain.pieces for name in pieces.modules]
+    if len(set(inner)) < len(inner):
         raise RefusedError("a norm or convolution is used more than once")
-    return Rewriting(chains, (in_eval, code), entered, guards | settings(model, names))
+    called, entered = called_and_entered
+    code_of_modes, children = (code_in_eval, code), tuple(_children(model, called))
+    return Rewriting(links, code_of_modes, called, entered, children, guards | settings(model, inner))
 
 
 def _is_container(module: nn.Module) -> bool:
@@ -172,13 +180,18 @@ def _is_container(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.") and not is_torchs(module)
 
 
-def _entered(model: nn.Module, graph: fx.Graph) -> tuple[tuple[str, tuple[str, ...]], ...]:
+def _entered(model: nn.Module, graph: fx.Graph) -> tuple[str, ...]:
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     stacks = [node.meta.get("nn_module_stack", {}).values() for node in graph.nodes]
-    names = dict.fromkeys(name for stack in stacks for name, _ in stack if name and name not in called)
-    if _is_container(model):  # it calls whatever children it has
-        names[""] = None
-    return tuple((name, tuple(model.get_submodule(name)._modules)) for name in names)
+    return tuple(dict.fromkeys(name for stack in stacks for name, _ in stack if name and name not in called))
+
+
+def _children(model: nn.Module, called: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The names of a module and of those inside it, but not inside called parts, with their children's."""
+    inside = {inner for name in called for inner in model.get_submodule(name).modules()}
+    for name, module in model.named_modules():
+        if module not in inside and not is_torchs(module):
+            yield name, tuple(module._modules)
 
 
 # --- chains of a graph ---------------------------------------------------------------------------------

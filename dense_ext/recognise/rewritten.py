@@ -45,12 +45,15 @@ class Rewritten(Traced):
         return [submodule(module, name) for pieces in module.plan.pieces for name in pieces.modules]
 
     @classmethod
-    def holders(cls, module: Any) -> list[Any]:
-        return [submodule(module, name) for name, _ in module.plan.entered]
+    def surroundings(cls, module: Any) -> tuple[list[Any], list[Any]]:
+        entered, children = module.plan.entered, module.plan.children
+        return [submodule(module, name) for name in entered], [
+            submodule(module, name) for name, _ in children
+        ]
 
     @classmethod
     def why_not(cls, module: Any) -> str | None:
-        for name, children in module.plan.entered:
+        for name, children in module.plan.children:
             if tuple(submodule(module, name)._modules) != children:
                 return f"{name or 'its'} children have changed since the forward was traced"
         for name, kind in module.kinds.items():
@@ -104,8 +107,8 @@ def rewritten_calls(
                 continue
             try:
                 rewriting = rewrite(module, done, run_chain)
-                inner = [m for m in module.modules() if m in parts]
-                prove_same(module, inner, functools.partial(install_calls, rewriting=rewriting))
+                called = [module.get_submodule(part) for part in rewriting.called]
+                prove_same(module, called, functools.partial(install_calls, rewriting=rewriting))
             except RefusedError:
                 continue
             done.add(module)
@@ -122,8 +125,7 @@ def _has_forward(module: nn.Module) -> bool:
 def install_calls(module: Any, rewriting: Rewriting, backend: str = "auto", name: str = "") -> None:
     """Make a module run its rewritten forward, in place."""
     pieces = [name for pieces in rewriting.pieces for name in pieces.modules]
-    names = [*(name for name, _ in rewriting.entered if name), *pieces]
-    kinds = {name: type(submodule(module, name)) for name in names}
+    kinds = {name: type(submodule(module, name)) for name in (*rewriting.entered, *pieces)}
     checked = {name for p in rewriting.pieces for name in (p.norm, p.conv)}
     module.__class__ = traced_class(type(module), Rewritten)
     module.plan, module.functions = rewriting, _functions(rewriting)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -72,11 +73,10 @@ def _own(of: Network) -> nn.Module:
     return dense_ext.DenseNet(of.growth, of.blocks, of.init, of.bn_size, **options)
 
 
-def _recognised(dimensions: int) -> Callable[[Network], nn.Module]:
+def _recognised(dimensions: int, encoder: bool = False) -> Callable[[Network], nn.Module]:
     def build(of: Network) -> nn.Module:
-        return _Recognised(
-            replace(VARIANTS[of.variant], dims=dimensions, bottleneck=of.bn_size is not None), of
-        )
+        form = replace(VARIANTS[of.variant], dims=dimensions, bottleneck=of.bn_size is not None)
+        return (_Encoder if encoder else _Recognised)(form, of)
 
     return build
 
@@ -88,7 +88,11 @@ class _Recognised(nn.Module):
         super().__init__()
         norm, conv = NORMS[form.dims], CONVS[form.dims]
         channels = of.init
-        self.features = nn.Sequential(conv(3, channels, 3, padding=1))
+        self.features = nn.Sequential(OrderedDict(conv0=conv(3, channels, 3, padding=1)))
+        if not of.small_inputs:
+            self.features.add_module("norm0", norm(channels))
+            self.features.add_module("relu0", nn.ReLU(inplace=True))
+            self.features.add_module("pool0", (nn.MaxPool2d, nn.MaxPool3d)[form.dims - 2](3, 2, 1))
         for i, layers in enumerate(of.blocks, start=1):
             growth = tuple(of.growth + (j % 2 if form.varies else 0) for j in range(max(layers, 2)))
             form = replace(form, growth=growth, widths=tuple((of.bn_size or 1) * k for k in growth))
@@ -102,6 +106,28 @@ class _Recognised(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(torch.relu(self.features(x)).flatten(2).mean(2))
+
+
+class _Encoder(_Recognised):
+    """Calls the stem's and the transitions' modules one by one, and uses what is between."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        between = []
+        for name, child in self.features.named_children():
+            if name.startswith("transition"):
+                norm, activation, *others = child.children()
+                x = activation(norm(x))
+                between.append(x)
+                for other in others:
+                    x = other(x)
+            else:
+                x = child(x)
+                if name == "relu0":
+                    between.append(x)
+        x = self.classifier(torch.relu(x).flatten(2).mean(2))
+        for activation in between:
+            x = x + activation.square().flatten(1).mean(1, keepdim=True)
+        return x
 
 
 VARIANTS = (
@@ -118,6 +144,8 @@ _LIBRARIES: dict[str, Callable[[Network], nn.Module]] = {
     "monai 3-D": _monai(3),
     "recognised": _recognised(2),
     "recognised 3-D": _recognised(3),
+    "recognised encoder": _recognised(2, encoder=True),
+    "recognised encoder 3-D": _recognised(3, encoder=True),
 }
 _EAGER = {DenseBlock: EagerDenseBlock, Transition: nn.Sequential, FusedFeatures: nn.Sequential}
 

@@ -460,6 +460,31 @@ def test_a_child_put_into_a_sequential_runs() -> None:
         assert_equal(ours(x), eager(x), "output")
 
 
+class Iterates(Encoder):
+    """Calls its children in turn, whatever they are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name, child in self.named_children():
+            if name != "norm1":
+                x = child(x)
+            if name == "block1":
+                return x.mean((2, 3))
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:dense_ext. .* runs its original forward")
+def test_a_child_of_a_module_that_iterates_over_its_children_runs() -> None:
+    torch.manual_seed(0)
+    ours, eager = twin(randomize(Iterates()).double(), dense_ext.swap)
+    assert rewritten(ours)
+    x = images()
+    assert_equal(ours(x), eager(x), "output")
+    for model in (ours, eager):
+        model.pool0 = model._modules.pop("pool0")  # after the blocks
+        model.conv0 = nn.Sequential(model.conv0, nn.Softplus())
+    assert_equal(ours(x), eager(x), "output")
+
+
 def test_a_slice_is_not_rewritten() -> None:
     ours, eager = pair("one Sequential")
     x = images()
