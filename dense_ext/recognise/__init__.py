@@ -68,6 +68,9 @@ def _visit(module: nn.Module, name: str, known: set[nn.Module], found: list[Foun
     """Visit a module, and then its children; returns whether any was recognised or is known."""
     if module in known or is_torchs(module) or not _may_be_dense(module):
         return False
+    for part in found:
+        if part.module is module:  # it has several names
+            return part.plan is not None
     reason, holds_known = None, not known.isdisjoint(module.modules())
     has_forward = type(module).forward is not nn.Module.forward
     if has_forward and not holds_known:

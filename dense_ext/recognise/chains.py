@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from ..activations import name_of
 from ..backends.general import Form, transition_form
 from ..supported import NORM_TYPES, dims_of, transition_reason
-from .description import AVERAGES, MAXIMA, NORMS, POOL_OPTIONS, settings
+from .description import AVERAGES, CONVS, MAXIMA, NORMS, POOL_OPTIONS, settings
 from .tracing import Guards, RefusedError, is_torchs, traces
 from .uses import needs_copy
 
@@ -331,11 +331,10 @@ def _pool(model: nn.Module, node: fx.Node) -> tuple[str, int, int, int, int] | N
 
 
 def _only_reads(model: nn.Module, node: fx.Node) -> bool:
-    """Whether a node neither writes into what it reads nor returns a view of it."""
+    """Whether a node neither writes into what it reads nor may return it or a view of it."""
     if node.op == "call_module":
-        module = model.get_submodule(str(node.target))
-        return is_torchs(module) and not getattr(module, "inplace", False)
-    return node.op == "call_function" and node.target in (torch.cat, F.interpolate)
+        return isinstance(model.get_submodule(str(node.target)), (*CONVS, *NORMS, *AVERAGES, *MAXIMA))
+    return node.op == "call_function" and node.target is torch.cat
 
 
 # --- the new forward -----------------------------------------------------------------------------------

@@ -46,10 +46,16 @@ class Rewritten(Traced):
 
     @classmethod
     def surroundings(cls, module: Any) -> tuple[list[Any], list[Any]]:
-        entered, children = module.plan.entered, module.plan.children
-        return [submodule(module, name) for name in entered], [
-            submodule(module, name) for name, _ in children
-        ]
+        entered = [submodule(module, name) for name in module.plan.entered]
+        return entered, [submodule(module, name) for name, _ in module.plan.children]
+
+    def unfusable(self) -> str | None:
+        in_eval, in_training = self.plan.code
+        if (reason := super().unfusable()) is None and in_eval != in_training:
+            _, inside = self.surroundings(self)
+            if any([module.training != self.training for module in inside]):  # noqa: C419  # compiled
+                return "some of its modules are in training mode and some are not"
+        return reason
 
     @classmethod
     def why_not(cls, module: Any) -> str | None:
@@ -90,15 +96,15 @@ def _reason(module: Any, pieces: Pieces) -> str | None:
 
 def rewritten_calls(
     model: nn.Module, parts: set[nn.Module], skip: set[nn.Module]
-) -> dict[str, tuple[nn.Module, Rewriting]]:
-    """The modules of a model whose forward can be rewritten, the innermost ones, by dotted name.
+) -> dict[nn.Module, tuple[str, Rewriting]]:
+    """The modules of a model whose forward can be rewritten, the innermost ones, with their dotted names.
 
     Args:
         model: the model; it is not changed.
         parts: its dense parts, which are called as a whole.
         skip: modules whose forward is never called.
     """
-    found: dict[str, tuple[nn.Module, Rewriting]] = {}
+    found: dict[nn.Module, tuple[str, Rewriting]] = {}
     inside = {inner for part in parts for inner in part.modules()}
     done = set(parts)
     with transparent_checkpoints():
@@ -112,7 +118,7 @@ def rewritten_calls(
             except RefusedError:
                 continue
             done.add(module)
-            found[name] = module, rewriting
+            found[module] = name, rewriting
     return found
 
 

@@ -145,7 +145,8 @@ def traces(
                 read = stack.enter_context(_recorded_reads(modules))
                 code = stack.enter_context(_recorded_code())
                 graph = graph_of(module, leaves, grad)
-            yield training, graph, Guards(_attribute_guards(module, read), _variable_guards(code))
+            attributes = _attribute_guards(module, read) + _uncalled_guards(module, modules, graph)
+            yield training, graph, Guards(attributes, _variable_guards(code))
     finally:
         for m, mode in was.items():
             m.training = mode
@@ -288,6 +289,21 @@ def _attribute_guards(
             raise RefusedError(f"its forward reads {type(m).__name__}.{name}, a {type(value).__name__}")
         found[names[m], name, value] = None
     return tuple(found)
+
+
+def _uncalled_guards(
+    module: nn.Module, modules: Sequence[nn.Module], graph: fx.Graph
+) -> tuple[tuple[str, str, Any], ...]:
+    """Guards for the settings of torch.nn's modules that a forward does not call, since it may read them."""
+    called = {module.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"}
+    names = {m: name for name, m in module.named_modules()}
+    return tuple(
+        (names[m], name, value)
+        for m in modules
+        if is_torchs(m) and m not in called
+        for name, value in m.__dict__.items()
+        if not name.startswith("_") and name != "training" and is_plain(value)
+    )
 
 
 def is_plain(value: Any) -> bool:

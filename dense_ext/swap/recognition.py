@@ -59,7 +59,7 @@ class Recognition:
         self.copies = wants_copies(model, parts) if self.plans else set()
         whole = accepted | (around - in_pieces) | fused | set(self.plans)
         self.rewritten = rewritten_calls(model, whole, in_pieces)
-        both: list[tuple[Any, Rewriting]] = [*self.rewritten.values()]
+        both: list[tuple[Any, Rewriting]] = [(m, plan) for m, (_, plan) in self.rewritten.items()]
         both += [(module, module.plan) for _, module in self.swapped if isinstance(module, Rewritten)]
         self.served = {module.get_submodule(pieces.norm) for module, plan in both for pieces in plan.pieces}
 
@@ -73,19 +73,18 @@ class Recognition:
         for part in self.found:
             kind = part.plan.kind if part.plan else "dense block"
             yield Candidate(part.name, kind, part.module, part.reason, False)
-        for name, (module, rewriting) in self.rewritten.items():
+        for module, (name, rewriting) in self.rewritten.items():
             yield from _of_pieces(name, module, rewriting, False)
 
     def swap(self, candidate: Candidate, recompute: str, backend: str) -> None:
         """Swap a part: change its class, but keep the object. Refused parts stay unchanged."""
         module = candidate.module
-        rewriting = next((r for m, r in self.rewritten.values() if m is module), None)
         if candidate.swapped or isinstance(module, Rewritten):
             module.backend = backend
             if isinstance(module, Recognised):
                 module.recompute = recompute
-        elif rewriting is not None:
-            name = next(name for name, (m, _) in self.rewritten.items() if m is module)
+        elif module in self.rewritten:
+            name, rewriting = self.rewritten[module]
             install_calls(module, rewriting, backend, name)
         elif candidate.reason is None:
             copies = candidate.name in self.copies

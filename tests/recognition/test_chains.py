@@ -485,6 +485,41 @@ def test_a_child_of_a_module_that_iterates_over_its_children_runs() -> None:
     assert_equal(ours(x), eager(x), "output")
 
 
+class Dropping(nn.Module):
+    """Dropout that depends on its own mode, with a rate that a module of torch.nn has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.drop.p, self.training)
+
+
+class DropsAfterTheStem(Encoder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropping = nn.Sequential(Dropping(), self.block1, nn.MaxPool2d(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropping(self.pool0(self.relu0(self.norm0(self.conv0(x))))).mean((2, 3))
+
+
+@pytest.mark.filterwarnings("ignore:dense_ext. .* runs its original forward")
+def test_modes_of_inner_modules_and_settings_that_a_forward_reads() -> None:
+    torch.manual_seed(0)
+    ours, eager = twin(randomize(DropsAfterTheStem()).double(), dense_ext.swap)
+    assert any(inner is ours for inner in rewritten(ours))
+    x = images()
+    for model in (ours, eager):
+        model.dropping[0].eval()
+    assert_equal(ours(x), eager(x), "without dropout, by mode")
+    for model in (ours, eager):
+        model.train()
+        model.dropping[0].drop.p = 0.0
+    assert_equal(ours(x), eager(x), "without dropout, by rate")
+
+
 def test_a_slice_is_not_rewritten() -> None:
     ours, eager = pair("one Sequential")
     x = images()
@@ -508,6 +543,19 @@ class WrittenThroughAView(Encoder):
     def forward(self, x: Tensor) -> Tensor:
         half = F.relu(self.norm0(self.conv0(x)))
         half[:, 0].mul_(2)
+        return self.block1(self.pool0(half)).mean((2, 3))
+
+
+class WrittenThroughAnAlias(Encoder):
+    """A module of torch.nn returns the activation itself, which is then written into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.same = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = F.relu(self.norm0(self.conv0(x)))
+        self.same(half).add_(1)
         return self.block1(self.pool0(half)).mean((2, 3))
 
 
@@ -564,8 +612,8 @@ class OtherInEval(Encoder):
 
 
 LEFT = [
-    WrittenInto, WrittenThroughAView, ReadsTheNorm, UsesTheNormTwice, CeilingPool, OtherPool,
-    BranchesOnTheInput, CountsCalls, TakesTwoImages, OtherInEval,
+    WrittenInto, WrittenThroughAView, WrittenThroughAnAlias, ReadsTheNorm, UsesTheNormTwice, CeilingPool,
+    OtherPool, BranchesOnTheInput, CountsCalls, TakesTwoImages, OtherInEval,
 ]  # fmt: skip
 
 
