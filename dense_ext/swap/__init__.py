@@ -102,7 +102,8 @@ def swap(
             of ``"block"``. ``"auto"`` chooses each block's policy so that a training step with AdamW's state
             fits into memory and recomputes as little as possible (:meth:`dense_ext.memory.Planner.choose`).
             The model must then be a DenseNet for images, or contain one; input_shape is that of the
-            DenseNet's input.
+            DenseNet's input. The activations of a model around it, such as a decoder's, are not counted:
+            subtract them from ``memory``.
         backend: as for :class:`dense_ext.DenseBlock`.
         strict: whether to raise, before anything is changed, if a part can't be fused.
         recognise: whether to trace modules of unknown classes, and fuse those that compute dense blocks or
