@@ -109,11 +109,7 @@ class _StandIn(nn.Module):
 
     def __init__(self, part: nn.Module, number: int) -> None:
         super().__init__()
-        copied = _on_cpu(part).eval()
-        for inner in copied.modules():
-            inner._forward_hooks.clear()
-            inner._forward_pre_hooks.clear()
-        self.part, self.number = [copied], number  # in a list, so that it is no submodule
+        self.part, self.number = [_on_cpu(part).eval()], number  # in a list, so that it is no submodule
         self.shapes: dict[torch.Size, torch.Size] = {}  # of the results, by the input's
 
     def forward(self, x: Tensor) -> Tensor:
@@ -167,9 +163,17 @@ def _prove(
 
 
 def _on_cpu(module: nn.Module, places: Mapping[int, nn.Module] | None = None) -> nn.Module:
-    """A copy of a module on the CPU, with other modules in some places; values of meta tensors are random."""
+    """A copy of a module on the CPU, without hooks, and with other modules in some places.
+
+    Values of meta tensors are random.
+    """
     memo: dict[int, Any] = {**(places or {})}
     copied = copy.deepcopy(module, memo)
+    for inner in copied.modules():
+        for hooks in (inner._forward_hooks, inner._forward_pre_hooks):
+            hooks.clear()
+        for hooks in (inner._backward_hooks, inner._backward_pre_hooks):
+            hooks.clear()
     if any(tensor.is_meta for tensor in (*copied.parameters(), *copied.buffers())):
         return copied.to_empty(device="cpu")
     return copied.to("cpu")

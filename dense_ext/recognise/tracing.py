@@ -130,6 +130,11 @@ def traces(
         RefusedError: the forward cannot be traced, has side effects, or reads values that cannot be guarded.
     """
     modules = list(_outside(module, leaves))
+    if isinstance(module, fx.GraphModule):
+        raise RefusedError("it is a GraphModule, whose class cannot be changed")
+    for m in modules:  # tracing would run the hooks
+        if m is not module and not (leaves(m) or is_torchs(m)) and (m._forward_hooks or m._forward_pre_hooks):
+            raise RefusedError("it has modules that carry hooks, which a fused call would skip")
     was = {m: m.training for m in modules}
     before, drawn = _state(modules), _generators()
     try:

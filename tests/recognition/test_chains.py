@@ -258,6 +258,17 @@ def test_memory_format_is_eagers(name: str) -> None:
             assert a.is_contiguous() == b.is_contiguous()
 
 
+def test_hooks_see_nothing_of_the_swap() -> None:
+    seen: list[Any] = []
+    model = Encoder()
+    for part in (model, model.conv0, model.block1, model.norm2):
+        part.register_forward_hook(lambda *args: seen.append(args))
+        part.register_full_backward_hook(lambda *args: seen.append(args))
+    dense_ext.swap(model)
+    assert not seen
+    assert rewritten(model)
+
+
 def test_order_of_the_operators() -> None:
     ours, _ = pair("encoder")
     expected = ["stem", "activation", "dense_block", "transition", "activation", "dense_block"]
