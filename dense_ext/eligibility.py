@@ -107,14 +107,19 @@ def input_reason(x: Any) -> str | None:
 def readable(x: Any, module: Any) -> Any:
     """``x`` in a memory layout from which the norms inside ``module`` compute the right gradients.
 
-    For channels_last images on a CPU, PyTorch's batch norm backward assumes that a norm's vectors are dense.
-    In eager the images might have been contiguous; a fused part made them channels_last.
+    For channels_last images on a CPU, PyTorch's batch norm backward assumes that a norm's vectors are dense,
+    and is wrong for a single image if the norm has a backward hook. In eager the images might have been
+    contiguous; a fused part made them channels_last.
     """
     if not isinstance(x, Tensor) or torch.compiler.is_compiling() or x.dim() not in (4, 5):
         return x
-    if x.is_contiguous() or not any(map(_has_strided_vectors, module.modules())):
+    if x.is_contiguous():
         return x
-    return x.contiguous()
+    wrong = any(
+        _has_strided_vectors(m) or (len(x) == 1 and (m._backward_hooks or m._backward_pre_hooks))
+        for m in module.modules()
+    )
+    return x.contiguous() if wrong else x
 
 
 def _has_strided_vectors(norm: nn.Module) -> bool:

@@ -315,3 +315,11 @@ def test_one_image_after_a_backward_hook(memory_format: torch.memory_format) -> 
         model.features.denseblock4.register_full_backward_hook(lambda *_: None)
     x = torch.randn(1, 3, 70, 70, dtype=torch.float64).contiguous(memory_format=memory_format)
     assert_trains_alike(ours, eager, x, steps=1)
+
+
+def test_one_image_with_a_backward_hook_on_a_norm() -> None:
+    """The norm sees such a view, which for contiguous images is contiguous in eager."""
+    ours, eager = twin(small_densenet().features, dense_ext.swap)
+    for model in (ours, eager):
+        model.norm5.register_full_backward_hook(lambda *_: None)
+    assert_trains_alike(ours, eager, torch.randn(1, 3, 70, 70, dtype=torch.float64), steps=1)
