@@ -145,6 +145,13 @@ def assert_trains_alike(
             optimizer.step()
 
 
+def second_derivative(model: nn.Module, x: Tensor) -> Tensor:
+    """The gradient of the squared norm of the input's gradient, for the loss that squares the output."""
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(model(leaf).square().sum(), leaf, create_graph=True)
+    return torch.autograd.grad(grad.square().sum(), leaf)[0]
+
+
 def twin(module: nn.Module, change: Callable[[nn.Module], object]) -> tuple[nn.Module, nn.Module]:
     """A copy of ``module`` to which ``change`` has been applied, and ``module`` itself."""
     other = copy.deepcopy(module)

@@ -8,6 +8,7 @@ mode, and only the calls in its chains change.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from torch import Tensor, fx, nn
 from ..activations import name_of
 from ..backends.general import Form, transition_form
 from ..supported import NORM_TYPES, dims_of, transition_reason
-from .description import AVERAGES, CONVS, MAXIMA, NORMS, POOL_OPTIONS, settings
+from .description import AVERAGES, CONVS, MAXIMA, NORMS, options_of_call, options_of_pool, settings
 from .tracing import Guards, RefusedError, is_torchs, traces
 from .uses import needs_copy
 
@@ -146,10 +147,12 @@ def rewrite(model: nn.Module, parts: set[nn.Module], run: Callable[..., Any]) ->
         RefusedError: the forward cannot be traced, takes several inputs, or has nothing to rewrite.
     """
 
+    @functools.cache
     def is_leaf(module: nn.Module) -> bool:
+        if module in parts or _is_container(module):
+            return module in parts
         # A module of its own may hold the stem.
-        pools = any(isinstance(inner, MAXIMA) for inner in module.modules())
-        return module in parts or not (pools or _is_container(module) or parts & set(module.modules()))
+        return not any(inner in parts or isinstance(inner, MAXIMA) for inner in module.modules())
 
     found: dict[bool, tuple[Any, ...]] = {}
     guards = Guards()
@@ -298,10 +301,6 @@ _POOLS: dict[Any, tuple[str, int]] = {
     F.avg_pool2d: ("average", 2), F.avg_pool3d: ("average", 3),
     F.max_pool2d: ("max", 2), F.max_pool3d: ("max", 3),
 }  # fmt: skip
-_NOT_OPTIONS = {
-    "average": ("dilation", "return_indices"),
-    "max": ("count_include_pad", "divisor_override"),
-}
 
 
 def _pool(model: nn.Module, node: fx.Node) -> tuple[str, int, int, int, int] | None:
@@ -313,11 +312,10 @@ def _pool(model: nn.Module, node: fx.Node) -> tuple[str, int, int, int, int] | N
         if type(module) not in kinds or len(node.args) != 1 or node.kwargs:
             return None
         kind, dims = kinds[type(module)]
-        options = {name: getattr(module, name) for name in POOL_OPTIONS if hasattr(module, name)}
+        options = options_of_pool(module)
     elif node.op == "call_function" and node.target in _POOLS:
         kind, dims = _POOLS[node.target]
-        names = [name for name in POOL_OPTIONS if name not in _NOT_OPTIONS[kind]]
-        options = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
+        options = options_of_call(kind, node.args[1:], node.kwargs)
     else:
         return None
     options["stride"] = options.get("stride") or options["kernel_size"]

@@ -8,7 +8,7 @@ A forward that can't be described in these terms is refused.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -184,7 +184,7 @@ def settings(module: nn.Module, names: Sequence[str]) -> Guards:
         inner = module.get_submodule(name)
         if isinstance(inner, (*NORMS, *CONVS)):
             continue
-        for option in ("p", "negative_slope", "alpha", "approximate", *POOL_OPTIONS):
+        for option in ("p", "negative_slope", "alpha", "approximate", *_POOL_OPTIONS):
             if option in inner.__dict__:
                 value = inner.__dict__[option]
                 if not is_plain(value):
@@ -335,8 +335,9 @@ class _Reading:
             rate = module.p if module.training else 0.0
             self.values[node] = self._dropped(source, rate, dims=_DROPOUTS[kind])
         elif kind in (*AVERAGES, *MAXIMA):
-            own = {option: getattr(module, option) for option in POOL_OPTIONS if hasattr(module, option)}
-            self.values[node] = self._pooled(source, "average" if kind in AVERAGES else "max", **own)
+            self.values[node] = self._pooled(
+                source, "average" if kind in AVERAGES else "max", **options_of_pool(module)
+            )
         else:
             raise RefusedError(f"{name} is {_article(kind.__name__)}")
 
@@ -569,20 +570,36 @@ def _dropout(
     return reading._dropped(input, p, training if train is None else train, inplace, dims)
 
 
-POOL_OPTIONS = (
+_POOL_OPTIONS = (
     "kernel_size", "stride", "padding", "dilation", "ceil_mode", "count_include_pad", "divisor_override",
     "return_indices",
 )  # fmt: skip
 
 
+# Those that the functions of a kind of pool do not take.
+_NOT_OPTIONS = {
+    "average": ("dilation", "return_indices"),
+    "max": ("count_include_pad", "divisor_override"),
+}
+
+
+def options_of_pool(module: nn.Module) -> dict[str, Any]:
+    """The options of a pooling module, by name."""
+    return {option: getattr(module, option) for option in _POOL_OPTIONS if hasattr(module, option)}
+
+
+def options_of_call(kind: str, args: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a call of a pooling function, by name, given its arguments after the input."""
+    names = [name for name in _POOL_OPTIONS if name not in _NOT_OPTIONS[kind]]
+    return {**dict(zip(names, args, strict=False)), **options}
+
+
 def _avg_pool(reading: _Reading, input: Any, *args: Any, **options: Any) -> _Value:
-    names = [name for name in POOL_OPTIONS if name not in ("dilation", "return_indices")]
-    return reading._pooled(input, "average", **dict(zip(names, args, strict=False)), **options)
+    return reading._pooled(input, "average", **options_of_call("average", args, options))
 
 
 def _max_pool(reading: _Reading, input: Any, *args: Any, **options: Any) -> _Value:
-    names = [name for name in POOL_OPTIONS if name not in ("count_include_pad", "divisor_override")]
-    return reading._pooled(input, "max", **dict(zip(names, args, strict=False)), **options)
+    return reading._pooled(input, "max", **options_of_call("max", args, options))
 
 
 _FUNCTIONS: dict[Callable[..., Any], Callable[..., _Value]] = {

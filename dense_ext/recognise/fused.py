@@ -34,7 +34,7 @@ class Traced(Fused):
     """Mixin for a module whose forward was traced; it runs something else as long as nothing has changed.
 
     Attributes:
-        plan: what the module computes; it has ``guards`` and a ``kind``.
+        plan: what the module computes; it has ``guards``.
         kinds: the classes of submodules at that time, by dotted name.
     """
 

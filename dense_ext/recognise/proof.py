@@ -170,10 +170,10 @@ def _on_cpu(module: nn.Module, places: Mapping[int, nn.Module] | None = None) ->
     memo: dict[int, Any] = {**(places or {})}
     copied = copy.deepcopy(module, memo)
     for inner in copied.modules():
-        for hooks in (inner._forward_hooks, inner._forward_pre_hooks):
-            hooks.clear()
-        for hooks in (inner._backward_hooks, inner._backward_pre_hooks):
-            hooks.clear()
+        inner._forward_hooks.clear()
+        inner._forward_pre_hooks.clear()
+        inner._backward_hooks.clear()
+        inner._backward_pre_hooks.clear()
     if any(tensor.is_meta for tensor in (*copied.parameters(), *copied.buffers())):
         return copied.to_empty(device="cpu")
     return copied.to("cpu")

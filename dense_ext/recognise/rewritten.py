@@ -105,11 +105,11 @@ def rewritten_calls(
         skip: modules whose forward is never called.
     """
     found: dict[nn.Module, tuple[str, Rewriting]] = {}
-    inside = {inner for part in parts for inner in part.modules()}
+    passed_over = skip | {inner for part in parts for inner in part.modules()}
     done = set(parts)
     with transparent_checkpoints():
         for name, module in reversed(list(model.named_modules())):
-            if module in inside | skip or not parts & set(module.modules()) or not _has_forward(module):
+            if module in passed_over or parts.isdisjoint(module.modules()) or not _has_forward(module):
                 continue
             try:
                 rewriting = rewrite(module, done, run_chain)

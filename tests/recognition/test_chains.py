@@ -17,7 +17,15 @@ import dense_ext
 from dense_ext.benchmark.memory import saved_bytes
 from dense_ext.recognise import Rewritten
 
-from ..helpers import Calls, assert_equal, assert_trains_alike, in_three_dimensions, randomize, twin
+from ..helpers import (
+    Calls,
+    assert_equal,
+    assert_trains_alike,
+    in_three_dimensions,
+    randomize,
+    second_derivative,
+    twin,
+)
 from .styles import CatFunctional, K, standard_transition
 
 
@@ -322,13 +330,8 @@ class TestModes:
 
     def test_second_derivatives_and_torch_func(self) -> None:
         ours, eager = (model.eval() for model in pair("encoder"))
-        x, hessians = images(), []
-        for model in (ours, eager):
-            leaf = x.clone().requires_grad_()
-            (grad,) = torch.autograd.grad(model(leaf).square().sum(), leaf, create_graph=True)
-            grad.square().sum().backward()
-            hessians.append(leaf.grad)
-        assert_equal(*hessians, "second derivative")
+        x = images()
+        assert_equal(second_derivative(ours, x), second_derivative(eager, x), "second derivative")
         tangents = [torch.func.jvp(model, (x,), (x,))[1] for model in (ours, eager)]
         assert_equal(*tangents, "jvp")
 
