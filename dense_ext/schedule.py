@@ -219,35 +219,28 @@ class Pass:
         # One call makes the views for all layers: making them one by one takes longer than many launches.
         sizes, parts = block.stats_sizes, len(block.layers) + 1
         self.x_parts = self.x.split(sizes[:parts], -1)
-        self.reads = list(itertools.accumulate(sizes[:parts]))  # C of each layer
+        self.reads = list(itertools.accumulate(sizes[: parts - 1]))  # C of each layer
         each = list(zip(self.mean.split(sizes), self.var.split(sizes), strict=True))
         self.x_stats, self.z_stats = each[:parts], each[parts:]
         self.widths = block.bottlenecks
         self.keeps_bottleneck = len(z_all) > 0
+        # Each layer's z has its own memory if every z is kept.
         if self.keeps_bottleneck:
             each_z = z_all.split([pixels(self.x) * width for width in self.widths])
-            self.z_parts = [part.view(*self.x.shape[:-1], -1) for part in each_z]
+            self.z = [part.view(*self.x.shape[:-1], -1) for part in each_z]
         elif self.widths:
-            self.z_scratch = self.new_bottleneck()
+            self.z = self.new_bottleneck()
+        # The part of X that each layer reads.
+        self.sources = [first_channels(self.x, channels) for channels in self.reads]
         self.bound: dict[int, list[BoundNorm]] = {}
 
-    def new_bottleneck(self) -> Tensor:
-        """Uninitialised memory for the widest layer's [N, H, W, B]."""
-        return self.x.new_empty((pixels(self.x) * max(self.widths),))
-
-    def of_width(self, memory: Tensor, index: int) -> Tensor:
-        """Memory from :meth:`new_bottleneck` as layer ``index``'s [N, H, W, B]."""
+    def new_bottleneck(self) -> list[Tensor]:
+        """Uninitialised memory that all layers share, as each layer's [N, H, W, B]."""
         *sizes, _ = self.x.shape
-        width = self.widths[index]
-        return memory[: pixels(self.x) * width].view(*sizes, width)
-
-    def source(self, index: int) -> Tensor:
-        """The part of X that layer ``index`` reads."""
-        return first_channels(self.x, self.reads[index])
-
-    def z(self, index: int) -> Tensor:
-        """Layer ``index``'s z: its own memory if every z is kept, else memory that all layers share."""
-        return self.z_parts[index] if self.keeps_bottleneck else self.of_width(self.z_scratch, index)
+        count = pixels(self.x)
+        memory = self.x.new_empty((count * max(self.widths),))
+        of_width = {width: memory[: count * width].view(*sizes, width) for width in set(self.widths)}
+        return [of_width[width] for width in self.widths]
 
     def batch_stats(self, index: int) -> list[tuple[Tensor, Tensor]]:
         """The batch's mean and variance for each of layer ``index``'s norms."""
@@ -271,10 +264,10 @@ class Pass:
         self, index: int, norm1: BoundNorm, mean: Tensor | None = None, var: Tensor | None = None
     ) -> None:
         """Write layer ``index``'s z, and z's statistics unless ``mean`` is None."""
-        layer, z = self.block.layers[index], self.z(index)
+        layer, z = self.block.layers[index], self.z[index]
         written = (None, None) if self.finishes(layer, 0) else (mean, var)
         self.ops.bn_relu_conv1x1_forward(
-            self.source(index), norm1.scale, norm1.shift, layer.convs[0], z, *written
+            self.sources[index], norm1.scale, norm1.shift, layer.convs[0], z, *written
         )
         self.finish(layer, 0, z, mean, var)
 
@@ -356,10 +349,10 @@ def _layer_forward(run: Pass, index: int, wants_stats: bool, frozen: bool) -> No
     def norm(which: int) -> BoundNorm:
         return run.norms(index)[which] if frozen else bind(ops, layer.norms[which], *batch[which])
 
-    last, source = norm(0), run.source(index)
+    last, source = norm(0), run.sources[index]
     if run.widths:
         run.run_bottleneck(index, last, *(batch[1] if layer.norms[1].running is None else ()))
-        last, source = norm(1), run.z(index)
+        last, source = norm(1), run.z[index]
     y = run.x_parts[index + 1]
     stats = run.x_stats[index + 1] if wants_stats else (None, None)
     written = (None, None) if run.finishes(layer, -1) else stats
@@ -470,10 +463,10 @@ def _bottleneck_layer_backward(run: BackwardPass, index: int, grads: LayerGradie
     """Add layer ``index``'s part to G, U and V, and write its gradients."""
     ops, c, layer = run.ops, run.reads[index], run.block.layers[index]
     norm1, norm2 = run.norms(index)
-    z, z_u, z_v, z_scale = run.z(index), run.z_u[index], run.z_v[index], norm2.scale
+    z, z_u, z_v, z_scale = run.z[index], run.z_u[index], run.z_v[index], norm2.scale
     if not run.keeps_bottleneck:
         run.run_bottleneck(index, norm1)
-    grad_bn = run.of_width(run.grad_bn, index)
+    grad_bn = run.grad_bn[index]
     sums2 = run.conv3x3_backward(index, z, norm2, grad_bn, grads)
     norm2_grads = norm2.gradient(ops, sums2, run.count, z_u, z_v)
     run.complete(z_u, z_v)
@@ -484,7 +477,7 @@ def _bottleneck_layer_backward(run: BackwardPass, index: int, grads: LayerGradie
     sums1 = run.mean.new_empty(2, c)
     ops.bn_relu_conv1x1_backward(
         grad_bn, z, z_scale, z_u, z_v,
-        run.source(index), norm1.mean, norm1.scale, norm1.shift, layer.convs[0],
+        run.sources[index], norm1.mean, norm1.scale, norm1.shift, layer.convs[0],
         first_channels(run.g, c), sums1, grads.convs[0],
     )  # fmt: skip
     norm1_grads = norm1.gradient(ops, sums1, run.count, first_channels(run.u, c), first_channels(run.v, c))
@@ -494,7 +487,7 @@ def _bottleneck_layer_backward(run: BackwardPass, index: int, grads: LayerGradie
 def _plain_layer_backward(run: BackwardPass, index: int, grads: LayerGradients) -> None:
     """The same for a layer without a bottleneck, whose 3x3 convolution reads X."""
     c, (norm,) = run.reads[index], run.norms(index)
-    source, g = run.source(index), first_channels(run.g, c)
+    source, g = run.sources[index], first_channels(run.g, c)
     grad_bn = run.x.new_empty(source.shape)
     sums = run.conv3x3_backward(index, source, norm, grad_bn, grads)
     run.ops.scaled_accumulate(grad_bn, norm.scale, g)
