@@ -1,7 +1,7 @@
-// The schema of every primitive. dense_ext/backends/base.py documents what they compute; each
-// kernel's source file registers its implementation. Each library registers its ops in its own
-// namespace, DENSE_EXT_NAMESPACE, so that several libraries can be loaded into one process.
-// DENSE_EXT_GPU is defined for the library that runs on GPUs.
+// The schema of every primitive, and of whole blocks. dense_ext/backends/base.py documents what
+// they compute; each kernel's source file registers its implementation. Each library registers its
+// ops in its own namespace, DENSE_EXT_NAMESPACE, so that several libraries can be loaded into one
+// process. DENSE_EXT_GPU is defined for the library that runs on GPUs.
 
 #include <torch/csrc/stable/library.h>
 
@@ -27,6 +27,8 @@ STABLE_TORCH_LIBRARY(DENSE_EXT_NAMESPACE, m) {
   m.def("bn_relu_pool_conv1x1_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) grad_x, Tensor(b!) sums, Tensor(c!)? grad_weight" TF32_ARGUMENT ") -> ()");
   m.def("bn_relu_maxpool_forward(Tensor x, Tensor scale, Tensor shift, Tensor(a!) y) -> ()");
   m.def("bn_relu_maxpool_backward(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor(a!) grad_x, Tensor(b!) sums) -> ()");
+  m.def("plain_block_forward(Tensor(a!) x, Tensor(b!) z, Tensor(c!) stats, int in_channels, Tensor[] weights, Tensor[] biases, float[] eps, bool[] frozen, Tensor[] running_means, Tensor[] running_vars, Tensor[] convs" TF32_ARGUMENT ") -> ()");
+  m.def("plain_block_backward(Tensor(a!) grad, Tensor x, Tensor z, Tensor stats, Tensor(b!) grad_x, bool[] needs_conv_grad, int in_channels, Tensor[] weights, Tensor[] biases, float[] eps, bool[] frozen, Tensor[] running_means, Tensor[] running_vars, Tensor[] convs" TF32_ARGUMENT ") -> Tensor[]");
 #ifndef DENSE_EXT_GPU
   m.def("frozen_block_forward(Tensor(a!) x, int in_channels, Tensor[] means, Tensor[] vars, Tensor[] weights, Tensor[] biases, float[] eps, Tensor[] convs) -> ()");
   m.def("pack_frozen_block(int in_channels, Tensor[] means, Tensor[] vars, Tensor[] weights, Tensor[] biases, float[] eps, Tensor[] convs) -> Tensor");

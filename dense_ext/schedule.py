@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .backends import Primitives
-from .backends.base import accumulate_dtype
+from .backends.base import PlainBlocks, accumulate_dtype
 from .batch_norm import values_per_channel
 from .synchronised import Sync
 
@@ -101,8 +101,12 @@ class Block:
         return self.in_channels + sum(self.growth)
 
     def is_plain(self) -> bool:
-        """Whether each layer is a bottleneck of norms and convolutions, without biases or dropout."""
-        return all(
+        """Whether one call can run the block.
+
+        Then each layer is a bottleneck of norms and convolutions, without biases or dropout, and the batch
+        statistics are those of this process alone.
+        """
+        return self.sync is None and all(
             len(layer.convs) == 2 and not layer.biases and not any(dropout.rate for dropout in layer.dropouts)
             for layer in self.layers
         )
@@ -311,6 +315,10 @@ def forward(ops: Primitives, block: Block, x: Tensor, keep_bottleneck: bool) -> 
         start_buffer(out, x)
         ops.frozen_blocks.forward(nhwc(out), block.in_channels, *frozen_parameters(block))
         return out, stats, z_all
+    if ops.plain_blocks is not None and block.is_plain():
+        start_buffer(out, x)
+        ops.plain_blocks.forward(nhwc(out), z_all, stats, *plain_parameters(block))
+        return out, stats, z_all
     run = Pass(ops, block, out, stats, z_all)
     # If any layer needs X's statistics, compute all of them: the next transition uses the last layer's too.
     wants_stats = any(layer.norms[0].running is None for layer in block.layers)
@@ -327,6 +335,23 @@ def forward(ops: Primitives, block: Block, x: Tensor, keep_bottleneck: bool) -> 
 def start_buffer(out: Tensor, x: Tensor) -> None:
     """Copy the block's input to the first channels of X."""
     first_channels(nhwc(out), x.shape[1]).copy_(nhwc(x))
+
+
+def plain_parameters(block: Block) -> tuple[Any, ...]:
+    """The parameters of :class:`PlainBlocks`."""
+    norms = [norm for layer in block.layers for norm in layer.norms]
+    running = [norm.running for norm in norms if norm.running is not None]
+    means, variances = map(list, zip(*running, strict=True)) if running else ([], [])
+    return (
+        block.in_channels,
+        [norm.weight for norm in norms],
+        [norm.bias for norm in norms],
+        [norm.eps for norm in norms],
+        [norm.running is not None for norm in norms],
+        means,
+        variances,
+        [conv for layer in block.layers for conv in layer.convs],
+    )
 
 
 def frozen_parameters(block: Block) -> tuple[list[Any], ...]:
@@ -444,6 +469,8 @@ def backward(
     Returns:
         The gradient of the block's input [N, c0, H, W], and those of each layer.
     """
+    if ops.plain_blocks is not None and block.is_plain():
+        return _plain_backward(ops.plain_blocks, block, grad, out, z_all, stats, needs_conv_grad)
     run = BackwardPass(ops, block, grad, out, stats, z_all)
     needed = iter(needs_conv_grad)
     gradients = [
@@ -457,6 +484,28 @@ def backward(
     run.complete(run.u_parts[0], run.v_parts[0])
     ops.affine_gradient(run.g_parts[0], run.x_parts[0], run.u_parts[0], run.v_parts[0], nhwc(grad_x))
     return grad_x, gradients
+
+
+def _plain_backward(
+    run: PlainBlocks,
+    block: Block,
+    grad: Tensor,
+    out: Tensor,
+    z_all: Tensor,
+    stats: Tensor,
+    needs_conv_grad: Sequence[bool],
+) -> tuple[Tensor, list[LayerGradients]]:
+    """:func:`backward` of a plain block, in one call."""
+    grad_x = empty_like(out, block.in_channels)
+    found = iter(
+        run.backward(
+            nhwc(grad), nhwc(out), z_all, stats, nhwc(grad_x), list(needs_conv_grad), *plain_parameters(block)
+        )
+    )
+    weights, biases = (list(itertools.islice(found, len(needs_conv_grad))) for _ in range(2))
+    norms = list(zip(weights, biases, strict=True))
+    convs = [next(found) if needed else None for needed in needs_conv_grad]
+    return grad_x, [LayerGradients(norms[i : i + 2], convs[i : i + 2], []) for i in range(0, len(norms), 2)]
 
 
 def _bottleneck_layer_backward(run: BackwardPass, index: int, grads: LayerGradients) -> None:

@@ -33,7 +33,7 @@ def test_every_primitive_is_compiled_once_and_its_file_has_a_test(sources: str, 
     triton = {path.stem for path in (PACKAGE / "backends" / "triton").glob("*.py")}
     assert set(kernels) <= triton
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "primitives").glob("test_*.py")}
-    assert tests == {*kernels, "frozen_block"}  # which is made of primitives
+    assert tests == {*kernels, "frozen_block", "plain_block"}  # which are made of primitives
 
 
 @pytest.mark.parametrize("primitive", [*PRIMITIVES, *THROUGH_NORM])

@@ -7,6 +7,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "../primitives.h"
 #include "parallel.h"
 #include "rows.h"
 #include "tensor.h"
@@ -51,6 +52,8 @@ void scaled_accumulate_kernel(const Pixels<const T>& grad, const Acc<T>* scale,
   });
 }
 
+}  // namespace
+
 void affine_gradient(const Tensor& grad, const Tensor& x, const Tensor& u, const Tensor& v,
                      const Tensor& out) {
   dispatch(x, [&](auto tag) {
@@ -74,8 +77,6 @@ void scaled_accumulate(const Tensor& grad, const Tensor& scale, const Tensor& ou
     if (out.numel() > 0) scaled_accumulate_kernel<T>(grads, scales, outs);
   });
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(DENSE_EXT_NAMESPACE, CPU, m) {
   m.impl("affine_gradient", TORCH_BOX(&affine_gradient));

@@ -10,6 +10,7 @@
 
 #include <cmath>
 
+#include "../primitives.h"
 #include "tensor.h"
 
 namespace dense_ext {
@@ -21,6 +22,8 @@ void dispatch_accumulate(const Tensor& t, const Body& body) {
   if (t.scalar_type() == ScalarType::Double) return body(Tag<double>{});
   body(Tag<float>{});
 }
+
+}  // namespace
 
 void bn_scale_shift(const Tensor& mean, const Tensor& var, const Tensor& weight, const Tensor& bias,
                     double eps, const Tensor& scale, const Tensor& shift) {
@@ -65,8 +68,6 @@ void bn_gradient(const Tensor& sums, const Tensor& mean, const Tensor& var, cons
     }
   });
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(DENSE_EXT_NAMESPACE, CPU, m) {
   m.impl("bn_scale_shift", TORCH_BOX(&bn_scale_shift));

@@ -10,6 +10,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "../primitives.h"
 #include "conv1x1.h"
 
 namespace dense_ext {
@@ -77,6 +78,8 @@ class Forward {
   Moments moments_;
 };
 
+}  // namespace
+
 void bn_relu_conv1x1_forward(const Tensor& x, const Tensor& scale, const Tensor& shift,
                              const Tensor& weight, const Tensor& z,
                              const std::optional<Tensor>& mean, const std::optional<Tensor>& var) {
@@ -101,6 +104,8 @@ void bn_relu_conv1x1_forward(const Tensor& x, const Tensor& scale, const Tensor&
     Forward<T>(args).run();
   });
 }
+
+namespace {
 
 // --- backward --------------------------------------------------------------------------------
 
@@ -245,6 +250,8 @@ class Backward {
   const A *const z_scale_, *const z_u_, *const z_v_;
 };
 
+}  // namespace
+
 void bn_relu_conv1x1_backward(const Tensor& grad_bn, const Tensor& z, const Tensor& z_scale,
                               const Tensor& z_u, const Tensor& z_v, const Tensor& x,
                               const Tensor& mean, const Tensor& scale, const Tensor& shift,
@@ -277,8 +284,6 @@ void bn_relu_conv1x1_backward(const Tensor& grad_bn, const Tensor& z, const Tens
     Backward<T>(args).run();
   });
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(DENSE_EXT_NAMESPACE, CPU, m) {
   m.impl("bn_relu_conv1x1_forward", TORCH_BOX(&bn_relu_conv1x1_forward));

@@ -11,6 +11,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "../primitives.h"
 #include "bands.h"
 #include "conv3x3.h"
 
@@ -120,6 +121,8 @@ class Forward {
   Moments moments_;
 };
 
+}  // namespace
+
 void bn_relu_conv3x3_forward(const Tensor& z, const Tensor& scale, const Tensor& shift,
                              const Tensor& weight, const Tensor& y,
                              const std::optional<Tensor>& mean, const std::optional<Tensor>& var) {
@@ -144,6 +147,8 @@ void bn_relu_conv3x3_forward(const Tensor& z, const Tensor& scale, const Tensor&
     Forward<T>(args).run();
   });
 }
+
+namespace {
 
 // --- backward --------------------------------------------------------------------------------
 
@@ -312,6 +317,8 @@ class Backward {
   const A *const u_, *const v_;
 };
 
+}  // namespace
+
 void bn_relu_conv3x3_backward(const Tensor& grad, const Tensor& y, const Tensor& u, const Tensor& v,
                               const Tensor& z, const Tensor& mean, const Tensor& scale,
                               const Tensor& shift, const Tensor& weight, const Tensor& grad_bn,
@@ -342,8 +349,6 @@ void bn_relu_conv3x3_backward(const Tensor& grad, const Tensor& y, const Tensor&
     Backward<T>(args).run();
   });
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(DENSE_EXT_NAMESPACE, CPU, m) {
   m.impl("bn_relu_conv3x3_forward", TORCH_BOX(&bn_relu_conv3x3_forward));

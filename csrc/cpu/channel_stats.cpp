@@ -5,6 +5,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "../primitives.h"
 #include "reduce.h"
 
 namespace dense_ext {
@@ -29,6 +30,8 @@ void channel_stats_kernel(const Pixels<const T>& x, Acc<T>* mean, Acc<T>* var) {
   moments.finish(mean, var);
 }
 
+}  // namespace
+
 void channel_stats(const Tensor& x, const Tensor& mean, const Tensor& var) {
   dispatch(x, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -44,8 +47,6 @@ void channel_stats(const Tensor& x, const Tensor& mean, const Tensor& var) {
     channel_stats_kernel<T>(xs, means, vars);
   });
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(DENSE_EXT_NAMESPACE, CPU, m) {
   m.impl("channel_stats", TORCH_BOX(&channel_stats));

@@ -8,6 +8,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "../primitives.h"
 #include "launch.cuh"
 #include "tile.cuh"
 #include "vector.cuh"
@@ -89,6 +90,8 @@ void affine(const Pixels<const T>& base, const Pixels<const T>& x, const float* 
                                         .distance = blocks * kThreads / units});
 }
 
+}  // namespace
+
 void affine_gradient(const Tensor& grad, const Tensor& x, const Tensor& u, const Tensor& v,
                      const Tensor& out) {
   const OnDeviceOf device(x);
@@ -112,8 +115,6 @@ void scaled_accumulate(const Tensor& grad, const Tensor& scale, const Tensor& ou
               channels<const float>(scale, "scale", outs.channels), nullptr, outs);
   });
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(DENSE_EXT_NAMESPACE, DENSE_EXT_DISPATCH_KEY, m) {
   m.impl("affine_gradient", TORCH_BOX(&affine_gradient));

@@ -9,6 +9,7 @@
 
 #include <cmath>
 
+#include "../primitives.h"
 #include "batch_norm.cuh"
 
 namespace dense_ext {
@@ -32,6 +33,8 @@ __global__ void __launch_bounds__(kThreads) scale_shift_kernel(const ScaleShiftA
   store_global(args.shift + c, load_global(args.bias + c) - load_global(args.mean + c) * scale);
 }
 
+}  // namespace
+
 void bn_scale_shift(const Tensor& mean, const Tensor& var, const Tensor& weight, const Tensor& bias,
                     double eps, const Tensor& scale, const Tensor& shift) {
   const OnDeviceOf device(mean);
@@ -46,6 +49,8 @@ void bn_scale_shift(const Tensor& mean, const Tensor& var, const Tensor& weight,
                                  .channels = n};
   if (n > 0) launch<scale_shift_kernel>({ceil_div(n, kThreads), 1, kThreads}, args);
 }
+
+namespace {
 
 __global__ void __launch_bounds__(kThreads) gradient_kernel(const NormGradient args) {
   const int64_t c = int64_t{block_x()} * kThreads + thread_index();
@@ -63,14 +68,14 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(const NormGradient a
   store_global(args.v + c, load_global(args.v + c) + dv);
 }
 
+}  // namespace
+
 void bn_gradient(const Tensor& sums, const Tensor& mean, const Tensor& var, const Tensor& weight,
                  double eps, int64_t count, const Tensor& grad_weight, const Tensor& grad_bias,
                  const std::optional<Tensor>& u, const std::optional<Tensor>& v) {
   const OnDeviceOf device(mean);
   norm_gradient(sums, mean, var, weight, eps, count, grad_weight, grad_bias, u, v).run();
 }
-
-}  // namespace
 
 NormGradient norm_gradient(const Tensor& sums, const Tensor& mean, const Tensor& var,
                            const Tensor& weight, double eps, int64_t count,

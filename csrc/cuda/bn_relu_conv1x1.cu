@@ -13,11 +13,11 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "../primitives.h"
 #include "bn_relu_conv1x1_backward.cuh"
 #include "bn_relu_conv1x1_forward.cuh"
 
 namespace dense_ext {
-namespace {
 
 void bn_relu_conv1x1_forward(const Tensor& x, const Tensor& scale, const Tensor& shift,
                              const Tensor& weight, const Tensor& z,
@@ -132,8 +132,6 @@ void bn_relu_conv1x1_backward(const Tensor& grad_bn, const Tensor& z, const Tens
     });
   });
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(DENSE_EXT_NAMESPACE, DENSE_EXT_DISPATCH_KEY, m) {
   m.impl("bn_relu_conv1x1_forward", TORCH_BOX(&bn_relu_conv1x1_forward));

@@ -20,11 +20,11 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "../primitives.h"
 #include "bn_relu_conv3x3_backward.cuh"
 #include "bn_relu_conv3x3_forward.cuh"
 
 namespace dense_ext {
-namespace {
 
 void bn_relu_conv3x3_forward(const Tensor& z, const Tensor& scale, const Tensor& shift,
                              const Tensor& weight, const Tensor& y,
@@ -155,8 +155,6 @@ void bn_relu_conv3x3_backward(const Tensor& grad, const Tensor& y, const Tensor&
     });
   });
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(DENSE_EXT_NAMESPACE, DENSE_EXT_DISPATCH_KEY, m) {
   m.impl("bn_relu_conv3x3_forward", TORCH_BOX(&bn_relu_conv3x3_forward));

@@ -6,6 +6,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "../primitives.h"
 #include "moments.cuh"
 #include "reduce.cuh"
 #include "vector.cuh"
@@ -93,6 +94,8 @@ __global__ void __launch_bounds__(kThreads) channel_stats_kernel(const Arguments
   for_width<T>(args.bytes, [&](auto width) { run<T, decltype(width)::value>(args); });
 }
 
+}  // namespace
+
 void channel_stats(const Tensor& x, const Tensor& mean, const Tensor& var) {
   const OnDeviceOf device(x);
   dispatch(x, [&](auto tag) {
@@ -121,8 +124,6 @@ void channel_stats(const Tensor& x, const Tensor& mean, const Tensor& var) {
     merge_moments(rows, blocks, xs.channels, means, vars);
   });
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(DENSE_EXT_NAMESPACE, DENSE_EXT_DISPATCH_KEY, m) {
   m.impl("channel_stats", TORCH_BOX(&channel_stats));

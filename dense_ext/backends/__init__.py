@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from . import preference
-from .base import PRIMITIVES, THROUGH_NORM, Backend
+from .base import BLOCK_PRIMITIVES, PRIMITIVES, THROUGH_NORM, Backend
 from .cpu import CPUBackend
 from .cuda import CUDABackend
 from .preference import PREFERENCE
@@ -43,8 +43,11 @@ class Primitives:
         for name, primitive in THROUGH_NORM.items():
             setattr(self, name, getattr(table[primitive], name))
         self.max_pixels = min(backend.max_pixels for backend in table.values())
-        convs = {table[name] for name in ("bn_relu_conv1x1_forward", "bn_relu_conv3x3_forward")}
-        self.frozen_blocks = convs.pop().frozen_blocks if len(convs) == 1 else None
+        # Whole blocks run only where one backend runs all that they consist of.
+        of_blocks = {table[name] for name in BLOCK_PRIMITIVES}
+        only = of_blocks.pop() if len(of_blocks) == 1 else None
+        self.frozen_blocks = only.frozen_blocks if only is not None else None
+        self.plain_blocks = only.plain_blocks if only is not None else None
 
     def __getattr__(self, name: str) -> Any:  # tells mypy that the attributes set above exist
         raise AttributeError(name)

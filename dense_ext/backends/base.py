@@ -106,6 +106,33 @@ class FrozenBlocks(NamedTuple):
     forward_packed: Callable[..., None]
 
 
+class PlainBlocks(NamedTuple):
+    """A dense block of plain bottleneck layers in one call, which saves most of the host's time for it.
+
+    The bits are those of the primitives, called as :mod:`dense_ext.schedule` calls them.
+
+    Attributes:
+        forward: ``forward(x, z, stats, *parameters)`` writes the layers' channels of X [N, H, W, Ct], whose
+            first c0 hold the block's input. It writes each layer's z, one after another, unless ``z`` is
+            empty, and the batch statistics [2, Ct + L*B] that the norms use.
+        backward: ``backward(grad, x, z, stats, grad_x, needs_conv_grad, *parameters)`` writes the gradient of
+            the block's input [N, H, W, c0] and overwrites ``grad`` [N, H, W, Ct], which is G. It returns a
+            list: the gradients of the norms' weights, those of their biases, and those of the convolutions
+            that need one.
+
+        The parameters are c0; each norm's weight and bias [C], its eps and whether it is frozen; the running
+        mean and variance of the frozen norms; and each layer's weights [B, C, 1, 1] and [K, B, 3, 3]. All but
+        the first are lists, in the order in which the layers run.
+    """
+
+    forward: Callable[..., None]
+    backward: Callable[..., list[Tensor]]
+
+
+# The primitives that a plain block consists of.
+BLOCK_PRIMITIVES = tuple(name for name in PRIMITIVES if "pool" not in name and name != "scaled_accumulate")
+
+
 class Backend(ABC):
     """One implementation of the primitives. Calls leave no state in the instance."""
 
@@ -117,6 +144,8 @@ class Backend(ABC):
     max_pixels: ClassVar[float] = math.inf
     # A frozen dense block in one call, if the backend has it.
     frozen_blocks: FrozenBlocks | None = None
+    # A plain dense block in one call, if the backend has it.
+    plain_blocks: PlainBlocks | None = None
 
     @abstractmethod
     def unavailable_reason(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:

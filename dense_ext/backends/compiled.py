@@ -13,7 +13,10 @@ from typing import Any, NoReturn
 
 import torch
 
-from .base import PRIMITIVES, Backend
+from .base import Backend
+
+# The ops of :class:`PlainBlocks`, in the order of its fields.
+BLOCK_OPS = ("plain_block_forward", "plain_block_backward")
 
 # The folder in which setup.py puts the libraries.
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -48,9 +51,7 @@ class Library:
         reason: why no library is in use, None if one is.
     """
 
-    def __init__(
-        self, paths: Sequence[Path], namespace: str, absent: str, names: tuple[str, ...] = PRIMITIVES
-    ) -> None:
+    def __init__(self, paths: Sequence[Path], namespace: str, absent: str, names: tuple[str, ...]) -> None:
         self.namespace, self.names = namespace, names
         self.path: Path | None = None
         self.reason: str | None = None

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from .base import PRIMITIVES, STORAGE_DTYPES, FrozenBlocks, accumulate_dtype
-from .compiled import PACKAGE, CompiledBackend, Library
+from .base import PRIMITIVES, STORAGE_DTYPES, FrozenBlocks, PlainBlocks, accumulate_dtype
+from .compiled import BLOCK_OPS, PACKAGE, CompiledBackend, Library
 
 # PyTorch's name for the instruction set -> the libraries that such a machine can run, best first.
 LIBRARIES = {
@@ -19,7 +19,7 @@ LIBRARIES = {
 ELSEWHERE = ("_cpu_default",)
 # The ops of :class:`FrozenBlocks`, in the order of its fields; and all ops of a library.
 _OF_FROZEN_BLOCKS = ("frozen_block_forward", "pack_frozen_block", "packed_block_forward")
-OPS = (*PRIMITIVES, *_OF_FROZEN_BLOCKS)
+OPS = (*PRIMITIVES, *BLOCK_OPS, *_OF_FROZEN_BLOCKS)
 
 
 def _library() -> Library:
@@ -45,6 +45,7 @@ class CPUBackend(CompiledBackend):
 
     def __init__(self, library: Library | None = None) -> None:
         super().__init__(library or _library())
+        self.plain_blocks = PlainBlocks(*map(self.library.op, BLOCK_OPS))
         self.frozen_blocks = FrozenBlocks(*map(self.library.op, _OF_FROZEN_BLOCKS))
 
     def unavailable_reason(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import PRIMITIVES, THROUGH_NORM, gpu_unavailable_reason, tf32_allowed
-from .compiled import PACKAGE, CompiledBackend, Library, op
+from .base import PRIMITIVES, THROUGH_NORM, PlainBlocks, gpu_unavailable_reason, tf32_allowed
+from .compiled import BLOCK_OPS, PACKAGE, CompiledBackend, Library, op
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-OPS = (*PRIMITIVES, *THROUGH_NORM)
+OPS = (*PRIMITIVES, *THROUGH_NORM, *BLOCK_OPS)
 HAS_CODE = "has_code"  # takes a GPU's index and returns whether the library was compiled for that GPU
 # The ops that multiply matrices; they take an argument that says whether float32 may be rounded to tf32.
-PRODUCTS = tuple(name for name in OPS if "conv" in name)
+PRODUCTS = tuple(name for name in OPS if "conv" in name or name in BLOCK_OPS)
 
 
 class CUDABackend(CompiledBackend):
@@ -47,6 +47,7 @@ class CUDABackend(CompiledBackend):
         self.device_type = device_type
         for name in PRODUCTS:
             self.ops[name] = functools.partial(_multiply, self.ops[name])
+        self.plain_blocks = PlainBlocks(*(self.ops[name] for name in BLOCK_OPS))
 
     bn_relu_pool_conv1x1_norm_backward = op("bn_relu_pool_conv1x1_norm_backward")
     bn_relu_maxpool_norm_backward = op("bn_relu_maxpool_norm_backward")
@@ -63,10 +64,10 @@ class CUDABackend(CompiledBackend):
         return _gpu_unavailable_reason(device.index, self.ops[HAS_CODE]) if device.type == "cuda" else None
 
 
-def _multiply(op: Any, *args: Any, **kwargs: Any) -> None:
+def _multiply(op: Any, *args: Any, **kwargs: Any) -> Any:
     """Call a product's op with PyTorch's current setting for tf32."""
     activations: Tensor = args[0] if args else kwargs["weight"]
-    op(*args, **kwargs, tf32=tf32_allowed(activations.dtype))
+    return op(*args, **kwargs, tf32=tf32_allowed(activations.dtype))
 
 
 @functools.cache

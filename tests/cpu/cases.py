@@ -23,7 +23,7 @@ from ..sanitizers import Sanitizer, put_in_place, run_cases, train_a_network
 NAMESPACE = "dense_ext_cpu_sanitized"
 # No instruction set beyond the compiler's default, so that masked vectors are loaded value by value and a
 # sanitizer checks each value. -Og, since compiling takes longer than running.
-FLAGS = (STABLE, "-Og")
+FLAGS = (STABLE, "-DDENSE_EXT_DISPATCH_KEY=CPU", "-Og")
 THREADS = 4
 
 
@@ -36,7 +36,9 @@ def build(sanitizer: Sanitizer, csrc: Path = CSRC, kernels: str = "*.cpp") -> Pa
     compiled = partial(
         compile_source, command=command, namespace=NAMESPACE, headers=headers, folders=(), results=results
     )
-    sources = [*sorted((csrc / "cpu").glob(kernels)), csrc / "ops.cpp", Path(__file__).parent / "threads.cpp"]
+    # All of csrc if all kernels are asked for: plain_block.cpp calls most of them.
+    general = sorted(csrc.glob("*.cpp")) if kernels == "*.cpp" else [csrc / "ops.cpp"]
+    sources = [*sorted((csrc / "cpu").glob(kernels)), *general, Path(__file__).parent / "threads.cpp"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, sources))
     # Otherwise calls to parallel_for would find libtorch's first.

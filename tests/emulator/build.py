@@ -54,6 +54,7 @@ def build(
         cuda / "reduce.cu",  # and the other files whose functions the kernels call
         cuda / "batch_norm.cu",
         CSRC / "ops.cpp",
+        *([CSRC / "plain_block.cpp"] if kernels == "*.cu" else []),  # it calls most of the kernels
         *HERE.glob("*.cpp"),
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
