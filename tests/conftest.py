@@ -31,7 +31,7 @@ MARKS = {"each_value": "value of each parameter", "each_pair": "pair of two para
 
 # For tests/test_campaign.py: by default a few cases, always the same; with `make fuzz`, many.
 _ANY = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-settings.register_profile("few", max_examples=300, derandomize=True, **_ANY)
+settings.register_profile("few", max_examples=60, derandomize=True, **_ANY)
 settings.register_profile("fuzz", print_blob=True, **_ANY)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "few"))
 

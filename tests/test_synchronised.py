@@ -76,12 +76,12 @@ def _train(rank: int, shares: tuple[int, ...]) -> None:
         weights = torch.randn(eager(x).shape, dtype=torch.float64, generator=generator)
         eager = build()
         own = slice(sum(shares[:rank]), sum(shares[: rank + 1]))
+        synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(eager))
+        dense_ext.swap(synchronised, strict=True)
         for recompute in RECOMPUTE:
-            whole, ours = (
-                copy.deepcopy(eager),
-                nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(eager)),
-            )
-            dense_ext.swap(ours, recompute=recompute, strict=True)
+            whole, ours, again = (copy.deepcopy(model) for model in (eager, synchronised, synchronised))
+            for model in (ours, again):
+                dense_ext.swap(model, recompute=recompute, strict=True)
             y, grad, gradients = results(whole, x, weights)
             found, found_grad, found_gradients = results(ours, x[own], weights[own])
             assert_equal(found, y[own], "output")
@@ -96,8 +96,6 @@ def _train(rank: int, shares: tuple[int, ...]) -> None:
                     every = [torch.empty_like(b) for _ in shares]
                     dist.all_gather(every, b)
                     assert all(torch.equal(other, b) for other in every), f"{name}, bit by bit"
-            again = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(eager))
-            dense_ext.swap(again, recompute=recompute)
             assert torch.equal(results(again, x[own], weights[own])[1], found_grad), "twice the same bits"
 
 

@@ -105,11 +105,19 @@ def rewritten_calls(
         skip: modules whose forward is never called.
     """
     found: dict[nn.Module, tuple[str, Rewriting]] = {}
-    passed_over = skip | {inner for part in parts for inner in part.modules()}
+    inside = {inner for part in parts for inner in part.modules() if inner is not part}
+    passed_over, outermost = skip | inside | parts, parts - inside
     done = set(parts)
+
+    def may_have_chains(module: nn.Module) -> bool:
+        """Whether it has a dense part, and a second one to follow it or a norm of its own."""
+        within = outermost.intersection(module.modules())
+        has_norm = any("running_mean" in m._buffers for m in module.modules() if m not in inside)
+        return len(within) > 1 or (len(within) == 1 and has_norm)
+
     with transparent_checkpoints():
         for name, module in reversed(list(model.named_modules())):
-            if module in passed_over or parts.isdisjoint(module.modules()) or not _has_forward(module):
+            if module in passed_over or not _has_forward(module) or not may_have_chains(module):
                 continue
             try:
                 rewriting = rewrite(module, done, run_chain)

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.densenet import DenseNet
@@ -97,6 +96,3 @@ def run_elsewhere(program: str, *arguments: object, without_dense_ext: bool = Tr
     command = [sys.executable, "-c", text, *map(str, arguments)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
-
-
-needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe, SplitPoint, pipeline
 
 from ..helpers import assert_equal
-from .common import FusedCalls, images, needs_gloo, swapped_and_eager
+from ..processes import needs_gloo
+from .common import FusedCalls, images, swapped_and_eager
 
 SECOND = {"features.denseblock2": SplitPoint.BEGINNING}
 

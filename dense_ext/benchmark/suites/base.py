@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models import MODELS
-from ..errors import UsageError
+from ..errors import UnavailableError, UsageError
 from ..networks import takes_small_images, with_weights
 from ..peers import Peer
 from ..results import Measurement, PeerLabel, Results, Tick, case_text
@@ -93,9 +93,14 @@ def release() -> None:
 @contextmanager
 def failing(row: Measurement) -> Iterator[None]:
     """An exception inside becomes the row's failure; the memory that it held is given back."""
+    ran = True
     with row.failing():
-        yield
-    if row.failure is not None:
+        try:
+            yield
+        except UnavailableError:
+            ran = False  # and holds nothing
+            raise
+    if row.failure is not None and ran:
         _collect()
 
 
