@@ -267,7 +267,7 @@ class Forward : Pass {
   // A norm's scale and shift. Unless all norms are frozen, each is bound after its statistics have
   // been written.
   Affine affine(size_t index, size_t which) {
-    return all_frozen() ? bound(index)[which] : bind(norm(index, which));
+    return kBindsTogether && all_frozen() ? bound(index)[which] : bind(norm(index, which));
   }
 
   // Writes a layer's y, and y's statistics if wanted.
@@ -287,6 +287,8 @@ class Backward : Pass {
   Backward(const Tensor& grad, const Tensor& x, const Tensor& z, const Tensor& stats,
            const Parameters& parameters)
       : Pass(x, z, stats, parameters), g_(grad) {
+    STD_TORCH_CHECK(grad.dim() == 4 && grad.size(3) == channels_, "grad must have ", channels_,
+                    " channels, as x has");
     int64_t widest = widest_;
     for (const Layer& layer : layers_) widest = std::max(widest, layer.in);
     grad_bn_ = torch::stable::new_empty(x, {pixels_ * widest_});

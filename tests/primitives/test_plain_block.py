@@ -118,7 +118,9 @@ def test_the_bits_are_those_of_the_primitives(
             assert not found.numel() or found.isfinite().all()
 
 
-@pytest.mark.parametrize("wrong", ["x", "stats", "z", "norms", "running statistics", "needed", "weight"])
+@pytest.mark.parametrize(
+    "wrong", ["x", "grad", "stats", "z", "norms", "running statistics", "needed", "weight"]
+)
 def test_bad_arguments_are_refused(backend: Backend, maker: Callable[..., Maker], wrong: str) -> None:
     if backend.plain_blocks is None:
         pytest.skip(f"{backend.name} runs blocks layer by layer")
@@ -132,6 +134,8 @@ def test_bad_arguments_are_refused(backend: Backend, maker: Callable[..., Maker]
     parameters, needed = list(schedule.plain_parameters(block)), [True] * 8
     if wrong == "x":
         x = torch.zeros(*shape, block.out_channels + 1, device=device)
+    elif wrong == "grad":
+        grad = torch.zeros(*shape, block.out_channels - 1, device=device)
     elif wrong == "stats":
         stats = stats[:, 1:]
     elif wrong == "z":
@@ -147,7 +151,7 @@ def test_bad_arguments_are_refused(backend: Backend, maker: Callable[..., Maker]
     with pytest.raises(RuntimeError, match=r"must|expected|takes"):
         backend.plain_blocks.backward(grad, x, z, stats, grad_x, needed, *parameters)
     assert not grad_x.any()
-    if wrong == "needed":
+    if wrong in ("grad", "needed"):
         return
     with pytest.raises(RuntimeError, match=r"must|expected|takes"):
         backend.plain_blocks.forward(x, z, stats, *parameters)
