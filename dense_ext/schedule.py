@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .backends import Primitives
-from .backends.base import PlainBlocks, accumulate_dtype
+from .backends.base import accumulate_dtype
 from .batch_norm import values_per_channel
 from .synchronised import Sync
 
@@ -311,18 +311,16 @@ def forward(ops: Primitives, block: Block, x: Tensor, keep_bottleneck: bool) -> 
         return out, stats, z_all
     norms = [norm for layer in block.layers for norm in layer.norms]
     frozen = all(norm.running is not None for norm in norms)
+    start_buffer(out, x)
     if frozen and not keep_bottleneck and ops.frozen_blocks is not None and block.is_plain():
-        start_buffer(out, x)
         ops.frozen_blocks.forward(nhwc(out), block.in_channels, *frozen_parameters(block))
         return out, stats, z_all
     if ops.plain_blocks is not None and block.is_plain():
-        start_buffer(out, x)
         ops.plain_blocks.forward(nhwc(out), z_all, stats, *plain_parameters(block))
         return out, stats, z_all
     run = Pass(ops, block, out, stats, z_all)
     # If any layer needs X's statistics, compute all of them: the next transition uses the last layer's too.
     wants_stats = any(layer.norms[0].running is None for layer in block.layers)
-    run.x_parts[0].copy_(nhwc(x))
     if wants_stats:
         ops.channel_stats(run.x_parts[0], *run.x_stats[0])
         if block.sync is not None:
@@ -356,11 +354,8 @@ def plain_parameters(block: Block) -> tuple[Any, ...]:
 
 def frozen_parameters(block: Block) -> tuple[list[Any], ...]:
     """The parameters of :class:`FrozenBlocks` for a block whose norms are all frozen."""
-    norms = [norm for layer in block.layers for norm in layer.norms]
-    means, variances = zip(*[norm.running for norm in norms if norm.running is not None], strict=True)
-    vectors = [norm.weight for norm in norms], [norm.bias for norm in norms]
-    convs = [conv for layer in block.layers for conv in layer.convs]
-    return list(means), list(variances), *vectors, [norm.eps for norm in norms], convs
+    _, weights, biases, eps, _, means, variances, convs = plain_parameters(block)
+    return means, variances, weights, biases, eps, convs
 
 
 def _layer_forward(run: Pass, index: int, wants_stats: bool, frozen: bool) -> None:
@@ -470,7 +465,11 @@ def backward(
         The gradient of the block's input [N, c0, H, W], and those of each layer.
     """
     if ops.plain_blocks is not None and block.is_plain():
-        return _plain_backward(ops.plain_blocks, block, grad, out, z_all, stats, needs_conv_grad)
+        grad_x = empty_like(out, block.in_channels)
+        found = ops.plain_blocks.backward(
+            nhwc(grad), nhwc(out), z_all, stats, nhwc(grad_x), list(needs_conv_grad), *plain_parameters(block)
+        )
+        return grad_x, _by_layer(found, needs_conv_grad)
     run = BackwardPass(ops, block, grad, out, stats, z_all)
     needed = iter(needs_conv_grad)
     gradients = [
@@ -486,26 +485,13 @@ def backward(
     return grad_x, gradients
 
 
-def _plain_backward(
-    run: PlainBlocks,
-    block: Block,
-    grad: Tensor,
-    out: Tensor,
-    z_all: Tensor,
-    stats: Tensor,
-    needs_conv_grad: Sequence[bool],
-) -> tuple[Tensor, list[LayerGradients]]:
-    """:func:`backward` of a plain block, in one call."""
-    grad_x = empty_like(out, block.in_channels)
-    found = iter(
-        run.backward(
-            nhwc(grad), nhwc(out), z_all, stats, nhwc(grad_x), list(needs_conv_grad), *plain_parameters(block)
-        )
-    )
+def _by_layer(gradients: Sequence[Tensor], needs_conv_grad: Sequence[bool]) -> list[LayerGradients]:
+    """What :class:`PlainBlocks`'s backward returned, as each layer's gradients."""
+    found = iter(gradients)
     weights, biases = (list(itertools.islice(found, len(needs_conv_grad))) for _ in range(2))
     norms = list(zip(weights, biases, strict=True))
     convs = [next(found) if needed else None for needed in needs_conv_grad]
-    return grad_x, [LayerGradients(norms[i : i + 2], convs[i : i + 2], []) for i in range(0, len(norms), 2)]
+    return [LayerGradients(norms[i : i + 2], convs[i : i + 2], []) for i in range(0, len(norms), 2)]
 
 
 def _bottleneck_layer_backward(run: BackwardPass, index: int, grads: LayerGradients) -> None:

@@ -1,4 +1,4 @@
-"""The tests that every primitive has to pass; each primitive's test file gives its cases and sizes."""
+"""The tests that every primitive has to pass, whose cases and sizes its test file gives; random blocks."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from dense_ext.backends.base import Backend
+from dense_ext.backends.base import Backend, accumulate_dtype
+from dense_ext.schedule import Block, Dropout, Layer, Norm
 
 from .harness import ALIGNED, Case, Maker, check_op, check_repeats, check_values
 
@@ -82,3 +84,41 @@ class OptionalOutputTests:
         self, backend: Backend, maker: MakeMaker, optional_case: MakeCase
     ) -> None:
         check_values(backend, optional_case(maker(torch.float32), self.small))
+
+
+def block_of(
+    c0: int,
+    layers: list[tuple[int, int]],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    frozen: Callable[[int], bool] = lambda norm: True,
+    eps: Callable[[int], float] = lambda norm: 1e-3,
+) -> Block:
+    """A random block of plain layers.
+
+    Args:
+        c0: the channels of its input.
+        layers: B and K of each layer.
+        dtype, device: of the weights.
+        frozen: whether a norm uses running statistics, by its number.
+        eps: of a norm, by its number.
+    """
+    generator, wide = torch.Generator().manual_seed(0), accumulate_dtype(dtype)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def norm(channels: int, number: int) -> Norm:
+        mean, var, weight, bias = random(4, channels).to(device, wide)
+        running = (mean, var.square() + 0.5) if frozen(number) else None
+        return Norm(weight, bias, eps(number), running)
+
+    made, channels = [], c0
+    for width, growth in layers:
+        norms = [norm(channels, 2 * len(made)), norm(width, 2 * len(made) + 1)]
+        first = random(channels, width, 1, 1).transpose(0, 1)  # strides other than the usual ones
+        last = random(growth, width, 3, 3).contiguous(memory_format=torch.channels_last)
+        convs = [weight.to(device, dtype) for weight in (first, last)]
+        made.append(Layer(norms, convs, [], [Dropout(0.0)] * 2))
+        channels += growth
+    return Block(made, c0)

@@ -8,15 +8,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
 
 from dense_ext import schedule
 from dense_ext.backends import CPU
-from dense_ext.backends.base import STORAGE_DTYPES, accumulate_dtype
+from dense_ext.backends.base import STORAGE_DTYPES
 from dense_ext.backends.cpu import CPUBackend
-from dense_ext.schedule import Block, Dropout, Layer, Norm
 
 from ..conftest import checked_backends
+from .common import block_of
 
 pytestmark = pytest.mark.skipif(CPU.library.path is None, reason="the C++ backend is not built")
 
@@ -46,27 +45,6 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(request.param)
     yield
     torch.set_num_threads(before)
-
-
-def block_of(c0: int, layers: list[tuple[int, int]], dtype: torch.dtype) -> Block:
-    generator, wide = torch.Generator().manual_seed(0), accumulate_dtype(dtype)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    def norm(channels: int) -> Norm:
-        mean, var, weight, bias = random(4, channels).to(wide)
-        return Norm(weight, bias, 1e-3, (mean, var.square() + 0.5))
-
-    made, channels = [], c0
-    for width, growth in layers:
-        first = random(channels, width, 1, 1).transpose(0, 1)  # strides other than the usual ones
-        last = random(growth, width, 3, 3).contiguous(memory_format=torch.channels_last)
-        made.append(
-            Layer([norm(channels), norm(width)], [first.to(dtype), last.to(dtype)], [], [Dropout(0.0)] * 2)
-        )
-        channels += growth
-    return Block(made, c0)
 
 
 def check_bits(backend: CPUBackend, size: str, dtype: torch.dtype) -> None:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from dense_ext import schedule
-from dense_ext.backends.base import Backend, accumulate_dtype
-from dense_ext.schedule import Block, Dropout, Layer, Norm
+from dense_ext.backends.base import Backend
 
+from .common import block_of
 from .harness import Maker
 
 
@@ -45,28 +45,6 @@ def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
 
 
-def block_of(case: Case, dtype: torch.dtype, device: torch.device) -> Block:
-    generator, wide = torch.Generator().manual_seed(0), accumulate_dtype(dtype)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    def norm(channels: int, number: int) -> Norm:
-        mean, var, weight, bias = random(4, channels).to(device, wide)
-        running = (mean, var.square() + 0.5) if case.frozen(number) else None
-        return Norm(weight, bias, case.eps(number), running)
-
-    made, channels = [], case.size[3]
-    for width, growth in case.layers:
-        norms = [norm(channels, 2 * len(made)), norm(width, 2 * len(made) + 1)]
-        first = random(channels, width, 1, 1).transpose(0, 1)  # strides other than the usual ones
-        last = random(growth, width, 3, 3).contiguous(memory_format=torch.channels_last)
-        convs = [weight.to(device, dtype) for weight in (first, last)]
-        made.append(Layer(norms, convs, [], [Dropout(0.0)] * 2))
-        channels += growth
-    return Block(made, case.size[3])
-
-
 def tensors(value: Any) -> list[Tensor | None]:
     """The tensors in a nest of tuples, lists and gradients, in their order."""
     if value is None or isinstance(value, Tensor):
@@ -90,7 +68,7 @@ def test_the_bits_are_those_of_the_primitives(
     if backend.plain_blocks is None:
         pytest.skip(f"{backend.name} runs blocks layer by layer")
     device = maker(dtype).device
-    block = block_of(case, dtype, device)
+    block = block_of(case.size[3], case.layers, dtype, device, case.frozen, case.eps)
     n, h, w, c0 = case.size
     generator = torch.Generator().manual_seed(1)
 
@@ -126,7 +104,7 @@ def test_bad_arguments_are_refused(backend: Backend, maker: Callable[..., Maker]
         pytest.skip(f"{backend.name} runs blocks layer by layer")
     device, dtype = maker(torch.float32).device, torch.float32
     case = CASES["some frozen"]
-    block = block_of(case, dtype, device)
+    block = block_of(case.size[3], case.layers, dtype, device, case.frozen, case.eps)
     *shape, c0 = case.size
     x, grad = torch.zeros(2, *shape, block.out_channels, device=device)
     stats = torch.zeros(2, sum(block.stats_sizes), device=device)
