@@ -21,18 +21,23 @@ RUN = """
 import sys, pytest
 from dense_ext.backends import CPU
 print("library:", CPU.library)
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "not test_op", "tests/primitives"]))
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", sys.argv[1], "tests/primitives"]))
 """
+# Only its products of bfloat16 differ from those of the library with bfloat16 instructions.
+AVX512 = ("avx512", "_cpu_avx512", "bfloat16")
+AVX2, DEFAULT = (("avx2", "_cpu_avx2", "not test_op"), ("default", "_cpu_default", "not test_op"))
 
 
 @pytest.mark.skipif(CPU.library.path is None, reason="the C++ backend is not built")
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="elsewhere there is one library")
-@pytest.mark.parametrize(("capability", "library"), [("avx2", "_cpu_avx2"), ("default", "_cpu_default")])
-def test_primitives(capability: str, library: str) -> None:
-    if capability == "avx2" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+@pytest.mark.parametrize(("capability", "library", "tests"), [AVX512, AVX2, DEFAULT])
+def test_primitives(capability: str, library: str, tests: str) -> None:
+    if capability != "default" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         pytest.skip("this machine has no AVX2")
+    if capability == "avx512" and "bf16" not in str(CPU.library):
+        pytest.skip("this machine has no AVX-512 with bfloat16 instructions")
     result = subprocess.run(
-        [sys.executable, "-c", RUN],
+        [sys.executable, "-c", RUN, tests],
         cwd=ROOT,
         env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
         text=True,

@@ -69,10 +69,10 @@ class Bands {
 
 // Fills a band with its border: fill(pixel, out) computes the `width` pixels of one line, starting
 // at `pixel`. Border lines inside the image are computed too; outside the image all is zero.
-template <class A, class Fill>
-void fill_padded(const Band& band, A* out, int64_t ld, const Fill& fill) {
+template <class E, class Fill>
+void fill_padded(const Band& band, E* out, int64_t ld, const Fill& fill) {
   const auto zero = [&](int64_t pixels) {
-    std::memset(out, 0, pixels * ld * sizeof(A));
+    std::memset(out, 0, pixels * ld * sizeof(E));
     out += pixels * ld;
   };
   for (int64_t i = band.image; i < band.image + band.images; i++) {

@@ -33,6 +33,7 @@ struct ForwardArguments {
 template <class T>
 class Forward {
   using A = Acc<T>;
+  using E = Operand<T>;
 
  public:
   explicit Forward(const ForwardArguments<T>& args)
@@ -41,9 +42,9 @@ class Forward {
         out_(args.z.channels),
         weights_(weights_as_b(args.weight, /*transposed=*/true)),
         tiles_(args.x.count(), ActivatedProduct<T>::kPixels, num_threads()),
-        workspace_{bytes_of<A>(weights_.packed_size()), 2 * padded_bytes<A>(in_),
+        workspace_{bytes_of<E>(weights_.packed_size()), 2 * padded_bytes<A>(in_),
                    Moments::bytes(tiles_.parts, out_)},
-        packed_(workspace_.take<A>(weights_.packed_size())),
+        packed_(workspace_.take<E>(weights_.packed_size())),
         scale_(workspace_.take_padded(args.scale, in_)),
         shift_(workspace_.take_padded(args.shift, in_)),
         moments_(workspace_, tiles_.parts, out_) {}
@@ -73,7 +74,7 @@ class Forward {
   const WeightsAsB<T> weights_;  // [in][out]
   const Tiles tiles_;
   Workspace workspace_;
-  A* const packed_;
+  E* const packed_;
   const A *const scale_, *const shift_;
   Moments moments_;
 };
@@ -125,6 +126,7 @@ struct BackwardArguments {
 template <class T>
 class Backward {
   using A = Acc<T>;
+  using E = Operand<T>;
 
  public:
   explicit Backward(const BackwardArguments<T>& args)
@@ -132,14 +134,14 @@ class Backward {
         in_(args.x.channels),
         out_(args.z.channels),
         weights_(weights_as_b(args.weight, /*transposed=*/false)),
-        chunks_(in_, kBackwardChannels, kPanel<A>),
+        chunks_(in_, kBackwardChannels, kPanel<E>),
         grid_(args.x.count(), in_, chunks_.count, num_threads()),
         tiles_(args.x.count(), kBackwardPixels, grid_.pixel_parts),
         dw_(args.grad_weight, grid_.pixel_parts),
-        workspace_{bytes_of<A>(weights_.packed_size()), dw_.bytes(),
+        workspace_{bytes_of<E>(weights_.packed_size()), dw_.bytes(),
                    ChannelSums::bytes(grid_.pixel_parts, in_), 3 * padded_bytes<A>(in_),
                    3 * padded_bytes<A>(out_)},
-        packed_(workspace_.take<A>(weights_.packed_size())),
+        packed_(workspace_.take<E>(weights_.packed_size())),
         sums_(workspace_, grid_.pixel_parts, in_),
         mean_(workspace_.take_padded(args.mean, in_)),
         scale_(workspace_.take_padded(args.scale, in_)),
@@ -161,8 +163,10 @@ class Backward {
  private:
   // A thread's work: a tile of pixels in scratch, and the part of the results that it adds to.
   struct Tile {
-    int64_t part, dz_ld, a_ld;
-    A *dz = nullptr, *a = nullptr, *da = nullptr;
+    int64_t part, dz_ld, dz_rows_ld, a_ld;
+    E *dz = nullptr, *dz_rows = nullptr;  // the depth is the columns, and the rows
+    E* a = nullptr;
+    A* da = nullptr;
     Range pixels = {};
     bool first = false;     // the part's first tile, which initialises its weight gradient
     Prefetch next[2] = {};  // the first input of the next tile
@@ -170,10 +174,15 @@ class Backward {
 
   void run_thread(int64_t thread) {
     Tile tile{.part = thread / grid_.channel_parts,
-              .dz_ld = leading_dimension<A>(out_),
+              .dz_ld = leading_dimension<E>(elements<E>(out_)),
+              .dz_rows_ld = leading_dimension<E>(out_),
               .a_ld = leading_dimension<A>(chunks_.size)};
-    tile.dz = scratch<A>(Slot::kGradient, kBackwardPixels * tile.dz_ld);
-    tile.a = scratch<A>(Slot::kActivation, kBackwardPixels * tile.a_ld);
+    tile.dz = scratch<E>(Slot::kGradient, kBackwardPixels * tile.dz_ld);
+    tile.dz_rows = tile.dz;
+    if constexpr (kIsPair<E>) {
+      tile.dz_rows = scratch<E>(Slot::kPairs, elements<E>(kBackwardPixels) * tile.dz_rows_ld);
+    }
+    tile.a = scratch<E>(Slot::kActivation, elements<E>(kBackwardPixels) * tile.a_ld);
     tile.da = scratch<A>(Slot::kProduct, kBackwardPixels * tile.a_ld);
     const Range chunks = part_of(chunks_.count, grid_.channel_parts, thread % grid_.channel_parts);
     const Range tiles = tiles_.of_part(tile.part);
@@ -186,6 +195,12 @@ class Backward {
       const Pixels<const T>&grad_bn = args_.grad_bn, &z = args_.z;
       affine_rows(grad_bn.at(tile.pixels.begin), grad_bn.stride, z.at(tile.pixels.begin), z.stride,
                   tile.pixels.size(), out_, z_scale_, z_u_, z_v_, tile.dz, tile.dz_ld);
+      if constexpr (kIsPair<E>) {
+        if (dw_.wanted()) {
+          pair_rows(tile.dz, tile.dz_ld, tile.pixels.size(), out_, 2, tile.dz_rows,
+                    tile.dz_rows_ld);
+        }
+      }
       for (int64_t c = chunks.begin; c < chunks.end; c++) {
         add_data_gradient(tile, chunks_[c]);
         if (dw_.wanted()) add_weight_gradient(tile, chunks_[c], c + 1 == chunks.end);
@@ -196,15 +211,15 @@ class Backward {
   // da = dz @ W, and from it grad_x and sums.
   void add_data_gradient(const Tile& tile, Range chunk) {
     const int64_t c = chunk.begin;
-    multiply(Product<A>{.rows = tile.pixels.size(),
+    multiply(Product<E>{.rows = tile.pixels.size(),
                         .columns = chunk.size(),
-                        .depth = out_,
+                        .depth = elements<E>(out_),
                         .a = tile.dz,
                         .a_row = tile.dz_ld,
                         .a_depth = 1,
-                        .b = packed_ + c * out_,
-                        .b_panel = out_ * kPanel<A>,
-                        .b_depth = kPanel<A>,
+                        .b = packed_ + c * elements<E>(out_),
+                        .b_panel = elements<E>(out_) * kPanel<E>,
+                        .b_depth = kPanel<E>,
                         .c = tile.da,
                         .c_row = tile.a_ld,
                         .prefetch = {fetch_pixels(args_.x, tile.pixels, chunk),
@@ -218,17 +233,18 @@ class Backward {
   // dW (+)= dz^T @ relu(scale*x + shift)
   void add_weight_gradient(const Tile& tile, Range chunk, bool last) {
     const int64_t c = chunk.begin;
-    activate_rows(args_.x.at(tile.pixels.begin) + c, args_.x.stride, tile.pixels.size(),
-                  chunk.size(), scale_ + c, shift_ + c, tile.a, tile.a_ld);
-    multiply(Product<A>{
+    activate_rows<Depth::kRows>(args_.x.at(tile.pixels.begin) + c, args_.x.stride,
+                                tile.pixels.size(), chunk.size(), scale_ + c, shift_ + c, tile.a,
+                                tile.a_ld);
+    multiply(Product<E>{
         .rows = out_,
         .columns = chunk.size(),
-        .depth = tile.pixels.size(),
-        .a = tile.dz,
+        .depth = elements<E>(tile.pixels.size()),
+        .a = tile.dz_rows,
         .a_row = 1,
-        .a_depth = tile.dz_ld,
+        .a_depth = tile.dz_rows_ld,
         .b = tile.a,
-        .b_panel = kPanel<A>,
+        .b_panel = kPanel<E>,
         .b_depth = tile.a_ld,
         .c = dw_.part(tile.part) + c,
         .c_row = dw_.ld(),
@@ -244,7 +260,7 @@ class Backward {
   const Tiles tiles_;
   Conv1x1WeightGradient<T> dw_;
   Workspace workspace_;
-  A* const packed_;
+  E* const packed_;
   ChannelSums sums_;
   const A *const mean_, *const scale_, *const shift_;
   const A *const z_scale_, *const z_u_, *const z_v_;

@@ -37,23 +37,24 @@ struct ForwardArguments {
 template <class T>
 class Forward {
   using A = Acc<T>;
+  using E = Operand<T>;
 
  public:
   explicit Forward(const ForwardArguments<T>& args)
       : args_(args),
         in_(args.z.channels),
         out_(args.y.channels),
-        chunks_(in_, kConv3x3Channels, kPanel<A>),
-        a_ld_(whole_vectors<A>(std::min(in_, chunks_.size))),
+        chunks_(in_, kConv3x3Channels, kPanel<E>),
+        a_ld_(whole_vectors<E>(elements<E>(std::min(in_, chunks_.size)))),
         y_ld_(whole_vectors<A>(out_)),
         weight_taps_(TapOffsets::in_weight(args.weight, /*reversed=*/false)),
         a_taps_(TapOffsets::in_band(args.z.width, a_ld_)),
-        b_taps_(TapOffsets::in_panel<A>(in_)),
+        b_taps_(TapOffsets::in_panel<E>(in_)),
         weights_(weights_as_b(args.weight, weight_taps_)),
-        bands_(args.z, a_ld_ * int64_t{sizeof(A)}, kForwardBytes, num_threads()),
-        workspace_{bytes_of<A>(weights_.packed_size()), 2 * padded_bytes<A>(in_),
+        bands_(args.z, a_ld_ * int64_t{sizeof(E)}, kForwardBytes, num_threads()),
+        workspace_{bytes_of<E>(weights_.packed_size()), 2 * padded_bytes<A>(in_),
                    Moments::bytes(bands_.parts(), out_)},
-        packed_(workspace_.take<A>(weights_.packed_size())),
+        packed_(workspace_.take<E>(weights_.packed_size())),
         scale_(workspace_.take_padded(args.scale, in_)),
         shift_(workspace_.take_padded(args.shift, in_)),
         moments_(workspace_, bands_.parts(), out_) {}
@@ -66,7 +67,7 @@ class Forward {
 
  private:
   void run_part(int64_t part) {
-    A* a = scratch<A>(Slot::kActivation, bands_.max_padded_pixels() * a_ld_);
+    E* a = scratch<E>(Slot::kActivation, bands_.max_padded_pixels() * a_ld_);
     A* y = scratch<A>(Slot::kProduct, bands_.max_pixels() * y_ld_);
     moments_.clear(part);
     const Range range = bands_.of_part(part);
@@ -74,9 +75,9 @@ class Forward {
       const Band band = bands_[i];
       for (int64_t c = 0; c < chunks_.count; c++) {
         const int64_t first = chunks_[c].begin, columns = chunks_[c].size();
-        fill_padded(band, a, a_ld_, [&](int64_t pixel, A* line) {
-          activate_rows(args_.z.at(pixel) + first, args_.z.stride, band.width, columns,
-                        scale_ + first, shift_ + first, line, a_ld_);
+        fill_padded(band, a, a_ld_, [&](int64_t pixel, E* line) {
+          activate_rows<Depth::kColumns>(args_.z.at(pixel) + first, args_.z.stride, band.width,
+                                         columns, scale_ + first, shift_ + first, line, a_ld_);
         });
         for (int64_t line = 0; line < band.lines(); line++) {
           convolve_line(a + band.padded_line(line) * a_ld_, chunks_[c],
@@ -90,16 +91,16 @@ class Forward {
   }
 
   // Computes a chunk of the channels' contribution to one line of y.
-  void convolve_line(const A* a, Range chunk, A* y) const {
-    multiply(Product<A>{.rows = args_.z.width,
+  void convolve_line(const E* a, Range chunk, A* y) const {
+    multiply(Product<E>{.rows = args_.z.width,
                         .columns = out_,
-                        .depth = chunk.size(),
+                        .depth = elements<E>(chunk.size()),
                         .a = a,
                         .a_row = a_ld_,
                         .a_depth = 1,
-                        .b = packed_ + chunk.begin * kPanel<A>,
-                        .b_panel = kTaps * in_ * kPanel<A>,
-                        .b_depth = kPanel<A>,
+                        .b = packed_ + elements<E>(chunk.begin) * kPanel<E>,
+                        .b_panel = kTaps * weights_.tap_stride(),
+                        .b_depth = kPanel<E>,
                         .c = y,
                         .c_row = y_ld_,
                         .accumulate = chunk.begin > 0,
@@ -116,7 +117,7 @@ class Forward {
   const WeightsAsB<T> weights_;  // [tap][in][out]
   const Bands bands_;
   Workspace workspace_;
-  A* const packed_;
+  E* const packed_;
   const A *const scale_, *const shift_;
   Moments moments_;
 };
@@ -168,18 +169,22 @@ struct BackwardArguments {
 template <class T>
 class Backward {
   using A = Acc<T>;
+  using E = Operand<T>;
 
  public:
   explicit Backward(const BackwardArguments<T>& args)
       : args_(args),
         in_(args.z.channels),
         out_(args.y.channels),
-        chunks_(in_, kConv3x3Channels, kPanel<A>),
+        chunks_(in_, kConv3x3Channels, kPanel<E>),
         a_ld_(whole_vectors<A>(chunks_.size)),
-        dy_ld_(whole_vectors<A>(out_)),
+        dy_ld_(whole_vectors<E>(elements<E>(out_))),
+        dy_rows_ld_(whole_vectors<E>(out_)),
+        a_line_(elements<E>(args.z.width) * a_ld_),
         weight_taps_(TapOffsets::in_weight(args.weight, /*reversed=*/true)),
         dy_taps_(TapOffsets::in_band(args.z.width, dy_ld_)),
-        b_taps_(TapOffsets::in_panel<A>(out_)),
+        dy_rows_taps_(TapOffsets::in_band(args.z.width, dy_rows_ld_)),
+        b_taps_(TapOffsets::in_panel<E>(out_)),
         weights_{.weights = args.weight.data,
                  .taps = kTaps,
                  .depth = out_,
@@ -187,12 +192,12 @@ class Backward {
                  .k_stride = args.weight.out_stride,
                  .j_stride = args.weight.in_stride,
                  .tap_offsets = weight_taps_.offset},
-        bands_(args.z, (2 * a_ld_ + dy_ld_) * int64_t{sizeof(A)}, kBackwardBytes, num_threads()),
+        bands_(args.z, (2 * a_ld_ + dy_ld_) * int64_t{sizeof(E)}, kBackwardBytes, num_threads()),
         dw_(args.grad_weight, bands_.parts()),
-        workspace_{bytes_of<A>(weights_.packed_size()), dw_.bytes(),
+        workspace_{bytes_of<E>(weights_.packed_size()), dw_.bytes(),
                    ChannelSums::bytes(bands_.parts(), in_), 3 * padded_bytes<A>(in_),
                    2 * padded_bytes<A>(out_)},
-        packed_(workspace_.take<A>(weights_.packed_size())),
+        packed_(workspace_.take<E>(weights_.packed_size())),
         sums_(workspace_, bands_.parts(), in_),
         mean_(workspace_.take_padded(args.mean, in_)),
         scale_(workspace_.take_padded(args.scale, in_)),
@@ -213,25 +218,36 @@ class Backward {
   // A thread's work: a band of pixels in scratch, and the part of the results that it adds to.
   struct Tile {
     int64_t part;
-    A *dy, *a, *da;
+    E *dy, *dy_rows;  // the depth is the columns, and the rows
+    E* a;
+    A* da;
     Band band = {};
     bool first = false;  // the part's first band, which initialises its weight gradient
   };
 
   void run_part(int64_t part) {
     Tile tile{.part = part,
-              .dy = scratch<A>(Slot::kGradient, bands_.max_padded_pixels() * dy_ld_),
-              .a = scratch<A>(Slot::kActivation, bands_.max_pixels() * a_ld_),
+              .dy = scratch<E>(Slot::kGradient, bands_.max_padded_pixels() * dy_ld_),
+              .a = scratch<E>(Slot::kActivation, bands_.max_lines() * a_line_),
               .da = scratch<A>(Slot::kProduct, bands_.max_pixels() * a_ld_)};
+    tile.dy_rows = tile.dy;
+    if constexpr (kIsPair<E>) {
+      tile.dy_rows = scratch<E>(Slot::kPairs, bands_.max_padded_pixels() * dy_rows_ld_);
+    }
     sums_.clear(part);
     const Range range = bands_.of_part(part);
     for (int64_t i = range.begin; i < range.end; i++) {
       tile.band = bands_[i];
       tile.first = i == range.begin;
-      fill_padded(tile.band, tile.dy, dy_ld_, [&](int64_t pixel, A* line) {
+      fill_padded(tile.band, tile.dy, dy_ld_, [&](int64_t pixel, E* line) {
         affine_rows<T>(args_.grad.at(pixel), args_.grad.stride, args_.y.at(pixel), args_.y.stride,
                        tile.band.width, out_, nullptr, u_, v_, line, dy_ld_);
       });
+      if constexpr (kIsPair<E>) {  // each pixel with the next, since a tap may begin at any pixel
+        if (dw_.wanted()) {
+          pair_rows(tile.dy, dy_ld_, tile.band.padded_pixels(), out_, 1, tile.dy_rows, dy_rows_ld_);
+        }
+      }
       for (int64_t c = 0; c < chunks_.count; c++) {
         write_data_gradient(tile, chunks_[c]);
         if (dw_.wanted()) add_weight_gradient(tile, chunks_[c]);
@@ -245,15 +261,15 @@ class Backward {
     const int64_t pixel = band.first_pixel(), c = chunk.begin;
     for (int64_t line = 0; line < band.lines(); line++) {
       const Range pixels = {pixel + line * band.width, pixel + (line + 1) * band.width};
-      multiply(Product<A>{.rows = band.width,
+      multiply(Product<E>{.rows = band.width,
                           .columns = chunk.size(),
-                          .depth = out_,
+                          .depth = elements<E>(out_),
                           .a = tile.dy + band.padded_line(line) * dy_ld_,
                           .a_row = dy_ld_,
                           .a_depth = 1,
-                          .b = packed_ + c * kTaps * out_,
-                          .b_panel = kTaps * out_ * kPanel<A>,
-                          .b_depth = kPanel<A>,
+                          .b = packed_ + c / kPanel<E> * kTaps * weights_.tap_stride(),
+                          .b_panel = kTaps * weights_.tap_stride(),
+                          .b_depth = kPanel<E>,
                           .c = tile.da + line * band.width * a_ld_,
                           .c_row = a_ld_,
                           .taps = kTaps,
@@ -272,26 +288,28 @@ class Backward {
   // so every pixel contributes to every tap; a pixel that isn't finite makes all taps NaN.
   void add_weight_gradient(const Tile& tile, Range chunk) {
     const Band& band = tile.band;
-    activate_rows(args_.z.at(band.first_pixel()) + chunk.begin, args_.z.stride, band.pixels(),
-                  chunk.size(), scale_ + chunk.begin, shift_ + chunk.begin, tile.a, a_ld_);
+    const T* z = args_.z.at(band.first_pixel()) + chunk.begin;
     int64_t* a_lines = scratch<int64_t>(Slot::kLines, 2 * band.lines());
     int64_t* dy_lines = a_lines + band.lines();
     for (int64_t line = 0; line < band.lines(); line++) {
-      a_lines[line] = line * band.width * a_ld_;
-      dy_lines[line] = band.padded_line(line) * dy_ld_;
+      a_lines[line] = line * a_line_;
+      dy_lines[line] = band.padded_line(line) * dy_rows_ld_;
+      activate_rows<Depth::kRows>(z + line * band.width * args_.z.stride, args_.z.stride,
+                                  band.width, chunk.size(), scale_ + chunk.begin,
+                                  shift_ + chunk.begin, tile.a + a_lines[line], a_ld_);
     }
     const int64_t at_once = std::max<int64_t>(1, kWeightPixels / band.width);
     for (int64_t line = 0; line < band.lines(); line += at_once) {
       for (int64_t t = 0; t < kTaps; t++) {
-        multiply(Product<A>{.rows = chunk.size(),
+        multiply(Product<E>{.rows = chunk.size(),
                             .columns = out_,
-                            .depth = band.width,
+                            .depth = elements<E>(band.width),
                             .a = tile.a,
                             .a_row = 1,
                             .a_depth = a_ld_,
-                            .b = tile.dy + dy_taps_.offset[kTaps - 1 - t],
-                            .b_panel = kPanel<A>,
-                            .b_depth = dy_ld_,
+                            .b = tile.dy_rows + dy_rows_taps_.offset[kTaps - 1 - t],
+                            .b_panel = kPanel<E>,
+                            .b_depth = kIsPair<E> ? 2 * dy_rows_ld_ : dy_rows_ld_,
                             .c = dw_.row(tile.part, t, chunk.begin),
                             .c_row = dw_.ld(),
                             .accumulate = !tile.first || line > 0,
@@ -305,13 +323,14 @@ class Backward {
   const BackwardArguments<T>& args_;
   const int64_t in_, out_;
   const Chunks chunks_;
-  const int64_t a_ld_, dy_ld_;
-  const TapOffsets weight_taps_, dy_taps_, b_taps_;
+  const int64_t a_ld_, dy_ld_, dy_rows_ld_;
+  const int64_t a_line_;  // the distance between lines of an activated band
+  const TapOffsets weight_taps_, dy_taps_, dy_rows_taps_, b_taps_;
   const WeightsAsB<T> weights_;  // [tap][out][in]
   const Bands bands_;
   Conv3x3WeightGradient<T> dw_;
   Workspace workspace_;
-  A* const packed_;
+  E* const packed_;
   ChannelSums sums_;
   const A *const mean_, *const scale_, *const shift_;
   const A *const u_, *const v_;

@@ -40,24 +40,23 @@ struct Windows {
 };
 
 // out[i] = factor * sum of relu(scale*x + shift) over the window of output pixel tile.begin + i
-template <class T>
+template <Depth kDepth, class T>
 void pool_rows(const Pixels<const T>& x, const Windows& windows, Range tile, Range chunk,
-               const Acc<T>* scale, const Acc<T>* shift, Acc<T> factor, Acc<T>* out, int64_t ld) {
+               const Acc<T>* scale, const Acc<T>* shift, Acc<T> factor, Operand<T>* out,
+               int64_t ld) {
   using V = Vector<T>;
   const int64_t below = x.width * x.stride;
-  for (int64_t p = tile.begin; p < tile.end; p++, out += ld) {
-    const T* window = x.at(windows.first_input(p)) + chunk.begin;
-    for_vectors<T>(chunk.size(), [&](int64_t j, auto count) {
-      const V s = load(scale + chunk.begin + j), t = load(shift + chunk.begin + j);
-      const T* corner = window + j;
-      const V top =
-          relu(s * load(corner, count) + t) + relu(s * load(corner + x.stride, count) + t);
-      corner += below;
-      const V low =
-          relu(s * load(corner, count) + t) + relu(s * load(corner + x.stride, count) + t);
-      store(out + j, (top + low) * factor);
-    });
-  }
+  write_operand<kDepth, T>(
+      tile.size(), chunk.size(), out, ld, [&](int64_t r, int64_t j, auto count) {
+        const V s = load(scale + chunk.begin + j), t = load(shift + chunk.begin + j);
+        const T* corner = x.at(windows.first_input(tile.begin + r)) + chunk.begin + j;
+        const V top =
+            relu(s * load(corner, count) + t) + relu(s * load(corner + x.stride, count) + t);
+        corner += below;
+        const V low =
+            relu(s * load(corner, count) + t) + relu(s * load(corner + x.stride, count) + t);
+        return (top + low) * factor;
+      });
 }
 
 template <class T>
@@ -72,6 +71,7 @@ struct ForwardArguments {
 template <class T>
 class Forward {
   using A = Acc<T>;
+  using E = Operand<T>;
 
  public:
   explicit Forward(const ForwardArguments<T>& args)
@@ -81,9 +81,9 @@ class Forward {
         weights_(weights_as_b(args.weight, /*transposed=*/true)),
         windows_(args.x),
         tiles_(args.y.count(), kPixels, num_threads()),
-        chunks_(in_, kForwardChannels, kPanel<A>),
-        workspace_{bytes_of<A>(weights_.packed_size()), 2 * padded_bytes<A>(in_)},
-        packed_(workspace_.take<A>(weights_.packed_size())),
+        chunks_(in_, kForwardChannels, kPanel<E>),
+        workspace_{bytes_of<E>(weights_.packed_size()), 2 * padded_bytes<A>(in_)},
+        packed_(workspace_.take<E>(weights_.packed_size())),
         scale_(workspace_.take_padded(args.scale, in_)),
         shift_(workspace_.take_padded(args.shift, in_)) {}
 
@@ -94,24 +94,26 @@ class Forward {
 
  private:
   void run_part(int64_t part) {
-    const int64_t a_ld = leading_dimension<A>(chunks_.size), y_ld = leading_dimension<A>(out_);
-    A* a = scratch<A>(Slot::kActivation, kPixels * a_ld);
+    const int64_t a_ld = leading_dimension<E>(elements<E>(chunks_.size));
+    const int64_t y_ld = leading_dimension<A>(out_);
+    E* a = scratch<E>(Slot::kActivation, kPixels * a_ld);
     A* y = scratch<A>(Slot::kProduct, kPixels * y_ld);
     const Range range = tiles_.of_part(part);
     for (int64_t i = range.begin; i < range.end; i++) {
       const Range tile = tiles_.tile(i);
       for (int64_t c = 0; c < chunks_.count; c++) {
         const Range chunk = chunks_[c];
-        pool_rows(args_.x, windows_, tile, chunk, scale_, shift_, A{0.25}, a, a_ld);
-        multiply(Product<A>{.rows = tile.size(),
+        pool_rows<Depth::kColumns>(args_.x, windows_, tile, chunk, scale_, shift_, A{0.25}, a,
+                                   a_ld);
+        multiply(Product<E>{.rows = tile.size(),
                             .columns = out_,
-                            .depth = chunk.size(),
+                            .depth = elements<E>(chunk.size()),
                             .a = a,
                             .a_row = a_ld,
                             .a_depth = 1,
-                            .b = packed_ + chunk.begin * kPanel<A>,
-                            .b_panel = in_ * kPanel<A>,
-                            .b_depth = kPanel<A>,
+                            .b = packed_ + elements<E>(chunk.begin) * kPanel<E>,
+                            .b_panel = weights_.tap_stride(),
+                            .b_depth = kPanel<E>,
                             .c = y,
                             .c_row = y_ld,
                             .accumulate = c > 0,
@@ -136,7 +138,7 @@ class Forward {
   const Tiles tiles_;
   const Chunks chunks_;
   Workspace workspace_;
-  A* const packed_;
+  E* const packed_;
   const A *const scale_, *const shift_;
 };
 
@@ -173,6 +175,7 @@ struct BackwardArguments {
 template <class T>
 class Backward {
   using A = Acc<T>;
+  using E = Operand<T>;
 
  public:
   explicit Backward(const BackwardArguments<T>& args)
@@ -181,14 +184,14 @@ class Backward {
         out_(args.grad.channels),
         weights_(weights_as_b(args.weight, /*transposed=*/false)),
         windows_(args.x),
-        chunks_(in_, kBackwardChannels, kPanel<A>),
+        chunks_(in_, kBackwardChannels, kPanel<E>),
         grid_(args.grad.count(), in_, chunks_.count, num_threads()),
         tiles_(args.grad.count(), kPixels, grid_.pixel_parts),
         dw_(args.grad_weight, grid_.pixel_parts),
-        workspace_{bytes_of<A>(weights_.packed_size()), dw_.bytes(),
+        workspace_{bytes_of<E>(weights_.packed_size()), dw_.bytes(),
                    ChannelSums::bytes(grid_.pixel_parts, in_), 3 * padded_bytes<A>(in_),
                    bytes_of<A>(chunks_.size)},
-        packed_(workspace_.take<A>(weights_.packed_size())),
+        packed_(workspace_.take<E>(weights_.packed_size())),
         sums_(workspace_, grid_.pixel_parts, in_),
         mean_(workspace_.take_padded(args.mean, in_)),
         scale_(workspace_.take_padded(args.scale, in_)),
@@ -209,18 +212,26 @@ class Backward {
  private:
   // A thread's work: a tile of output pixels in scratch, and the part of the results it adds to.
   struct Tile {
-    int64_t part, dy_ld, a_ld;
-    A *dy = nullptr, *a = nullptr, *dp = nullptr;  // dy is a quarter of grad
+    int64_t part, dy_ld, dy_rows_ld, a_ld;
+    // dy is a quarter of grad; its depth is the columns, and the rows.
+    E *dy = nullptr, *dy_rows = nullptr;
+    E* a = nullptr;
+    A* dp = nullptr;
     Range pixels = {};
     bool first = false;  // the part's first tile, which initialises its weight gradient
   };
 
   void run_thread(int64_t thread) {
     Tile tile{.part = thread / grid_.channel_parts,
-              .dy_ld = leading_dimension<A>(out_),
+              .dy_ld = leading_dimension<E>(elements<E>(out_)),
+              .dy_rows_ld = leading_dimension<E>(out_),
               .a_ld = leading_dimension<A>(chunks_.size)};
-    tile.dy = scratch<A>(Slot::kGradient, kPixels * tile.dy_ld);
-    tile.a = scratch<A>(Slot::kActivation, kPixels * tile.a_ld);
+    tile.dy = scratch<E>(Slot::kGradient, kPixels * tile.dy_ld);
+    tile.dy_rows = tile.dy;
+    if constexpr (kIsPair<E>) {
+      tile.dy_rows = scratch<E>(Slot::kPairs, elements<E>(kPixels) * tile.dy_rows_ld);
+    }
+    tile.a = scratch<E>(Slot::kActivation, elements<E>(kPixels) * tile.a_ld);
     tile.dp = scratch<A>(Slot::kProduct, kPixels * tile.a_ld);
     const Range chunks = part_of(chunks_.count, grid_.channel_parts, thread % grid_.channel_parts);
     const Range tiles = tiles_.of_part(tile.part);
@@ -229,6 +240,12 @@ class Backward {
       tile.first = i == tiles.begin;
       scale_rows(args_.grad.at(tile.pixels.begin), args_.grad.stride, tile.pixels.size(), out_,
                  A{0.25}, tile.dy, tile.dy_ld);
+      if constexpr (kIsPair<E>) {
+        if (dw_.wanted()) {
+          pair_rows(tile.dy, tile.dy_ld, tile.pixels.size(), out_, 2, tile.dy_rows,
+                    tile.dy_rows_ld);
+        }
+      }
       for (int64_t c = chunks.begin; c < chunks.end; c++) {
         write_data_gradient(tile, chunks_[c]);
         if (dw_.wanted()) add_weight_gradient(tile, chunks_[c]);
@@ -239,15 +256,15 @@ class Backward {
   // Computes dp = dy @ W, and from it grad_x and sums, one output line at a time.
   void write_data_gradient(const Tile& tile, Range chunk) {
     const Range inputs = windows_.inputs(tile.pixels);
-    multiply(Product<A>{.rows = tile.pixels.size(),
+    multiply(Product<E>{.rows = tile.pixels.size(),
                         .columns = chunk.size(),
-                        .depth = out_,
+                        .depth = elements<E>(out_),
                         .a = tile.dy,
                         .a_row = tile.dy_ld,
                         .a_depth = 1,
-                        .b = packed_ + chunk.begin * out_,
-                        .b_panel = out_ * kPanel<A>,
-                        .b_depth = kPanel<A>,
+                        .b = packed_ + chunk.begin * elements<E>(out_),
+                        .b_panel = weights_.tap_stride(),
+                        .b_depth = kPanel<E>,
                         .c = tile.dp,
                         .c_row = tile.a_ld,
                         .prefetch = {fetch_pixels(args_.x, inputs, chunk),
@@ -288,15 +305,16 @@ class Backward {
 
   // dW (+)= dy^T @ (the windows' sums)
   void add_weight_gradient(const Tile& tile, Range chunk) {
-    pool_rows(args_.x, windows_, tile.pixels, chunk, scale_, shift_, A{1}, tile.a, tile.a_ld);
-    multiply(Product<A>{.rows = out_,
+    pool_rows<Depth::kRows>(args_.x, windows_, tile.pixels, chunk, scale_, shift_, A{1}, tile.a,
+                            tile.a_ld);
+    multiply(Product<E>{.rows = out_,
                         .columns = chunk.size(),
-                        .depth = tile.pixels.size(),
-                        .a = tile.dy,
+                        .depth = elements<E>(tile.pixels.size()),
+                        .a = tile.dy_rows,
                         .a_row = 1,
-                        .a_depth = tile.dy_ld,
+                        .a_depth = tile.dy_rows_ld,
                         .b = tile.a,
-                        .b_panel = kPanel<A>,
+                        .b_panel = kPanel<E>,
                         .b_depth = tile.a_ld,
                         .c = dw_.part(tile.part) + chunk.begin,
                         .c_row = dw_.ld(),
@@ -312,7 +330,7 @@ class Backward {
   const Tiles tiles_;
   Conv1x1WeightGradient<T> dw_;
   Workspace workspace_;
-  A* const packed_;
+  E* const packed_;
   ChannelSums sums_;
   const A *const mean_, *const scale_, *const shift_;
   A* const zeros_;

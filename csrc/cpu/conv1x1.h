@@ -26,26 +26,27 @@ WeightsAsB<T> weights_as_b(const Weight<const T>& w, bool transposed) {
           .tap_offsets = kOneTap};
 }
 
-// The distance between rows of scratch. One vector more than needed keeps rows out of the same
-// cache sets.
-template <class A>
-int64_t leading_dimension(int64_t columns) {
-  return round_up(columns, kLanes<A>) + kLanes<A>;
+// The distance between rows of scratch, in elements. One vector more than needed keeps rows out of
+// the same cache sets.
+template <class E>
+int64_t leading_dimension(int64_t row) {
+  return round_up(row, kLanes<E>) + kLanes<E>;
 }
 
 // The products of forward's 1x1 convolution, for the tiles of one thread.
 template <class T>
 struct ActivatedProduct {
   using A = Acc<T>;
+  using E = Operand<T>;
   // The pixels of a tile (8 register tiles), and the channels that are activated at a time.
   static constexpr int64_t kPixels = 112;
   static constexpr int64_t kChannels = 256;
 
   Pixels<const T> x;       // [M, C]
   const A *scale, *shift;  // [C], padded
-  const A* packed;         // the weight [B, C], from pack_weights
+  const E* packed;         // the weight [B, C], from pack_weights
   int64_t out;             // B
-  Chunks chunks = {x.channels, kChannels, kPanel<A>};
+  Chunks chunks = {x.channels, kChannels, kPanel<E>};
 
   int64_t ld() const { return leading_dimension<A>(out); }
 
@@ -53,24 +54,24 @@ struct ActivatedProduct {
   // Meanwhile prefetches the first input of the tile `next`, and `target`, to which z will be
   // written.
   A* run(Range tile, Range next, Prefetch target) const {
-    const int64_t a_ld = leading_dimension<A>(chunks.size);
-    A* a = scratch<A>(Slot::kActivation, kPixels * a_ld);
+    const int64_t a_ld = leading_dimension<E>(elements<E>(chunks.size));
+    E* a = scratch<E>(Slot::kActivation, kPixels * a_ld);
     A* z = scratch<A>(Slot::kProduct, kPixels * ld());
     for (int64_t c = 0; c < chunks.count; c++) {
       const int64_t first = chunks[c].begin, columns = chunks[c].size();
       const bool last = c + 1 == chunks.count;
-      activate_rows(x.at(tile.begin) + first, x.stride, tile.size(), columns, scale + first,
-                    shift + first, a, a_ld);
-      multiply(Product<A>{
+      activate_rows<Depth::kColumns>(x.at(tile.begin) + first, x.stride, tile.size(), columns,
+                                     scale + first, shift + first, a, a_ld);
+      multiply(Product<E>{
           .rows = tile.size(),
           .columns = out,
-          .depth = columns,
+          .depth = elements<E>(columns),
           .a = a,
           .a_row = a_ld,
           .a_depth = 1,
-          .b = packed + first * kPanel<A>,
-          .b_panel = x.channels * kPanel<A>,
-          .b_depth = kPanel<A>,
+          .b = packed + elements<E>(first) * kPanel<E>,
+          .b_panel = elements<E>(x.channels) * kPanel<E>,
+          .b_depth = kPanel<E>,
           .c = z,
           .c_row = ld(),
           .accumulate = c > 0,

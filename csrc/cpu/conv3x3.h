@@ -15,9 +15,9 @@ constexpr int64_t kTaps = 9;
 // The channels of the convolution's input that are multiplied at a time.
 constexpr int64_t kConv3x3Channels = 128;
 
-template <class A>
-int64_t whole_vectors(int64_t columns) {
-  return round_up(columns, kLanes<A>);
+template <class E>
+int64_t whole_vectors(int64_t row) {
+  return round_up(row, kLanes<E>);
 }
 
 // The offsets of the nine taps, in row-major order.
@@ -32,10 +32,10 @@ struct TapOffsets {
     return taps;
   }
   // The offsets of each tap's packed weights [depth][kPanel].
-  template <class A>
+  template <class E>
   static TapOffsets in_panel(int64_t depth) {
     TapOffsets taps;
-    for (int64_t t = 0; t < kTaps; t++) taps.offset[t] = t * depth * kPanel<A>;
+    for (int64_t t = 0; t < kTaps; t++) taps.offset[t] = t * elements<E>(depth) * kPanel<E>;
     return taps;
   }
   // The offsets of each tap in a weight. `reversed` is for a transposed convolution, which equals a

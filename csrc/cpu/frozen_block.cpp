@@ -27,9 +27,14 @@ struct Shape {
 
 // What the products of a layer read, one after another in memory: each norm's scale and shift,
 // padded so that whole vectors can be loaded, and the packed weights.
-template <class A>
+template <class T>
 struct Prepared {
-  A *scale1, *shift1, *scale2, *shift2, *packed1, *packed3, *end;
+  using A = Acc<T>;
+  using E = Operand<T>;
+  static_assert(sizeof(E) == sizeof(A));
+  A *scale1, *shift1, *scale2, *shift2;
+  E *packed1, *packed3;
+  A* end;
 
   Prepared(A* memory, const Shape& shape) {
     const int64_t in = round_up(shape.in, kPanel<A>), inner = round_up(shape.inner, kPanel<A>);
@@ -37,9 +42,10 @@ struct Prepared {
     shift1 = scale1 + in;
     scale2 = shift1 + in;
     shift2 = scale2 + inner;
-    packed1 = shift2 + inner;
-    packed3 = packed1 + shape.in * inner;
-    end = packed3 + kTaps * shape.inner * round_up(shape.out, kPanel<A>);
+    packed1 = reinterpret_cast<E*>(shift2 + inner);
+    packed3 = packed1 + elements<E>(shape.in) * inner;
+    const int64_t out = round_up(shape.out, kPanel<E>);
+    end = reinterpret_cast<A*>(packed3 + kTaps * elements<E>(shape.inner) * out);
   }
   static int64_t size(const Shape& shape) {
     A start;
@@ -59,7 +65,7 @@ struct Layer {
   Norm norm1, norm2;
   Weight<const T> weight1, weight3;
 
-  void prepare(const Prepared<Acc<T>>& to) const {
+  void prepare(const Prepared<T>& to) const {
     set(norm1, shape.in, to.scale1, to.shift1);
     set(norm2, shape.inner, to.scale2, to.shift2);
     const TapOffsets taps = TapOffsets::in_weight(weight3, /*reversed=*/false);
@@ -79,29 +85,30 @@ struct Layer {
 template <class T>
 class FrozenBlock {
   using A = Acc<T>;
+  using E = Operand<T>;
 
  public:
   FrozenBlock(const Pixels<T>& x, const std::vector<Shape>& shapes)
       : x_(x),
         shapes_(shapes),
         widest_(widest(shapes)),
-        z_ld_(whole_vectors<A>(widest_.inner)),
+        z_ld_(whole_vectors<E>(elements<E>(widest_.inner))),
         line_size_((x.width + 2) * z_ld_),
         lines_(x.images * x.height),
         bands_(std::min(
-            lines_, ceil_div(lines_ * bytes_of<A>(line_size_), num_threads() * kBytesPerThread))),
+            lines_, ceil_div(lines_ * bytes_of<E>(line_size_), num_threads() * kBytesPerThread))),
         images_(std::min(x.images, ceil_div(ceil_div(lines_, bands_), x.height) + 1)),
         z_taps_(TapOffsets::in_band(x.width, z_ld_)),
-        workspace_{bytes_of<A>(Prepared<A>::size(widest_)),
-                   bytes_of<A>(images_ * (x.height + 2) * line_size_)},
-        prepared_(workspace_.take<A>(Prepared<A>::size(widest_))),
-        z_(workspace_.take<A>(images_ * (x.height + 2) * line_size_)) {}
+        workspace_{bytes_of<A>(Prepared<T>::size(widest_)),
+                   bytes_of<E>(images_ * (x.height + 2) * line_size_)},
+        prepared_(workspace_.take<A>(Prepared<T>::size(widest_))),
+        z_(workspace_.take<E>(images_ * (x.height + 2) * line_size_)) {}
 
   // Runs layers that are prepared one by one.
   void run(const std::vector<Layer<T>>& layers) {
     clear_border();
     for (const Layer<T>& layer : layers) {
-      const Prepared<A> prepared(prepared_, layer.shape);
+      const Prepared<T> prepared(prepared_, layer.shape);
       layer.prepare(prepared);
       run(layer.shape, prepared);
     }
@@ -111,7 +118,7 @@ class FrozenBlock {
   void run(A* memory) {
     clear_border();
     for (const Shape& shape : shapes_) {
-      const Prepared<A> prepared(memory, shape);
+      const Prepared<T> prepared(memory, shape);
       run(shape, prepared);
       memory = prepared.end;
     }
@@ -130,19 +137,19 @@ class FrozenBlock {
 
   void clear_border() {
     for (int64_t i = 0; i < images_; i++) {
-      A* line = z_ + i * (x_.height + 2) * line_size_;
+      E* line = z_ + i * (x_.height + 2) * line_size_;
       for (int64_t h = 0; h < x_.height + 2; h++, line += line_size_) {
         if (h == 0 || h == x_.height + 1) {
-          std::fill_n(line, line_size_, A{0});
+          std::fill_n(line, line_size_, E{});
         } else {
-          std::fill_n(line, z_ld_, A{0});
-          std::fill_n(line + line_size_ - z_ld_, z_ld_, A{0});
+          std::fill_n(line, z_ld_, E{});
+          std::fill_n(line + line_size_ - z_ld_, z_ld_, E{});
         }
       }
     }
   }
 
-  void run(const Shape& shape, const Prepared<A>& prepared) {
+  void run(const Shape& shape, const Prepared<T>& prepared) {
     int64_t written = 0;
     for (int64_t i = 0; i < bands_; i++) {
       const Range band = part_of(lines_, bands_, i);
@@ -155,7 +162,7 @@ class FrozenBlock {
   }
 
   // Writes the activated z of these lines. A line is one row of one image.
-  void write_bottleneck(const Shape& shape, const Prepared<A>& prepared, Range lines) {
+  void write_bottleneck(const Shape& shape, const Prepared<T>& prepared, Range lines) {
     const int64_t width = x_.width, first = lines.begin * width;
     const Pixels<const T> source = {x_.at(first), 1, lines.size(), width, shape.in, x_.stride};
     const ActivatedProduct<T> product{source, prepared.scale1, prepared.shift1, prepared.packed1,
@@ -169,9 +176,10 @@ class FrozenBlock {
         round_rows<T>(z, product.ld(), tile.size(), shape.inner);
         for (int64_t p = tile.begin; p < tile.end;) {
           const int64_t column = p % width, count = std::min(width - column, tile.end - p);
-          A* line = padded_line((first + p) / width) + line_size_;
-          activate_rows(z + (p - tile.begin) * product.ld(), product.ld(), count, shape.inner,
-                        prepared.scale2, prepared.shift2, line + (column + 1) * z_ld_, z_ld_);
+          E* line = padded_line((first + p) / width) + line_size_;
+          activate_rows<Depth::kColumns>(z + (p - tile.begin) * product.ld(), product.ld(), count,
+                                         shape.inner, prepared.scale2, prepared.shift2,
+                                         line + (column + 1) * z_ld_, z_ld_);
           p += count;
         }
       }
@@ -179,9 +187,9 @@ class FrozenBlock {
   }
 
   // Writes y of these lines.
-  void write_output(const Shape& shape, const Prepared<A>& prepared, Range lines) {
-    const TapOffsets packed_taps = TapOffsets::in_panel<A>(shape.inner);
-    const Chunks chunks(shape.inner, kConv3x3Channels, kPanel<A>);
+  void write_output(const Shape& shape, const Prepared<T>& prepared, Range lines) {
+    const TapOffsets packed_taps = TapOffsets::in_panel<E>(shape.inner);
+    const Chunks chunks(shape.inner, kConv3x3Channels, kPanel<E>);
     const int64_t y_ld = whole_vectors<A>(shape.out);
     const int64_t parts = std::min(lines.size(), num_threads());
     parallel(parts, [&](int64_t part) {
@@ -191,15 +199,15 @@ class FrozenBlock {
         const int64_t line = lines.begin + i;
         for (int64_t c = 0; c < chunks.count; c++) {
           const int64_t first = chunks[c].begin;
-          multiply(Product<A>{.rows = x_.width,
+          multiply(Product<E>{.rows = x_.width,
                               .columns = shape.out,
-                              .depth = chunks[c].size(),
-                              .a = padded_line(line) + first,
+                              .depth = elements<E>(chunks[c].size()),
+                              .a = padded_line(line) + elements<E>(first),
                               .a_row = z_ld_,
                               .a_depth = 1,
-                              .b = prepared.packed3 + first * kPanel<A>,
-                              .b_panel = kTaps * shape.inner * kPanel<A>,
-                              .b_depth = kPanel<A>,
+                              .b = prepared.packed3 + elements<E>(first) * kPanel<E>,
+                              .b_panel = kTaps * elements<E>(shape.inner) * kPanel<E>,
+                              .b_depth = kPanel<E>,
                               .c = y,
                               .c_row = y_ld,
                               .accumulate = c > 0,
@@ -213,7 +221,7 @@ class FrozenBlock {
   }
 
   // The upper left neighbour of the first pixel of a line of z.
-  A* padded_line(int64_t line) const {
+  E* padded_line(int64_t line) const {
     const int64_t image = line / x_.height % images_, row = line % x_.height;
     return z_ + (image * (x_.height + 2) + row) * line_size_;
   }
@@ -227,7 +235,7 @@ class FrozenBlock {
   const TapOffsets z_taps_;
   Workspace workspace_;
   A* const prepared_;
-  A* const z_;  // [images_][H + 2][W + 2][z_ld_]; image i is at i % images_
+  E* const z_;  // [images_][H + 2][W + 2][z_ld_]; image i is at i % images_
 };
 
 template <class T>
@@ -296,11 +304,11 @@ Tensor pack_frozen_block(int64_t in_channels, std::vector<Tensor> means, std::ve
     using A = Acc<T>;
     const auto layers = layers_of<T>(in_channels, means, vars, weights, biases, eps, convs);
     int64_t size = 0;
-    for (const Layer<T>& layer : layers) size += Prepared<A>::size(layer.shape);
+    for (const Layer<T>& layer : layers) size += Prepared<T>::size(layer.shape);
     packed = torch::stable::empty({size}, kScalarType<A>);
     A* memory = static_cast<A*>(packed.mutable_data_ptr());
     for (const Layer<T>& layer : layers) {
-      const Prepared<A> prepared(memory, layer.shape);
+      const Prepared<T> prepared(memory, layer.shape);
       layer.prepare(prepared);
       memory = prepared.end;
     }
@@ -319,7 +327,7 @@ void packed_block_forward(const Tensor& x, const Tensor& packed, int64_t in_chan
     int64_t in = in_channels, size = 0;
     for (size_t i = 0; i < inner.size(); i++) {
       shapes.push_back({in, inner[i], out[i]});
-      size += Prepared<A>::size(shapes.back());
+      size += Prepared<T>::size(shapes.back());
       in += out[i];
     }
     check_channels(xs.channels, shapes.back());

@@ -15,8 +15,8 @@ constexpr int kMaxRows = kManyRegisters ? 14 : 6;
 constexpr int kMaxVectors = 2;
 
 // The columns of a panel of b.
-template <class A>
-constexpr int64_t kPanel = kMaxVectors * kLanes<A>;
+template <class E>
+constexpr int64_t kPanel = kMaxVectors * kLanes<E>;
 
 // Rows of a tensor that are needed after a product and are prefetched into L2 while it computes.
 struct Prefetch {
@@ -37,17 +37,18 @@ struct Prefetch {
 
 // C[i][j] (+)= sum over taps t and depth k of a[a_taps[t] + i*a_row + k*a_depth] *
 //   b[(j / kPanel)*b_panel + b_taps[t] + k*b_depth + j % kPanel]
-// Each row of C is written up to column round_up(columns, kLanes). An accumulating product is
-// summed on its own before it is added to C, which keeps the rounding errors of long sums (weight
-// gradients) small.
-template <class A>
+// The depth and all strides count elements; if an element is a Pair, a product of elements is the
+// sum of two products of values. Each row of C is written up to column round_up(columns, kLanes).
+// An accumulating product is summed on its own before it is added to C, which keeps the rounding
+// errors of long sums (weight gradients) small.
+template <class E>
 struct Product {
   int64_t rows, columns, depth;
-  const A* a;
+  const E* a;
   int64_t a_row, a_depth;
-  const A* b;
+  const E* b;
   int64_t b_panel, b_depth;
-  A* c;
+  Acc<E>* c;
   int64_t c_row;
   bool accumulate = false;
   int64_t taps = 1;
@@ -56,21 +57,24 @@ struct Product {
   Prefetch prefetch[2] = {};
 };
 
-// Instantiated for float and double in gemm.cpp.
-template <class A>
-void multiply(const Product<A>& product);
+// Instantiated for float, double and, if products take pairs, Pair in gemm.cpp.
+template <class E>
+void multiply(const Product<E>& product);
 
-// Weights as the b of a Product, in panels [columns / kPanel][taps][depth][kPanel], zero padded:
+// Weights as the b of a Product, in panels [columns / kPanel][taps][elements of depth][kPanel],
+// zero padded:
 //   packed(t, k, j) = weights[tap_offsets[t] + k*k_stride + j*j_stride].
 template <class T>
 struct WeightsAsB {
+  using E = Operand<T>;
   const T* weights;
   int64_t taps, depth, columns;
   int64_t k_stride, j_stride;
   const int64_t* tap_offsets;  // [taps]
 
-  int64_t panels() const { return ceil_div(columns, kPanel<Acc<T>>); }
-  int64_t packed_size() const { return panels() * taps * depth * kPanel<Acc<T>>; }
+  int64_t panels() const { return ceil_div(columns, kPanel<E>); }
+  int64_t packed_size() const { return panels() * taps * tap_stride(); }
+  int64_t tap_stride() const { return elements<E>(depth) * kPanel<E>; }
 
   // Whether the taps of one k are contiguous, and followed by those of the next k.
   bool taps_innermost() const {
@@ -81,17 +85,30 @@ struct WeightsAsB {
   }
 };
 
+// Writes values of row `k` of the depth into a panel. The first value of a pair is written before
+// the second; until then the second is zero.
+template <class T>
+void put_row(Vector<T> values, int64_t k, Operand<T>* panel) {
+  using E = Operand<T>;
+  E* target = panel + (kIsPair<E> ? k / 2 : k) * kPanel<E>;
+  if constexpr (kIsPair<E>) {
+    const Bits bits = (Bits)values;  // a bfloat16 value is the upper half of a float
+    store(target, k % 2 ? load(target) | bits : bits >> 16);
+  } else {
+    store(target, values);
+  }
+}
+
 // Transposes values into a panel of kPanel columns, zero padded. In `source`, the `rows` values of
 // a column are contiguous, and the `columns` columns are `stride` apart. Consecutive rows belong to
 // consecutive taps, which are tap_stride apart in `target`; after the last tap follows the first
-// tap's next row.
+// tap's next row of the depth.
 template <class T>
 void transpose_into_panel(const T* source, int64_t stride, int64_t rows, int64_t columns,
-                          Acc<T>* target, int64_t taps, int64_t tap_stride) {
+                          Operand<T>* target, int64_t taps, int64_t tap_stride) {
   constexpr int64_t n = kLanes<T>;
-  for (int64_t j = 0; j < kPanel<Acc<T>>; j += n, source += n * stride, target += n) {
-    Acc<T>* line = target;
-    int64_t tap = 0;
+  for (int64_t j = 0; j < kPanel<Operand<T>>; j += n, source += n * stride, target += n) {
+    int64_t tap = 0, k = 0;
     for (int64_t i = 0; i < rows; i += n) {
       Vector<T> block[n];
       if (i + n <= rows && j + n <= columns) {
@@ -106,24 +123,25 @@ void transpose_into_panel(const T* source, int64_t stride, int64_t rows, int64_t
       transpose<T>(block);
       DENSE_UNROLL
       for (int64_t r = 0; r < n; r++) {
-        if (i + r < rows) store(line + tap * tap_stride, block[r]);
+        if (i + r < rows) put_row<T>(block[r], k, target + tap * tap_stride);
         if (++tap == taps) {
           tap = 0;
-          line += kPanel<Acc<T>>;
+          k++;
         }
       }
     }
   }
 }
 
-// Fills the rows `k` of every tap in one panel of the packed weights.
+// Fills the rows `k` of every tap in one panel of the packed weights; k.begin is even.
 template <class T>
-void pack_rows(const WeightsAsB<T>& w, int64_t panel, Range k, Acc<T>* packed) {
-  using A = Acc<T>;
-  const int64_t first = panel * kPanel<A>, tap_stride = w.depth * kPanel<A>;
-  const int64_t columns = first + kPanel<A> <= w.columns ? kPanel<A> : w.columns - first;
+void pack_rows(const WeightsAsB<T>& w, int64_t panel, Range k, Operand<T>* packed) {
+  using E = Operand<T>;
+  constexpr int64_t n = kLanes<T>;
+  const int64_t first = panel * kPanel<E>, tap_stride = w.tap_stride();
+  const int64_t columns = first + kPanel<E> <= w.columns ? kPanel<E> : w.columns - first;
   const T* source = w.weights + k.begin * w.k_stride + first * w.j_stride;
-  A* target = packed + panel * w.taps * tap_stride + k.begin * kPanel<A>;
+  E* target = packed + panel * w.taps * tap_stride + elements<E>(k.begin) * kPanel<E>;
   if (w.taps_innermost()) {
     transpose_into_panel(source, w.j_stride, k.size() * w.taps, columns, target, w.taps,
                          tap_stride);
@@ -135,12 +153,12 @@ void pack_rows(const WeightsAsB<T>& w, int64_t panel, Range k, Acc<T>* packed) {
       transpose_into_panel(tap, w.j_stride, k.size(), columns, target, 1, 0);
       continue;
     }
+    Acc<T> row[kPanel<E>] = {};
     for (int64_t i = 0; i < k.size(); i++) {
-      A* row = target + i * kPanel<A>;
-      if (columns < kPanel<A>) std::memset(row, 0, kPanel<A> * sizeof(A));
       for (int64_t j = 0; j < columns; j++) {
-        row[j] = static_cast<A>(tap[i * w.k_stride + j * w.j_stride]);
+        row[j] = static_cast<Acc<T>>(tap[i * w.k_stride + j * w.j_stride]);
       }
+      for (int64_t j = 0; j < kPanel<E>; j += n) put_row<T>(load(row + j), i, target + j);
     }
   }
 }

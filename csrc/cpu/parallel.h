@@ -59,7 +59,7 @@ struct Chunks {
 
 // The purposes of a thread's scratch buffers. The buffers live as long as the thread and only grow,
 // so that a tile stays in the same, cached memory from call to call.
-enum class Slot { kActivation, kProduct, kGradient, kStatistics, kLines, kCount };
+enum class Slot { kActivation, kProduct, kGradient, kPairs, kStatistics, kLines, kCount };
 
 inline void* scratch_bytes(Slot slot, int64_t bytes) {
   struct Free {
@@ -138,7 +138,7 @@ class Workspace {
 template <class T>
 struct Packing {
   WeightsAsB<T> weights;
-  Acc<T>* packed;
+  Operand<T>* packed;
 };
 
 // Packs several weights in one parallel loop.
@@ -167,7 +167,7 @@ void pack_weights(std::initializer_list<Packing<T>> all) {
 }
 
 template <class T>
-void pack_weights(const WeightsAsB<T>& weights, Acc<T>* packed) {
+void pack_weights(const WeightsAsB<T>& weights, Operand<T>* packed) {
   pack_weights<T>({{weights, packed}});
 }
 

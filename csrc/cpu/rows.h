@@ -1,8 +1,8 @@
 // The elementwise and reducing loops over rows of pixels before and after the matrix products.
 //
-// Rows of T are in tensors: they have a pixel stride and exactly `columns` elements. Rows of Acc<T>
-// are in scratch: they have a leading dimension and can be written up to a whole vector.
-// Per-channel vectors are padded, so whole vectors can be loaded from them.
+// Rows of T are in tensors: they have a pixel stride and exactly `columns` values. Rows of Acc<T>
+// and of Operand<T> are in scratch: they have a leading dimension and can be written up to a whole
+// vector. Per-channel vectors are padded with zeros, so whole vectors can be loaded from them.
 
 #pragma once
 
@@ -12,37 +12,74 @@
 
 namespace dense_ext {
 
-// out = relu(scale*x + shift)
-template <class T>
-void activate_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, const Acc<T>* scale,
-                   const Acc<T>* shift, Acc<T>* out, int64_t ld) {
-  for (int64_t r = 0; r < rows; r++, x += stride, out += ld) {
-    for_vectors<T>(columns, [&](int64_t j, auto count) {
-      store(out + j, relu(load(scale + j) * load(x + j, count) + load(shift + j)));
-    });
+// The dimension of an operand's rows that a product sums over. A pair holds two columns of a row,
+// or two rows of a column; a last row or column without a partner has zeros beside it.
+enum class Depth { kColumns, kRows };
+
+// Writes an operand; value(r, j, count) is the vector at row r and columns from j on. Its rows, or
+// pairs of rows, are `ld` elements apart.
+template <Depth kDepth, class T, class E, class Value>
+void write_operand(int64_t rows, int64_t columns, E* out, int64_t ld, const Value& value) {
+  if constexpr (kIsPair<E> && kDepth == Depth::kRows) {
+    for (int64_t r = 0; r < rows; r += 2, out += ld) {
+      for_vectors<T>(columns, [&](int64_t j, auto count) {
+        const Vector<T> second = r + 1 < rows ? value(r + 1, j, count) : Vector<T>{};
+        store(out + j, pairs_of(value(r, j, count), second));
+      });
+    }
+  } else {
+    using Stored = std::conditional_t<kIsPair<E>, BFloat16, E>;
+    for (int64_t r = 0; r < rows; r++, out += ld) {
+      for_vectors<T>(columns, [&](int64_t j, auto count) {
+        store(reinterpret_cast<Stored*>(out) + j, value(r, j, count));
+      });
+    }
   }
+}
+
+// out = relu(scale*x + shift)
+template <Depth kDepth, class E, class T>
+void activate_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, const Acc<T>* scale,
+                   const Acc<T>* shift, E* out, int64_t ld) {
+  write_operand<kDepth, T>(rows, columns, out, ld, [&](int64_t r, int64_t j, auto count) {
+    return relu(load(scale + j) * load(x + r * stride + j, count) + load(shift + j));
+  });
 }
 
 // out = factor*x
 template <class T>
 void scale_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, Acc<T> factor,
-                Acc<T>* out, int64_t ld) {
-  for (int64_t r = 0; r < rows; r++, x += stride, out += ld) {
-    for_vectors<T>(columns,
-                   [&](int64_t j, auto count) { store(out + j, load(x + j, count) * factor); });
-  }
+                Operand<T>* out, int64_t ld) {
+  write_operand<Depth::kColumns, T>(rows, columns, out, ld, [&](int64_t r, int64_t j, auto count) {
+    return load(x + r * stride + j, count) * factor;
+  });
 }
 
 // out = p*grad + u*y + v, where p is 1 if null
 template <class T>
 void affine_rows(const T* grad, int64_t grad_stride, const T* y, int64_t y_stride, int64_t rows,
-                 int64_t columns, const Acc<T>* p, const Acc<T>* u, const Acc<T>* v, Acc<T>* out,
-                 int64_t ld) {
-  for (int64_t r = 0; r < rows; r++, grad += grad_stride, y += y_stride, out += ld) {
-    for_vectors<T>(columns, [&](int64_t j, auto count) {
-      const Vector<T> g = p ? load(p + j) * load(grad + j, count) : load(grad + j, count);
-      store(out + j, g + (load(u + j) * load(y + j, count) + load(v + j)));
-    });
+                 int64_t columns, const Acc<T>* p, const Acc<T>* u, const Acc<T>* v,
+                 Operand<T>* out, int64_t ld) {
+  write_operand<Depth::kColumns, T>(rows, columns, out, ld, [&](int64_t r, int64_t j, auto count) {
+    const Vector<T> loaded = load(grad + r * grad_stride + j, count);
+    const Vector<T> g = p ? load(p + j) * loaded : loaded;
+    return g + (load(u + j) * load(y + r * y_stride + j, count) + load(v + j));
+  });
+}
+
+// Turns an operand whose depth is its columns into one whose depth is its rows. Row i of `out`
+// holds the pairs of rows i*step and i*step + 1 of `in`.
+inline void pair_rows(const Pair* in, int64_t in_ld, int64_t rows, int64_t columns, int64_t step,
+                      Pair* out, int64_t out_ld) {
+  const auto load_words = [](const Pair* row, int64_t j) {
+    return __builtin_convertvector(load_raw(reinterpret_cast<const BFloat16*>(row) + j, Full{}),
+                                   Bits);
+  };
+  for (int64_t r = 0; r < rows; r += step, in += step * in_ld, out += out_ld) {
+    for (int64_t j = 0; j < columns; j += kLanes<float>) {
+      const Bits second = r + 1 < rows ? load_words(in + in_ld, j) : Bits{};
+      store(out + j, load_words(in, j) | second << 16);
+    }
   }
 }
 

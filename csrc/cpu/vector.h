@@ -1,9 +1,9 @@
 // One SIMD vector of the accumulation type, loaded from and stored to any storage type.
 //
 // It is written with GCC's and clang's vector extensions, so that the same source compiles for
-// AVX-512, AVX2, SSE and NEON. Intrinsics appear only for what the extensions lack: masked access
-// and fp16. The storage type T is double, float, bfloat16 or half; the accumulation type Acc<T> is
-// double for double, else float.
+// AVX-512, AVX2, SSE and NEON. Intrinsics appear only for what the extensions lack: masked access,
+// fp16, and bfloat16's conversions and products. The storage type T is double, float, bfloat16 or
+// half; the accumulation type Acc<T> is double for double, else float.
 
 #pragma once
 
@@ -159,6 +159,9 @@ inline Vector<T> widen(Raw<T> raw) {
 template <class T>
 inline Raw<T> narrow(Vector<T> v) {
   if constexpr (std::is_same_v<T, BFloat16>) {
+#if defined(__AVX512BF16__)
+    return (Raw<T>)_mm512_cvtneps_pbh((__m512)v);
+#endif
     const Bits bits = (Bits)v;
     const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const Bits quiet_nan = Bits{} + 0x7fc0u;
@@ -231,6 +234,78 @@ inline void transpose(Vector<T>* rows) {
   }
   if constexpr (2 * step < n) transpose<T, 2 * step>(rows);
 }
+
+// --- operands of the matrix products ---------------------------------------------------------
+
+// Two values that follow one another along the depth of a product, which multiplies and adds both
+// at once.
+struct Pair {
+  BFloat16 first, second;
+};
+
+// Tests ask for pairs where the instruction set lacks them.
+#if defined(__AVX512BF16__)
+#define DENSE_EXT_PAIRS
+#endif
+#if defined(DENSE_EXT_PAIRS)
+constexpr bool kPairs = true;
+#else
+constexpr bool kPairs = false;
+#endif
+
+// An element of a product's operands: bfloat16 values stay bfloat16 where the instruction set
+// multiplies them, other values are widened.
+template <class T>
+using Operand = std::conditional_t<kPairs && std::is_same_v<T, BFloat16>, Pair, Acc<T>>;
+
+template <class E>
+constexpr bool kIsPair = std::is_same_v<E, Pair>;
+
+// The number of elements that hold `values` values along the depth.
+template <class E>
+constexpr int64_t elements(int64_t values) {
+  return kIsPair<E> ? (values + 1) / 2 : values;
+}
+
+template <>
+struct Types<Pair> {
+  typedef Bits Raw;
+  typedef Bits Vector;
+};
+
+// The pairs (first[i], second[i]), both rounded to bfloat16.
+inline Bits pairs_of(Vector<float> first, Vector<float> second) {
+#if defined(__AVX512BF16__)
+  // One after the other in the halves of a vector, whose words are then interleaved.
+  const auto halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  const Bits lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return (Bits)_mm512_permutexvar_epi16((__m512i)(lane | (lane + 16) << 16), halves);
+#else
+  return __builtin_convertvector(narrow<BFloat16>(first), Bits) |
+         __builtin_convertvector(narrow<BFloat16>(second), Bits) << 16;
+#endif
+}
+
+// sum + a*b for an element a and a vector b. The products of pairs are summed in float32.
+template <class E>
+inline Vector<Acc<E>> multiply_add(Vector<Acc<E>> sum, E a, Vector<E> b) {
+  if constexpr (kIsPair<E>) {
+    uint32_t bits;
+    std::memcpy(&bits, &a, sizeof bits);
+#if defined(__AVX512BF16__)
+    return (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(bits),
+                                           (__m512bh)b);
+#else
+    const Bits both = Bits{} + bits;
+    sum += (Vector<float>)(both << 16) * (Vector<float>)(b << 16);
+    return sum + (Vector<float>)(both & 0xffff0000u) * (Vector<float>)(b & 0xffff0000u);
+#endif
+  } else {
+    return sum + a * b;
+  }
+}
+
+// --- loops over columns ----------------------------------------------------------------------
 
 // Calls body(j, count) for each vector, at columns [j, j + kLanes), of a row of n columns.
 template <class T, class Body>

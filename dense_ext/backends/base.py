@@ -137,9 +137,6 @@ class Backend(ABC):
     """One implementation of the primitives. Calls leave no state in the instance."""
 
     name: ClassVar[str]
-    # Whether matrix products take both factors in the activations' dtype, as tensor cores do, rather than
-    # widened to the accumulation dtype. Products are summed in the accumulation dtype either way.
-    rounds_operands: ClassVar[bool] = False
     # The largest M that one call may have.
     max_pixels: ClassVar[float] = math.inf
     # A frozen dense block in one call, if the backend has it.
@@ -150,6 +147,13 @@ class Backend(ABC):
     @abstractmethod
     def unavailable_reason(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why ``primitive`` can't run on tensors of ``dtype`` on ``device``, or None if it can."""
+
+    def rounds_operands(self, dtype: torch.dtype) -> bool:
+        """Whether matrix products take both factors rounded to ``dtype``, that of the activations.
+
+        Otherwise they take them in the accumulation dtype. Sums are in the accumulation dtype either way.
+        """
+        return False
 
     def scratch_bytes(
         self, primitive: str, pixels: int, in_channels: int, out_channels: int, dtype: torch.dtype

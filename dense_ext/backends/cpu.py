@@ -1,10 +1,14 @@
 """The C++ backend for CPUs.
 
 setup.py compiles the same sources for several instruction sets. The library that is loaded is the one for
-the instruction set that PyTorch uses on this machine (``torch.backends.cpu.get_cpu_capability()``).
+the instruction set that PyTorch uses on this machine (``torch.backends.cpu.get_cpu_capability()``), and for
+its bfloat16 instructions if it has any. ``ATEN_CPU_CAPABILITY``, which selects PyTorch's instruction set,
+selects ours too, without those instructions.
 """
 
 from __future__ import annotations
+
+import os
 
 import torch
 
@@ -13,6 +17,7 @@ from .compiled import BLOCK_OPS, PACKAGE, CompiledBackend, Library
 
 # PyTorch's name for the instruction set -> the libraries that such a machine can run, best first.
 LIBRARIES = {
+    "AVX512_BF16": ("_cpu_avx512_bf16", "_cpu_avx512", "_cpu_avx2", "_cpu_default"),
     "AVX512": ("_cpu_avx512", "_cpu_avx2", "_cpu_default"),
     "AVX2": ("_cpu_avx2", "_cpu_default"),
 }
@@ -23,7 +28,10 @@ OPS = (*PRIMITIVES, *BLOCK_OPS, *_OF_FROZEN_BLOCKS)
 
 
 def _library() -> Library:
-    names = LIBRARIES.get(torch.backends.cpu.get_cpu_capability(), ELSEWHERE)
+    capability = torch.backends.cpu.get_cpu_capability()
+    if "ATEN_CPU_CAPABILITY" not in os.environ and torch.cpu._is_avx512_bf16_supported():
+        capability = "AVX512_BF16"
+    names = LIBRARIES.get(capability, ELSEWHERE)
     absent = f"the C++ backend is not built: none of {', '.join(names)} is in {PACKAGE}"
     paths = [PACKAGE / f"{name}.so" for name in names]
     return Library(paths, "dense_ext", absent, OPS)
@@ -48,6 +56,10 @@ class CPUBackend(CompiledBackend):
         self.plain_blocks = PlainBlocks(*map(self.library.op, BLOCK_OPS))
         self.frozen_blocks = FrozenBlocks(*map(self.library.op, _OF_FROZEN_BLOCKS))
 
+    def rounds_operands(self, dtype: torch.dtype) -> bool:
+        # csrc/cpu/vector.h: Operand
+        return dtype == torch.bfloat16 and "bf16" in str(self.library)
+
     def unavailable_reason(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
         if self.library.reason is not None:
             return self.library.reason
@@ -63,6 +75,7 @@ class CPUBackend(CompiledBackend):
         self, primitive: str, pixels: int, in_channels: int, out_channels: int, dtype: torch.dtype
     ) -> int:
         threads, wide = torch.get_num_threads(), accumulate_dtype(dtype).itemsize
+        operand = dtype.itemsize if self.rounds_operands(dtype) else wide
         sums = 2 * 8 * threads * max(in_channels, out_channels)  # two float64 per thread and channel
         if "conv" not in primitive:
             return sums
@@ -70,6 +83,6 @@ class CPUBackend(CompiledBackend):
         taps = 9 if "conv3x3" in primitive else 1
         transposed = taps * _whole(in_channels, _PANEL) * out_channels
         if primitive.endswith("forward"):
-            return sums + wide * taps * in_channels * _whole(out_channels, _PANEL)
+            return sums + operand * taps * in_channels * _whole(out_channels, _PANEL)
         gradient = taps * in_channels * _whole(out_channels, _VECTOR) if taps > 1 else transposed
-        return sums + wide * (transposed + threads * gradient)
+        return sums + operand * transposed + wide * threads * gradient

@@ -31,7 +31,6 @@ class CUDABackend(CompiledBackend):
     """
 
     name = "cuda"
-    rounds_operands = True
 
     def __init__(
         self,
@@ -51,6 +50,9 @@ class CUDABackend(CompiledBackend):
 
     bn_relu_pool_conv1x1_norm_backward = op("bn_relu_pool_conv1x1_norm_backward")
     bn_relu_maxpool_norm_backward = op("bn_relu_maxpool_norm_backward")
+
+    def rounds_operands(self, dtype: torch.dtype) -> bool:
+        return True
 
     def unavailable_reason(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
         if self.library.reason is not None:

@@ -242,7 +242,7 @@ def check_values(backend: Backend, case: Case) -> None:
     expected = case.copy(torch.float64).run(ReferenceBackend())
     before = case.copy()
     outputs = case.run(backend)
-    operands = _operands(case) if backend.rounds_operands else None
+    operands = _operands(case) if backend.rounds_operands(case.dtype) else None
     inherited = getattr(type(backend), case.primitive) is getattr(Backend, case.primitive, None)
     first = case.first.copy(torch.float64).run(ReferenceBackend()) if case.first and inherited else {}
 

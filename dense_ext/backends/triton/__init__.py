@@ -44,9 +44,11 @@ class TritonBackend(Backend):
     """Runs the primitives as Triton kernels."""
 
     name = "triton"
-    rounds_operands = True
     # Offsets are 64-bit but pixel indices are 32-bit, and the last tile's may exceed M; hence the margin.
     max_pixels = 2**31 - 2**16
+
+    def rounds_operands(self, dtype: torch.dtype) -> bool:
+        return True
 
     def unavailable_reason(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
         if primitive not in PRIMITIVES:
