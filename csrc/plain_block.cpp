@@ -2,9 +2,9 @@
 // primitives in the order of dense_ext/schedule.py, which documents the buffers, with equal bits.
 // From here, a layer's calls take the host less than half the time that they take from Python.
 //
-// x [N, H, W, Ct] is X, and Ct = c0 + L*K. stats [2, Ct + L*B] are means and variances: X's, then
-// each layer's z's. z is the memory of every layer's z [N, H, W, B], or empty if none is kept. B
-// and K may differ from layer to layer.
+// x [N, H, W, Ct] is X, and Ct = c0 + L*K. Where the primitives take volumes, D comes before H.
+// stats [2, Ct + L*B] are means and variances: X's, then each layer's z's. z is the memory of every
+// layer's z [N, H, W, B], or empty if none is kept. B and K may differ from layer to layer.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -32,19 +32,22 @@ constexpr bool kBindsTogether = false;
 #endif
 constexpr size_t kLayersTogether = 16;
 
+// Sizes or strides of activations.
+using Dimensions = std::array<int64_t, 5>;
+
 // A view of t's memory that starts `offset` elements after t.
-template <size_t kDims>
-Tensor view(const Tensor& t, const std::array<int64_t, kDims>& sizes,
-            const std::array<int64_t, kDims>& strides, int64_t offset) {
+Tensor view(const Tensor& t, const int64_t* sizes, const int64_t* strides, int64_t dims,
+            int64_t offset) {
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), kDims, sizes.data(),
-                                                        strides.data(), offset, &handle));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(t.get(), dims, sizes, strides, offset, &handle));
   return Tensor(handle);
 }
 
 // `count` elements of a vector that is dense from `start` on.
 Tensor elements(const Tensor& t, int64_t start, int64_t count) {
-  return view<1>(t, {count}, {1}, start);
+  const int64_t stride = 1;
+  return view(t, &count, &stride, 1, start);
 }
 
 Tensor concatenated(const Tensors& vectors) {
@@ -144,8 +147,9 @@ class Pass {
   Pass(const Tensor& x, const Tensor& z, const Tensor& stats, const Parameters& parameters)
       : x_(x), stats_(stats), parameters_(parameters) {
     parameters.check();
-    STD_TORCH_CHECK(x.dim() == 4, "x must be [N, H, W, C], has ", x.dim(), " dimensions");
-    pixels_ = x.size(0) * x.size(1) * x.size(2);
+    STD_TORCH_CHECK(x.dim() == 4 || x.dim() == 5, "x must be [N, H, W, C] or [N, D, H, W, C], has ",
+                    x.dim(), " dimensions");
+    for (int64_t d = 0; d < x.dim() - 1; d++) pixels_ *= x.size(d);
     int64_t in = parameters.in_channels, inner = 0;
     size_t fixed = 0;
     for (size_t i = 0; i < parameters.convs.size(); i += 2) {
@@ -157,7 +161,8 @@ class Pass {
     }
     for (Layer& layer : layers_) layer.z_channels += in;
     channels_ = in, inner_channels_ = inner;
-    STD_TORCH_CHECK(x.size(3) == in, "x has ", x.size(3), " channels, expected ", in);
+    STD_TORCH_CHECK(x.size(x.dim() - 1) == in, "x has ", x.size(x.dim() - 1),
+                    " channels, expected ", in);
     STD_TORCH_CHECK(stats.dim() == 2 && stats.size(0) == 2 && stats.size(1) == in + inner &&
                         stats.is_contiguous(),
                     "stats must be [2, ", in + inner, "] and contiguous");
@@ -170,13 +175,22 @@ class Pass {
  protected:
   // `count` channels of a tensor like x.
   Tensor channels(const Tensor& t, int64_t start, int64_t count) const {
-    return view<4>(t, {t.size(0), t.size(1), t.size(2), count},
-                   {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}, start);
+    const int64_t last = t.dim() - 1;
+    Dimensions sizes, strides;
+    for (int64_t d = 0; d <= last; d++) sizes[d] = t.size(d), strides[d] = t.stride(d);
+    sizes[last] = count;
+    return view(t, sizes.data(), strides.data(), t.dim(), start);
   }
   // A layer's z or what has its shape, in memory that starts `start` elements after t.
   Tensor bottleneck(const Tensor& t, int64_t start, int64_t width) const {
-    const int64_t h = x_.size(1), w = x_.size(2);
-    return view<4>(t, {x_.size(0), h, w, width}, {h * w * width, w * width, width, 1}, start);
+    Dimensions sizes, strides;
+    int64_t stride = 1;
+    for (int64_t d = x_.dim() - 1; d >= 0; d--) {
+      sizes[d] = d == x_.dim() - 1 ? width : x_.size(d);
+      strides[d] = stride;
+      stride *= sizes[d];
+    }
+    return view(t, sizes.data(), strides.data(), x_.dim(), start);
   }
   Tensor source(const Layer& layer) const { return channels(x_, 0, layer.in); }
   Tensor y(const Layer& layer) const { return channels(x_, layer.in, layer.out); }
@@ -241,7 +255,7 @@ class Pass {
   const Tensor &x_, &stats_;
   const Parameters& parameters_;
   std::vector<Layer> layers_;
-  int64_t pixels_ = 0, channels_ = 0, inner_channels_ = 0, widest_ = 0;
+  int64_t pixels_ = 1, channels_ = 0, inner_channels_ = 0, widest_ = 0;
   bool keeps_z_ = false;
   Tensor z_;
 
@@ -287,8 +301,8 @@ class Backward : Pass {
   Backward(const Tensor& grad, const Tensor& x, const Tensor& z, const Tensor& stats,
            const Parameters& parameters)
       : Pass(x, z, stats, parameters), g_(grad) {
-    STD_TORCH_CHECK(grad.dim() == 4 && grad.size(3) == channels_, "grad must have ", channels_,
-                    " channels, as x has");
+    STD_TORCH_CHECK(grad.dim() == x.dim() && grad.size(grad.dim() - 1) == channels_,
+                    "grad must have ", channels_, " channels, as x has");
     int64_t widest = widest_;
     for (const Layer& layer : layers_) widest = std::max(widest, layer.in);
     grad_bn_ = torch::stable::new_empty(x, {pixels_ * widest_});

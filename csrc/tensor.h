@@ -18,12 +18,20 @@
 #define DENSE_EXT_HOST_DEVICE
 #endif
 
+// Whether the kernels take volumes [N, D, H, W, C] too.
+#ifdef DENSE_EXT_GPU
+#define DENSE_EXT_VOLUMES false
+#else
+#define DENSE_EXT_VOLUMES true
+#endif
+
 namespace dense_ext {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Activations [N, H, W, C] whose pixels are `stride` elements apart; H and W are dense.
+// Activations [N, H, W, C] whose pixels are `stride` elements apart; H and W are dense. Volumes are
+// seen as N*D images.
 template <class T>
 struct Pixels {
   T* data;
@@ -33,7 +41,7 @@ struct Pixels {
   DENSE_EXT_HOST_DEVICE T* at(int64_t pixel) const { return data + pixel * stride; }
 };
 
-// A convolution weight [out, in, kh, kw] with any strides.
+// A convolution weight [out, in, kh, kw], or one plane of [out, in, kd, kh, kw], with any strides.
 template <class T>
 struct Weight {
   T* data;
@@ -70,19 +78,28 @@ inline void check_type(const Tensor& t, const char* name, ScalarType type) {
 template <class T>
 Pixels<T> pixels(const Tensor& t, const char* name) {
   check_type(t, name, kScalarType<std::remove_const_t<T>>);
-  STD_TORCH_CHECK(t.dim() == 4 && t.size(3) > 0, name, " must be [N, H, W, C], got ", shape_of(t));
-  Pixels<T> p{static_cast<T*>(t.data_ptr()), t.size(0), t.size(1), t.size(2), t.size(3), 0};
+  const int64_t last = t.dim() - 1;
+  STD_TORCH_CHECK((last == 3 || (DENSE_EXT_VOLUMES && last == 4)) && t.size(last) > 0, name,
+                  " must be [N, H, W, C]", DENSE_EXT_VOLUMES ? " or [N, D, H, W, C]" : "", ", got ",
+                  shape_of(t));
+  const int64_t images = last == 4 ? t.size(0) * t.size(1) : t.size(0);
+  Pixels<T> p{static_cast<T*>(t.data_ptr()),
+              images,
+              t.size(last - 2),
+              t.size(last - 1),
+              t.size(last),
+              t.size(last)};
   if (t.numel() == 0) return p;
   // The stride of a dimension of size 1 is arbitrary, so take the innermost of a larger dimension.
-  p.stride = p.width > 1    ? t.stride(2)
-             : p.height > 1 ? t.stride(1)
-             : p.images > 1 ? t.stride(0)
-                            : p.channels;
-  const int64_t row = p.width * p.stride;
-  STD_TORCH_CHECK(
-      p.stride >= p.channels && (p.channels == 1 || t.stride(3) == 1) &&
-          (p.height == 1 || t.stride(1) == row) && (p.images == 1 || t.stride(0) == p.height * row),
-      name, " of shape ", shape_of(t), " must be NHWC with dense H and W, and unit stride along C");
+  int64_t inner = last - 1;
+  while (inner > 0 && t.size(inner) == 1) inner--;
+  if (t.size(inner) > 1) p.stride = t.stride(inner);
+  bool dense = p.stride >= p.channels && (p.channels == 1 || t.stride(last) == 1);
+  for (int64_t d = last - 1, stride = p.stride; d >= 0; stride *= t.size(d--)) {
+    dense = dense && (t.size(d) == 1 || t.stride(d) == stride);
+  }
+  STD_TORCH_CHECK(dense, name, " of shape ", shape_of(t),
+                  " must be NHWC with dense H and W, and unit stride along C");
   return p;
 }
 
@@ -114,11 +131,19 @@ T* channels(const std::optional<Tensor>& t, const char* name, int64_t count) {
 template <class T>
 Weight<T> weight_of(const Tensor& t, const char* name, int64_t out, int64_t in, int64_t size) {
   check_type(t, name, kScalarType<std::remove_const_t<T>>);
-  STD_TORCH_CHECK(
-      t.dim() == 4 && t.size(0) == out && t.size(1) == in && t.size(2) == size && t.size(3) == size,
-      name, " has shape ", shape_of(t), ", expected [", out, ", ", in, ", ", size, ", ", size, "]");
-  return {
-      static_cast<T*>(t.data_ptr()), out, in, t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+  const int64_t last = t.dim() - 1;
+  bool fits =
+      (last == 3 || (DENSE_EXT_VOLUMES && last == 4)) && t.size(0) == out && t.size(1) == in;
+  for (int64_t d = 2; d <= last; d++) fits = fits && t.size(d) == size;
+  STD_TORCH_CHECK(fits, name, " has shape ", shape_of(t), ", expected [", out, ", ", in, ", ", size,
+                  ", ", size, "]", DENSE_EXT_VOLUMES ? ", or the same for volumes" : "");
+  return {static_cast<T*>(t.data_ptr()),
+          out,
+          in,
+          t.stride(0),
+          t.stride(1),
+          t.stride(last - 1),
+          t.stride(last)};
 }
 
 // A weight gradient; if it is absent, `data` is null.

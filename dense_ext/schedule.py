@@ -312,7 +312,8 @@ def forward(ops: Primitives, block: Block, x: Tensor, keep_bottleneck: bool) -> 
     norms = [norm for layer in block.layers for norm in layer.norms]
     frozen = all(norm.running is not None for norm in norms)
     start_buffer(out, x)
-    if frozen and not keep_bottleneck and ops.frozen_blocks is not None and block.is_plain():
+    one_call = frozen and not keep_bottleneck and x.dim() == 4 and block.is_plain()
+    if one_call and ops.frozen_blocks is not None:
         ops.frozen_blocks.forward(nhwc(out), block.in_channels, *frozen_parameters(block))
         return out, stats, z_all
     if ops.plain_blocks is not None and block.is_plain():

@@ -1,4 +1,5 @@
-// Tiles for 3x3 windows: bands of whole rows, copied to scratch with a border one pixel wide.
+// Tiles for 3x3 windows: bands of whole rows, copied to scratch with a border one pixel wide. For
+// 3x3x3 windows, one plane of the windows at a time.
 
 #pragma once
 
@@ -14,12 +15,18 @@ namespace dense_ext {
 // images, so its pixels are consecutive in NHWC memory. A line is one row of one image.
 struct Band {
   int64_t image, images, row, rows, height, width;
+  int64_t planes;  // how many images are a volume
 
   int64_t first_pixel() const { return (image * height + row) * width; }
   int64_t lines() const { return images * rows; }
   int64_t pixels() const { return lines() * width; }
   // The number of pixels with the border: [images][rows + 2][width + 2].
   int64_t padded_pixels() const { return images * (rows + 2) * (width + 2); }
+  // Whether the image `offset` planes beyond this line's is of the same volume.
+  bool has_plane(int64_t line, int64_t offset) const {
+    return inside((image + line / rows) % planes + offset);
+  }
+  bool inside(int64_t plane) const { return plane >= 0 && plane < planes; }
   // The index, in the band with its border, of the upper left neighbour of the line's first pixel.
   int64_t padded_line(int64_t line) const {
     return (line / rows * (rows + 2) + line % rows) * (width + 2);
@@ -32,8 +39,12 @@ struct Band {
 class Bands {
  public:
   template <class T>
-  Bands(const Pixels<T>& pixels, int64_t pixel_bytes, int64_t budget, int64_t threads)
-      : images_(pixels.images), height_(pixels.height), width_(pixels.width), groups_(images_) {
+  Bands(const Volumes<T>& pixels, int64_t pixel_bytes, int64_t budget, int64_t threads)
+      : images_(pixels.images),
+        height_(pixels.height),
+        width_(pixels.width),
+        planes_(pixels.planes),
+        groups_(images_) {
     const int64_t line_bytes = (width_ + 2) * pixel_bytes;
     const int64_t max_rows = std::max(kMinRows, budget / line_bytes - 2);
     per_image_ = std::max(ceil_div(height_, max_rows), ceil_div(threads, images_));
@@ -52,7 +63,7 @@ class Bands {
   Band operator[](int64_t i) const {
     const Range images = part_of(images_, groups_, i / per_image_);
     const Range rows = part_of(height_, per_image_, i % per_image_);
-    return {images.begin, images.size(), rows.begin, rows.size(), height_, width_};
+    return {images.begin, images.size(), rows.begin, rows.size(), height_, width_, planes_};
   }
 
   // Upper bounds over all bands, for allocating scratch.
@@ -64,25 +75,27 @@ class Bands {
 
  private:
   static constexpr int64_t kMinRows = 4;
-  int64_t images_, height_, width_, groups_, per_image_, parts_;
+  int64_t images_, height_, width_, planes_, groups_, per_image_, parts_;
 };
 
-// Fills a band with its border: fill(pixel, out) computes the `width` pixels of one line, starting
-// at `pixel`. Border lines inside the image are computed too; outside the image all is zero.
+// Fills a band with its border, from the images that are `offset` planes beyond the band's:
+// fill(pixel, out) computes the `width` pixels of one line, starting at `pixel`. Border lines
+// inside the image are computed too; outside the image or the volume all is zero.
 template <class E, class Fill>
-void fill_padded(const Band& band, E* out, int64_t ld, const Fill& fill) {
+void fill_padded(const Band& band, int64_t offset, E* out, int64_t ld, const Fill& fill) {
   const auto zero = [&](int64_t pixels) {
     std::memset(out, 0, pixels * ld * sizeof(E));
     out += pixels * ld;
   };
   for (int64_t i = band.image; i < band.image + band.images; i++) {
+    const bool exists = band.inside(i % band.planes + offset);
     for (int64_t h = band.row - 1; h <= band.row + band.rows; h++) {
-      if (h < 0 || h >= band.height) {
+      if (!exists || h < 0 || h >= band.height) {
         zero(band.width + 2);
         continue;
       }
       zero(1);
-      fill((i * band.height + h) * band.width, out);
+      fill(((i + offset) * band.height + h) * band.width, out);
       out += band.width * ld;
       zero(1);
     }

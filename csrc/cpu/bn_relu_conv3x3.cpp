@@ -7,7 +7,8 @@
 // z, grad_bn [N, H, W, B]; y, grad [N, H, W, K]; each with its own pixel stride. W, dW
 // [K, B, 3, 3], any strides. Moves B + K elements per pixel forward, 2 B + 2 K backward. A band of
 // rows is activated once into scratch with a border of zeros; the nine taps are nine shifted views
-// of it.
+// of it. For volumes [N, D, H, W, C] and W [K, B, 3, 3, 3], the planes of the window run one after
+// another, and a band is activated from the neighbouring planes too: 27 taps are much more work.
 
 #include <torch/csrc/stable/library.h>
 
@@ -27,11 +28,11 @@ constexpr int64_t kWeightPixels = 128;
 template <class T>
 struct ForwardArguments {
   using A = Acc<T>;
-  Pixels<const T> z;       // [N, H, W, B]
-  const A *scale, *shift;  // [B]
-  Weight<const T> weight;  // [K, B, 3, 3]
-  Pixels<T> y;             // [N, H, W, K]
-  A *mean, *var;           // [K]; null if not wanted
+  Volumes<const T> z;             // [N, H, W, B]
+  const A *scale, *shift;         // [B]
+  Conv3x3Weight<const T> weight;  // [K, B, 3, 3]
+  Volumes<T> y;                   // [N, H, W, K]
+  A *mean, *var;                  // [K]; null if not wanted
 };
 
 template <class T>
@@ -74,14 +75,8 @@ class Forward {
     for (int64_t i = range.begin; i < range.end; i++) {
       const Band band = bands_[i];
       for (int64_t c = 0; c < chunks_.count; c++) {
-        const int64_t first = chunks_[c].begin, columns = chunks_[c].size();
-        fill_padded(band, a, a_ld_, [&](int64_t pixel, E* line) {
-          activate_rows<Depth::kColumns>(args_.z.at(pixel) + first, args_.z.stride, band.width,
-                                         columns, scale_ + first, shift_ + first, line, a_ld_);
-        });
-        for (int64_t line = 0; line < band.lines(); line++) {
-          convolve_line(a + band.padded_line(line) * a_ld_, chunks_[c],
-                        y + line * band.width * y_ld_);
+        for (int64_t plane = 0; plane < args_.weight.planes; plane++) {
+          convolve_band(band, chunks_[c], plane, a, y);
         }
       }
       store_rounded_rows(y, y_ld_, band.pixels(), out_, args_.y.at(band.first_pixel()),
@@ -90,8 +85,22 @@ class Forward {
     }
   }
 
-  // Computes a chunk of the channels' contribution to one line of y.
-  void convolve_line(const E* a, Range chunk, A* y) const {
+  // Computes the contribution of a chunk of the channels and a plane of the window to a band of y.
+  void convolve_band(const Band& band, Range chunk, int64_t plane, E* a, A* y) const {
+    const int64_t first = chunk.begin, offset = plane - args_.weight.planes / 2;
+    fill_padded(band, offset, a, a_ld_, [&](int64_t pixel, E* line) {
+      activate_rows<Depth::kColumns>(args_.z.at(pixel) + first, args_.z.stride, band.width,
+                                     chunk.size(), scale_ + first, shift_ + first, line, a_ld_);
+    });
+    for (int64_t line = 0; line < band.lines(); line++) {
+      if (!band.has_plane(line, offset)) continue;
+      const bool has_previous = plane > 0 && band.has_plane(line, offset - 1);
+      convolve_line(a + band.padded_line(line) * a_ld_, chunk, plane, first > 0 || has_previous,
+                    y + line * band.width * y_ld_);
+    }
+  }
+
+  void convolve_line(const E* a, Range chunk, int64_t plane, bool accumulate, A* y) const {
     multiply(Product<E>{.rows = args_.z.width,
                         .columns = out_,
                         .depth = elements<E>(chunk.size()),
@@ -99,14 +108,14 @@ class Forward {
                         .a_row = a_ld_,
                         .a_depth = 1,
                         .b = packed_ + elements<E>(chunk.begin) * kPanel<E>,
-                        .b_panel = kTaps * weights_.tap_stride(),
+                        .b_panel = weights_.taps * weights_.tap_stride(),
                         .b_depth = kPanel<E>,
                         .c = y,
                         .c_row = y_ld_,
-                        .accumulate = chunk.begin > 0,
+                        .accumulate = accumulate,
                         .taps = kTaps,
                         .a_taps = a_taps_.offset,
-                        .b_taps = b_taps_.offset});
+                        .b_taps = b_taps_.offset + plane * kTaps});
   }
 
   const ForwardArguments<T>& args_;
@@ -130,16 +139,17 @@ void bn_relu_conv3x3_forward(const Tensor& z, const Tensor& scale, const Tensor&
   dispatch(z, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = Acc<T>;
-    const auto zs = pixels<const T>(z, "z");
+    const auto zs = volumes<const T>(z, "z");
     const int64_t in = zs.channels, out = weight.size(0);
     STD_TORCH_CHECK(mean.has_value() == var.has_value(), "mean and var go together");
-    const ForwardArguments<T> args{.z = zs,
-                                   .scale = channels<const A>(scale, "scale", in),
-                                   .shift = channels<const A>(shift, "shift", in),
-                                   .weight = weight_of<const T>(weight, "weight", out, in, 3),
-                                   .y = pixels<T>(y, "y", zs, out),
-                                   .mean = channels<A>(mean, "mean", out),
-                                   .var = channels<A>(var, "var", out)};
+    const ForwardArguments<T> args{
+        .z = zs,
+        .scale = channels<const A>(scale, "scale", in),
+        .shift = channels<const A>(shift, "shift", in),
+        .weight = conv3x3_weight<const T>(weight, "weight", out, in, z.dim()),
+        .y = volumes<T>(y, "y", zs, out),
+        .mean = channels<A>(mean, "mean", out),
+        .var = channels<A>(var, "var", out)};
     if (zs.count() == 0) {
       if (mean) std::fill_n(args.mean, out, A{0});
       if (var) std::fill_n(args.var, out, A{0});
@@ -156,14 +166,14 @@ namespace {
 template <class T>
 struct BackwardArguments {
   using A = Acc<T>;
-  Pixels<const T> grad, y;        // [N, H, W, K]
+  Volumes<const T> grad, y;       // [N, H, W, K]
   const A *u, *v;                 // [K]
-  Pixels<const T> z;              // [N, H, W, B]
+  Volumes<const T> z;             // [N, H, W, B]
   const A *mean, *scale, *shift;  // [B]
-  Weight<const T> weight;         // [K, B, 3, 3]
-  Pixels<T> grad_bn;              // [N, H, W, B]
+  Conv3x3Weight<const T> weight;  // [K, B, 3, 3]
+  Volumes<T> grad_bn;             // [N, H, W, B]
   A* sums;                        // [2, B]
-  Weight<T> grad_weight;          // [K, B, 3, 3]; data null if unwanted
+  Conv3x3Weight<T> grad_weight;   // [K, B, 3, 3]; data null if unwanted
 };
 
 template <class T>
@@ -186,7 +196,7 @@ class Backward {
         dy_rows_taps_(TapOffsets::in_band(args.z.width, dy_rows_ld_)),
         b_taps_(TapOffsets::in_panel<E>(out_)),
         weights_{.weights = args.weight.data,
-                 .taps = kTaps,
+                 .taps = args.weight.taps(),
                  .depth = out_,
                  .columns = in_,
                  .k_stride = args.weight.out_stride,
@@ -222,7 +232,9 @@ class Backward {
     E* a;
     A* da;
     Band band = {};
-    bool first = false;  // the part's first band, which initialises its weight gradient
+    // Whether the weight gradient has a value; for volumes it begins with zeros, since a part's
+    // first band may lack a plane of the window.
+    bool adds = false;
   };
 
   void run_part(int64_t part) {
@@ -235,71 +247,102 @@ class Backward {
       tile.dy_rows = scratch<E>(Slot::kPairs, bands_.max_padded_pixels() * dy_rows_ld_);
     }
     sums_.clear(part);
+    const int64_t planes = args_.weight.planes;
+    if (planes > 1 && dw_.wanted()) dw_.clear(part);
     const Range range = bands_.of_part(part);
     for (int64_t i = range.begin; i < range.end; i++) {
       tile.band = bands_[i];
-      tile.first = i == range.begin;
-      fill_padded(tile.band, tile.dy, dy_ld_, [&](int64_t pixel, E* line) {
-        affine_rows<T>(args_.grad.at(pixel), args_.grad.stride, args_.y.at(pixel), args_.y.stride,
-                       tile.band.width, out_, nullptr, u_, v_, line, dy_ld_);
-      });
-      if constexpr (kIsPair<E>) {  // each pixel with the next, since a tap may begin at any pixel
-        if (dw_.wanted()) {
-          pair_rows(tile.dy, dy_ld_, tile.band.padded_pixels(), out_, 1, tile.dy_rows, dy_rows_ld_);
-        }
-      }
+      tile.adds = planes > 1 || i > range.begin;
       for (int64_t c = 0; c < chunks_.count; c++) {
+        if (dw_.wanted()) activate(tile, chunks_[c]);
+        for (int64_t plane = 0; plane < planes; plane++) {
+          if (c == 0 || planes > 1) fill_dy(tile, plane - planes / 2);
+          add_data_gradient(tile, chunks_[c], plane);
+          if (dw_.wanted()) add_weight_gradient(tile, chunks_[c], plane);
+        }
         write_data_gradient(tile, chunks_[c]);
-        if (dw_.wanted()) add_weight_gradient(tile, chunks_[c]);
       }
     }
   }
 
-  // Computes da = conv3x3^T(dy, W), and from it grad_bn and sums.
-  void write_data_gradient(const Tile& tile, Range chunk) {
+  // Fills dy of the planes `offset` beyond the band's.
+  void fill_dy(const Tile& tile, int64_t offset) {
     const Band& band = tile.band;
-    const int64_t pixel = band.first_pixel(), c = chunk.begin;
-    for (int64_t line = 0; line < band.lines(); line++) {
-      const Range pixels = {pixel + line * band.width, pixel + (line + 1) * band.width};
-      multiply(Product<E>{.rows = band.width,
-                          .columns = chunk.size(),
-                          .depth = elements<E>(out_),
-                          .a = tile.dy + band.padded_line(line) * dy_ld_,
-                          .a_row = dy_ld_,
-                          .a_depth = 1,
-                          .b = packed_ + c / kPanel<E> * kTaps * weights_.tap_stride(),
-                          .b_panel = kTaps * weights_.tap_stride(),
-                          .b_depth = kPanel<E>,
-                          .c = tile.da + line * band.width * a_ld_,
-                          .c_row = a_ld_,
-                          .taps = kTaps,
-                          .a_taps = dy_taps_.offset,
-                          .b_taps = b_taps_.offset,
-                          .prefetch = {fetch_pixels(args_.z, pixels, chunk),
-                                       fetch_pixels(args_.grad_bn, pixels, chunk)}});
+    fill_padded(band, offset, tile.dy, dy_ld_, [&](int64_t pixel, E* line) {
+      affine_rows<T>(args_.grad.at(pixel), args_.grad.stride, args_.y.at(pixel), args_.y.stride,
+                     band.width, out_, nullptr, u_, v_, line, dy_ld_);
+    });
+    if constexpr (kIsPair<E>) {  // each pixel with the next, since a tap may begin at any pixel
+      if (dw_.wanted()) {
+        pair_rows(tile.dy, dy_ld_, band.padded_pixels(), out_, 1, tile.dy_rows, dy_rows_ld_);
+      }
     }
+  }
+
+  // da (+)= conv3x3^T(dy, W) for a plane of the window. The transposed convolution is a convolution
+  // with the taps, and so the planes, in reverse order.
+  void add_data_gradient(const Tile& tile, Range chunk, int64_t plane) {
+    const Band& band = tile.band;
+    const int64_t offset = plane - args_.weight.planes / 2;
+    for (int64_t line = 0; line < band.lines(); line++) {
+      if (!band.has_plane(line, offset)) continue;
+      const int64_t pixel = band.first_pixel() + line * band.width;
+      const Range pixels = {pixel, pixel + band.width};
+      multiply(
+          Product<E>{.rows = band.width,
+                     .columns = chunk.size(),
+                     .depth = elements<E>(out_),
+                     .a = tile.dy + band.padded_line(line) * dy_ld_,
+                     .a_row = dy_ld_,
+                     .a_depth = 1,
+                     .b = packed_ + chunk.begin / kPanel<E> * weights_.taps * weights_.tap_stride(),
+                     .b_panel = weights_.taps * weights_.tap_stride(),
+                     .b_depth = kPanel<E>,
+                     .c = tile.da + line * band.width * a_ld_,
+                     .c_row = a_ld_,
+                     .accumulate = plane > 0 && band.has_plane(line, offset - 1),
+                     .taps = kTaps,
+                     .a_taps = dy_taps_.offset,
+                     .b_taps = b_taps_.offset + plane * kTaps,
+                     .prefetch = {fetch_pixels(args_.z, pixels, chunk),
+                                  fetch_pixels(args_.grad_bn, pixels, chunk)}});
+    }
+  }
+
+  // Computes grad_bn and sums from da.
+  void write_data_gradient(const Tile& tile, Range chunk) {
+    const int64_t pixel = tile.band.first_pixel(), c = chunk.begin;
     mask_rows<Output::kWrite, 1>(tile.da, a_ld_, args_.z.at(pixel) + c, args_.z.stride,
-                                 band.pixels(), chunk.size(), mean_ + c, scale_ + c, shift_ + c,
-                                 args_.grad_bn.at(pixel) + c, args_.grad_bn.stride,
+                                 tile.band.pixels(), chunk.size(), mean_ + c, scale_ + c,
+                                 shift_ + c, args_.grad_bn.at(pixel) + c, args_.grad_bn.stride,
                                  sums_.row(tile.part) + c, sums_.ld());
   }
 
-  // dW[tap] (+)= sum over the band's pixels p of a[p] * dy[p - tap]. Outside the image dy is zero,
-  // so every pixel contributes to every tap; a pixel that isn't finite makes all taps NaN.
-  void add_weight_gradient(const Tile& tile, Range chunk) {
+  void activate(const Tile& tile, Range chunk) {
     const Band& band = tile.band;
-    const T* z = args_.z.at(band.first_pixel()) + chunk.begin;
+    for (int64_t line = 0; line < band.lines(); line++) {
+      activate_rows<Depth::kRows>(args_.z.at(band.first_pixel() + line * band.width) + chunk.begin,
+                                  args_.z.stride, band.width, chunk.size(), scale_ + chunk.begin,
+                                  shift_ + chunk.begin, tile.a + line * a_line_, a_ld_);
+    }
+  }
+
+  // dW[tap] (+)= sum over the band's pixels p of a[p] * dy[p - tap], for the taps that dy's plane
+  // has. Outside the image dy is zero, so every pixel contributes to every tap; a pixel that isn't
+  // finite makes all taps NaN.
+  void add_weight_gradient(const Tile& tile, Range chunk, int64_t plane) {
+    const Band& band = tile.band;
+    const int64_t planes = args_.weight.planes;
     int64_t* a_lines = scratch<int64_t>(Slot::kLines, 2 * band.lines());
     int64_t* dy_lines = a_lines + band.lines();
+    int64_t lines = 0;
     for (int64_t line = 0; line < band.lines(); line++) {
-      a_lines[line] = line * a_line_;
-      dy_lines[line] = band.padded_line(line) * dy_rows_ld_;
-      activate_rows<Depth::kRows>(z + line * band.width * args_.z.stride, args_.z.stride,
-                                  band.width, chunk.size(), scale_ + chunk.begin,
-                                  shift_ + chunk.begin, tile.a + a_lines[line], a_ld_);
+      if (!band.has_plane(line, plane - planes / 2)) continue;
+      a_lines[lines] = line * a_line_;
+      dy_lines[lines++] = band.padded_line(line) * dy_rows_ld_;
     }
     const int64_t at_once = std::max<int64_t>(1, kWeightPixels / band.width);
-    for (int64_t line = 0; line < band.lines(); line += at_once) {
+    for (int64_t line = 0; line < lines; line += at_once) {
       for (int64_t t = 0; t < kTaps; t++) {
         multiply(Product<E>{.rows = chunk.size(),
                             .columns = out_,
@@ -310,10 +353,10 @@ class Backward {
                             .b = tile.dy_rows + dy_rows_taps_.offset[kTaps - 1 - t],
                             .b_panel = kPanel<E>,
                             .b_depth = kIsPair<E> ? 2 * dy_rows_ld_ : dy_rows_ld_,
-                            .c = dw_.row(tile.part, t, chunk.begin),
+                            .c = dw_.row(tile.part, (planes - 1 - plane) * kTaps + t, chunk.begin),
                             .c_row = dw_.ld(),
-                            .accumulate = !tile.first || line > 0,
-                            .taps = std::min(at_once, band.lines() - line),
+                            .accumulate = tile.adds || line > 0,
+                            .taps = std::min(at_once, lines - line),
                             .a_taps = a_lines + line,
                             .b_taps = dy_lines + line});
       }
@@ -345,21 +388,21 @@ void bn_relu_conv3x3_backward(const Tensor& grad, const Tensor& y, const Tensor&
   dispatch(z, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = Acc<T>;
-    const auto zs = pixels<const T>(z, "z");
+    const auto zs = volumes<const T>(z, "z");
     const int64_t in = zs.channels, out = weight.size(0);
     const BackwardArguments<T> args{
-        .grad = pixels<const T>(grad, "grad", zs, out),
-        .y = pixels<const T>(y, "y", zs, out),
+        .grad = volumes<const T>(grad, "grad", zs, out),
+        .y = volumes<const T>(y, "y", zs, out),
         .u = channels<const A>(u, "u", out),
         .v = channels<const A>(v, "v", out),
         .z = zs,
         .mean = channels<const A>(mean, "mean", in),
         .scale = channels<const A>(scale, "scale", in),
         .shift = channels<const A>(shift, "shift", in),
-        .weight = weight_of<const T>(weight, "weight", out, in, 3),
-        .grad_bn = pixels<T>(grad_bn, "grad_bn", zs, in),
+        .weight = conv3x3_weight<const T>(weight, "weight", out, in, z.dim()),
+        .grad_bn = volumes<T>(grad_bn, "grad_bn", zs, in),
         .sums = channels<A>(sums, "sums", 2 * in),
-        .grad_weight = weight_of<T>(grad_weight, "grad_weight", out, in, 3)};
+        .grad_weight = conv3x3_weight<T>(grad_weight, "grad_weight", out, in, z.dim())};
     if (zs.count() == 0) {
       std::fill_n(args.sums, 2 * in, A{0});
       if (grad_weight) torch::stable::fill_(*grad_weight, 0);

@@ -5,7 +5,8 @@
 //
 // x, grad_x [N, H, W, C]; y, grad [N, H/2, W/2, K]; each with its own pixel stride. W, dW [K, C],
 // any strides. Moves 4 C + K elements per output pixel forward, 8 C + K backward. The pool and the
-// product commute; after pooling in scratch, the product takes a quarter of the work.
+// product commute; after pooling in scratch, the product takes a quarter of the work. Volumes
+// [N, D, H, W, C] are pooled over 2x2x2 windows.
 
 #include <torch/csrc/stable/library.h>
 
@@ -19,23 +20,31 @@ constexpr int64_t kPixels = 112;
 constexpr int64_t kForwardChannels = 256;
 constexpr int64_t kBackwardChannels = 128;
 
-// The pooling windows. The first input pixel of output pixel p's window is first_input(p); the
-// others are 1, `width` and `width` + 1 further.
-struct Windows {
-  int64_t height, width, out_height, out_width;
+// The shape of the pooled x [N, H/2, W/2, channels], or [N, D/2, H/2, W/2, channels].
+template <class T>
+Volumes<T> pooled_shape(const Volumes<const T>& x, bool volumes, int64_t channels) {
+  const int64_t planes = volumes ? x.planes / 2 : x.planes;
+  const int64_t images = x.planes > 0 ? x.images / x.planes * planes : 0;
+  return {{nullptr, images, x.height / 2, x.width / 2, channels, 0}, planes};
+}
 
-  template <class T>
-  explicit Windows(const Pixels<T>& x)
-      : height(x.height), width(x.width), out_height(x.height / 2), out_width(x.width / 2) {}
+// The pooling windows. The first input pixel of output pixel p's window is first_input(p); the
+// others of the same plane are 1, `width` and `width` + 1 further. A window has `depth` planes,
+// which are `plane` pixels apart.
+struct Windows {
+  int64_t planes, height, width, depth;
+  int64_t plane = height * width;
+  int64_t out_planes = planes / depth, out_height = height / 2, out_width = width / 2;
 
   int64_t first_input(int64_t p) const {
-    const int64_t line = p / out_width;  // counted over all images
-    return (line / out_height * height + line % out_height * 2) * width + p % out_width * 2;
+    const int64_t line = p / out_width, image = line / out_height;  // counted over all volumes
+    const int64_t in_image = image / out_planes * planes + image % out_planes * depth;
+    return (in_image * height + line % out_height * 2) * width + p % out_width * 2;
   }
 
   // The range of input pixels from the first to the last that the output pixels `tile` read.
   Range inputs(Range tile) const {
-    return {first_input(tile.begin), first_input(tile.end - 1) + width + 2};
+    return {first_input(tile.begin), first_input(tile.end - 1) + (depth - 1) * plane + width + 2};
   }
 };
 
@@ -45,24 +54,28 @@ void pool_rows(const Pixels<const T>& x, const Windows& windows, Range tile, Ran
                const Acc<T>* scale, const Acc<T>* shift, Acc<T> factor, Operand<T>* out,
                int64_t ld) {
   using V = Vector<T>;
-  const int64_t below = x.width * x.stride;
+  const int64_t below = x.width * x.stride, behind = windows.plane * x.stride;
   write_operand<kDepth, T>(
       tile.size(), chunk.size(), out, ld, [&](int64_t r, int64_t j, auto count) {
         const V s = load(scale + chunk.begin + j), t = load(shift + chunk.begin + j);
         const T* corner = x.at(windows.first_input(tile.begin + r)) + chunk.begin + j;
-        const V top =
-            relu(s * load(corner, count) + t) + relu(s * load(corner + x.stride, count) + t);
-        corner += below;
-        const V low =
-            relu(s * load(corner, count) + t) + relu(s * load(corner + x.stride, count) + t);
-        return (top + low) * factor;
+        V sum = {};
+        for (int64_t d = 0; d < windows.depth; d++, corner += behind) {
+          const T* low = corner + below;
+          const V upper =
+              relu(s * load(corner, count) + t) + relu(s * load(corner + x.stride, count) + t);
+          sum +=
+              upper + (relu(s * load(low, count) + t) + relu(s * load(low + x.stride, count) + t));
+        }
+        return sum * factor;
       });
 }
 
 template <class T>
 struct ForwardArguments {
   using A = Acc<T>;
-  Pixels<const T> x;       // [N, H, W, C]
+  Volumes<const T> x;      // [N, H, W, C]
+  int64_t depth;           // of a pooling window
   const A *scale, *shift;  // [C]
   Weight<const T> weight;  // [K, C]
   Pixels<T> y;             // [N, H/2, W/2, K]
@@ -79,7 +92,7 @@ class Forward {
         in_(args.x.channels),
         out_(args.y.channels),
         weights_(weights_as_b(args.weight, /*transposed=*/true)),
-        windows_(args.x),
+        windows_{args.x.planes, args.x.height, args.x.width, args.depth},
         tiles_(args.y.count(), kPixels, num_threads()),
         chunks_(in_, kForwardChannels, kPanel<E>),
         workspace_{bytes_of<E>(weights_.packed_size()), 2 * padded_bytes<A>(in_)},
@@ -103,8 +116,8 @@ class Forward {
       const Range tile = tiles_.tile(i);
       for (int64_t c = 0; c < chunks_.count; c++) {
         const Range chunk = chunks_[c];
-        pool_rows<Depth::kColumns>(args_.x, windows_, tile, chunk, scale_, shift_, A{0.25}, a,
-                                   a_ld);
+        pool_rows<Depth::kColumns>(args_.x, windows_, tile, chunk, scale_, shift_,
+                                   A{0.25} / static_cast<A>(windows_.depth), a, a_ld);
         multiply(Product<E>{.rows = tile.size(),
                             .columns = out_,
                             .depth = elements<E>(chunk.size()),
@@ -146,14 +159,15 @@ void bn_relu_pool_conv1x1_forward(const Tensor& x, const Tensor& scale, const Te
                                   const Tensor& weight, const Tensor& y) {
   dispatch(x, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const auto xs = pixels<const T>(x, "x");
-    const Pixels<T> pooled{nullptr, xs.images, xs.height / 2, xs.width / 2, 0, 0};
+    const auto xs = volumes<const T>(x, "x");
     const int64_t in = xs.channels, out = weight.size(0);
+    const auto pooled = pooled_shape<T>(xs, x.dim() == 5, out);
     const ForwardArguments<T> args{.x = xs,
+                                   .depth = x.dim() - 3,
                                    .scale = channels<const Acc<T>>(scale, "scale", in),
                                    .shift = channels<const Acc<T>>(shift, "shift", in),
                                    .weight = weight_of<const T>(weight, "weight", out, in, 1),
-                                   .y = pixels<T>(y, "y", pooled, out)};
+                                   .y = volumes<T>(y, "y", pooled, out)};
     if (args.y.count() > 0) Forward<T>(args).run();
   });
 }
@@ -164,7 +178,8 @@ template <class T>
 struct BackwardArguments {
   using A = Acc<T>;
   Pixels<const T> grad;           // [N, H/2, W/2, K]
-  Pixels<const T> x;              // [N, H, W, C]
+  Volumes<const T> x;             // [N, H, W, C]
+  int64_t depth;                  // of a pooling window
   const A *mean, *scale, *shift;  // [C]
   Weight<const T> weight;         // [K, C]
   Pixels<T> grad_x;               // [N, H, W, C]
@@ -183,7 +198,7 @@ class Backward {
         in_(args.x.channels),
         out_(args.grad.channels),
         weights_(weights_as_b(args.weight, /*transposed=*/false)),
-        windows_(args.x),
+        windows_{args.x.planes, args.x.height, args.x.width, args.depth},
         chunks_(in_, kBackwardChannels, kPanel<E>),
         grid_(args.grad.count(), in_, chunks_.count, num_threads()),
         tiles_(args.grad.count(), kPixels, grid_.pixel_parts),
@@ -213,7 +228,7 @@ class Backward {
   // A thread's work: a tile of output pixels in scratch, and the part of the results it adds to.
   struct Tile {
     int64_t part, dy_ld, dy_rows_ld, a_ld;
-    // dy is a quarter of grad; its depth is the columns, and the rows.
+    // dy is grad divided by the size of a window; its depth is the columns, and the rows.
     E *dy = nullptr, *dy_rows = nullptr;
     E* a = nullptr;
     A* dp = nullptr;
@@ -239,7 +254,7 @@ class Backward {
       tile.pixels = tiles_.tile(i);
       tile.first = i == tiles.begin;
       scale_rows(args_.grad.at(tile.pixels.begin), args_.grad.stride, tile.pixels.size(), out_,
-                 A{0.25}, tile.dy, tile.dy_ld);
+                 A{0.25} / static_cast<A>(windows_.depth), tile.dy, tile.dy_ld);
       if constexpr (kIsPair<E>) {
         if (dw_.wanted()) {
           pair_rows(tile.dy, tile.dy_ld, tile.pixels.size(), out_, 2, tile.dy_rows,
@@ -277,19 +292,25 @@ class Backward {
   }
 
   // Handles the pixels of the windows of output pixels [p, p + count) of one line, and the odd
-  // column and row after the last window.
+  // column, row and plane after the last window.
   void spread_line(const Tile& tile, Range chunk, int64_t p, int64_t count) {
     const A* dp = tile.dp + (p - tile.pixels.begin) * tile.a_ld;
-    const int64_t first = windows_.first_input(p);
-    const bool ends_line = (p + count) % windows_.out_width == 0;
-    for (int64_t pixel : {first, first + windows_.width}) {
-      mask<2>(tile, chunk, dp, tile.a_ld, pixel, 2 * count);
-      if (ends_line && windows_.width % 2) mask<1>(tile, chunk, zeros_, 0, pixel + 2 * count, 1);
+    const int64_t next = p + count, width = windows_.width, plane = windows_.plane;
+    const bool ends_line = next % windows_.out_width == 0;
+    const bool ends_image = next % (windows_.out_width * windows_.out_height) == 0;
+    int64_t first = windows_.first_input(p);
+    for (int64_t d = 0; d < windows_.depth; d++, first += plane) {
+      for (int64_t pixel : {first, first + width}) {
+        mask<2>(tile, chunk, dp, tile.a_ld, pixel, 2 * count);
+        if (ends_line && width % 2) mask<1>(tile, chunk, zeros_, 0, pixel + 2 * count, 1);
+      }
+      if (ends_image && windows_.height % 2) {
+        mask<1>(tile, chunk, zeros_, 0, (first / width + 2) * width, width);
+      }
     }
-    const bool ends_image = (p + count) % (windows_.out_width * windows_.out_height) == 0;
-    if (ends_image && windows_.height % 2) {
-      const int64_t last_line = (first / windows_.width + 2) * windows_.width;
-      mask<1>(tile, chunk, zeros_, 0, last_line, windows_.width);
+    const int64_t image = (next - 1) / (windows_.out_width * windows_.out_height);
+    if (ends_image && (image + 1) % windows_.out_planes == 0 && windows_.planes % windows_.depth) {
+      mask<1>(tile, chunk, zeros_, 0, first / plane * plane, plane);
     }
   }
 
@@ -343,17 +364,17 @@ void bn_relu_pool_conv1x1_backward(const Tensor& grad, const Tensor& x, const Te
   dispatch(x, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = Acc<T>;
-    const auto xs = pixels<const T>(x, "x");
+    const auto xs = volumes<const T>(x, "x");
     const int64_t in = xs.channels, out = weight.size(0);
-    const Pixels<T> pooled{nullptr, xs.images, xs.height / 2, xs.width / 2, 0, 0};
     const BackwardArguments<T> args{
-        .grad = pixels<const T>(grad, "grad", pooled, out),
+        .grad = volumes<const T>(grad, "grad", pooled_shape<T>(xs, x.dim() == 5, out), out),
         .x = xs,
+        .depth = x.dim() - 3,
         .mean = channels<const A>(mean, "mean", in),
         .scale = channels<const A>(scale, "scale", in),
         .shift = channels<const A>(shift, "shift", in),
         .weight = weight_of<const T>(weight, "weight", out, in, 1),
-        .grad_x = pixels<T>(grad_x, "grad_x", xs, in),
+        .grad_x = volumes<T>(grad_x, "grad_x", xs, in),
         .sums = channels<A>(sums, "sums", 2 * in),
         .grad_weight = weight_of<T>(grad_weight, "grad_weight", out, in, 1)};
     if (args.grad.count() == 0) {  // no images, or images too small for a window

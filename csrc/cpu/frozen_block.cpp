@@ -63,7 +63,8 @@ struct Layer {
   };
   Shape shape;
   Norm norm1, norm2;
-  Weight<const T> weight1, weight3;
+  Weight<const T> weight1;
+  Conv3x3Weight<const T> weight3;
 
   void prepare(const Prepared<T>& to) const {
     set(norm1, shape.in, to.scale1, to.shift1);
@@ -261,7 +262,7 @@ std::vector<Layer<T>> layers_of(int64_t in, const std::vector<Tensor>& means,
                       norm(i, in),
                       norm(i + 1, inner),
                       weight_of<const T>(convs[i], "weight", inner, in, 1),
-                      weight_of<const T>(convs[i + 1], "weight", out, inner, 3)});
+                      conv3x3_weight<const T>(convs[i + 1], "weight", out, inner, 4)});
     in += out;
   }
   return layers;
@@ -274,9 +275,10 @@ std::vector<Shape> shapes_of(const std::vector<Layer<T>>& layers) {
   return shapes;
 }
 
-// Checks that the layers fill x.
-void check_channels(int64_t channels, const Shape& last) {
-  STD_TORCH_CHECK(channels == last.in + last.out, "x has ", channels, " channels, expected ",
+// Checks that x holds images, whose channels the layers fill.
+void check_input(const Tensor& x, const Shape& last) {
+  STD_TORCH_CHECK(x.dim() == 4, "x must be [N, H, W, C], got ", shape_of(x));
+  STD_TORCH_CHECK(x.size(3) == last.in + last.out, "x has ", x.size(3), " channels, expected ",
                   last.in + last.out);
 }
 
@@ -289,7 +291,7 @@ void frozen_block_forward(const Tensor& x, int64_t in_channels, std::vector<Tens
     const auto xs = pixels<T>(x, "x");
     const auto layers = layers_of<T>(in_channels, means, vars, weights, biases, eps, convs);
     const std::vector<Shape> shapes = shapes_of(layers);
-    check_channels(xs.channels, shapes.back());
+    check_input(x, shapes.back());
     if (xs.count() > 0) FrozenBlock<T>(xs, shapes).run(layers);
   });
 }
@@ -330,7 +332,7 @@ void packed_block_forward(const Tensor& x, const Tensor& packed, int64_t in_chan
       size += Prepared<T>::size(shapes.back());
       in += out[i];
     }
-    check_channels(xs.channels, shapes.back());
+    check_input(x, shapes.back());
     A* memory = channels<A>(packed, "packed", size);
     if (xs.count() > 0) FrozenBlock<T>(xs, shapes).run(memory);
   });

@@ -20,6 +20,26 @@ inline void check_device(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_cpu(), name, " is not on the CPU");
 }
 
+// Volumes [N, D, H, W, C] as N*D images. An image is a volume of one plane.
+template <class T>
+struct Volumes : Pixels<T> {
+  int64_t planes;  // D
+};
+
+template <class T>
+Volumes<T> volumes(const Tensor& t, const char* name) {
+  return {pixels<T>(t, name), t.dim() == 5 ? t.size(1) : 1};
+}
+
+// As above; also checks that N, D, H, W are those of `like` and that C is `channels`.
+template <class T, class U>
+Volumes<T> volumes(const Tensor& t, const char* name, const Volumes<U>& like, int64_t channels) {
+  const Volumes<T> v{pixels<T>(t, name, like, channels), t.dim() == 5 ? t.size(1) : 1};
+  STD_TORCH_CHECK(v.planes == like.planes, name, " has volumes of ", v.planes, " planes, expected ",
+                  like.planes);
+  return v;
+}
+
 // A prefetch of the pixels `rows` and the channels `columns` of a tensor, for use during a product.
 template <class T>
 Prefetch fetch_pixels(const Pixels<T>& pixels, Range rows, Range columns) {

@@ -43,6 +43,7 @@ class Primitives:
         for name, primitive in THROUGH_NORM.items():
             setattr(self, name, getattr(table[primitive], name))
         self.max_pixels = min(backend.max_pixels for backend in table.values())
+        self.takes_volumes = all(backend.takes_volumes for backend in table.values())
         # Whole blocks run only where one backend runs all that they consist of.
         of_blocks = {table[name] for name in BLOCK_PRIMITIVES}
         only = of_blocks.pop() if len(of_blocks) == 1 else None

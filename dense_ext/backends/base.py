@@ -4,8 +4,8 @@ Every primitive of every backend follows these conventions:
 
 * Activations are NHWC *views* ``[N, H, W, C]`` with unit stride along C. The pixel stride may be
   larger than C (a slice of a wider concatenation buffer). H and W are dense: the strides are
-  ``(H*W*s, W*s, s, 1)`` with ``s >= C``. M = N*H*W is the number of pixels. Volumes
-  ``[N, D, H, W, C]`` run through :mod:`dense_ext.backends.general`.
+  ``(H*W*s, W*s, s, 1)`` with ``s >= C``. M = N*H*W is the number of pixels. Some backends also take
+  volumes ``[N, D, H, W, C]``; elsewhere :mod:`dense_ext.backends.general` runs them.
 * Convolution weights and their gradients have PyTorch's shape ``[out, in, kh, kw]``, any strides,
   and the activations' dtype.
 * Per-channel vectors (``mean``, ``var``, ``scale``, ``shift``, ``weight``, ``bias``, ``u``, ``v``,
@@ -137,6 +137,8 @@ class Backend(ABC):
     """One implementation of the primitives. Calls leave no state in the instance."""
 
     name: ClassVar[str]
+    # Whether the primitives also take volumes, with 3x3x3 convolutions, 2x2x2 average pools and 3x3x3 maxima.
+    takes_volumes: ClassVar[bool] = False
     # The largest M that one call may have.
     max_pixels: ClassVar[float] = math.inf
     # A frozen dense block in one call, if the backend has it.

@@ -50,6 +50,7 @@ class CPUBackend(CompiledBackend):
     """Runs the primitives in C++ on the CPU."""
 
     name = "cpu"
+    takes_volumes = True
 
     def __init__(self, library: Library | None = None) -> None:
         super().__init__(library or _library())

@@ -167,6 +167,6 @@ class GeneralBackend(ReferenceBackend):
 @functools.lru_cache(maxsize=256)
 def in_form(images: Primitives, form: Form) -> Primitives:
     """The primitives that compute another form, given those that were selected for images."""
-    if form == FOR_IMAGES:
+    if form == FOR_IMAGES or (form == FOR_VOLUMES and images.takes_volumes):
         return images
     return Primitives(dict.fromkeys(PRIMITIVES, GeneralBackend(images, form)))

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
+import pytest
 import torch
 from torch import Tensor
 
+from dense_ext import schedule
 from dense_ext.backends.base import Backend, accumulate_dtype
 from dense_ext.schedule import Block, Dropout, Layer, Norm
 
@@ -74,6 +76,19 @@ class PrimitiveTests:
         check_op(backend, case(maker(torch.float32), self.small))
 
 
+class VolumeTests:
+    """Base of the test class of a primitive with windows; ``volumes`` are sizes [N, D, H, W, ...]."""
+
+    volumes: ClassVar[list[Size]]
+
+    @pytest.mark.each_value
+    def test_volumes(self, backend: Backend, maker: MakeMaker, dtype: torch.dtype, case: MakeCase) -> None:
+        if not backend.takes_volumes:
+            pytest.skip(f"{backend.name} takes images alone")
+        for size in self.volumes:
+            check_values(backend, case(maker(dtype), size))
+
+
 class OptionalOutputTests:
     """Base of the test class of a primitive with optional outputs; ``optional_cases`` pass None for them."""
 
@@ -93,6 +108,7 @@ def block_of(
     device: torch.device | str = "cpu",
     frozen: Callable[[int], bool] = lambda norm: True,
     eps: Callable[[int], float] = lambda norm: 1e-3,
+    dimensions: int = 2,
 ) -> Block:
     """A random block of plain layers.
 
@@ -102,6 +118,7 @@ def block_of(
         dtype, device: of the weights.
         frozen: whether a norm uses running statistics, by its number.
         eps: of a norm, by its number.
+        dimensions: 2 for images, 3 for volumes.
     """
     generator, wide = torch.Generator().manual_seed(0), accumulate_dtype(dtype)
 
@@ -116,8 +133,9 @@ def block_of(
     made, channels = [], c0
     for width, growth in layers:
         norms = [norm(channels, 2 * len(made)), norm(width, 2 * len(made) + 1)]
-        first = random(channels, width, 1, 1).transpose(0, 1)  # strides other than the usual ones
-        last = random(growth, width, 3, 3).contiguous(memory_format=torch.channels_last)
+        first = random(channels, width, *[1] * dimensions).transpose(0, 1)  # not the usual strides
+        last = random(growth, width, *[3] * dimensions)
+        last = last.contiguous(memory_format=schedule.channels_last(last))
         convs = [weight.to(device, dtype) for weight in (first, last)]
         made.append(Layer(norms, convs, [], [Dropout(0.0)] * 2))
         channels += growth

@@ -106,11 +106,11 @@ class Maker:
         return wide.to(self.device, self.dtype)[..., inside]
 
     def activations(self, *shape: int) -> Tensor:
-        """Activations [N, H, W, C]: multiples of 1/16 up to 4, which are exact in every dtype."""
+        """Activations [N, ..., C]: multiples of 1/16 up to 4, which are exact in every dtype."""
         values = self._integers(-64, 64, *shape) / 16
         if self.special:  # away from the border: a kernel may or may not multiply by the padding's zeros
             for i, value in enumerate((math.nan, math.inf, -math.inf)):
-                values[0, shape[1] // 2, shape[2] // 2, 7 + 11 * i] = value
+                values[(0, *(side // 2 for side in shape[1:-1]), 7 + 11 * i)] = value
         return self._slice(values)
 
     def gradients(self, *shape: int) -> Tensor:
@@ -140,9 +140,9 @@ class Maker:
         """An output [C], filled with NaN."""
         return torch.full(shape, math.nan, device=self.device, dtype=self.accumulate)
 
-    def weight(self, out: int, channels: int, size: int, channels_last: bool = False) -> Tensor:
+    def weight(self, out: int, channels: int, *window: int, channels_last: bool = False) -> Tensor:
         """A convolution's weight, scaled to keep activations of order one."""
-        values = self._normal(out, channels, size, size) / math.sqrt(channels * size * size)
+        values = self._normal(out, channels, *window) / math.sqrt(channels * math.prod(window))
         weight = values.to(self.device, self.dtype)
         return weight.contiguous(memory_format=torch.channels_last) if channels_last else weight
 
@@ -155,7 +155,7 @@ def through_norm(case: Case, make: Maker) -> Case:
     """The case of the backward pass through a norm that used the batch's statistics."""
     arguments = dict(case.arguments)
     del arguments["sums"]
-    channels = arguments["grad_x"].shape[3]
+    channels = arguments["grad_x"].shape[-1]
     arguments |= {
         "var": make.vector(channels, positive=True),
         "norm_weight": make.vector(channels),
@@ -222,8 +222,8 @@ def assert_close(what: str, got: Tensor, expected: Tensor, tol: float) -> None:
 
 
 def assert_moments(what: str, mean: Tensor, var: Tensor, x: Tensor) -> None:
-    """Assert that ``mean`` and ``var`` are the moments of x [N, H, W, C] over its pixels."""
-    x = x.double().flatten(0, 2)
+    """Assert that ``mean`` and ``var`` are the moments of x [N, ..., C] over its pixels."""
+    x = x.double().flatten(0, -2)
     if not x.isfinite().all():
         assert torch.equal(var.isfinite(), x.isfinite().all(0)), f"{what}: NaN in other places"
         return

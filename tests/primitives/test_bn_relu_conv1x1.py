@@ -31,7 +31,7 @@ def forward_case(make: Maker, size: tuple[int, ...], statistics: bool = True) ->
         "x": make.activations(n, h, w, c),
         "scale": make.scale(c),
         "shift": make.shift(c),
-        "weight": make.weight(b, c, 1),
+        "weight": make.weight(b, c, 1, 1),
         "z": make.unwritten(n, h, w, b),
         "mean": make.unwritten_vector(b) if statistics else None,
         "var": make.unwritten_vector(b) if statistics else None,
@@ -41,7 +41,7 @@ def forward_case(make: Maker, size: tuple[int, ...], statistics: bool = True) ->
 
 def backward_case(make: Maker, size: tuple[int, ...], weight_gradient: bool = True) -> Case:
     n, h, w, c, b = size
-    weight = make.weight(b, c, 1)
+    weight = make.weight(b, c, 1, 1)
     arguments = {
         "grad_bn": make.gradients(n, h, w, b),
         "z": make.gradients(n, h, w, b),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from dense_ext.backends.base import Backend
 
-from .common import MakeMaker, PrimitiveTests
+from .common import MakeMaker, PrimitiveTests, VolumeTests
 from .harness import Case, Maker, check_refuses, check_values, through_norm
 
 # N, H, W, C. Activations are multiples of 1/64, so that windows often have equal maxima.
@@ -20,40 +22,49 @@ SIZES = [
     (1, 33, 17, 1),
 ]
 SMALL = SIZES[1]
+# N, D, H, W, C
+VOLUMES = [(1, 1, 1, 1, 5), (2, 3, 5, 7, 33), (3, 4, 1, 6, 64), (1, 9, 8, 4, 130)]
 
 
 def forward_case(make: Maker, size: tuple[int, ...]) -> Case:
-    n, h, w, c = size
+    n, *sides, c = size
+    pooled = [(side - 1) // 2 + 1 for side in sides]
     arguments = {
-        "x": make.activations(n, h, w, c),
+        "x": make.activations(n, *sides, c),
         "scale": make.scale(c),
         "shift": make.shift(c),
-        "y": make.unwritten(n, (h - 1) // 2 + 1, (w - 1) // 2 + 1, c),
+        "y": make.unwritten(n, *pooled, c),
     }
     return Case("bn_relu_maxpool_forward", arguments, {"y": 1})
 
 
 def backward_case(make: Maker, size: tuple[int, ...]) -> Case:
-    n, h, w, c = size
+    n, *sides, c = size
+    pooled = [(side - 1) // 2 + 1 for side in sides]
     arguments = {
-        "grad": make.gradients(n, (h - 1) // 2 + 1, (w - 1) // 2 + 1, c),
-        "x": make.activations(n, h, w, c),
+        "grad": make.gradients(n, *pooled, c),
+        "x": make.activations(n, *sides, c),
         "mean": make.vector(c),
         "scale": make.scale(c),
         "shift": make.shift(c),
-        "grad_x": make.unwritten(n, h, w, c),
+        "grad_x": make.unwritten(n, *sides, c),
         "sums": make.unwritten_vector(2, c),
     }
-    return Case("bn_relu_maxpool_backward", arguments, {"grad_x": 4, "sums": 4 * n * h * w})
+    windows = 2 ** len(sides)  # that a pixel may be in
+    lengths = {"grad_x": windows, "sums": windows * n * math.prod(sides)}
+    return Case("bn_relu_maxpool_backward", arguments, lengths)
 
 
 def norm_backward_case(make: Maker, size: tuple[int, ...]) -> Case:
     return through_norm(backward_case(make, size), make)
 
 
-def test_equal_maxima(backend: Backend, maker: MakeMaker) -> None:
+@pytest.mark.parametrize("size", [SMALL, VOLUMES[1]], ids=str)
+def test_equal_maxima(backend: Backend, maker: MakeMaker, size: tuple[int, ...]) -> None:
     """Among a window's equal maxima, the first in row-major order takes the gradient."""
-    case = backward_case(maker(torch.float32), SMALL)
+    if size != SMALL and not backend.takes_volumes:
+        pytest.skip(f"{backend.name} takes images alone")
+    case = backward_case(maker(torch.float32), size)
     case.arguments["x"].fill_(1)
     case.arguments["scale"].fill_(1)
     check_values(backend, case)
@@ -71,8 +82,9 @@ def test_forward_refuses(backend: Backend, maker: MakeMaker) -> None:
     check_refuses(backend, case, "y", torch.empty(2, 2, 4, 33), r"y has shape .* \[2, 3, 4, 33\]")
 
 
-class TestBnReluMaxpool(PrimitiveTests):
+class TestBnReluMaxpool(PrimitiveTests, VolumeTests):
     cases = (forward_case, backward_case, norm_backward_case)
     sizes = SIZES
+    volumes = VOLUMES
     small = SMALL
     large = (3, 33, 34, 40)

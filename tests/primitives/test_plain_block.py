@@ -24,7 +24,7 @@ class Case(NamedTuple):
     frozen: Callable[[int], bool] = lambda norm: False  # which norms, by their number
     eps: Callable[[int], float] = lambda norm: 1e-3
     needed: Callable[[int], bool] = lambda conv: True  # which convolutions need a gradient
-    size: tuple[int, int, int, int] = (2, 4, 3, 5)  # N, H, W, c0
+    size: tuple[int, ...] = (2, 4, 3, 5)  # N, H, W, c0; or for volumes N, D, H, W, c0
 
 
 CASES = {
@@ -37,6 +37,7 @@ CASES = {
     "several eps": Case([(4, 2)] * 3, eps=lambda norm: 1e-3 * (1 + norm)),
     "frozen convolutions": Case([(8, 4)] * 3, needed=lambda conv: conv in (1, 4)),
     "one pixel": Case([(8, 4)] * 2, size=(1, 1, 1, 3)),
+    "volumes": Case([(8, 4), (12, 3)], frozen=lambda norm: norm == 1, size=(2, 3, 4, 3, 5)),
 }
 
 
@@ -67,14 +68,16 @@ def test_the_bits_are_those_of_the_primitives(
 ) -> None:
     if backend.plain_blocks is None:
         pytest.skip(f"{backend.name} runs blocks layer by layer")
+    n, *sides, c0 = case.size
+    if len(sides) == 3 and not backend.takes_volumes:
+        pytest.skip(f"{backend.name} takes images alone")
     device = maker(dtype).device
-    block = block_of(case.size[3], case.layers, dtype, device, case.frozen, case.eps)
-    n, h, w, c0 = case.size
+    block = block_of(c0, case.layers, dtype, device, case.frozen, case.eps, len(sides))
     generator = torch.Generator().manual_seed(1)
 
     def images(channels: int) -> Tensor:
-        values = torch.randn(n, channels + (0 if in_place else 5), h, w, generator=generator)
-        values = values.to(device, dtype).contiguous(memory_format=torch.channels_last)
+        values = torch.randn(n, channels + (0 if in_place else 5), *sides, generator=generator)
+        values = values.to(device, dtype).contiguous(memory_format=schedule.channels_last(values))
         return values[:, :channels]
 
     x, grad = images(c0), images(block.out_channels)
