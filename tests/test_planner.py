@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
+from monai.networks.nets import DenseNet
 from torch import nn
 
 import dense_ext
+from dense_ext import schedule
 from dense_ext.backends import BACKENDS, select
 from dense_ext.backends.base import PRIMITIVES, THROUGH_NORM
 from dense_ext.backends.triton import TritonBackend
@@ -54,8 +57,9 @@ CASES: dict[str, tuple[str, tuple[int, int, int, int], dict[str, Any]]] = {
 
 def measured(model: nn.Module, shape: tuple[int, ...], channels_last: bool = True, dtype: Any = None) -> int:
     """The allocator's peak above what was allocated before the step."""
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    images = torch.randn(shape).contiguous(memory_format=layout)
+    images = torch.randn(shape)
+    if channels_last:
+        images = images.contiguous(memory_format=schedule.channels_last(images))
     step = sgd_step(model, dtype or torch.float32, torch.device("cpu"))
     return step_peaks(step, images, torch.zeros(shape[0], dtype=torch.long))["peak_bytes"]
 
@@ -70,6 +74,28 @@ def test_estimate_is_the_measured_peak(case: str, recompute: str) -> None:
     model = MODELS[name](recompute=recompute, **options)
     found = estimate(model, shape, recompute=recompute, optimizer="none")
     assert over_before(found) == pytest.approx(measured(model, shape), rel=0.05)
+
+
+@pytest.mark.skipif("cpu" not in dense_ext.available_backends("cpu"), reason="it is not built")
+@pytest.mark.parametrize(
+    ("blocks", "growth_rate", "side"), [((2, 12), 32, 32), ((1, 1), 8, 48)], ids=["last block", "stem"]
+)
+def test_estimate_for_volumes(blocks: tuple[int, ...], growth_rate: int, side: int, recompute: str) -> None:
+    model = DenseNet(3, 1, 2, block_config=blocks, growth_rate=growth_rate)
+    shape = (2, 1, side, side - 8, side + 8)
+    model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    found = estimate(model, shape, recompute=recompute, optimizer="none", backend="cpu")
+    dense_ext.swap(model, recompute=recompute, backend="cpu")
+    assert over_before(found) == pytest.approx(measured(model, shape), rel=0.05)
+
+
+def test_volumes_whose_memory_is_not_known_are_refused() -> None:
+    model = DenseNet(3, 1, 2, block_config=(2,))
+    with pytest.raises(ValueError, match="cpu backend alone, not for reference"):
+        estimate(model, (1, 1, 32, 32, 32), backend="reference")
+    if "cpu" in dense_ext.available_backends("cpu"):
+        with pytest.raises(ValueError, match="without autocast"):
+            estimate(model, (1, 1, 32, 32, 32), dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("backend", dense_ext.available_backends("cpu"))
@@ -349,6 +375,30 @@ def test_swap_chooses_what_fits() -> None:
         assert policies(model) == list(choice.recompute.values())
     assert len(set(policies(model))) > 1
     assert model(torch.randn(2, 3, 64, 64).double()).shape == (2, 4)
+
+
+def test_swap_sees_the_memory_format_of_images_with_one_channel() -> None:
+    """A contiguous stem's backward copies a gradient; the peak is there."""
+    shape, options = (2, 1, 96, 96), {"block_config": (1, 1), "growth_rate": 8}
+
+    def model() -> nn.Module:
+        net = torchvision.models.DenseNet(num_classes=2, **options)
+        net.features.conv0 = nn.Conv2d(1, 64, 7, 2, 3, bias=False)
+        return net
+
+    peaks = [
+        Planner(model(), shape[1:], optimizer="adamw", channels_last=last).estimate(2, "block").peak
+        for last in (True, False)
+    ]
+    assert peaks[0] < peaks[1]
+    between = peaks[1] - 1
+    dense_ext.swap(model().to(memory_format=torch.channels_last), **fit(shape, between))
+    with pytest.raises(ValueError, match="no recompute policy fits"):
+        dense_ext.swap(model(), **fit(shape, between))
+
+
+def fit(shape: tuple[int, ...], memory: int) -> dict[str, Any]:
+    return {"recompute": "auto", "input_shape": shape, "memory": memory}
 
 
 def test_swap_counts_in_the_dtype_of_autocast() -> None:

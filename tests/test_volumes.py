@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dense_ext
-from dense_ext.backends import BACKENDS
+from dense_ext.backends import BACKENDS, CPU
 from dense_ext.benchmark.memory import saved_bytes
+from dense_ext.memory import Planner
 
 from .helpers import (
     assert_equal,
@@ -264,6 +265,11 @@ def test_parts_that_cannot_be_fused_stay(options: dict[str, Any], reason: str) -
     assert_equal(ours(x), eager(x), "output")
 
 
-def test_no_plan_for_volumes() -> None:
-    with pytest.raises(ValueError, match="plans for images, not for volumes"):
-        dense_ext.swap(network(), recompute="auto", input_shape=(2, 2, 24, 24, 24), memory="1GiB")
+@pytest.mark.skipif(CPU.library.path is None, reason="the C++ backend is not built")
+def test_swap_chooses_what_fits() -> None:
+    shape, options = (2, 2, 24, 24, 24), {"block_config": (2, 12), "growth_rate": 32}
+    planner = Planner(network(**options), shape[1:], optimizer="adamw", channels_last=False)
+    for memory, fits in (("1TiB", True), (planner.estimate(2, "none").peak - 1, False)):
+        model = dense_ext.swap(network(**options), recompute="auto", input_shape=shape, memory=memory)
+        policies = [row.recompute for row in dense_ext.report(model).rows if row.kind == "dense block"]
+        assert (policies == ["none"] * 2) == fits

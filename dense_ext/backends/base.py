@@ -158,7 +158,13 @@ class Backend(ABC):
         return False
 
     def scratch_bytes(
-        self, primitive: str, pixels: int, in_channels: int, out_channels: int, dtype: torch.dtype
+        self,
+        primitive: str,
+        pixels: int,
+        in_channels: int,
+        out_channels: int,
+        dtype: torch.dtype,
+        dimensions: int = 2,
     ) -> int:
         """The peak bytes of scratch memory that a call of ``primitive`` takes from PyTorch's allocator.
 
@@ -170,6 +176,7 @@ class Backend(ABC):
             in_channels: the channels of that tensor.
             out_channels: the channels that the primitive's forward writes.
             dtype: the activations' dtype.
+            dimensions: 2 for images, 3 for volumes.
         """
         return 0
 

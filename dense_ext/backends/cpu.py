@@ -73,7 +73,13 @@ class CPUBackend(CompiledBackend):
         return None
 
     def scratch_bytes(
-        self, primitive: str, pixels: int, in_channels: int, out_channels: int, dtype: torch.dtype
+        self,
+        primitive: str,
+        pixels: int,
+        in_channels: int,
+        out_channels: int,
+        dtype: torch.dtype,
+        dimensions: int = 2,
     ) -> int:
         threads, wide = torch.get_num_threads(), accumulate_dtype(dtype).itemsize
         operand = dtype.itemsize if self.rounds_operands(dtype) else wide
@@ -81,7 +87,7 @@ class CPUBackend(CompiledBackend):
         if "conv" not in primitive:
             return sums
         # Forward packs the weight. Backward packs it transposed, and each thread has its own weight gradient.
-        taps = 9 if "conv3x3" in primitive else 1
+        taps = 3**dimensions if "conv3x3" in primitive else 1
         transposed = taps * _whole(in_channels, _PANEL) * out_channels
         if primitive.endswith("forward"):
             return sums + operand * taps * in_channels * _whole(out_channels, _PANEL)

@@ -104,7 +104,13 @@ class ReferenceBackend(Backend):
         return None
 
     def scratch_bytes(
-        self, primitive: str, pixels: int, in_channels: int, out_channels: int, dtype: torch.dtype
+        self,
+        primitive: str,
+        pixels: int,
+        in_channels: int,
+        out_channels: int,
+        dtype: torch.dtype,
+        dimensions: int = 2,
     ) -> int:
         """The largest sum of temporaries alive at once in the formulas below, for images.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ class BlockShape:
     in_channels: int  # c0
     growth_rate: int  # K
     bottleneck: int  # B, or 0 without a bottleneck
+    taps: int  # of a layer's last convolution: 9, or 27 for volumes
     drops: bool  # whether any layer has dropout
 
     @property
@@ -36,8 +38,8 @@ class BlockShape:
     def conv_weights(self) -> int:
         """The number of elements of all convolution weights."""
         if self.bottleneck:
-            return self.bottleneck * (sum(self.read_channels) + self.layers * 9 * self.growth_rate)
-        return 9 * self.growth_rate * sum(self.read_channels)
+            return self.bottleneck * (sum(self.read_channels) + self.layers * self.taps * self.growth_rate)
+        return self.taps * self.growth_rate * sum(self.read_channels)
 
     @property
     def norm_channels(self) -> int:
@@ -47,7 +49,7 @@ class BlockShape:
 
 @dataclass(frozen=True)
 class TransitionShape:
-    """A transition: norm, ReLU, 1x1 convolution, 2x2 average pool."""
+    """A transition: norm, ReLU, 1x1 convolution, average pool of windows 2 wide."""
 
     name: str
     in_channels: int
@@ -63,6 +65,7 @@ class Network:
 
     name: str  # the dotted name in the model; "" for the model itself
     in_channels: int  # of the images
+    dimensions: int  # 2 for images, 3 for volumes
     channels: int  # of the first convolution's output
     kernel_size: int  # of the first convolution; so are stride and padding
     stride: int
@@ -87,15 +90,16 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
 
 def _block(name: str, module: Any) -> BlockShape:
     layers = list(module.children())
-    convs = [conv for conv in layers[0].modules() if isinstance(conv, nn.Conv2d)]
+    convs = [conv for conv in layers[0].modules() if isinstance(conv, (nn.Conv2d, nn.Conv3d))]
     if not convs:
-        raise ValueError(f"{name} has no two-dimensional convolutions")
+        raise ValueError(f"{name} has no convolutions of images or volumes")
     return BlockShape(
         name,
         len(layers),
         convs[0].in_channels,
         convs[-1].out_channels,
         convs[0].out_channels if len(convs) == 2 else 0,
+        math.prod(convs[-1].kernel_size),
         any(getattr(layer, "drop_rate", 0) for layer in layers),
     )
 
@@ -128,6 +132,7 @@ def _shape_of(model: Any) -> Network:
     return Network(
         name,
         conv0.in_channels,
+        len(conv0.kernel_size),
         conv0.out_channels,
         conv0.kernel_size[0],
         conv0.stride[0],

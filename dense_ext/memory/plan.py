@@ -46,7 +46,7 @@ class Planner:
             not, on any device; a model that contains one; or a name from ``dense_ext.models.MODELS``. It is
             never changed or run. The estimates assume that it trains with all of its dense parts fused. Of a
             model around a DenseNet they include the parameters, but not the activations.
-        image_shape: the shape [C, H, W] of an image.
+        image_shape: the shape [C, H, W] of an image, or [C, D, H, W] of a volume.
         dtype: the activations' dtype; None for the parameters' dtype. A narrower one means autocast.
         optimizer: ``"none"`` (forward and backward only), ``"sgd"``, ``"momentum"`` or ``"adamw"``.
         device: the device to train on; None for the model's device (for a name, the CPU). The machine need
@@ -58,7 +58,9 @@ class Planner:
     Raises:
         TypeError: model is neither a module nor a name.
         ValueError: the name, dtype, optimizer or backend is unknown; the model is not a DenseNet; or the
-            images have the wrong number of channels or are too small.
+            images have the wrong number of channels or are too small. Or PyTorch's operators would run a
+            part of a network for volumes, whose memory is not known: so it is without the compiled CPU
+            backend, and under autocast.
         RuntimeError: the requested backend cannot run on the device.
 
     Attributes:
@@ -83,8 +85,9 @@ class Planner:
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer must be one of {tuple(OPTIMIZERS)}, got {optimizer!r}")
         self.image_shape = tuple(image_shape)
-        if len(self.image_shape) != 3 or min(self.image_shape) < 1:
-            raise ValueError(f"images must be [C, H, W] and not empty, got {list(image_shape)}")
+        sides = ", ".join("DHW"[-self.network.dimensions :])
+        if len(self.image_shape) != self.network.dimensions + 1 or min(self.image_shape) < 1:
+            raise ValueError(f"images must be [C, {sides}] and not empty, got {list(image_shape)}")
         if self.image_shape[0] != self.network.in_channels:
             raise ValueError(
                 f"the network takes images of {self.network.in_channels} channels, got {list(image_shape)}"
@@ -94,7 +97,15 @@ class Planner:
         kind = torch.device(device).type.replace("meta", "cpu")
         backends, self.backend = _backends_on(kind, requested(backend), dtype)
         self.setting = Setting(self.network, dtype, optimizer, kind, backends, channels_last)
+        if self.network.dimensions == 3:
+            self._check_volumes(backends)
         self.estimate(1)  # refuses images that are too small
+
+    def _check_volumes(self, backends: Mapping[str, Backend]) -> None:
+        if not all(backend.takes_volumes for backend in backends.values()):
+            raise ValueError(f"volumes are planned for the cpu backend alone, not for {self.backend}")
+        if self.setting.autocast:
+            raise ValueError("volumes are planned without autocast, which pools them in float32")
 
     def _policies(self, recompute: str | Sequence[str]) -> tuple[str, ...]:
         blocks = self.network.blocks
@@ -183,15 +194,15 @@ def estimate(
     some 20 MB to the peak, and mostly is not held when the peak occurs. Gradients count throughout the step.
 
     Args:
-        input_shape: the shape [N, C, H, W] of the images.
+        input_shape: the shape [N, C, H, W] of the images, or [N, C, D, H, W] of the volumes.
         recompute: one policy, or one for each block.
         model, dtype, optimizer, device, backend, channels_last: as for :class:`Planner`.
 
-    Raises: as :class:`Planner`; also ValueError if the shape is not 4-D or a policy is unknown.
+    Raises: as :class:`Planner`; also ValueError if the shape is neither or a policy is unknown.
     """
     shape = tuple(input_shape)
-    if len(shape) != 4:
-        raise ValueError(f"input_shape must be [N, C, H, W], got {list(shape)}")
+    if len(shape) not in (4, 5):
+        raise ValueError(f"input_shape must be [N, C, H, W] or [N, C, D, H, W], got {list(shape)}")
     planner = Planner(
         model, shape[1:], dtype=dtype, optimizer=optimizer, device=device, backend=backend,
         channels_last=channels_last,

@@ -8,6 +8,7 @@ its input. The letters are the schedule's: M pixels, C channels read, K growth r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -138,18 +139,18 @@ class Block:
 
 
 class Step:
-    """One training step on images [N, C, H, W]; :meth:`run` follows it.
+    """One training step on images [N, C, H, W] or volumes [N, C, D, H, W]; :meth:`run` follows it.
 
     Args:
         setting: the setting in which the step runs.
-        input_shape: the shape [N, C, H, W] of the images.
+        input_shape: the shape of the images or volumes.
         policies: the recompute policy of each block, in order.
     """
 
     def __init__(self, setting: Setting, input_shape: Sequence[int], policies: Sequence[str]) -> None:
         self.setting, self.network = setting, setting.network
         self.policies = dict(zip((b.name for b in setting.network.blocks), policies, strict=True))
-        self.batch, _, self.height, self.width = input_shape
+        self.batch, _, *self.sides = input_shape
         self.timeline = Timeline()
         self.item = setting.dtype.itemsize
         self.wide = accumulate_dtype(setting.dtype).itemsize  # of statistics and sums
@@ -159,19 +160,19 @@ class Step:
     @property
     def pixels(self) -> int:
         """M at the current point of the forward."""
-        return self.batch * self.height * self.width
+        return self.batch * math.prod(self.sides)
 
-    def resize(self, height: int, width: int) -> None:
+    def resize(self, sides: Sequence[int]) -> None:
         """Continue with images of another size.
 
         Raises:
             ValueError: the images would be empty.
         """
-        if min(height, width) < 1:
+        if min(sides) < 1:
             raise ValueError(
                 f"the images are too small for the network: {self.timeline.point} needs larger ones"
             )
-        self.height, self.width = height, width
+        self.sides = list(sides)
 
     def run(self) -> Timeline:
         """Follow the step from its images to the optimizer's update.
@@ -229,7 +230,8 @@ class Step:
     def primitive(self, name: str, pixels: int, in_channels: int, out_channels: int) -> None:
         """Call a primitive: count the scratch memory of its backend."""
         backend = self.setting.backends[name]
-        nbytes = backend.scratch_bytes(name, pixels, in_channels, out_channels, self.setting.dtype)
+        sizes = pixels, in_channels, out_channels
+        nbytes = backend.scratch_bytes(name, *sizes, self.setting.dtype, self.network.dimensions)
         self.timeline.need("scratch", nbytes)
 
     def weight_copy(self, elements: int) -> Held:
@@ -255,10 +257,9 @@ class Step:
         elements = self.pixels * network.in_channels
         saved = [t.hold("stem", elements * self.item if self.setting.autocast else 0)]
         reach = 2 * network.padding - network.kernel_size
-        height, width = ((n + reach) // network.stride + 1 for n in (self.height, self.width))
-        self.resize(height, width)
+        self.resize([(n + reach) // network.stride + 1 for n in self.sides])
         elements = self.pixels * network.channels
-        weights = network.in_channels * network.channels * network.kernel_size**2
+        weights = network.in_channels * network.channels * network.kernel_size**network.dimensions
         saved.append(self.weight_copy(weights))
 
         def backward(grad: Held) -> Held:
@@ -278,7 +279,7 @@ class Step:
         statistics = t.hold("statistics", 2 * channels * self.wide)
         # The operator works in channels_last memory, on a copy if the images are contiguous.
         copy = 0 if self.setting.channels_last else pixels * channels
-        self.resize((self.height - 1) // 2 + 1, (self.width - 1) // 2 + 1)
+        self.resize([(n - 1) // 2 + 1 for n in self.sides])
         y = t.hold("stem", self.pixels * channels * self.item)
         with self.scratch(copy):
             self.primitive("channel_stats", pixels, channels, channels)
@@ -298,7 +299,7 @@ class Step:
     def transition(self, shape: TransitionShape, x: Held, block: Block | None) -> Held:
         """A transition after ``block``. It does not save its input if the block keeps only its own input."""
         t, c, k, pixels = self.timeline, shape.in_channels, shape.out_channels, self.pixels
-        self.resize(self.height // 2, self.width // 2)
+        self.resize([n // 2 for n in self.sides])
         saved = [self.weight_copy(c * k)]
         y = t.hold("transitions", self.pixels * k * self.item)
         saved.append(t.hold("statistics", 2 * c * self.wide))

@@ -19,17 +19,17 @@ def policies_that_fit(
     backend: str,
 ) -> dict[str, str]:
     """Maps each block's name to its policy. Arguments and errors as for :func:`dense_ext.swap`."""
-    if any(isinstance(module, nn.Conv3d) for module in model.modules()):
-        raise ValueError('recompute="auto" plans for images, not for volumes')
-    if input_shape is None or len(input_shape) != 4:
+    if input_shape is None or len(input_shape) not in (4, 5):
         got = None if input_shape is None else list(input_shape)
-        raise ValueError(f'recompute="auto" needs input_shape=[N, C, H, W] of the images, got {got}')
+        needed = "input_shape=[N, C, H, W] of the images or [N, C, D, H, W] of the volumes"
+        raise ValueError(f'recompute="auto" needs {needed}, got {got}')
     weight = next(model.parameters())
     budget = device_memory(weight.device) if memory is None else parse_bytes(memory)
     batch, *image_shape = input_shape
-    first = next((m.weight for m in model.modules() if isinstance(m, nn.Conv2d)), weight)
-    # The images' memory format is not known yet; assume that of the first convolution's weight.
-    channels_last = first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last)
+    first = next((m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), weight)
+    # The images' memory format is not known yet; assume that of the first convolution's weight. Strides tell
+    # it even for a single channel, where both formats have the same order in memory.
+    channels_last = first.dim() in (4, 5) and first.stride(1) == 1
     planner = Planner(
         model, image_shape, dtype=dtype, optimizer="adamw", backend=backend, channels_last=channels_last
     )
