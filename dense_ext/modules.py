@@ -195,17 +195,19 @@ def run_dense_block(
 
 def _run_packed(x: Tensor, norms: Sequence[Any], convs: Sequence[Any], backend: str) -> Tensor | None:
     """A frozen block's X, computed with packed weights; None if they are not for this call."""
-    run = None if x.dim() != 4 or ops.autocast_enabled(x) else ops.frozen_blocks(x, backend)
     first, last = convs[0], convs[1]
+    # The dtype to compute in. An input that is wider than autocast's is rare: it runs unpacked.
+    dtype = autocast_dtype(x) or constant(first, "weight").dtype
+    run = None if x.dim() != 4 or x.dtype != dtype else ops.frozen_blocks(x, backend)
     form = tuple(last.kernel_size), tuple(last.dilation), constant(first, "bias")
-    if run is None or form != ((3, 3), (1, 1), None) or constant(first, "weight").dtype != x.dtype:
+    if run is None or form != ((3, 3), (1, 1), None):
         return None
-    if (packed := packing.find(norms, convs)) is None:
+    if (packed := packing.find(norms, convs, dtype)) is None:
         args = read_arguments("dense block", x, norms, convs, backend)
         if any(args.batch_stats) or args.conv_biases:
             return None
         packed = ops.pack_block(x, args, run)
-        packing.keep(norms, convs, packed)
+        packing.keep(norms, convs, packed, dtype)
     widths, growth = ([conv.out_channels for conv in convs[i::2]] for i in (0, 1))
     return torch.ops.dense_ext.packed_dense_block(x, packed, widths, growth, backend)
 

@@ -19,14 +19,16 @@ _state = attrgetter("__dict__", "_parameters", "_buffers")
 
 
 class Packed:
-    """The packed weights of a block, and the state of what they were made of.
+    """The packed weights of a block in the dtype that runs it, and the state of what they were made of.
 
     A call compares hundreds of tensors, so it takes little Python for each. The state holds no module, so
     that modules can be freed.
     """
 
-    def __init__(self, norms: Sequence[nn.Module], convs: Sequence[nn.Module], weights: Tensor) -> None:
-        self.weights = weights
+    def __init__(
+        self, norms: Sequence[nn.Module], convs: Sequence[nn.Module], weights: Tensor, dtype: torch.dtype
+    ) -> None:
+        self.weights, self.dtype = weights, dtype
         self.states = self._states(norms, convs)
         where = _places(norms, convs)
         self.holders = [_holder(module, name) for module, name in where]
@@ -92,7 +94,8 @@ def pack_weights(model: nn.Module) -> nn.Module:
     A changed weight, norm or statistic is noticed, and packed anew. But PyTorch does not count writes through
     ``parameter.data``, NumPy or DLPack: after such a write, call this function again.
 
-    Training, other devices and autocast do not use packed weights. Copies and pickles of a model carry none.
+    Under autocast they are packed in its dtype, which also saves casting them. Training and other devices do
+    not use packed weights. Copies and pickles of a model carry none.
 
     Args:
         model: a model whose dense blocks are fused, by :func:`swap` or as a :class:`DenseNet`.
@@ -119,19 +122,19 @@ def wanted(norms: Sequence[nn.Module]) -> bool:
     )
 
 
-def find(norms: Sequence[nn.Module], convs: Sequence[nn.Module]) -> Tensor | None:
-    """The packed weights of a block, if its parameters and statistics are unchanged; else None."""
+def find(norms: Sequence[nn.Module], convs: Sequence[nn.Module], dtype: torch.dtype) -> Tensor | None:
+    """The packed weights of a block for activations of ``dtype``, if they are up to date; else None."""
     packed = _packed.get(norms[0])
     if packed is None:
         return None
-    if packed.holds(norms, convs):
+    if packed.dtype == dtype and packed.holds(norms, convs):
         return packed.weights
     del _packed[norms[0]]
     return None
 
 
-def keep(norms: Sequence[nn.Module], convs: Sequence[nn.Module], weights: Tensor) -> None:
-    """Keep a block's packed weights as long as its first norm lives."""
+def keep(norms: Sequence[nn.Module], convs: Sequence[nn.Module], weights: Tensor, dtype: torch.dtype) -> None:
+    """Keep a block's packed weights for activations of ``dtype`` as long as its first norm lives."""
     tensors = [_holder(module, name)[name] for module, name in _places(norms, convs)]
     if not any(t is not None and t.is_inference() for t in tensors):  # these have no versions to compare
-        _packed[norms[0]] = Packed(norms, convs, weights)
+        _packed[norms[0]] = Packed(norms, convs, weights, dtype)

@@ -22,7 +22,7 @@ from dense_ext.backends.base import Backend
 
 from .compiling import COMPILER, ROOT
 from .primitives import test_batch_norm
-from .primitives.common import MakeCase
+from .primitives.common import MakeCase, VolumeTests
 from .primitives.groups import GROUPS
 from .primitives.harness import ALIGNED, GUARD, Maker, check_values
 
@@ -97,16 +97,20 @@ def run_cases(
 ) -> None:
     """Run the cases of the primitives whose names begin with this prefix.
 
-    They have small sizes and unaligned slices with a ``guard``, and one size with several tiles. Dtypes of
-    equal width have equal addresses, so they take the cases in turn.
+    They have small sizes and unaligned slices with a ``guard``, and one size with several tiles. Dtypes whose
+    tensors and operands have equal widths have equal addresses, so they take the cases in turn.
     """
+    volumes = [group for group in GROUPS if backend.takes_volumes and issubclass(group, VolumeTests)]
     cases: list[tuple[MakeCase, Any, int]] = [
         *((case, size, guard) for group in GROUPS for case in group.cases for size in group.sizes),
+        *((case, size, guard) for group in volumes for case in group.cases for size in group.volumes),
         *((case, group.large, ALIGNED) for group in GROUPS for case in group.cases),
         *((case, size, 0) for case in test_batch_norm.CASES for size in test_batch_norm.CHANNELS),
     ]
-    widths = [[d for d in dtypes if d.itemsize == width] for width in sorted({d.itemsize for d in dtypes})]
-    for types in widths:
+    widths: dict[tuple[int, bool], list[torch.dtype]] = {}
+    for dtype in dtypes:
+        widths.setdefault((dtype.itemsize, backend.rounds_operands(dtype)), []).append(dtype)
+    for types in widths.values():
         for n, (make, size, around) in enumerate(cases):
             dtype = types[n % len(types)]
             torch.backends.cudnn.allow_tf32 = around == ALIGNED  # tests both ways of multiplying float32

@@ -288,6 +288,39 @@ def test_inference(tmp_path: Path) -> None:
     assert eager["measures"].keys() == {"peak_bytes", "flops"}
 
 
+def test_inference_engines(tmp_path: Path) -> None:
+    """They compute what eager does; how much memory they take is not known."""
+    engines = {"onnxruntime": ["float32"], "openvino": ["float32", "bfloat16"]}
+    for engine in engines:
+        pytest.importorskip(engine)
+    names = ",".join(("eager", *engines))
+    arguments = ("--model", "tiny", "--batch", "2", "--dtype", "float32,bfloat16", "--peers", names)
+    rows = by_peer(run("inference", tmp_path, *arguments))
+    for engine, dtypes in engines.items():
+        for row, expected in zip(rows[engine], rows["eager"], strict=True):
+            dtype = row["case"]["dtype"]
+            if dtype in dtypes:
+                assert row["values"] == pytest.approx(
+                    expected["values"], rel=0.02 if dtype != "float32" else 1e-4
+                )
+                assert row["measures"].keys() == {"flops"}
+                assert len(row["seconds"]) == 3
+            else:
+                assert row["failure"] == f"{engine} does not compute in {dtype} on a CPU"
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_an_engine_is_for_inference(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    peer, model = peers.PEERS[engine], small_densenet(10, 12)
+    with pytest.raises(UnavailableError, match="is for inference"):
+        peer.build(model, model.state_dict(), torch.device("cpu"), "auto")
+    with pytest.raises(UnavailableError, match="is measured on a CPU"):
+        peer.check(torch.device("cuda"), torch.float32)
+    monkeypatch.setitem(sys.modules, engine, None)
+    with pytest.raises(UnavailableError, match=rf"{engine} is not installed: pip install '\.\[engines\]'"):
+        peer.check(torch.device("cpu"), torch.float32)
+
+
 def test_inference_runs_what_is_the_same_once() -> None:
     chosen = peers.choose(
         ["eager-cl", "memory-efficient-cl", "compile", "budget", "timm-cl"], ["block", "none"]

@@ -19,6 +19,8 @@ from ..backends import BACKENDS, unavailable_reasons
 from ..models import DenseNet
 from ..schedule import RECOMPUTE
 from ..swap import swap
+from . import engines
+from .engines import ENGINES, Engine
 from .errors import UnavailableError, UsageError
 from .networks import checkpointed_twin, timm_twin, torchvision_twin, with_weights
 
@@ -32,6 +34,8 @@ MODES = {
     "autotune": "torch.compile max-autotune",
     "budget": f"torch.compile, activation budget {ACTIVATION_BUDGET}",
     "graph": "CUDA graph",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
 }
 COMPILED = ("compile", "autotune", "budget")
 
@@ -62,10 +66,16 @@ class Peer:
     def compiled(self) -> bool:
         return self.mode in COMPILED
 
+    @property
+    def engine(self) -> bool:
+        return self.mode in ENGINES
+
     def check(self, device: torch.device, dtype: torch.dtype) -> None:
         """Raise UnavailableError if the peer cannot run here, with the reason."""
         if self.graphed and device.type != "cuda":
             raise UnavailableError("CUDA graphs need a GPU")
+        if self.engine:
+            engines.check(self.mode, device, dtype)
         if self.backend is not None and (reason := unavailable_reasons(device, dtype)[self.backend]):
             raise UnavailableError(reason)
 
@@ -85,10 +95,18 @@ class Peer:
         return self.prepare(with_weights(self.twin(model), weights, device), backend, training)
 
     def prepare(self, network: nn.Module, backend: str, training: bool, dimensions: int = 2) -> nn.Module:
-        """A network as this peer runs it: swapped, in its memory format, compiled."""
+        """A network as this peer runs it: swapped, in its memory format, compiled.
+
+        Raises:
+            UnavailableError: the peer does not train.
+        """
         if self.recompute is not None:
             swap(network, recompute=self.recompute, backend=self.backend or backend, strict=True)
         network = network.to(memory_format=self.memory_format(dimensions)).train(training)  # type: ignore[call-overload]
+        if self.engine:
+            if training:
+                raise UnavailableError(f"{MODES[self.mode]} is for inference")
+            return Engine(self.mode, network)
         if self.compiled:
             return torch.compile(network, **_compiler(self.mode))  # type: ignore[return-value]
         return network
@@ -140,7 +158,9 @@ def _register(
     forward: str | None = None,
     **ours: str | None,
 ) -> None:
-    """Add a network in each of ``modes``; others' in both memory formats, dense_ext's in channels_last.
+    """Add a network in each of ``modes`` and both memory formats.
+
+    Engines have a format of their own, and dense_ext's networks are in channels_last.
 
     Args:
         source, label, twin, forward: as in :class:`Peer`; ``forward`` is ``source`` unless told otherwise.
@@ -148,6 +168,8 @@ def _register(
         ours: ``recompute`` and ``backend``.
     """
     for mode, channels_last in itertools.product(modes, (True,) if ours else (False, True)):
+        if mode in ENGINES and channels_last:
+            continue
         named = source != "eager" or mode == "eager"
         words = [source if named else "", mode if mode != "eager" else ""]
         labels = [label if named else "", MODES[mode]]

@@ -22,8 +22,9 @@ from ..sanitizers import Sanitizer, put_in_place, run_cases, train_a_network
 
 NAMESPACE = "dense_ext_cpu_sanitized"
 # No instruction set beyond the compiler's default, so that masked vectors are loaded value by value and a
-# sanitizer checks each value. -Og, since compiling takes longer than running.
-FLAGS = (STABLE, "-DDENSE_EXT_DISPATCH_KEY=CPU", "-Og")
+# sanitizer checks each value. bfloat16 is multiplied in pairs, as with AVX512-BF16; float16 is widened. -Og,
+# since compiling takes longer than running.
+FLAGS = (STABLE, "-DDENSE_EXT_DISPATCH_KEY=CPU", "-DDENSE_EXT_PAIRS", "-Og")
 THREADS = 4
 
 
@@ -42,7 +43,7 @@ def build(sanitizer: Sanitizer, csrc: Path = CSRC, kernels: str = "*.cpp") -> Pa
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, sources))
     # Otherwise calls to parallel_for would find libtorch's first.
-    return link("_cpu.so", objects, [*command, "-Wl,-Bsymbolic-functions"], results)
+    return link("_cpu_bf16.so", objects, [*command, "-Wl,-Bsymbolic-functions"], results)
 
 
 def run_sanitized(

@@ -1,0 +1,86 @@
+"""Inference engines as peers: ONNX Runtime and OpenVINO, on a CPU."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UnavailableError
+
+Run = Callable[[Tensor], Tensor]
+
+
+def _onnxruntime(network: nn.Module, images: Tensor, dtype: torch.dtype) -> Run:
+    engine = _imported("onnxruntime")
+    _imported("onnxscript")
+    program = torch.onnx.export(network, (images,), dynamo=True, verbose=False)
+    assert program is not None  # as it is with dynamo=True
+    model = program.model_proto.SerializeToString()
+    options = engine.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = engine.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    (name,) = (taken.name for taken in session.get_inputs())
+    return lambda batch: torch.from_numpy(session.run(None, {name: batch.numpy()})[0])
+
+
+def _openvino(network: nn.Module, images: Tensor, dtype: torch.dtype) -> Run:
+    engine = _imported("openvino")
+    config = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype],
+    }
+    model = engine.convert_model(network, example_input=images)
+    compiled = engine.Core().compile_model(model, "CPU", config)
+    return lambda batch: torch.from_numpy(compiled([batch.numpy()])[0])
+
+
+# Engine -> what makes it, and the dtypes that it computes in.
+_ENGINES: dict[str, tuple[Callable[[nn.Module, Tensor, torch.dtype], Run], tuple[torch.dtype, ...]]] = {
+    "onnxruntime": (_onnxruntime, (torch.float32,)),
+    "openvino": (_openvino, (torch.float32, torch.bfloat16)),
+}
+ENGINES = tuple(_ENGINES)
+
+
+def _imported(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise UnavailableError(f"{name} is not installed: pip install '.[engines]'") from error
+
+
+def check(engine: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise UnavailableError if the engine is not measured here, with the reason."""
+    if device.type != "cpu":
+        raise UnavailableError(f"{engine} is measured on a CPU")
+    if dtype not in _ENGINES[engine][1]:
+        raise UnavailableError(f"{engine} does not compute in {str(dtype).removeprefix('torch.')} on a CPU")
+    _imported(engine)
+
+
+class Engine(nn.Module):
+    """A network that an inference engine runs; the first call translates it, for the size of its images.
+
+    Args:
+        name: one of ``ENGINES``.
+        network: float32, on a CPU, in evaluation mode.
+    """
+
+    def __init__(self, name: str, network: nn.Module) -> None:
+        super().__init__()
+        self.name, self.network = name, network
+        self.run: Run | None = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.run is None:
+            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+            with torch.autocast("cpu", enabled=False), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the exporters
+                self.run = _ENGINES[self.name][0](self.network, images, dtype)
+        return self.run(images)
