@@ -9,6 +9,8 @@
 #include <array>
 #include <utility>
 
+#include "amx.h"
+
 namespace dense_ext {
 namespace {
 
@@ -74,6 +76,11 @@ constexpr std::array<Kernel<E>, kMaxRows> kKernels =
 
 template <class E>
 void multiply(const Product<E>& p) {
+#if defined(DENSE_EXT_AMX)
+  if constexpr (kIsPair<E>) {
+    if (amx::is_here()) return amx::multiply(p);
+  }
+#endif
   const int64_t groups = ceil_div(p.rows, kMaxRows);
   const int64_t steps = groups * ceil_div(p.columns, kPanel<E>);
   int64_t step = 0;

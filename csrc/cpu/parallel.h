@@ -59,7 +59,17 @@ struct Chunks {
 
 // The purposes of a thread's scratch buffers. The buffers live as long as the thread and only grow,
 // so that a tile stays in the same, cached memory from call to call.
-enum class Slot { kActivation, kProduct, kGradient, kPairs, kStatistics, kLines, kCount };
+enum class Slot {
+  kActivation,
+  kProduct,
+  kGradient,
+  kPairs,
+  kStatistics,
+  kLines,
+  kTilesOfA,
+  kTilesOfB,
+  kCount
+};
 
 inline void* scratch_bytes(Slot slot, int64_t bytes) {
   struct Free {

@@ -96,7 +96,7 @@ inline void store_raw(T* p, Raw<T> raw, Full) {
 template <class T>
 inline Raw<T> load_raw(const T* p, int64_t count) {
   const uint32_t mask = (1u << count) - 1;
-  if constexpr (std::is_same_v<T, float>) {
+  if constexpr (sizeof(T) == 4) {
     return (Raw<T>)_mm512_maskz_loadu_ps(mask, p);
   } else if constexpr (std::is_same_v<T, double>) {
     return (Raw<T>)_mm512_maskz_loadu_pd(mask, p);
