@@ -30,7 +30,7 @@ BUILD, CUDA = os.environ.get("DENSE_EXT_BUILD"), os.environ.get("DENSE_EXT_CUDA"
 NINJA = [sys.executable, "-m", "ninja"] if find_spec("ninja") else ["ninja"]
 TORCH = Path(spec.origin).parent if (spec := find_spec("torch")) and spec.origin else None
 
-# Library -> the compiler flags for its instruction set. Other processors than x86-64 build only the default.
+# Library -> the compiler flags for its instruction set. Other processors build only the default.
 CPU_TARGETS = {"_cpu_default": ""}
 if platform.machine().lower() in ("x86_64", "amd64"):
     CPU_TARGETS |= {
@@ -38,6 +38,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "_cpu_avx512": "-march=x86-64-v4",
         "_cpu_avx512_bf16": "-march=x86-64-v4 -mavx512bf16",
     }
+elif platform.machine().lower() == "aarch64":
+    CPU_TARGETS |= {"_cpu_neon_bf16": "-march=armv8.2-a+bf16"}
 
 # A GPU runs code for earlier ones of its generation, except code for 9.0a; future generations need the PTX.
 ALL_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"

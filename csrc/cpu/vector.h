@@ -17,6 +17,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__clang__)
@@ -244,7 +246,7 @@ struct Pair {
 };
 
 // Tests ask for pairs where the instruction set lacks them.
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #define DENSE_EXT_PAIRS
 #endif
 #if defined(DENSE_EXT_PAIRS)
@@ -295,6 +297,8 @@ inline Vector<Acc<E>> multiply_add(Vector<Acc<E>> sum, E a, Vector<E> b) {
 #if defined(__AVX512BF16__)
     return (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(bits),
                                            (__m512bh)b);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    return vbfdotq_f32(sum, (bfloat16x8_t)(Bits{} + bits), (bfloat16x8_t)b);
 #else
     const Bits both = Bits{} + bits;
     sum += (Vector<float>)(both << 16) * (Vector<float>)(b << 16);

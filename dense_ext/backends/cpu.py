@@ -9,6 +9,8 @@ selects ours too, without those instructions.
 from __future__ import annotations
 
 import os
+import platform
+from pathlib import Path
 
 import torch
 
@@ -20,6 +22,7 @@ LIBRARIES = {
     "AVX512_BF16": ("_cpu_avx512_bf16", "_cpu_avx512", "_cpu_avx2", "_cpu_default"),
     "AVX512": ("_cpu_avx512", "_cpu_avx2", "_cpu_default"),
     "AVX2": ("_cpu_avx2", "_cpu_default"),
+    "NEON_BF16": ("_cpu_neon_bf16", "_cpu_default"),
 }
 ELSEWHERE = ("_cpu_default",)
 # The ops of :class:`FrozenBlocks`, in the order of its fields; and all ops of a library.
@@ -27,11 +30,18 @@ _OF_FROZEN_BLOCKS = ("frozen_block_forward", "pack_frozen_block", "packed_block_
 OPS = (*PRIMITIVES, *BLOCK_OPS, *_OF_FROZEN_BLOCKS)
 
 
+def _instruction_set() -> str:
+    """PyTorch's name for the instruction set to use, or ours for one with bfloat16 instructions."""
+    if "ATEN_CPU_CAPABILITY" not in os.environ:
+        if torch.cpu._is_avx512_bf16_supported():
+            return "AVX512_BF16"
+        if platform.machine() == "aarch64" and " bf16" in Path("/proc/cpuinfo").read_text():
+            return "NEON_BF16"
+    return torch.backends.cpu.get_cpu_capability()
+
+
 def _library() -> Library:
-    capability = torch.backends.cpu.get_cpu_capability()
-    if "ATEN_CPU_CAPABILITY" not in os.environ and torch.cpu._is_avx512_bf16_supported():
-        capability = "AVX512_BF16"
-    names = LIBRARIES.get(capability, ELSEWHERE)
+    names = LIBRARIES.get(_instruction_set(), ELSEWHERE)
     absent = f"the C++ backend is not built: none of {', '.join(names)} is in {PACKAGE}"
     paths = [PACKAGE / f"{name}.so" for name in names]
     return Library(paths, "dense_ext", absent, OPS)

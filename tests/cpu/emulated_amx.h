@@ -90,6 +90,8 @@ inline void multiply_add(int c_index, int a_index, int b_index) {
 
 }  // namespace emulated_amx
 
+#define DENSE_EXT_EMULATED_AMX
+
 #undef _tile_loadconfig
 #undef _tile_release
 #undef _tile_zero

@@ -1,11 +1,13 @@
-// Compares csrc/cpu/amx.h, on emulated instructions, with a plain loop. Prints a line for each
-// product that differs, and ends with their number.
+// Compares products of pairs of bfloat16 with a plain loop. Prints a line for each product that
+// differs, and ends with 1 if any does. DENSE_EXT_TESTED is what is tested: csrc/cpu/gemm.cpp, or
+// amx.h on emulated instructions.
 
-#include "amx.h"
-
+#include <cmath>
 #include <cstdio>
 #include <random>
 #include <vector>
+
+#include DENSE_EXT_TESTED
 
 namespace {
 
@@ -14,6 +16,12 @@ using dense_ext::Pair;
 using dense_ext::Product;
 
 constexpr int64_t kPanel = dense_ext::kPanel<Pair>;
+
+#if defined(DENSE_EXT_EMULATED_AMX)
+constexpr auto multiply = dense_ext::amx::multiply;
+#else
+constexpr auto multiply = dense_ext::multiply<Pair>;
+#endif
 
 struct Case {
   int64_t rows, columns, depth, taps;
@@ -59,7 +67,7 @@ bool differs(const Case& c) {
                         .a_taps = a_taps.data(),
                         .b_taps = b_taps.data()};
   if (c.taps == 1) product.a_taps = product.b_taps = nullptr;
-  dense_ext::amx::multiply(product);
+  multiply(product);
   const int64_t written = dense_ext::round_up(c.columns, dense_ext::kLanes<Pair>);
   for (int64_t i = 0; i < c.rows; i++) {
     for (int64_t j = 0; j < c_row; j++) {
