@@ -64,12 +64,16 @@ def calls_per_sample(call: Callable[[], object], device: torch.device) -> int:
 
 
 def interleave(
-    calls: Sequence[tuple[Measurement, Callable[[], object]]], device: torch.device, rounds: int, tick: Tick
+    calls: Sequence[tuple[Measurement, Callable[[], object]]],
+    device: torch.device,
+    rounds: int,
+    tick: Tick,
+    settles: bool = False,
 ) -> None:
     """Time every call once a round, each round beginning with another; ``tick`` is told which before each.
 
     A call's row gets the seconds as soon as they are measured. One that fails has no samples, and no turn
-    from then on.
+    from then on. With ``settles`` a call that is not timed comes before each that is.
     """
     for i in range(rounds if calls else 0):
         start = i % len(calls)
@@ -77,6 +81,8 @@ def interleave(
             if row.failure is None:
                 tick(f"{row.peer}, round {i + 1} of {rounds}")
                 with row.failing():  # a GPU tells of a failure when it is waited for
+                    if settles:
+                        call()
                     row.seconds.append(seconds_per_call(call, device, row.calls_per_sample))
 
 

@@ -103,7 +103,9 @@ class TimedSuite(Suite):
         timed = [(row, calls[row.peer]) for row in rows if row.peer in calls and row.failure is None]
         for row, _ in timed:
             row.calls_per_sample = count
-        interleave(timed, self.device, self.options.rounds, self.tick)
+        # An engine's threads still wait for work, on all cores, when the next peer's call begins.
+        settles = any(peer.engine for peer in peers)
+        interleave(timed, self.device, self.options.rounds, self.tick, settles)
 
     @abstractmethod
     def prepare(self, case: Case, peer: Peer, row: Measurement) -> Call:
@@ -242,18 +244,19 @@ def bytes_and_times(
 
 
 def _by_network(results: Results, column: Callable[[Measurement], str]) -> Table:
-    """How many times as fast as the fastest eager network dense_ext is, a row a network.
+    """How many times as fast as the fastest other network dense_ext is, a row a network and dtype.
 
-    How far eager's samples spread says how far the ratios are to be trusted.
+    How far that network's samples spread says how far the ratios are to be trusted.
     """
     if not results.references():
         return EMPTY
     found: dict[str, dict[str, str]] = {}
     apart: dict[str, float] = {}
-    reference, among = next(iter(results.references().items()))
+    reference, among = list(results.references().items())[-1]
+    several = len(results.options["dtypes"]) > 1
     for row in results.timed():
         case, least = row.case, results.fastest(row.case, among)
-        network = f"{case['model']}, {case['size']}x{case['size']}"
+        network = f"{case['model']}, {case['size']}x{case['size']}" + f", {case['dtype']}" * several
         if results.ours(row) and least:
             found.setdefault(network, {})[column(row)] = f"{least / row.median:.2f}"
         elif row.median == least:
