@@ -199,6 +199,10 @@ def test_gradients_of_parameters_in_other_layouts_in_float32(
     backend: str, change: Callable[[nn.Module], None]
 ) -> None:
     """The bits are those of the usual layout."""
+    if backend == "reference" and change is weights_permuted:
+        pytest.skip(
+            "on some processors, PyTorch's own product of a few rows has other bits for other strides"
+        )
     usual = dense_ext.swap(small_densenet().float())
     strided, _ = twin(usual, change)
     x = images().float()
@@ -278,7 +282,10 @@ def test_images_may_have_any_layout(backend: str) -> None:
     x = images()
     for other in (x.transpose(2, 3).contiguous().transpose(2, 3), torch.stack([x, x], -1)[..., 1], x.flip(3)):
         assert_trains_alike(ours, eager, other, steps=1)
-    assert_equal(ours(x[:1].expand(3, -1, -1, -1)), eager(x[:1].expand(3, -1, -1, -1)), "expanded images")
+    # Large enough for several pixels in the last block: equal images of one pixel have no variance there, and
+    # normalising would enlarge every rounding error.
+    expanded = images(66, 64)[:1].expand(3, -1, -1, -1)
+    assert_equal(ours(expanded), eager(expanded), "expanded images")
 
 
 @pytest.mark.parametrize(
