@@ -201,7 +201,7 @@ def test_gradients_of_parameters_in_other_layouts_in_float32(
     """The bits are those of the usual layout."""
     if backend == "reference" and change is weights_permuted:
         pytest.skip(
-            "on some processors, PyTorch's own product of a few rows has other bits for other strides"
+            "on some processors, PyTorch multiplies a few rows with other bits for other strides"
         )
     usual = dense_ext.swap(small_densenet().float())
     strided, _ = twin(usual, change)
