@@ -200,9 +200,7 @@ def test_gradients_of_parameters_in_other_layouts_in_float32(
 ) -> None:
     """The bits are those of the usual layout."""
     if backend == "reference" and change is weights_permuted:
-        pytest.skip(
-            "on some processors, PyTorch multiplies a few rows with other bits for other strides"
-        )
+        pytest.skip("on some processors, PyTorch multiplies a few rows with other bits for other strides")
     usual = dense_ext.swap(small_densenet().float())
     strided, _ = twin(usual, change)
     x = images().float()
