@@ -178,10 +178,7 @@ class Backward {
               .dz_rows_ld = leading_dimension<E>(out_),
               .a_ld = leading_dimension<A>(chunks_.size)};
     tile.dz = scratch<E>(Slot::kGradient, kBackwardPixels * tile.dz_ld);
-    tile.dz_rows = tile.dz;
-    if constexpr (kIsPair<E>) {
-      tile.dz_rows = scratch<E>(Slot::kPairs, elements<E>(kBackwardPixels) * tile.dz_rows_ld);
-    }
+    tile.dz_rows = rows_operand(tile.dz, elements<E>(kBackwardPixels) * tile.dz_rows_ld);
     tile.a = scratch<E>(Slot::kActivation, elements<E>(kBackwardPixels) * tile.a_ld);
     tile.da = scratch<A>(Slot::kProduct, kBackwardPixels * tile.a_ld);
     const Range chunks = part_of(chunks_.count, grid_.channel_parts, thread % grid_.channel_parts);
@@ -195,11 +192,8 @@ class Backward {
       const Pixels<const T>&grad_bn = args_.grad_bn, &z = args_.z;
       affine_rows(grad_bn.at(tile.pixels.begin), grad_bn.stride, z.at(tile.pixels.begin), z.stride,
                   tile.pixels.size(), out_, z_scale_, z_u_, z_v_, tile.dz, tile.dz_ld);
-      if constexpr (kIsPair<E>) {
-        if (dw_.wanted()) {
-          pair_rows(tile.dz, tile.dz_ld, tile.pixels.size(), out_, 2, tile.dz_rows,
-                    tile.dz_rows_ld);
-        }
+      if (dw_.wanted()) {
+        pair_rows(tile.dz, tile.dz_ld, tile.pixels.size(), out_, 2, tile.dz_rows, tile.dz_rows_ld);
       }
       for (int64_t c = chunks.begin; c < chunks.end; c++) {
         add_data_gradient(tile, chunks_[c]);

@@ -242,10 +242,7 @@ class Backward {
               .dy = scratch<E>(Slot::kGradient, bands_.max_padded_pixels() * dy_ld_),
               .a = scratch<E>(Slot::kActivation, bands_.max_lines() * a_line_),
               .da = scratch<A>(Slot::kProduct, bands_.max_pixels() * a_ld_)};
-    tile.dy_rows = tile.dy;
-    if constexpr (kIsPair<E>) {
-      tile.dy_rows = scratch<E>(Slot::kPairs, bands_.max_padded_pixels() * dy_rows_ld_);
-    }
+    tile.dy_rows = rows_operand(tile.dy, bands_.max_padded_pixels() * dy_rows_ld_);
     sums_.clear(part);
     const int64_t planes = args_.weight.planes;
     if (planes > 1 && dw_.wanted()) dw_.clear(part);
@@ -272,10 +269,8 @@ class Backward {
       affine_rows<T>(args_.grad.at(pixel), args_.grad.stride, args_.y.at(pixel), args_.y.stride,
                      band.width, out_, nullptr, u_, v_, line, dy_ld_);
     });
-    if constexpr (kIsPair<E>) {  // each pixel with the next, since a tap may begin at any pixel
-      if (dw_.wanted()) {
-        pair_rows(tile.dy, dy_ld_, band.padded_pixels(), out_, 1, tile.dy_rows, dy_rows_ld_);
-      }
+    if (dw_.wanted()) {  // each pixel with the next, since a tap may begin at any pixel
+      pair_rows(tile.dy, dy_ld_, band.padded_pixels(), out_, 1, tile.dy_rows, dy_rows_ld_);
     }
   }
 

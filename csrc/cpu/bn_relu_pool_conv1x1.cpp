@@ -242,10 +242,7 @@ class Backward {
               .dy_rows_ld = leading_dimension<E>(out_),
               .a_ld = leading_dimension<A>(chunks_.size)};
     tile.dy = scratch<E>(Slot::kGradient, kPixels * tile.dy_ld);
-    tile.dy_rows = tile.dy;
-    if constexpr (kIsPair<E>) {
-      tile.dy_rows = scratch<E>(Slot::kPairs, elements<E>(kPixels) * tile.dy_rows_ld);
-    }
+    tile.dy_rows = rows_operand(tile.dy, elements<E>(kPixels) * tile.dy_rows_ld);
     tile.a = scratch<E>(Slot::kActivation, elements<E>(kPixels) * tile.a_ld);
     tile.dp = scratch<A>(Slot::kProduct, kPixels * tile.a_ld);
     const Range chunks = part_of(chunks_.count, grid_.channel_parts, thread % grid_.channel_parts);
@@ -255,11 +252,8 @@ class Backward {
       tile.first = i == tiles.begin;
       scale_rows(args_.grad.at(tile.pixels.begin), args_.grad.stride, tile.pixels.size(), out_,
                  A{0.25} / static_cast<A>(windows_.depth), tile.dy, tile.dy_ld);
-      if constexpr (kIsPair<E>) {
-        if (dw_.wanted()) {
-          pair_rows(tile.dy, tile.dy_ld, tile.pixels.size(), out_, 2, tile.dy_rows,
-                    tile.dy_rows_ld);
-        }
+      if (dw_.wanted()) {
+        pair_rows(tile.dy, tile.dy_ld, tile.pixels.size(), out_, 2, tile.dy_rows, tile.dy_rows_ld);
       }
       for (int64_t c = chunks.begin; c < chunks.end; c++) {
         write_data_gradient(tile, chunks_[c]);

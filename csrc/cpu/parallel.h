@@ -94,6 +94,14 @@ A* scratch(Slot slot, int64_t count) {
   return static_cast<A*>(scratch_bytes(slot, count * int64_t{sizeof(A)}));
 }
 
+// Memory for the operand whose depth is the rows, in `count` pairs. It is the one whose depth is
+// the columns if elements are not pairs, since then both are the same.
+template <class E>
+E* rows_operand(E* columns_operand, int64_t count) {
+  if constexpr (kIsPair<E>) return scratch<E>(Slot::kPairs, count);
+  return columns_operand;
+}
+
 // The bytes that `count` values take in a Workspace, where every piece is aligned.
 template <class U>
 int64_t bytes_of(int64_t count) {

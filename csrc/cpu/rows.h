@@ -68,17 +68,21 @@ void affine_rows(const T* grad, int64_t grad_stride, const T* y, int64_t y_strid
 }
 
 // Turns an operand whose depth is its columns into one whose depth is its rows. Row i of `out`
-// holds the pairs of rows i*step and i*step + 1 of `in`.
-inline void pair_rows(const Pair* in, int64_t in_ld, int64_t rows, int64_t columns, int64_t step,
-                      Pair* out, int64_t out_ld) {
-  const auto load_words = [](const Pair* row, int64_t j) {
-    return __builtin_convertvector(load_raw(reinterpret_cast<const BFloat16*>(row) + j, Full{}),
-                                   Bits);
-  };
-  for (int64_t r = 0; r < rows; r += step, in += step * in_ld, out += out_ld) {
-    for (int64_t j = 0; j < columns; j += kLanes<float>) {
-      const Bits second = r + 1 < rows ? load_words(in + in_ld, j) : Bits{};
-      store(out + j, load_words(in, j) | second << 16);
+// holds the pairs of rows i*step and i*step + 1 of `in`. Elements that are not pairs stay as they
+// are: `out` is `in`, from rows_operand.
+template <class E>
+void pair_rows(const E* in, int64_t in_ld, int64_t rows, int64_t columns, int64_t step, E* out,
+               int64_t out_ld) {
+  if constexpr (kIsPair<E>) {
+    const auto load_words = [](const E* row, int64_t j) {
+      return __builtin_convertvector(load_raw(reinterpret_cast<const BFloat16*>(row) + j, Full{}),
+                                     Bits);
+    };
+    for (int64_t r = 0; r < rows; r += step, in += step * in_ld, out += out_ld) {
+      for (int64_t j = 0; j < columns; j += kLanes<float>) {
+        const Bits second = r + 1 < rows ? load_words(in + in_ld, j) : Bits{};
+        store(out + j, load_words(in, j) | second << 16);
+      }
     }
   }
 }

@@ -13,7 +13,7 @@ from dense_ext import schedule
 from dense_ext.backends.base import Backend, accumulate_dtype
 from dense_ext.schedule import Block, Dropout, Layer, Norm
 
-from .harness import ALIGNED, Case, Maker, check_op, check_repeats, check_values
+from .harness import ALIGNED, Case, Maker, check_op, check_repeats, check_values, skip_unless_volumes
 
 Size = tuple[int, ...]
 MakeCase = Callable[..., Case]
@@ -83,8 +83,7 @@ class VolumeTests:
 
     @pytest.mark.each_value
     def test_volumes(self, backend: Backend, maker: MakeMaker, dtype: torch.dtype, case: MakeCase) -> None:
-        if not backend.takes_volumes:
-            pytest.skip(f"{backend.name} takes images alone")
+        skip_unless_volumes(backend)
         for size in self.volumes:
             check_values(backend, case(maker(dtype), size))
 

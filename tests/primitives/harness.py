@@ -284,6 +284,12 @@ def check_repeats(backend: Backend, case: Case, done: Case) -> None:
         assert equal_bits(output, done.arguments[name]), f"{case.primitive} {name} differs"
 
 
+def skip_unless_volumes(backend: Backend) -> None:
+    """Skip a test of volumes for a backend that does not take them."""
+    if not backend.takes_volumes:
+        pytest.skip(f"{backend.name} takes images alone")
+
+
 def check_op(backend: Backend, case: Case) -> None:
     """Assert that the op of a compiled backend's primitive passes torch.library.opcheck."""
     if isinstance(backend, CompiledBackend) and case.primitive in backend.library.names:

@@ -11,7 +11,7 @@ import torch
 from dense_ext.backends.base import Backend
 
 from .common import MakeCase, MakeMaker, OptionalOutputTests, PrimitiveTests, VolumeTests
-from .harness import Case, Maker, check_refuses, check_values
+from .harness import Case, Maker, check_refuses, check_values, skip_unless_volumes
 
 # N, H, W, B, K
 SIZES = [
@@ -99,8 +99,7 @@ def test_forward_refuses(backend: Backend, maker: MakeMaker) -> None:
 
 
 def test_forward_of_volumes_refuses(backend: Backend, maker: MakeMaker) -> None:
-    if not backend.takes_volumes:
-        pytest.skip(f"{backend.name} takes images alone")
+    skip_unless_volumes(backend)
     case = forward_case(maker(torch.float32), VOLUMES[1])
     check_refuses(backend, case, "weight", torch.empty(5, 33, 3, 3), "weight has shape")
     check_refuses(backend, case, "y", torch.empty(3, 2, 4, 5, 5), "volumes of 2 planes, expected 3")

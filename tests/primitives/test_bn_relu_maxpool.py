@@ -10,7 +10,7 @@ import torch
 from dense_ext.backends.base import Backend
 
 from .common import MakeMaker, PrimitiveTests, VolumeTests
-from .harness import Case, Maker, check_refuses, check_values, through_norm
+from .harness import Case, Maker, check_refuses, check_values, skip_unless_volumes, through_norm
 
 # N, H, W, C. Activations are multiples of 1/64, so that windows often have equal maxima.
 SIZES = [
@@ -62,8 +62,8 @@ def norm_backward_case(make: Maker, size: tuple[int, ...]) -> Case:
 @pytest.mark.parametrize("size", [SMALL, VOLUMES[1]], ids=str)
 def test_equal_maxima(backend: Backend, maker: MakeMaker, size: tuple[int, ...]) -> None:
     """Among a window's equal maxima, the first in row-major order takes the gradient."""
-    if size != SMALL and not backend.takes_volumes:
-        pytest.skip(f"{backend.name} takes images alone")
+    if size != SMALL:
+        skip_unless_volumes(backend)
     case = backward_case(maker(torch.float32), size)
     case.arguments["x"].fill_(1)
     case.arguments["scale"].fill_(1)

@@ -11,7 +11,7 @@ import torch
 from dense_ext.backends.base import Backend
 
 from .common import MakeCase, MakeMaker, OptionalOutputTests, PrimitiveTests, VolumeTests
-from .harness import Case, Maker, check_refuses, through_norm
+from .harness import Case, Maker, check_refuses, skip_unless_volumes, through_norm
 
 # N, H, W, C, K; an odd last row or column belongs to no window.
 SIZES = [
@@ -70,8 +70,8 @@ def norm_backward_case(make: Maker, size: tuple[int, ...], weight_gradient: bool
 def test_image_smaller_than_a_window(
     backend: Backend, maker: MakeMaker, shape: tuple[int, ...], backward: MakeCase
 ) -> None:
-    if len(shape) == 3 and not backend.takes_volumes:
-        pytest.skip(f"{backend.name} takes images alone")
+    if len(shape) == 3:
+        skip_unless_volumes(backend)
     case = backward(maker(torch.float32), (2, *shape, 5, 3))
     for name, output in case.run(backend).items():
         assert not output.any(), f"{name} is not zero"

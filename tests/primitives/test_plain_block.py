@@ -14,7 +14,7 @@ from dense_ext import schedule
 from dense_ext.backends.base import Backend
 
 from .common import block_of
-from .harness import Maker
+from .harness import Maker, skip_unless_volumes
 
 
 class Case(NamedTuple):
@@ -69,8 +69,8 @@ def test_the_bits_are_those_of_the_primitives(
     if backend.plain_blocks is None:
         pytest.skip(f"{backend.name} runs blocks layer by layer")
     n, *sides, c0 = case.size
-    if len(sides) == 3 and not backend.takes_volumes:
-        pytest.skip(f"{backend.name} takes images alone")
+    if len(sides) == 3:
+        skip_unless_volumes(backend)
     device = maker(dtype).device
     block = block_of(c0, case.layers, dtype, device, case.frozen, case.eps, len(sides))
     generator = torch.Generator().manual_seed(1)
