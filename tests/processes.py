@@ -25,6 +25,8 @@ def process_group(rank: int, world: int, folder: str) -> Iterator[None]:
     )
     try:
         yield
+        # A process that leaves while another still joins a group closes the other's connection.
+        dist.barrier()
         Path(folder, f"done-{rank}").touch()
     finally:
         dist.destroy_process_group()

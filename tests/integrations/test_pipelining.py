@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe, SplitPoint, pipeline
 
 from ..helpers import assert_equal
-from ..processes import needs_gloo
+from ..processes import needs_gloo, run_in_processes
 from .common import FusedCalls, images, swapped_and_eager
 
 SECOND = {"features.denseblock2": SplitPoint.BEGINNING}
@@ -39,21 +37,7 @@ def _by_hand(model: nn.Module, rank: int) -> PipelineStage:
     return PipelineStage(part, rank, 2, torch.device("cpu"))
 
 
-def _worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=300)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=timeout
-    )
-    try:
-        for traced in (True, False):
-            _train(rank, traced)
-        Path(folder, f"done-{rank}").touch()
-    finally:
-        dist.destroy_process_group()
-
-
-def _train(rank: int, traced: bool) -> None:
+def _train(rank: int, *, traced: bool) -> None:
     """Run a step of this process's stage, and compare output and gradients with eager's."""
     torch.manual_seed(0)
     ours, eager = swapped_and_eager()
@@ -84,5 +68,4 @@ def _second(name: str) -> bool:
 
 @needs_gloo
 def test_pipelining(tmp_path: Path) -> None:
-    mp.spawn(_worker, args=(str(tmp_path),), nprocs=2)
-    assert sorted(p.name for p in tmp_path.glob("done-*")) == ["done-0", "done-1"]
+    run_in_processes([partial(_train, traced=traced) for traced in (True, False)], 2, tmp_path)
