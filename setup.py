@@ -4,7 +4,8 @@ The backends are shared libraries that use libtorch's stable ABI and no Python. 
 version of Python, and with PyTorch 2.10 and later, with or without CUDA. The CPU library is compiled for
 several instruction sets. The CUDA library takes minutes per architecture, so it is compiled only for the GPUs
 of this machine, and not at all if there are none. ``TORCH_CUDA_ARCH_LIST`` names other architectures;
-``DENSE_EXT_CUDA=1`` compiles for all of them, as for wheels.
+``DENSE_EXT_CUDA=1`` compiles for all of them, as for wheels. ``DENSE_EXT_CPU=native`` compiles the CPU
+library for this machine's instruction set alone, in a quarter of the time.
 
 If a library can't be built, it is left out and the package still installs. ``DENSE_EXT_BUILD=1`` makes a
 failed build an error, and ``DENSE_EXT_BUILD=0`` skips building. ``DENSE_EXT_CUDA`` does the same for the CUDA
@@ -91,6 +92,13 @@ def cuda_target() -> str:
     return " ".join(flags)
 
 
+def native_library() -> str:
+    """The CPU library that this machine loads."""
+    load = "from dense_ext.backends.cpu import libraries; print(libraries()[0])"
+    printed = subprocess.run([sys.executable, "-c", load], check=True, capture_output=True, text=True)
+    return printed.stdout.strip()
+
+
 class Build(build_ext):
     """Builds each library with Ninja and csrc/rules.ninja; a library that fails is left out."""
 
@@ -98,6 +106,9 @@ class Build(build_ext):
         return fullname.replace(".", os.sep) + ".so"
 
     def build_extensions(self) -> None:
+        if os.environ.get("DENSE_EXT_CPU") == "native":
+            others = {f"dense_ext.{name}" for name in CPU_TARGETS} - {f"dense_ext.{native_library()}"}
+            self.extensions = [ext for ext in self.extensions if ext.name not in others]
         self.extensions = [ext for ext in self.extensions if self.built(ext)]
 
     def built(self, ext: Extension) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from dense_ext.backends import CPU, CUDA
+from dense_ext.backends.cpu import libraries
 from tests.wheel import unstable_symbols
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,6 +140,13 @@ def test_cuda_is_compiled_for_the_gpus_of_the_machine(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     output = says(tmp_path / "none", "exit 6")
     assert "no GPU here, so no CUDA library (DENSE_EXT_CUDA=1 compiles for every architecture)" in output
+
+
+def test_the_cpu_library_of_this_machine_alone(tmp_path: Path) -> None:
+    settings = {"DENSE_EXT_BUILD": "", "DENSE_EXT_CPU": "native"}
+    result = build(copy_of_the_sources(tmp_path), LIBRARIES, **NO_COMPILER | settings)
+    assert result.returncode == 0, result.stderr
+    assert re.findall(r"can't build (\w+):", result.stdout + result.stderr) == [libraries()[0]]
 
 
 @pytest.mark.parametrize("path", [CPU.library.path, CUDA.library.path], ids=["cpu", "cuda"])

@@ -1,9 +1,9 @@
 """The C++ backend for CPUs.
 
-setup.py compiles the same sources for several instruction sets. The library that is loaded is the one for
-the instruction set that PyTorch uses on this machine (``torch.backends.cpu.get_cpu_capability()``), and for
-its bfloat16 instructions if it has any. ``ATEN_CPU_CAPABILITY``, which selects PyTorch's instruction set,
-selects ours too, without those instructions.
+setup.py compiles the same sources for several instruction sets, or for this machine's alone. The library that
+is loaded is the one for the instruction set that PyTorch uses on this machine
+(``torch.backends.cpu.get_cpu_capability()``), and for its bfloat16 instructions if it has any.
+``ATEN_CPU_CAPABILITY``, which selects PyTorch's instruction set, selects ours too, without those instructions.
 """
 
 from __future__ import annotations
@@ -40,8 +40,13 @@ def _instruction_set() -> str:
     return torch.backends.cpu.get_cpu_capability()
 
 
+def libraries() -> tuple[str, ...]:
+    """The names of the libraries that this machine can run, best first."""
+    return LIBRARIES.get(_instruction_set(), ELSEWHERE)
+
+
 def _library() -> Library:
-    names = LIBRARIES.get(_instruction_set(), ELSEWHERE)
+    names = libraries()
     absent = f"the C++ backend is not built: none of {', '.join(names)} is in {PACKAGE}"
     paths = [PACKAGE / f"{name}.so" for name in names]
     return Library(paths, "dense_ext", absent, OPS)

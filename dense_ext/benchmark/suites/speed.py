@@ -92,8 +92,9 @@ class TimedSuite(Suite):
             rows.append(row)
             with failing(row):
                 call = self.prepare(case, peer, row)
-                # More than a graph's eager calls, and what torch.compile takes to be done.
-                values = [self.value(call) for _ in range(5)]
+                # The others' are more than a graph's eager calls, and what torch.compile takes to be done.
+                plain_calls = peer.mode == "eager" and not self.gpu
+                values = [self.value(call) for _ in range(2 if plain_calls else 5)]
                 # The last call is the first that replays what a graph recorded in the one before.
                 row.values = [*values[:2], *(values[-1:] if self.gpu else [])]
                 row.measures["flops"] = flops
