@@ -3,7 +3,8 @@
 setup.py compiles the same sources for several instruction sets, or for this machine's alone. The library that
 is loaded is the one for the instruction set that PyTorch uses on this machine
 (``torch.backends.cpu.get_cpu_capability()``), and for its bfloat16 instructions if it has any.
-``ATEN_CPU_CAPABILITY``, which selects PyTorch's instruction set, selects ours too, without those instructions.
+``ATEN_CPU_CAPABILITY``, which selects PyTorch's instruction set, selects ours too, without those
+instructions.
 """
 
 from __future__ import annotations
