@@ -51,6 +51,12 @@ def _packed_dense_block(
     return sum(_products(x, weights))
 
 
+def _packed_transition(
+    x: Shape, packed: Shape, out_channels: int, *_: Any, out_shape: Any = None, **__: Any
+) -> int:
+    return sum(_products(out_shape, [(out_channels, x[1], 1, 1)]))
+
+
 def _dense_block_backward(
     grad: Shape, output: Shape, stats: Shape, z: Shape, *rest: Any, out_shape: Any = None, **__: Any
 ) -> int:
@@ -76,6 +82,7 @@ def register_formulas() -> None:
     for names, formula in (
         (["dense_block"], _dense_block),
         (["packed_dense_block"], _packed_dense_block),
+        (["packed_transition"], _packed_transition),
         (["dense_block_backward", "dense_block_backward_"], _dense_block_backward),
         (["transition", "stem", "activation"], _pooling),
         (["transition_backward", "stem_backward", "activation_backward"], _pooling_backward),

@@ -12,6 +12,7 @@ into X gets a copy.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -195,21 +196,46 @@ def run_dense_block(
 
 def _run_packed(x: Tensor, norms: Sequence[Any], convs: Sequence[Any], backend: str) -> Tensor | None:
     """A frozen block's X, computed with packed weights; None if they are not for this call."""
-    first, last = convs[0], convs[1]
-    # The dtype to compute in. An input that is wider than autocast's is rare: it runs unpacked.
-    dtype = autocast_dtype(x) or constant(first, "weight").dtype
-    run = None if x.dim() != 4 or x.dtype != dtype else ops.frozen_blocks(x, backend)
-    form = tuple(last.kernel_size), tuple(last.dilation), constant(first, "bias")
-    if run is None or form != ((3, 3), (1, 1), None):
+    last, run = convs[1], ops.frozen_blocks(x, backend)
+    if run is None or (tuple(last.kernel_size), tuple(last.dilation)) != ((3, 3), (1, 1)):
         return None
-    if (packed := packing.find(norms, convs, dtype)) is None:
-        args = read_arguments("dense block", x, norms, convs, backend)
-        if any(args.batch_stats) or args.conv_biases:
-            return None
-        packed = ops.pack_block(x, args, run)
-        packing.keep(norms, convs, packed, dtype)
+    packed = _packed("dense block", x, norms, convs, backend, partial(ops.pack_block, run=run))
+    if packed is None:
+        return None
     widths, growth = ([conv.out_channels for conv in convs[i::2]] for i in (0, 1))
     return torch.ops.dense_ext.packed_dense_block(x, packed, widths, growth, backend)
+
+
+def _run_packed_transition(x: Tensor, norm: Any, conv: Any, backend: str) -> Tensor | None:
+    """A frozen transition's output, computed with packed weights; None if they are not for this call."""
+    if (run := ops.frozen_transitions(x, backend)) is None:
+        return None
+    packed = _packed("transition", x, [norm], [conv], backend, partial(ops.pack_transition, run=run))
+    if packed is None:
+        return None
+    return torch.ops.dense_ext.packed_transition(x, packed, conv.out_channels, backend)
+
+
+def _packed(
+    where: str,
+    x: Tensor,
+    norms: Sequence[Any],
+    convs: Sequence[Any],
+    backend: str,
+    pack: Callable[[Tensor, Arguments], Tensor],
+) -> Tensor | None:
+    """A frozen part's weights, packed anew by ``pack`` if they changed; None if not for this call."""
+    # The dtype to compute in. An input that is wider than autocast's is rare: it runs unpacked.
+    dtype = autocast_dtype(x) or constant(convs[0], "weight").dtype
+    if x.dim() != 4 or x.dtype != dtype or constant(convs[0], "bias") is not None:
+        return None
+    if (packed := packing.find(norms, convs, dtype)) is None:
+        args = read_arguments(where, x, norms, convs, backend)
+        if any(args.batch_stats) or args.conv_biases:
+            return None
+        packed = pack(x, args)
+        packing.keep(norms, convs, packed, dtype)
+    return packed
 
 
 def _count(x: Tensor, args: Arguments) -> Any:
@@ -248,6 +274,11 @@ def run_transition(
     volumes = isinstance(conv, nn.Conv3d)
     window = [1, 2] if isinstance(conv, nn.Conv1d) else [2, 2, 2] if volumes else [2, 2]
     check_input("transition", input, norm, volumes, window)
+    plain = pool == "average" and activation == "relu" and not (drop_rate or shows_activation)
+    if plain and window == [2, 2] and packing.wanted([norm]):
+        out = _run_packed_transition(input, norm, conv, backend)
+        if out is not None:
+            return out, None
     x = _as_autocast_concatenates(input)
     args = read_arguments("transition", x, [norm], [conv], backend, activation)
     seed = torch.randint(2**63 - 1, (), device="cpu") if drop_rate else None

@@ -12,7 +12,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from .arguments import (
 )
 from .autograd import load, needs_conv_grad, register, save
 from .backends import Primitives, requested, select
-from .backends.base import FrozenBlocks, accumulate_dtype
+from .backends.base import FrozenBlocks, FrozenTransitions, accumulate_dtype
 from .backends.general import Form, block_form, in_form, transition_form
 from .batch_norm import in_dtype, values_per_channel
 from .flops import register_formulas
@@ -41,6 +41,7 @@ from .schedule import Block, Dropout, Layer, Norm
 from .synchronised import Sync, gather, resolve
 from .transition import Pooling
 
+_Run = TypeVar("_Run", FrozenBlocks, FrozenTransitions)
 _LIBRARY = torch.library.Library("dense_ext", "FRAGMENT")
 # The dispatch key of the gradients that ``torch.autograd.grad(is_grads_batched=True)`` passes.
 _LEGACY_BATCHED = torch._C._dispatch_key_parse("Batched")
@@ -210,12 +211,17 @@ def _dense_block(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         return schedule.forward(_of_block(x, args, options), block, x, options.recompute == "none")
 
 
-# --- a frozen block with packed weights: (x) -> X, without a backward ------------------------------------
+# --- frozen parts with packed weights: (x) -> X or y, without a backward -------------------------------
 
 
 def frozen_blocks(x: Tensor, backend: str) -> FrozenBlocks | None:
     """What runs frozen blocks of images like x in one call, None if the backend runs them layer by layer."""
     return select(requested(backend), x.device.type, x.dtype).frozen_blocks
+
+
+def frozen_transitions(x: Tensor, backend: str) -> FrozenTransitions | None:
+    """What runs frozen transitions of images like x with packed weights, None if the backend packs none."""
+    return select(requested(backend), x.device.type, x.dtype).frozen_transitions
 
 
 def pack_block(x: Tensor, args: Arguments, run: FrozenBlocks) -> Tensor:
@@ -225,16 +231,36 @@ def pack_block(x: Tensor, args: Arguments, run: FrozenBlocks) -> Tensor:
     return run.pack(x.shape[1], *schedule.frozen_parameters(block))
 
 
+def pack_transition(x: Tensor, args: Arguments, run: FrozenTransitions) -> Tensor:
+    """The packed weights of the frozen transition with these arguments, whose input is like x."""
+    (norm,), (weight,) = _norms(x, args), args.conv_weights
+    assert norm.running is not None
+    return run.pack(*norm.running, norm.weight, norm.bias, norm.eps, in_dtype(weight, x.dtype))
+
+
 @_operator("packed_dense_block(Tensor x, Tensor packed, int[] widths, int[] growth, str backend) -> Tensor")
 def _packed_dense_block(
     x: Tensor, packed: Tensor, widths: list[int], growth: list[int], backend: str
 ) -> Tensor:
-    out, run = schedule.empty_like(x, x.shape[1] + sum(growth)), frozen_blocks(x, backend)
-    if run is None:
-        raise RuntimeError(f"packed weights are for a CPU, got an input on {x.device}")
+    out, run = schedule.empty_like(x, x.shape[1] + sum(growth)), _packing(frozen_blocks(x, backend), x)
     schedule.start_buffer(out, x)
     run.forward_packed(schedule.nhwc(out), packed, x.shape[1], widths, growth)
     return out
+
+
+@_operator("packed_transition(Tensor x, Tensor packed, int out_channels, str backend) -> Tensor")
+def _packed_transition(x: Tensor, packed: Tensor, out_channels: int, backend: str) -> Tensor:
+    run, x = _packing(frozen_transitions(x, backend), x), dense_channels_last(x)
+    size = (len(x), out_channels, *(length // 2 for length in x.shape[2:]))
+    y = torch.empty(size, dtype=x.dtype, memory_format=schedule.channels_last(x))
+    run.forward_packed(schedule.nhwc(x), packed, schedule.nhwc(y))
+    return y
+
+
+def _packing(run: _Run | None, x: Tensor) -> _Run:
+    if run is None:
+        raise RuntimeError(f"packed weights are for a CPU, got an input on {x.device}")
+    return run
 
 
 def _of_block(x: Tensor, args: Arguments, options: BlockOptions) -> Primitives:

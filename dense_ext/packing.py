@@ -19,7 +19,7 @@ _state = attrgetter("__dict__", "_parameters", "_buffers")
 
 
 class Packed:
-    """The packed weights of a block in the dtype that runs it, and the state of what they were made of.
+    """The packed weights of a part in the dtype that runs it, and the state of what they were made of.
 
     A call compares hundreds of tensors, so it takes little Python for each. The state holds no module, so
     that modules can be freed.
@@ -68,7 +68,7 @@ class Packed:
 
 
 def _places(norms: Sequence[nn.Module], convs: Sequence[nn.Module]) -> list[tuple[nn.Module, str]]:
-    """Where the tensors of a block are: modules and names."""
+    """Where the tensors of a part are: modules and names."""
     vectors = [(norm, name) for norm in norms for name in VECTORS]
     return [*vectors, *((conv, name) for conv in convs for name in ("weight", "bias"))]
 
@@ -79,16 +79,16 @@ def _holder(module: nn.Module, name: str) -> dict[str, Any]:
     return next((holder for holder in holders if name in holder), {name: None})
 
 
-# By a block's first norm. Weak, and apart from the modules, so that copies and pickles carry nothing.
+# By a part's first norm. Weak, and apart from the modules, so that copies and pickles carry nothing.
 _wanted: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _packed: weakref.WeakKeyDictionary[nn.Module, Packed] = weakref.WeakKeyDictionary()
 
 
 def pack_weights(model: nn.Module) -> nn.Module:
-    """Keep the packed weights of the fused blocks for inference on a CPU; returns ``model``.
+    """Keep the packed weights of fused blocks and transitions for inference on a CPU; returns ``model``.
 
     The kernels read weights in an order of their own. Without this function they reorder them at every call,
-    which takes much of the time of a single image. With it, a block's first call without gradients in eval
+    which takes much of the time of a single image. With it, a part's first call without gradients in eval
     mode keeps them, in as much memory as the weights themselves. The results have the same bits.
 
     A changed weight, norm or statistic is noticed, and packed anew. But PyTorch does not count writes through
@@ -98,7 +98,7 @@ def pack_weights(model: nn.Module) -> nn.Module:
     not use packed weights. Copies and pickles of a model carry none.
 
     Args:
-        model: a model whose dense blocks are fused, by :func:`swap` or as a :class:`DenseNet`.
+        model: a model whose dense blocks and transitions are fused, by :func:`swap` or as a :class:`DenseNet`.
 
     Raises:
         ValueError: nothing in the model is fused.
@@ -112,7 +112,7 @@ def pack_weights(model: nn.Module) -> nn.Module:
 
 
 def wanted(norms: Sequence[nn.Module]) -> bool:
-    """Whether a call of the block of these norms may run with packed weights."""
+    """Whether a call of the part with these norms may run with packed weights."""
     return (
         not torch.compiler.is_compiling()
         and len(_wanted) > 0
@@ -123,7 +123,7 @@ def wanted(norms: Sequence[nn.Module]) -> bool:
 
 
 def find(norms: Sequence[nn.Module], convs: Sequence[nn.Module], dtype: torch.dtype) -> Tensor | None:
-    """The packed weights of a block for activations of ``dtype``, if they are up to date; else None."""
+    """The packed weights of a part for activations of ``dtype``, if they are up to date; else None."""
     packed = _packed.get(norms[0])
     if packed is None:
         return None
@@ -134,7 +134,7 @@ def find(norms: Sequence[nn.Module], convs: Sequence[nn.Module], dtype: torch.dt
 
 
 def keep(norms: Sequence[nn.Module], convs: Sequence[nn.Module], weights: Tensor, dtype: torch.dtype) -> None:
-    """Keep a block's packed weights for activations of ``dtype`` as long as its first norm lives."""
+    """Keep a part's packed weights for activations of ``dtype`` as long as its first norm lives."""
     tensors = [_holder(module, name)[name] for module, name in _places(norms, convs)]
     if not any(t is not None and t.is_inference() for t in tensors):  # these have no versions to compare
         _packed[norms[0]] = Packed(norms, convs, weights, dtype)

@@ -85,6 +85,18 @@ def test_a_suite_fills_a_result(script, tmp_path: Path) -> None:  # type: ignore
     assert {row.peer for row in results.timed()} == {"aten", "cpu"}
 
 
+def ends(process: int) -> bool:
+    """Whether a killed process is gone within ten seconds; an orphan stays until it is waited for."""
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
 def test_a_part_that_takes_too_long_is_ended(script, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """So are the processes that it started: a compiler would slow down the next part."""
     sleep = "import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', '{}'])"
@@ -94,8 +106,7 @@ def test_a_part_that_takes_too_long_is_ended(script, tmp_path: Path) -> None:  #
     assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
     begun, child, *_ = (tmp_path / "log.txt").read_text().splitlines()[1:]
     assert begun == "begun"
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(child), 0)
+    assert ends(int(child))
 
 
 def test_commands_that_do_not_end_are_ended_together(script, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -125,8 +136,7 @@ sys.exit(gpu.main())
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 130
     assert "slow: interrupted" in (tmp_path / "log.txt").read_text()
-    with pytest.raises(ProcessLookupError):
-        os.kill(child, 0)
+    assert ends(child)
 
 
 def test_tests_that_are_all_skipped_are_no_success(script, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -24,7 +24,11 @@ def registered(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("sources", "ops"), [("cpu/*.cpp", PRIMITIVES), ("cuda/*.cu", (*PRIMITIVES, *THROUGH_NORM))]
+    ("sources", "ops"),
+    [
+        ("cpu/*.cpp", (*PRIMITIVES, "pack_frozen_transition", "packed_transition_forward")),
+        ("cuda/*.cu", (*PRIMITIVES, *THROUGH_NORM)),
+    ],
 )
 def test_every_primitive_is_compiled_once_and_its_file_has_a_test(sources: str, ops: tuple[str, ...]) -> None:
     files = {path.stem: registered(path) for path in (ROOT / "csrc").glob(sources)}

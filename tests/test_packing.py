@@ -37,9 +37,12 @@ def packings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of channels of each block whose weights are packed."""
     found: list[int] = []
     pack_block = ops.pack_block
-    monkeypatch.setattr(
-        ops, "pack_block", lambda x, *rest: (found.append(x.shape[1]), pack_block(x, *rest))[1]
-    )
+
+    def counted(x: Tensor, *rest: Any, **options: Any) -> Tensor:
+        found.append(x.shape[1])
+        return pack_block(x, *rest, **options)
+
+    monkeypatch.setattr(ops, "pack_block", counted)
     return found
 
 
@@ -355,6 +358,69 @@ def test_flops(model: nn.Module) -> None:
             each.features.denseblock1.run(x)
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+
+class TestTransitions:
+    """The same of transitions, whose norm and convolution are packed too."""
+
+    @staticmethod
+    def names(model: nn.Module) -> list[str]:
+        with Calls() as calls, torch.no_grad():
+            model(images())
+        return [name for name in calls.names if name in ("packed_transition", "transition")]
+
+    def test_packed_once(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.names(model) == ["packed_transition"] * 3
+        monkeypatch.setattr(ops, "pack_transition", lambda *_, **__: pytest.fail("packed again"))
+        assert self.names(model) == ["packed_transition"] * 3
+
+    @pytest.mark.parametrize("change", ["weight", "memory", "parameter", "statistics", "eps", "module"])
+    def test_a_change_is_noticed(self, change: str, model: Any) -> None:
+        before, _ = run(model, images())
+        part = model.features.transition2
+        if change == "weight":
+            nn.init.normal_(part.conv.weight, generator=torch.Generator().manual_seed(3))
+        elif change == "memory":
+            part.conv.weight.data = part.conv.weight.data * 2
+        elif change == "parameter":
+            part.norm.bias = nn.Parameter(part.norm.bias.detach() + 1)
+        elif change == "statistics":
+            part.norm.running_mean.add_(1.0)
+        elif change == "eps":
+            part.norm.eps = 0.5
+        else:
+            part.conv = copy.deepcopy(part.conv)
+            nn.init.constant_(part.conv.weight, 3.0)
+        y, _ = run(model, images())
+        assert self.names(model) == ["packed_transition"] * 3
+        with dense_ext.restored(model):
+            eager, _ = run(model, images())
+        torch.testing.assert_close(y, eager, rtol=1e-9, atol=1e-12)
+        assert not torch.equal(y, before)
+
+    @pytest.mark.parametrize("what", ["batch statistics", "reference backend"])
+    def test_what_packed_weights_cannot_serve(self, what: str, model: Any) -> None:
+        run(model, images())
+        part = model.features.transition2
+        if what == "batch statistics":
+            part.norm.running_mean = part.norm.running_var = None
+        else:
+            part.backend = "reference"
+        y, _ = run(model, images())
+        assert self.names(model) == ["packed_transition", "transition", "packed_transition"]
+        with dense_ext.restored(model):
+            eager, _ = run(model, images())
+        torch.testing.assert_close(y, eager, rtol=1e-9, atol=1e-12)
+
+    def test_flops(self, model: Any) -> None:
+        counts = []
+        for each in (dense_ext.swap(small_densenet_of(model)), model):
+            part = each.features.transition1
+            x = torch.randn(1, part.norm.num_features, 7, 6, dtype=torch.float64)
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                part.run(x, ops.NOTHING_CARRIED)
+            counts.append(counter.get_total_flops())
+        assert counts[0] == counts[1] > 0
 
 
 def test_a_model_without_fused_parts_is_refused() -> None:

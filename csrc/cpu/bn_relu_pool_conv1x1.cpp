@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "conv1x1.h"
+#include "prepared.h"
 
 namespace dense_ext {
 namespace {
@@ -72,67 +73,54 @@ void pool_rows(const Pixels<const T>& x, const Windows& windows, Range tile, Ran
 }
 
 template <class T>
-struct ForwardArguments {
-  using A = Acc<T>;
-  Volumes<const T> x;      // [N, H, W, C]
-  int64_t depth;           // of a pooling window
-  const A *scale, *shift;  // [C]
-  Weight<const T> weight;  // [K, C]
-  Pixels<T> y;             // [N, H/2, W/2, K]
-};
-
-template <class T>
 class Forward {
   using A = Acc<T>;
   using E = Operand<T>;
 
  public:
-  explicit Forward(const ForwardArguments<T>& args)
-      : args_(args),
-        in_(args.x.channels),
-        out_(args.y.channels),
-        weights_(weights_as_b(args.weight, /*transposed=*/true)),
-        windows_{args.x.planes, args.x.height, args.x.width, args.depth},
-        tiles_(args.y.count(), kPixels, num_threads()),
-        chunks_(in_, kForwardChannels, kPanel<E>),
-        workspace_{bytes_of<E>(weights_.packed_size()), 2 * padded_bytes<A>(in_)},
-        packed_(workspace_.take<E>(weights_.packed_size())),
-        scale_(workspace_.take_padded(args.scale, in_)),
-        shift_(workspace_.take_padded(args.shift, in_)) {}
+  // x [N, H, W, C], y [N, H/2, W/2, K]; `depth` planes are in a pooling window.
+  Forward(const Volumes<const T>& x, int64_t depth, const Prepared<T>& prepared, const Pixels<T>& y)
+      : x_(x),
+        prepared_(prepared),
+        y_(y),
+        windows_{x.planes, x.height, x.width, depth},
+        parts_(y.count(), kPixels, y.channels, num_threads()),
+        chunks_(x.channels, kForwardChannels, kPanel<E>) {}
 
   void run() {
-    pack_weights(weights_, packed_);
-    parallel(tiles_.parts, [&](int64_t part) { run_part(part); });
+    parallel(parts_.count(), [&](int64_t part) { run_part(part); });
   }
 
  private:
   void run_part(int64_t part) {
     const int64_t a_ld = leading_dimension<E>(elements<E>(chunks_.size));
-    const int64_t y_ld = leading_dimension<A>(out_);
+    const Range out = parts_.columns_of(part);
+    const int64_t y_ld = leading_dimension<A>(out.size());
     E* a = scratch<E>(Slot::kActivation, kPixels * a_ld);
     A* y = scratch<A>(Slot::kProduct, kPixels * y_ld);
-    const Range range = tiles_.of_part(part);
+    const E* packed = prepared_.packed + out.begin * elements<E>(x_.channels);
+    const Range range = parts_.tiles_of(part);
     for (int64_t i = range.begin; i < range.end; i++) {
-      const Range tile = tiles_.tile(i);
+      const Range tile = parts_.tiles.tile(i);
       for (int64_t c = 0; c < chunks_.count; c++) {
         const Range chunk = chunks_[c];
-        pool_rows<Depth::kColumns>(args_.x, windows_, tile, chunk, scale_, shift_,
+        pool_rows<Depth::kColumns>(x_, windows_, tile, chunk, prepared_.scale, prepared_.shift,
                                    A{0.25} / static_cast<A>(windows_.depth), a, a_ld);
         multiply(Product<E>{.rows = tile.size(),
-                            .columns = out_,
+                            .columns = out.size(),
                             .depth = elements<E>(chunk.size()),
                             .a = a,
                             .a_row = a_ld,
                             .a_depth = 1,
-                            .b = packed_ + elements<E>(chunk.begin) * kPanel<E>,
-                            .b_panel = weights_.tap_stride(),
+                            .b = packed + elements<E>(chunk.begin) * kPanel<E>,
+                            .b_panel = elements<E>(x_.channels) * kPanel<E>,
                             .b_depth = kPanel<E>,
                             .c = y,
                             .c_row = y_ld,
                             .accumulate = c > 0,
                             .prefetch = {next_input(i, c, range.end)}});
       }
-      store_rows(y, y_ld, tile.size(), out_, args_.y.at(tile.begin), args_.y.stride);
+      store_rows(y, y_ld, tile.size(), out.size(), y_.at(tile.begin) + out.begin, y_.stride);
     }
   }
 
@@ -140,35 +128,69 @@ class Forward {
   Prefetch next_input(int64_t i, int64_t c, int64_t end) const {
     const int64_t next = c + 1 < chunks_.count ? i : i + 1;
     if (next == end) return {};
-    return fetch_pixels(args_.x, windows_.inputs(tiles_.tile(next)),
+    return fetch_pixels(x_, windows_.inputs(parts_.tiles.tile(next)),
                         chunks_[(c + 1) % chunks_.count]);
   }
 
-  const ForwardArguments<T>& args_;
-  const int64_t in_, out_;
-  const WeightsAsB<T> weights_;  // [in][out]
+  const Volumes<const T>& x_;
+  const Prepared<T>& prepared_;
+  const Pixels<T>& y_;
   const Windows windows_;
-  const Tiles tiles_;
+  const ProductParts<E> parts_;
   const Chunks chunks_;
-  Workspace workspace_;
-  E* const packed_;
-  const A *const scale_, *const shift_;
 };
+
+template <class T>
+void run_forward(const Tensor& x, const Prepared<T>& prepared, int64_t out, const Tensor& y) {
+  const auto xs = volumes<const T>(x, "x");
+  const auto ys = volumes<T>(y, "y", pooled_shape<T>(xs, x.dim() == 5, out), out);
+  if (ys.count() > 0) Forward<T>(xs, x.dim() - 3, prepared, ys).run();
+}
 
 void bn_relu_pool_conv1x1_forward(const Tensor& x, const Tensor& scale, const Tensor& shift,
                                   const Tensor& weight, const Tensor& y) {
   dispatch(x, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const auto xs = volumes<const T>(x, "x");
-    const int64_t in = xs.channels, out = weight.size(0);
-    const auto pooled = pooled_shape<T>(xs, x.dim() == 5, out);
-    const ForwardArguments<T> args{.x = xs,
-                                   .depth = x.dim() - 3,
-                                   .scale = channels<const Acc<T>>(scale, "scale", in),
-                                   .shift = channels<const Acc<T>>(shift, "shift", in),
-                                   .weight = weight_of<const T>(weight, "weight", out, in, 1),
-                                   .y = volumes<T>(y, "y", pooled, out)};
-    if (args.y.count() > 0) Forward<T>(args).run();
+    using A = Acc<T>;
+    const int64_t in = x.size(x.dim() - 1), out = weight.size(0);
+    const A* scales = channels<const A>(scale, "scale", in);
+    const A* shifts = channels<const A>(shift, "shift", in);
+    const auto weights = weight_of<const T>(weight, "weight", out, in, 1);
+    Workspace workspace{bytes_of<A>(Prepared<T>::size(in, out))};
+    const Prepared<T> prepared(workspace.take<A>(Prepared<T>::size(in, out)), in, out);
+    prepared.set_norm(scales, shifts, in);
+    pack_weights(weights_as_b(weights, /*transposed=*/true), prepared.packed);
+    run_forward(x, prepared, out, y);
+  });
+}
+
+Tensor pack_frozen_transition(const Tensor& mean, const Tensor& var, const Tensor& weight,
+                              const Tensor& bias, double eps, const Tensor& conv) {
+  Tensor packed;
+  dispatch(conv, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = Acc<T>;
+    const int64_t in = conv.size(1), out = conv.size(0);
+    const FrozenNorm<A> norm{channels<const A>(mean, "running mean", in),
+                             channels<const A>(var, "running variance", in),
+                             channels<const A>(weight, "norm weight", in),
+                             channels<const A>(bias, "norm bias", in), eps};
+    const auto weights = weight_of<const T>(conv, "weight", out, in, 1);
+    packed = torch::stable::empty({Prepared<T>::size(in, out)}, kScalarType<A>);
+    const Prepared<T> prepared(static_cast<A*>(packed.mutable_data_ptr()), in, out);
+    prepared.set_norm(norm, in);
+    pack_weights(weights_as_b(weights, /*transposed=*/true), prepared.packed);
+  });
+  return packed;
+}
+
+void packed_transition_forward(const Tensor& x, const Tensor& packed, const Tensor& y) {
+  dispatch(x, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = Acc<T>;
+    const int64_t in = x.size(x.dim() - 1), out = y.size(y.dim() - 1);
+    A* memory = channels<A>(packed, "packed", Prepared<T>::size(in, out));
+    run_forward(x, Prepared<T>(memory, in, out), out, y);
   });
 }
 
@@ -386,6 +408,8 @@ void bn_relu_pool_conv1x1_backward(const Tensor& grad, const Tensor& x, const Te
 STABLE_TORCH_LIBRARY_IMPL(DENSE_EXT_NAMESPACE, CPU, m) {
   m.impl("bn_relu_pool_conv1x1_forward", TORCH_BOX(&bn_relu_pool_conv1x1_forward));
   m.impl("bn_relu_pool_conv1x1_backward", TORCH_BOX(&bn_relu_pool_conv1x1_backward));
+  m.impl("pack_frozen_transition", TORCH_BOX(&pack_frozen_transition));
+  m.impl("packed_transition_forward", TORCH_BOX(&packed_transition_forward));
 }
 
 }  // namespace dense_ext

@@ -10,9 +10,9 @@
 
 #include <vector>
 
-#include "batch_norm.h"
 #include "conv1x1.h"
 #include "conv3x3.h"
+#include "prepared.h"
 
 namespace dense_ext {
 namespace {
@@ -25,61 +25,34 @@ struct Shape {
   int64_t in, inner, out;  // C, B, K
 };
 
-// What the products of a layer read, one after another in memory: each norm's scale and shift,
-// padded so that whole vectors can be loaded, and the packed weights.
+// What the two convolutions of a layer read.
 template <class T>
-struct Prepared {
+struct PreparedLayer {
   using A = Acc<T>;
-  using E = Operand<T>;
-  static_assert(sizeof(E) == sizeof(A));
-  A *scale1, *shift1, *scale2, *shift2;
-  E *packed1, *packed3;
-  A* end;
+  Prepared<T> conv1, conv3;
 
-  Prepared(A* memory, const Shape& shape) {
-    const int64_t in = round_up(shape.in, kPanel<A>), inner = round_up(shape.inner, kPanel<A>);
-    scale1 = memory;
-    shift1 = scale1 + in;
-    scale2 = shift1 + in;
-    shift2 = scale2 + inner;
-    packed1 = reinterpret_cast<E*>(shift2 + inner);
-    packed3 = packed1 + elements<E>(shape.in) * inner;
-    const int64_t out = round_up(shape.out, kPanel<E>);
-    end = reinterpret_cast<A*>(packed3 + kTaps * elements<E>(shape.inner) * out);
-  }
+  PreparedLayer(A* memory, const Shape& shape)
+      : conv1(memory, shape.in, shape.inner), conv3(conv1.end, shape.inner, shape.out, kTaps) {}
   static int64_t size(const Shape& shape) {
-    A start;
-    return Prepared(&start, shape).end - &start;
+    return Prepared<T>::size(shape.in, shape.inner) +
+           Prepared<T>::size(shape.inner, shape.out, kTaps);
   }
 };
 
 // A layer's parameters and statistics.
 template <class T>
 struct Layer {
-  // The vectors [C] of a norm.
-  struct Norm {
-    const Acc<T>*mean, *var, *weight, *bias;
-    double eps;
-  };
   Shape shape;
-  Norm norm1, norm2;
+  FrozenNorm<Acc<T>> norm1, norm2;
   Weight<const T> weight1;
   Conv3x3Weight<const T> weight3;
 
-  void prepare(const Prepared<T>& to) const {
-    set(norm1, shape.in, to.scale1, to.shift1);
-    set(norm2, shape.inner, to.scale2, to.shift2);
+  void prepare(const PreparedLayer<T>& to) const {
+    to.conv1.set_norm(norm1, shape.in);
+    to.conv3.set_norm(norm2, shape.inner);
     const TapOffsets taps = TapOffsets::in_weight(weight3, /*reversed=*/false);
-    pack_weights<T>({{weights_as_b(weight1, /*transposed=*/true), to.packed1},
-                     {weights_as_b(weight3, taps), to.packed3}});
-  }
-
- private:
-  static void set(const Norm& norm, int64_t count, Acc<T>* scale, Acc<T>* shift) {
-    scale_and_shift(norm.mean, norm.var, norm.weight, norm.bias, norm.eps, count, scale, shift);
-    const int64_t padded = round_up(count, kPanel<Acc<T>>);
-    std::fill(scale + count, scale + padded, Acc<T>{0});
-    std::fill(shift + count, shift + padded, Acc<T>{0});
+    pack_weights<T>({{weights_as_b(weight1, /*transposed=*/true), to.conv1.packed},
+                     {weights_as_b(weight3, taps), to.conv3.packed}});
   }
 };
 
@@ -100,16 +73,16 @@ class FrozenBlock {
             lines_, ceil_div(lines_ * bytes_of<E>(line_size_), num_threads() * kBytesPerThread))),
         images_(std::min(x.images, ceil_div(ceil_div(lines_, bands_), x.height) + 1)),
         z_taps_(TapOffsets::in_band(x.width, z_ld_)),
-        workspace_{bytes_of<A>(Prepared<T>::size(widest_)),
+        workspace_{bytes_of<A>(PreparedLayer<T>::size(widest_)),
                    bytes_of<E>(images_ * (x.height + 2) * line_size_)},
-        prepared_(workspace_.take<A>(Prepared<T>::size(widest_))),
+        prepared_(workspace_.take<A>(PreparedLayer<T>::size(widest_))),
         z_(workspace_.take<E>(images_ * (x.height + 2) * line_size_)) {}
 
   // Runs layers that are prepared one by one.
   void run(const std::vector<Layer<T>>& layers) {
     clear_border();
     for (const Layer<T>& layer : layers) {
-      const Prepared<T> prepared(prepared_, layer.shape);
+      const PreparedLayer<T> prepared(prepared_, layer.shape);
       layer.prepare(prepared);
       run(layer.shape, prepared);
     }
@@ -119,9 +92,9 @@ class FrozenBlock {
   void run(A* memory) {
     clear_border();
     for (const Shape& shape : shapes_) {
-      const Prepared<T> prepared(memory, shape);
+      const PreparedLayer<T> prepared(memory, shape);
       run(shape, prepared);
-      memory = prepared.end;
+      memory = prepared.conv3.end;
     }
   }
 
@@ -150,7 +123,7 @@ class FrozenBlock {
     }
   }
 
-  void run(const Shape& shape, const Prepared<T>& prepared) {
+  void run(const Shape& shape, const PreparedLayer<T>& prepared) {
     int64_t written = 0;
     for (int64_t i = 0; i < bands_; i++) {
       const Range band = part_of(lines_, bands_, i);
@@ -163,32 +136,37 @@ class FrozenBlock {
   }
 
   // Writes the activated z of these lines. A line is one row of one image.
-  void write_bottleneck(const Shape& shape, const Prepared<T>& prepared, Range lines) {
+  void write_bottleneck(const Shape& shape, const PreparedLayer<T>& prepared, Range lines) {
     const int64_t width = x_.width, first = lines.begin * width;
     const Pixels<const T> source = {x_.at(first), 1, lines.size(), width, shape.in, x_.stride};
-    const ActivatedProduct<T> product{source, prepared.scale1, prepared.shift1, prepared.packed1,
-                                      shape.inner};
-    const Tiles tiles(source.count(), product.kPixels, num_threads());
-    parallel(tiles.parts, [&](int64_t part) {
-      const Range range = tiles.of_part(part);
+    const ProductParts<E> parts(source.count(), ActivatedProduct<T>::kPixels, shape.inner,
+                                num_threads());
+    const Tiles& tiles = parts.tiles;
+    parallel(parts.count(), [&](int64_t part) {
+      const int64_t channel = parts.columns_of(part).begin, count = parts.columns_of(part).size();
+      const ActivatedProduct<T> product{source, prepared.conv1.scale, prepared.conv1.shift,
+                                        prepared.conv1.packed + channel * elements<E>(shape.in),
+                                        count};
+      const Range range = parts.tiles_of(part);
       for (int64_t i = range.begin; i < range.end; i++) {
         const Range tile = tiles.tile(i), next = i + 1 < range.end ? tiles.tile(i + 1) : Range{};
         A* z = product.run(tile, next, {});
-        round_rows<T>(z, product.ld(), tile.size(), shape.inner);
+        round_rows<T>(z, product.ld(), tile.size(), count);
         for (int64_t p = tile.begin; p < tile.end;) {
-          const int64_t column = p % width, count = std::min(width - column, tile.end - p);
+          const int64_t column = p % width, pixels = std::min(width - column, tile.end - p);
           E* line = padded_line((first + p) / width) + line_size_;
-          activate_rows<Depth::kColumns>(z + (p - tile.begin) * product.ld(), product.ld(), count,
-                                         shape.inner, prepared.scale2, prepared.shift2,
-                                         line + (column + 1) * z_ld_, z_ld_);
-          p += count;
+          activate_rows<Depth::kColumns>(z + (p - tile.begin) * product.ld(), product.ld(), pixels,
+                                         count, prepared.conv3.scale + channel,
+                                         prepared.conv3.shift + channel,
+                                         line + (column + 1) * z_ld_ + elements<E>(channel), z_ld_);
+          p += pixels;
         }
       }
     });
   }
 
   // Writes y of these lines.
-  void write_output(const Shape& shape, const Prepared<T>& prepared, Range lines) {
+  void write_output(const Shape& shape, const PreparedLayer<T>& prepared, Range lines) {
     const TapOffsets packed_taps = TapOffsets::in_panel<E>(shape.inner);
     const Chunks chunks(shape.inner, kConv3x3Channels, kPanel<E>);
     const int64_t y_ld = whole_vectors<A>(shape.out);
@@ -206,7 +184,7 @@ class FrozenBlock {
                               .a = padded_line(line) + elements<E>(first),
                               .a_row = z_ld_,
                               .a_depth = 1,
-                              .b = prepared.packed3 + elements<E>(first) * kPanel<E>,
+                              .b = prepared.conv3.packed + elements<E>(first) * kPanel<E>,
                               .b_panel = kTaps * elements<E>(shape.inner) * kPanel<E>,
                               .b_depth = kPanel<E>,
                               .c = y,
@@ -250,10 +228,10 @@ std::vector<Layer<T>> layers_of(int64_t in, const std::vector<Tensor>& means,
                       weights.size() == count && biases.size() == count && eps.size() == count,
                   "each layer takes two norms and two convolutions");
   const auto norm = [&](size_t i, int64_t n) {
-    return typename Layer<T>::Norm{channels<const A>(means[i], "running mean", n),
-                                   channels<const A>(vars[i], "running variance", n),
-                                   channels<const A>(weights[i], "norm weight", n),
-                                   channels<const A>(biases[i], "norm bias", n), eps[i]};
+    return FrozenNorm<A>{channels<const A>(means[i], "running mean", n),
+                         channels<const A>(vars[i], "running variance", n),
+                         channels<const A>(weights[i], "norm weight", n),
+                         channels<const A>(biases[i], "norm bias", n), eps[i]};
   };
   std::vector<Layer<T>> layers;
   for (size_t i = 0; i < count; i += 2) {
@@ -306,13 +284,13 @@ Tensor pack_frozen_block(int64_t in_channels, std::vector<Tensor> means, std::ve
     using A = Acc<T>;
     const auto layers = layers_of<T>(in_channels, means, vars, weights, biases, eps, convs);
     int64_t size = 0;
-    for (const Layer<T>& layer : layers) size += Prepared<T>::size(layer.shape);
+    for (const Layer<T>& layer : layers) size += PreparedLayer<T>::size(layer.shape);
     packed = torch::stable::empty({size}, kScalarType<A>);
     A* memory = static_cast<A*>(packed.mutable_data_ptr());
     for (const Layer<T>& layer : layers) {
-      const Prepared<T> prepared(memory, layer.shape);
+      const PreparedLayer<T> prepared(memory, layer.shape);
       layer.prepare(prepared);
-      memory = prepared.end;
+      memory = prepared.conv3.end;
     }
   });
   return packed;
@@ -329,7 +307,7 @@ void packed_block_forward(const Tensor& x, const Tensor& packed, int64_t in_chan
     int64_t in = in_channels, size = 0;
     for (size_t i = 0; i < inner.size(); i++) {
       shapes.push_back({in, inner[i], out[i]});
-      size += Prepared<T>::size(shapes.back());
+      size += PreparedLayer<T>::size(shapes.back());
       in += out[i];
     }
     check_input(x, shapes.back());

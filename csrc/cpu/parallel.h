@@ -57,6 +57,27 @@ struct Chunks {
   Range operator[](int64_t i) const { return {i * size, std::min(total, (i + 1) * size)}; }
 };
 
+// Splits a product over threads by tiles of its rows, or if there are few rows by its columns too.
+// Then each thread reads the weights of its columns alone. A part is on one thread.
+template <class E>
+struct ProductParts {
+  int64_t columns, panels = ceil_div(columns, kPanel<E>);
+  int64_t column_parts;
+  Tiles tiles;
+
+  ProductParts(int64_t rows, int64_t tile_rows, int64_t columns_, int64_t threads)
+      : columns(columns_),
+        column_parts(rows <= threads * kMaxRows ? std::min(threads, panels) : 1),
+        tiles(rows, tile_rows, threads / column_parts) {}
+  int64_t count() const { return tiles.parts * column_parts; }
+  Range tiles_of(int64_t part) const { return tiles.of_part(part / column_parts); }
+  // Begins with a whole panel.
+  Range columns_of(int64_t part) const {
+    const Range of = part_of(panels, column_parts, part % column_parts);
+    return {of.begin * kPanel<E>, std::min(of.end * kPanel<E>, columns)};
+  }
+};
+
 // The purposes of a thread's scratch buffers. The buffers live as long as the thread and only grow,
 // so that a tile stays in the same, cached memory from call to call.
 enum class Slot {

@@ -49,6 +49,7 @@ class Primitives:
         only = of_blocks.pop() if len(of_blocks) == 1 else None
         self.frozen_blocks = only.frozen_blocks if only is not None else None
         self.plain_blocks = only.plain_blocks if only is not None else None
+        self.frozen_transitions = table["bn_relu_pool_conv1x1_forward"].frozen_transitions
 
     def __getattr__(self, name: str) -> Any:  # tells mypy that the attributes set above exist
         raise AttributeError(name)

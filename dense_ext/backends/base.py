@@ -106,6 +106,21 @@ class FrozenBlocks(NamedTuple):
     forward_packed: Callable[..., None]
 
 
+class FrozenTransitions(NamedTuple):
+    """A transition whose norm uses its running statistics, with packed weights.
+
+    The bits are those of :meth:`Backend.bn_scale_shift` and :meth:`Backend.bn_relu_pool_conv1x1_forward`.
+
+    Attributes:
+        pack: ``pack(mean, var, weight, bias, eps, conv)`` returns the norm's vectors [C] and the weight
+            [K, C, 1, 1] in the order in which forward reads them.
+        forward_packed: ``forward_packed(x, packed, y)`` computes y [N, H//2, W//2, K] from x [N, H, W, C].
+    """
+
+    pack: Callable[..., Tensor]
+    forward_packed: Callable[..., None]
+
+
 class PlainBlocks(NamedTuple):
     """A dense block of plain bottleneck layers in one call, which saves most of the host's time for it.
 
@@ -143,6 +158,8 @@ class Backend(ABC):
     max_pixels: ClassVar[float] = math.inf
     # A frozen dense block in one call, if the backend has it.
     frozen_blocks: FrozenBlocks | None = None
+    # The same of a transition.
+    frozen_transitions: FrozenTransitions | None = None
     # A plain dense block in one call, if the backend has it.
     plain_blocks: PlainBlocks | None = None
 

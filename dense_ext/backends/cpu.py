@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .base import PRIMITIVES, STORAGE_DTYPES, FrozenBlocks, PlainBlocks, accumulate_dtype
+from .base import PRIMITIVES, STORAGE_DTYPES, FrozenBlocks, FrozenTransitions, PlainBlocks, accumulate_dtype
 from .compiled import BLOCK_OPS, PACKAGE, CompiledBackend, Library
 
 # PyTorch's name for the instruction set -> the libraries that such a machine can run, best first.
@@ -26,9 +26,10 @@ LIBRARIES = {
     "NEON_BF16": ("_cpu_neon_bf16", "_cpu_default"),
 }
 ELSEWHERE = ("_cpu_default",)
-# The ops of :class:`FrozenBlocks`, in the order of its fields; and all ops of a library.
+# The ops of frozen blocks and transitions, in the order of their fields; and all ops of a library.
 _OF_FROZEN_BLOCKS = ("frozen_block_forward", "pack_frozen_block", "packed_block_forward")
-OPS = (*PRIMITIVES, *BLOCK_OPS, *_OF_FROZEN_BLOCKS)
+_OF_FROZEN_TRANSITIONS = ("pack_frozen_transition", "packed_transition_forward")
+OPS = (*PRIMITIVES, *BLOCK_OPS, *_OF_FROZEN_BLOCKS, *_OF_FROZEN_TRANSITIONS)
 
 
 def _instruction_set() -> str:
@@ -72,6 +73,7 @@ class CPUBackend(CompiledBackend):
         super().__init__(library or _library())
         self.plain_blocks = PlainBlocks(*map(self.library.op, BLOCK_OPS))
         self.frozen_blocks = FrozenBlocks(*map(self.library.op, _OF_FROZEN_BLOCKS))
+        self.frozen_transitions = FrozenTransitions(*map(self.library.op, _OF_FROZEN_TRANSITIONS))
 
     def rounds_operands(self, dtype: torch.dtype) -> bool:
         # csrc/cpu/vector.h: Operand

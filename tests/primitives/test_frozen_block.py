@@ -1,4 +1,4 @@
-"""A frozen block in one call writes the same bits as its primitives, one after another."""
+"""Frozen blocks in one call, and packed transitions, give the same bits as their primitives."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from dense_ext import schedule
 from dense_ext.backends import CPU
-from dense_ext.backends.base import STORAGE_DTYPES
+from dense_ext.backends.base import STORAGE_DTYPES, accumulate_dtype
 from dense_ext.backends.cpu import CPUBackend
 
 from ..conftest import checked_backends
@@ -101,6 +101,62 @@ def test_bad_arguments_are_refused(wrong: str) -> None:
     with pytest.raises(RuntimeError, match=r"expected|takes two norms|must be contiguous"):
         calls[wrong]()
     assert not x.any()
+
+
+# N, C, K, and height and width, or depth, height and width.
+TRANSITIONS = [
+    (2, 7, 5, 6, 4),
+    (1, 3, 1, 2, 2),
+    (3, 300, 70, 13, 11),
+    (2, 40, 33, 3, 60),
+    (2, 21, 9, 4, 5, 6),
+]
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("storage", STORAGE_DTYPES, ids=str)
+@pytest.mark.parametrize("size", TRANSITIONS, ids=str)
+def test_a_packed_transition_has_the_bits_of_the_primitives(
+    size: tuple[int, ...], storage: torch.dtype
+) -> None:
+    n, c, k, *pixels = size
+    run, wide = CPU.frozen_transitions, accumulate_dtype(storage)
+    assert run is not None
+    generator = torch.Generator().manual_seed(1)
+    mean, bias = (torch.randn(c, generator=generator, dtype=wide) for _ in range(2))
+    var, weight = (torch.rand(c, generator=generator, dtype=wide) + 0.5 for _ in range(2))
+    conv = torch.randn(k, c, *[1] * len(pixels), generator=generator).to(storage)
+    x = torch.randn(n, *pixels, c + 3, generator=generator).to(storage)[..., :c]
+    found, expected = (torch.full((n, *(p // 2 for p in pixels), k + 2), 7.0, dtype=storage) for _ in "fe")
+    scale, shift = torch.empty_like(mean), torch.empty_like(mean)
+    CPU.bn_scale_shift(mean, var, weight, bias, 1e-3, scale, shift)
+    CPU.bn_relu_pool_conv1x1_forward(x, scale, shift, conv, expected[..., :k])
+    run.forward_packed(x, run.pack(mean, var, weight, bias, 1e-3, conv), found[..., :k])
+    assert torch.equal(found, expected)
+    assert (expected[..., k:] == 7).all()
+    assert not (expected[..., :k] == 7).all()
+
+
+@pytest.mark.parametrize("wrong", ["statistics", "packed", "dtype", "output"])
+def test_bad_arguments_of_a_transition_are_refused(wrong: str) -> None:
+    run = CPU.frozen_transitions
+    assert run is not None
+    vector, conv, x, y = (
+        torch.ones(6),
+        torch.ones(4, 6, 1, 1),
+        torch.ones(1, 4, 4, 6),
+        torch.zeros(1, 2, 2, 4),
+    )
+    packed = run.pack(vector, vector, vector, vector, 0.0, conv)
+    calls = {
+        "statistics": lambda: run.pack(vector[1:], vector, vector, vector, 0.0, conv),
+        "packed": lambda: run.forward_packed(x, packed[:-1], y),
+        "dtype": lambda: run.forward_packed(x, packed.double(), y),
+        "output": lambda: run.forward_packed(x, packed, torch.zeros(1, 2, 3, 4)),
+    }
+    with pytest.raises(RuntimeError, match=r"expected|must be contiguous|dtype"):
+        calls[wrong]()
+    assert not y.any()
 
 
 def test_packed_weights_are_as_large_as_the_weights() -> None:
