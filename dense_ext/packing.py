@@ -98,7 +98,7 @@ def pack_weights(model: nn.Module) -> nn.Module:
     not use packed weights. Copies and pickles of a model carry none.
 
     Args:
-        model: a model whose dense blocks and transitions are fused, by :func:`swap` or as a :class:`DenseNet`.
+        model: a model with fused dense blocks and transitions, by :func:`swap` or as a :class:`DenseNet`.
 
     Raises:
         ValueError: nothing in the model is fused.
