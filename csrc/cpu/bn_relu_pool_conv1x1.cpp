@@ -78,10 +78,14 @@ class Forward {
   using E = Operand<T>;
 
  public:
-  // x [N, H, W, C], y [N, H/2, W/2, K]; `depth` planes are in a pooling window.
-  Forward(const Volumes<const T>& x, int64_t depth, const Prepared<T>& prepared, const Pixels<T>& y)
+  // x [N, H, W, C], y [N, H/2, W/2, K]; `depth` planes are in a pooling window. The vectors are
+  // padded.
+  Forward(const Volumes<const T>& x, int64_t depth, const A* scale, const A* shift, const E* packed,
+          const Pixels<T>& y)
       : x_(x),
-        prepared_(prepared),
+        scale_(scale),
+        shift_(shift),
+        packed_(packed),
         y_(y),
         windows_{x.planes, x.height, x.width, depth},
         parts_(y.count(), kPixels, y.channels, num_threads()),
@@ -98,13 +102,13 @@ class Forward {
     const int64_t y_ld = leading_dimension<A>(out.size());
     E* a = scratch<E>(Slot::kActivation, kPixels * a_ld);
     A* y = scratch<A>(Slot::kProduct, kPixels * y_ld);
-    const E* packed = prepared_.packed + out.begin * elements<E>(x_.channels);
+    const E* packed = packed_ + out.begin * elements<E>(x_.channels);
     const Range range = parts_.tiles_of(part);
     for (int64_t i = range.begin; i < range.end; i++) {
       const Range tile = parts_.tiles.tile(i);
       for (int64_t c = 0; c < chunks_.count; c++) {
         const Range chunk = chunks_[c];
-        pool_rows<Depth::kColumns>(x_, windows_, tile, chunk, prepared_.scale, prepared_.shift,
+        pool_rows<Depth::kColumns>(x_, windows_, tile, chunk, scale_, shift_,
                                    A{0.25} / static_cast<A>(windows_.depth), a, a_ld);
         multiply(Product<E>{.rows = tile.size(),
                             .columns = out.size(),
@@ -133,34 +137,34 @@ class Forward {
   }
 
   const Volumes<const T>& x_;
-  const Prepared<T>& prepared_;
+  const A *const scale_, *const shift_;
+  const E* const packed_;
   const Pixels<T>& y_;
   const Windows windows_;
   const ProductParts<E> parts_;
   const Chunks chunks_;
 };
 
-template <class T>
-void run_forward(const Tensor& x, const Prepared<T>& prepared, int64_t out, const Tensor& y) {
-  const auto xs = volumes<const T>(x, "x");
-  const auto ys = volumes<T>(y, "y", pooled_shape<T>(xs, x.dim() == 5, out), out);
-  if (ys.count() > 0) Forward<T>(xs, x.dim() - 3, prepared, ys).run();
-}
-
 void bn_relu_pool_conv1x1_forward(const Tensor& x, const Tensor& scale, const Tensor& shift,
                                   const Tensor& weight, const Tensor& y) {
   dispatch(x, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = Acc<T>;
-    const int64_t in = x.size(x.dim() - 1), out = weight.size(0);
+    using E = Operand<T>;
+    const auto xs = volumes<const T>(x, "x");
+    const int64_t in = xs.channels, out = weight.size(0);
     const A* scales = channels<const A>(scale, "scale", in);
     const A* shifts = channels<const A>(shift, "shift", in);
-    const auto weights = weight_of<const T>(weight, "weight", out, in, 1);
-    Workspace workspace{bytes_of<A>(Prepared<T>::size(in, out))};
-    const Prepared<T> prepared(workspace.take<A>(Prepared<T>::size(in, out)), in, out);
-    prepared.set_norm(scales, shifts, in);
-    pack_weights(weights_as_b(weights, /*transposed=*/true), prepared.packed);
-    run_forward(x, prepared, out, y);
+    const auto weights =
+        weights_as_b(weight_of<const T>(weight, "weight", out, in, 1), /*transposed=*/true);
+    const auto ys = volumes<T>(y, "y", pooled_shape<T>(xs, x.dim() == 5, out), out);
+    if (ys.count() == 0) return;
+    Workspace workspace{bytes_of<E>(weights.packed_size()), 2 * padded_bytes<A>(in)};
+    E* packed = workspace.take<E>(weights.packed_size());
+    pack_weights(weights, packed);
+    const A* padded_scale = workspace.take_padded(scales, in);
+    const A* padded_shift = workspace.take_padded(shifts, in);
+    Forward<T>(xs, x.dim() - 3, padded_scale, padded_shift, packed, ys).run();
   });
 }
 
@@ -188,9 +192,13 @@ void packed_transition_forward(const Tensor& x, const Tensor& packed, const Tens
   dispatch(x, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = Acc<T>;
-    const int64_t in = x.size(x.dim() - 1), out = y.size(y.dim() - 1);
+    const auto xs = volumes<const T>(x, "x");
+    const int64_t in = xs.channels, out = y.size(y.dim() - 1);
     A* memory = channels<A>(packed, "packed", Prepared<T>::size(in, out));
-    run_forward(x, Prepared<T>(memory, in, out), out, y);
+    const auto ys = volumes<T>(y, "y", pooled_shape<T>(xs, x.dim() == 5, out), out);
+    const Prepared<T> prepared(memory, in, out);
+    if (ys.count() == 0) return;
+    Forward<T>(xs, x.dim() - 3, prepared.scale, prepared.shift, prepared.packed, ys).run();
   });
 }
 

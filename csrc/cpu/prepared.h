@@ -43,16 +43,6 @@ struct Prepared {
 
   void set_norm(const FrozenNorm<A>& norm, int64_t in) const {
     scale_and_shift(norm.mean, norm.var, norm.weight, norm.bias, norm.eps, in, scale, shift);
-    pad(in);
-  }
-  void set_norm(const A* from_scale, const A* from_shift, int64_t in) const {
-    std::copy(from_scale, from_scale + in, scale);
-    std::copy(from_shift, from_shift + in, shift);
-    pad(in);
-  }
-
- private:
-  void pad(int64_t in) const {
     const int64_t padded = round_up(in, kPanel<A>);
     std::fill(scale + in, scale + padded, A{0});
     std::fill(shift + in, shift + padded, A{0});
