@@ -33,7 +33,7 @@ from .batch_norm import (
 )
 from .casting import cast
 from .checks import check_batch, check_input, check_options, check_parameters
-from .eligibility import Fused, interference, mode_reason, names_of, readable
+from .eligibility import Fused, input_reason, interference, mode_reason, names_of, readable
 from .schedule import norm_starts
 from .supported import layers_reason
 from .synchronised import group_of
@@ -113,6 +113,25 @@ def written_by_hooks(module: nn.Module) -> bool:
 
 def _has_forward_hook(module: nn.Module) -> bool:
     return any([len(inner._forward_hooks) > 0 for inner in module.modules()])  # noqa: C419  # compiled
+
+
+def _takes_channels_last(x: Any, convs: Sequence[nn.Module]) -> bool:
+    """Whether contiguous images may be converted to channels_last memory in front of these modules.
+
+    They have to be plain convolutions on a CPU: from such images, PyTorch's compute the same in less time,
+    and write channels_last memory.
+    """
+    if not convs or not isinstance(x, Tensor) or input_reason(x) is not None or x.dim() not in (4, 5):
+        return False
+    if x.device.type != "cpu" or not x.is_contiguous() or ops.is_channels_last(x):
+        return False
+    for conv in convs:
+        if type(conv) not in (nn.Conv2d, nn.Conv3d) or interference(conv) is not None:
+            return False
+        weight = constant(conv, "weight")
+        if not isinstance(weight, Tensor) or not weight.is_contiguous():
+            return False
+    return True
 
 
 def own_memory(x: Tensor) -> Tensor:
@@ -608,9 +627,14 @@ class FusedFeatures(Fused, nn.Sequential):
         if mode_reason() is not None or self.original.forward is not type(self).known_forward:
             return self.run_original(x)
         children, stem = list(self._modules.values()), self.stem(self)
-        behind = max([stem.stop, *[i + 1 for i, child in enumerate(children) if isinstance(child, Fused)]])
+        fused = [i for i, child in enumerate(children) if isinstance(child, Fused)]
+        first = min([*range(stem.start, stem.stop), *fused], default=0)
+        behind = max([stem.stop, *[i + 1 for i in fused]])
         watched = any([_has_forward_hook(child) for child in children[behind:]])  # noqa: C419  # compiled
-        contiguous: bool | None = None  # whether the first fused part's input was contiguous
+        contiguous: bool | None = None  # whether the first fused part's input is contiguous in eager
+        if _takes_channels_last(x, children[:first]):
+            # So that the first fused part gets channels_last memory: converting the images costs less.
+            x, contiguous = ops.dense_channels_last(x), True
         carried: ops.Carried | None = None  # set while x is a block's X that nothing else has received
         i = 0
         while i < len(children):

@@ -175,7 +175,7 @@ def _pooling(x: Tensor, args: Arguments, options: PoolingOptions) -> Pooling:
     )
 
 
-def _is_channels_last(x: Tensor) -> bool:
+def is_channels_last(x: Tensor) -> bool:
     """Whether x is in dense channels_last memory; unlike PyTorch's test, exact even if a size is 1."""
     _, c, *pixels = x.shape
     strides = [c]  # from the last dimension to the first
@@ -190,12 +190,12 @@ def is_dense(x: Tensor) -> bool:
     A view of a single image may have other strides, for which PyTorch's batch norm on a CPU computes wrong
     gradients.
     """
-    return x.is_contiguous() or _is_channels_last(x)
+    return x.is_contiguous() or is_channels_last(x)
 
 
 def dense_channels_last(x: Tensor) -> Tensor:
     """``x`` in dense channels_last memory, copied only if it is not."""
-    if _is_channels_last(x):
+    if is_channels_last(x):
         return x
     return torch.empty_like(x, memory_format=schedule.channels_last(x)).copy_(x)
 
@@ -340,7 +340,7 @@ def _dense_block_formula(ctx: Any, grad: Tensor) -> Gradients:
         return differentiable.dense_block_backward(grad, output, args, options, ctx.in_channels)
     # The schedule accumulates into the gradient itself if it is exclusive to this call, else into a copy.
     backward = torch.ops.dense_ext.dense_block_backward
-    if is_exclusive(grad, _probe_ownership) and _is_channels_last(grad):
+    if is_exclusive(grad, _probe_ownership) and is_channels_last(grad):
         backward = torch.ops.dense_ext.dense_block_backward_
     return backward(grad, output, stats, z, *args, *options, ctx.in_channels, needed)
 

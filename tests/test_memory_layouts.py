@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dense_ext
+from dense_ext.ops import is_channels_last
 
 from .helpers import (
     assert_equal,
@@ -30,6 +33,66 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def images(height: int = 33, width: int = 32) -> Tensor:
     return torch.randn(2, 3, height, width, dtype=torch.float64)
+
+
+# --- images ------------------------------------------------------------------------------------------------
+
+
+class FirstConvolution(TorchDispatchMode):
+    """Records whether the first convolution reads channels_last memory."""
+
+    reads_channels_last: bool | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution.default and self.reads_channels_last is None:
+            self.reads_channels_last = is_channels_last(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def unchanged(features: nn.Module) -> nn.Module:
+    return features
+
+
+def with_weights_permuted(features: Any) -> nn.Module:
+    weight = features.conv0.weight
+    features.conv0.weight = nn.Parameter(weight.detach().transpose(0, 1).contiguous().transpose(0, 1))
+    return features
+
+
+def with_a_hook(features: Any) -> nn.Module:
+    features.conv0.register_forward_hook(lambda module, args, output: None)
+    return features
+
+
+def after_an_activation(features: Any) -> nn.Module:
+    return nn.Sequential(OrderedDict([("first", nn.ReLU()), *features.named_children()]))
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize(
+    ("change", "channels", "converted"),
+    [
+        (unchanged, 3, True), (unchanged, 1, True), (with_weights_permuted, 3, False),
+        (with_a_hook, 3, False), (after_an_activation, 3, False),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)  # fmt: skip
+def test_contiguous_images_are_converted_in_front_of_plain_convolutions(
+    change: Callable[[Any], nn.Module], channels: int, converted: bool, dims: int
+) -> None:
+    features: Any = small_densenet().features
+    features.conv0 = nn.Conv2d(channels, 8, 7, 2, 3, bias=False).double()
+    x = images()[:, :channels].contiguous()
+    if dims == 3:
+        features.pool0 = nn.MaxPool3d(3, 2, 1)
+        features, x = in_three_dimensions(features), x.unsqueeze(2).repeat(1, 1, 33, 1, 1)
+    ours, eager = twin(change(features), dense_ext.swap)
+    first = FirstConvolution()
+    with first, torch.no_grad():
+        y = ours.eval()(x)
+    assert first.reads_channels_last is converted
+    assert y.stride() == eager.eval()(x).stride()
+    assert_trains_alike(ours.train(), eager.train(), x)
 
 
 # --- saved tensors that return in another layout -----------------------------------------------------
