@@ -31,9 +31,9 @@ STABLE_TORCH_LIBRARY(DENSE_EXT_NAMESPACE, m) {
   m.def("plain_block_backward(Tensor(a!) grad, Tensor x, Tensor z, Tensor stats, Tensor(b!) grad_x, bool[] needs_conv_grad, int in_channels, Tensor[] weights, Tensor[] biases, float[] eps, bool[] frozen, Tensor[] running_means, Tensor[] running_vars, Tensor[] convs" TF32_ARGUMENT ") -> Tensor[]");
 #ifndef DENSE_EXT_GPU
   m.def("frozen_block_forward(Tensor(a!) x, int in_channels, Tensor[] means, Tensor[] vars, Tensor[] weights, Tensor[] biases, float[] eps, Tensor[] convs) -> ()");
-  m.def("pack_frozen_block(int in_channels, Tensor[] means, Tensor[] vars, Tensor[] weights, Tensor[] biases, float[] eps, Tensor[] convs) -> Tensor");
+  m.def("pack_frozen_block(Tensor(a!) packed, int in_channels, Tensor[] means, Tensor[] vars, Tensor[] weights, Tensor[] biases, float[] eps, Tensor[] convs) -> ()");
   m.def("packed_block_forward(Tensor(a!) x, Tensor packed, int in_channels, int[] inner, int[] out) -> ()");
-  m.def("pack_frozen_transition(Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps, Tensor conv) -> Tensor");
+  m.def("pack_frozen_transition(Tensor(a!) packed, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps, Tensor conv) -> ()");
   m.def("packed_transition_forward(Tensor x, Tensor packed, Tensor(a!) y) -> ()");
 #else
   m.def("has_code(int device) -> bool");

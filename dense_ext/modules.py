@@ -12,7 +12,6 @@ into X gets a copy.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -129,7 +128,8 @@ def _takes_channels_last(x: Any, convs: Sequence[nn.Module]) -> bool:
         if type(conv) not in (nn.Conv2d, nn.Conv3d) or interference(conv) is not None:
             return False
         weight = constant(conv, "weight")
-        if not isinstance(weight, Tensor) or not weight.is_contiguous():
+        # From a weight in channels_last memory, the convolution writes it anyway.
+        if not isinstance(weight, Tensor) or not weight.is_contiguous() or weight.stride(1) == 1:
             return False
     return True
 
@@ -215,21 +215,23 @@ def run_dense_block(
 
 def _run_packed(x: Tensor, norms: Sequence[Any], convs: Sequence[Any], backend: str) -> Tensor | None:
     """A frozen block's X, computed with packed weights; None if they are not for this call."""
-    last, run = convs[1], ops.frozen_blocks(x, backend)
-    if run is None or (tuple(last.kernel_size), tuple(last.dilation)) != ((3, 3), (1, 1)):
+    last = convs[1]
+    if not ops.packs("frozen_blocks", x.device.type, x.dtype, backend):
         return None
-    packed = _packed("dense block", x, norms, convs, backend, partial(ops.pack_block, run=run))
+    if (tuple(last.kernel_size), tuple(last.dilation)) != ((3, 3), (1, 1)):
+        return None
+    packed = _packed("dense block", x, norms, convs, backend, torch.ops.dense_ext.pack_dense_block)
     if packed is None:
         return None
-    widths, growth = ([conv.out_channels for conv in convs[i::2]] for i in (0, 1))
+    widths, growth = [[conv.out_channels for conv in convs[i::2]] for i in (0, 1)]
     return torch.ops.dense_ext.packed_dense_block(x, packed, widths, growth, backend)
 
 
 def _run_packed_transition(x: Tensor, norm: Any, conv: Any, backend: str) -> Tensor | None:
     """A frozen transition's output, computed with packed weights; None if they are not for this call."""
-    if (run := ops.frozen_transitions(x, backend)) is None:
+    if not ops.packs("frozen_transitions", x.device.type, x.dtype, backend):
         return None
-    packed = _packed("transition", x, [norm], [conv], backend, partial(ops.pack_transition, run=run))
+    packed = _packed("transition", x, [norm], [conv], backend, torch.ops.dense_ext.pack_transition)
     if packed is None:
         return None
     return torch.ops.dense_ext.packed_transition(x, packed, conv.out_channels, backend)
@@ -241,19 +243,23 @@ def _packed(
     norms: Sequence[Any],
     convs: Sequence[Any],
     backend: str,
-    pack: Callable[[Tensor, Arguments], Tensor],
+    pack: Callable[..., Tensor],
 ) -> Tensor | None:
     """A frozen part's weights, packed anew by ``pack`` if they changed; None if not for this call."""
     # The dtype to compute in. An input that is wider than autocast's is rare: it runs unpacked.
     dtype = autocast_dtype(x) or constant(convs[0], "weight").dtype
     if x.dim() != 4 or x.dtype != dtype or constant(convs[0], "bias") is not None:
         return None
-    if (packed := packing.find(norms, convs, dtype)) is None:
+    # A graph packs them itself, from its constants.
+    keeps = not torch.compiler.is_compiling()
+    packed = packing.find(norms, convs, dtype) if keeps else None
+    if packed is None:
         args = read_arguments(where, x, norms, convs, backend)
         if any(args.batch_stats) or args.conv_biases:
             return None
-        packed = pack(x, args)
-        packing.keep(norms, convs, packed, dtype)
+        packed = pack(*args)
+        if keeps:
+            packing.keep(norms, convs, packed, dtype)
     return packed
 
 

@@ -214,53 +214,105 @@ def _dense_block(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 # --- frozen parts with packed weights: (x) -> X or y, without a backward -------------------------------
 
 
-def frozen_blocks(x: Tensor, backend: str) -> FrozenBlocks | None:
-    """What runs frozen blocks of images like x in one call, None if the backend runs them layer by layer."""
-    return select(requested(backend), x.device.type, x.dtype).frozen_blocks
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def packs(part: str, device: str, dtype: torch.dtype, backend: str) -> bool:
+    """Whether a backend packs the weights of a part, the name of an attribute of :class:`Backend`."""
+    return getattr(select(requested(backend), device, dtype), part) is not None
 
 
-def frozen_transitions(x: Tensor, backend: str) -> FrozenTransitions | None:
-    """What runs frozen transitions of images like x with packed weights, None if the backend packs none."""
-    return select(requested(backend), x.device.type, x.dtype).frozen_transitions
-
-
-def pack_block(x: Tensor, args: Arguments, run: FrozenBlocks) -> Tensor:
-    """The packed weights of the frozen block with these arguments, whose input is like x."""
-    options = BlockOptions(2, 1, None, [0.0, 0.0], False, "bottleneck")
-    block = _block(x, x.shape[1], args, options)
-    return run.pack(x.shape[1], *schedule.frozen_parameters(block))
-
-
-def pack_transition(x: Tensor, args: Arguments, run: FrozenTransitions) -> Tensor:
-    """The packed weights of the frozen transition with these arguments, whose input is like x."""
-    (norm,), (weight,) = _norms(x, args), args.conv_weights
-    assert norm.running is not None
-    return run.pack(*norm.running, norm.weight, norm.bias, norm.eps, in_dtype(weight, x.dtype))
-
-
-@_operator("packed_dense_block(Tensor x, Tensor packed, int[] widths, int[] growth, str backend) -> Tensor")
-def _packed_dense_block(
-    x: Tensor, packed: Tensor, widths: list[int], growth: list[int], backend: str
-) -> Tensor:
-    out, run = schedule.empty_like(x, x.shape[1] + sum(growth)), _packing(frozen_blocks(x, backend), x)
-    schedule.start_buffer(out, x)
-    run.forward_packed(schedule.nhwc(out), packed, x.shape[1], widths, growth)
-    return out
-
-
-@_operator("packed_transition(Tensor x, Tensor packed, int out_channels, str backend) -> Tensor")
-def _packed_transition(x: Tensor, packed: Tensor, out_channels: int, backend: str) -> Tensor:
-    run, x = _packing(frozen_transitions(x, backend), x), dense_channels_last(x)
-    size = (len(x), out_channels, *(length // 2 for length in x.shape[2:]))
-    y = torch.empty(size, dtype=x.dtype, memory_format=schedule.channels_last(x))
-    run.forward_packed(schedule.nhwc(x), packed, schedule.nhwc(y))
-    return y
+def _chosen(x: Tensor, backend: str) -> Primitives:
+    return select(requested(backend), x.device.type, x.dtype)
 
 
 def _packing(run: _Run | None, x: Tensor) -> _Run:
     if run is None:
         raise RuntimeError(f"packed weights are for a CPU, got an input on {x.device}")
     return run
+
+
+def _frozen_blocks(x: Tensor, backend: str) -> FrozenBlocks:
+    return _packing(_chosen(x, backend).frozen_blocks, x)
+
+
+def _frozen_transitions(x: Tensor, backend: str) -> FrozenTransitions:
+    return _packing(_chosen(x, backend).frozen_transitions, x)
+
+
+def _empty_packed(run: FrozenBlocks | FrozenTransitions, args: Arguments) -> Tensor:
+    """The memory for the packed weights of the frozen part with these arguments."""
+    weight = args.conv_weights[0]
+    size = run.packed_size([conv.shape for conv in args.conv_weights], weight.dtype)
+    return weight.new_empty(size, dtype=accumulate_dtype(weight.dtype))
+
+
+@_operator(f"pack_dense_block({_ARGUMENTS}) -> Tensor")
+def _pack_dense_block(*rest: Any) -> Tensor:
+    (args,) = unpack(rest, Arguments)
+    weight = args.conv_weights[0]
+    options = BlockOptions(2, 1, None, [0.0, 0.0], False, "bottleneck")
+    block, run = _block(weight, weight.shape[1], args, options), _frozen_blocks(weight, args.backend)
+    packed = _empty_packed(run, args)
+    run.pack(packed, block.in_channels, *schedule.frozen_parameters(block))
+    return packed
+
+
+@_fake("pack_dense_block")
+def _(*rest: Any) -> Tensor:
+    (args,) = unpack(rest, Arguments)
+    return _empty_packed(_frozen_blocks(args.conv_weights[0], args.backend), args)
+
+
+@_operator(f"pack_transition({_ARGUMENTS}) -> Tensor")
+def _pack_transition(*rest: Any) -> Tensor:
+    (args,) = unpack(rest, Arguments)
+    (weight,), run = args.conv_weights, _frozen_transitions(args.conv_weights[0], args.backend)
+    (norm,), packed = _norms(weight, args), _empty_packed(run, args)
+    assert norm.running is not None
+    run.pack(packed, *norm.running, norm.weight, norm.bias, norm.eps, weight)
+    return packed
+
+
+@_fake("pack_transition")
+def _(*rest: Any) -> Tensor:
+    (args,) = unpack(rest, Arguments)
+    return _empty_packed(_frozen_transitions(args.conv_weights[0], args.backend), args)
+
+
+def _output_of_packed_block(x: Tensor, growth: Sequence[int]) -> Tensor:
+    return schedule.empty_like(x, x.shape[1] + sum(growth))
+
+
+@_operator("packed_dense_block(Tensor x, Tensor packed, int[] widths, int[] growth, str backend) -> Tensor")
+def _packed_dense_block(
+    x: Tensor, packed: Tensor, widths: list[int], growth: list[int], backend: str
+) -> Tensor:
+    out = _output_of_packed_block(x, growth)
+    schedule.start_buffer(out, x)
+    run = _frozen_blocks(x, backend)
+    run.forward_packed(schedule.nhwc(out), packed, x.shape[1], widths, growth)
+    return out
+
+
+@_fake("packed_dense_block")
+def _(x: Tensor, packed: Tensor, widths: list[int], growth: list[int], backend: str) -> Tensor:
+    return _output_of_packed_block(x, growth)
+
+
+def _output_of_packed_transition(x: Tensor, out_channels: int) -> Tensor:
+    size = (len(x), out_channels, *(length // 2 for length in x.shape[2:]))
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=schedule.channels_last(x))
+
+
+@_operator("packed_transition(Tensor x, Tensor packed, int out_channels, str backend) -> Tensor")
+def _packed_transition(x: Tensor, packed: Tensor, out_channels: int, backend: str) -> Tensor:
+    run, y = _frozen_transitions(x, backend), _output_of_packed_transition(x, out_channels)
+    run.forward_packed(schedule.nhwc(dense_channels_last(x)), packed, schedule.nhwc(y))
+    return y
+
+
+@_fake("packed_transition")
+def _(x: Tensor, packed: Tensor, out_channels: int, backend: str) -> Tensor:
+    return _output_of_packed_transition(x, out_channels)
 
 
 def _of_block(x: Tensor, args: Arguments, options: BlockOptions) -> Primitives:

@@ -111,11 +111,19 @@ def pack_weights(model: nn.Module) -> nn.Module:
     return model
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _folds_constants() -> bool:
+    """Whether the compiler computes once what depends on parameters alone."""
+    return bool(torch._inductor.config.freezing)
+
+
 def wanted(norms: Sequence[nn.Module]) -> bool:
     """Whether a call of the part with these norms may run with packed weights."""
+    if torch.compiler.is_compiling():
+        frozen = not torch.is_grad_enabled() and not any([norm.training for norm in norms])  # noqa: C419
+        return frozen and _folds_constants()
     return (
-        not torch.compiler.is_compiling()
-        and len(_wanted) > 0
+        len(_wanted) > 0
         and norms[0] in _wanted
         and not torch.is_grad_enabled()
         and not any(map(_training, norms))

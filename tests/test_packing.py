@@ -6,7 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from torchvision.models import densenet121
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import dense_ext
-from dense_ext import ops
+from dense_ext import ops, packing
 from dense_ext.backends import CPU
 
 from .helpers import Calls, randomize, small_densenet
@@ -36,13 +36,14 @@ def model() -> Any:
 def packings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of channels of each block whose weights are packed."""
     found: list[int] = []
-    pack_block = ops.pack_block
+    keep = packing.keep
 
-    def counted(x: Tensor, *rest: Any, **options: Any) -> Tensor:
-        found.append(x.shape[1])
-        return pack_block(x, *rest, **options)
+    def counted(norms: Sequence[Any], *rest: Any) -> None:
+        if len(norms) > 1:
+            found.append(norms[0].num_features)
+        keep(norms, *rest)
 
-    monkeypatch.setattr(ops, "pack_block", counted)
+    monkeypatch.setattr(packing, "keep", counted)
     return found
 
 
@@ -55,7 +56,7 @@ def run(model: nn.Module, x: Tensor) -> tuple[Tensor, list[str]]:
     """The output, and the operators of blocks that ran."""
     with Calls() as calls:
         y = model(x)
-    return y, [name for name in calls.names if "dense_block" in name]
+    return y, [name for name in calls.names if name in (PACKED, UNPACKED)]
 
 
 def test_packed_once_with_the_same_bits(model: nn.Module, packings: list[int]) -> None:
@@ -371,7 +372,7 @@ class TestTransitions:
 
     def test_packed_once(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         assert self.names(model) == ["packed_transition"] * 3
-        monkeypatch.setattr(ops, "pack_transition", lambda *_, **__: pytest.fail("packed again"))
+        monkeypatch.setattr(packing, "keep", lambda *_, **__: pytest.fail("packed again"))
         assert self.names(model) == ["packed_transition"] * 3
 
     @pytest.mark.parametrize("change", ["weight", "memory", "parameter", "statistics", "eps", "module"])

@@ -168,9 +168,9 @@ void bn_relu_pool_conv1x1_forward(const Tensor& x, const Tensor& scale, const Te
   });
 }
 
-Tensor pack_frozen_transition(const Tensor& mean, const Tensor& var, const Tensor& weight,
-                              const Tensor& bias, double eps, const Tensor& conv) {
-  Tensor packed;
+void pack_frozen_transition(const Tensor& packed, const Tensor& mean, const Tensor& var,
+                            const Tensor& weight, const Tensor& bias, double eps,
+                            const Tensor& conv) {
   dispatch(conv, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = Acc<T>;
@@ -180,23 +180,21 @@ Tensor pack_frozen_transition(const Tensor& mean, const Tensor& var, const Tenso
                              channels<const A>(weight, "norm weight", in),
                              channels<const A>(bias, "norm bias", in), eps};
     const auto weights = weight_of<const T>(conv, "weight", out, in, 1);
-    packed = torch::stable::empty({Prepared<T>::size(in, out)}, kScalarType<A>);
-    const Prepared<T> prepared(static_cast<A*>(packed.mutable_data_ptr()), in, out);
+    const PackedMemory<T> memory(packed, Prepared<T>::size(in, out));
+    const Prepared<T> prepared(memory.to_write(), in, out);
     prepared.set_norm(norm, in);
     pack_weights(weights_as_b(weights, /*transposed=*/true), prepared.packed);
   });
-  return packed;
 }
 
 void packed_transition_forward(const Tensor& x, const Tensor& packed, const Tensor& y) {
   dispatch(x, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    using A = Acc<T>;
     const auto xs = volumes<const T>(x, "x");
     const int64_t in = xs.channels, out = y.size(y.dim() - 1);
-    A* memory = channels<A>(packed, "packed", Prepared<T>::size(in, out));
+    const PackedMemory<T> memory(packed, Prepared<T>::size(in, out));
     const auto ys = volumes<T>(y, "y", pooled_shape<T>(xs, x.dim() == 5, out), out);
-    const Prepared<T> prepared(memory, in, out);
+    const Prepared<T> prepared(memory.to_read(), in, out);
     if (ys.count() == 0) return;
     Forward<T>(xs, x.dim() - 3, prepared.scale, prepared.shift, prepared.packed, ys).run();
   });

@@ -253,6 +253,14 @@ std::vector<Shape> shapes_of(const std::vector<Layer<T>>& layers) {
   return shapes;
 }
 
+// What the layers take in PackedMemory.
+template <class T>
+int64_t size_of(const std::vector<Shape>& shapes) {
+  int64_t size = 0;
+  for (const Shape& shape : shapes) size += PreparedLayer<T>::size(shape);
+  return size;
+}
+
 // Checks that x holds images, whose channels the layers fill.
 void check_input(const Tensor& x, const Shape& last) {
   STD_TORCH_CHECK(x.dim() == 4, "x must be [N, H, W, C], got ", shape_of(x));
@@ -274,26 +282,21 @@ void frozen_block_forward(const Tensor& x, int64_t in_channels, std::vector<Tens
   });
 }
 
-Tensor pack_frozen_block(int64_t in_channels, std::vector<Tensor> means, std::vector<Tensor> vars,
-                         std::vector<Tensor> weights, std::vector<Tensor> biases,
-                         std::vector<double> eps, std::vector<Tensor> convs) {
+void pack_frozen_block(const Tensor& packed, int64_t in_channels, std::vector<Tensor> means,
+                       std::vector<Tensor> vars, std::vector<Tensor> weights,
+                       std::vector<Tensor> biases, std::vector<double> eps,
+                       std::vector<Tensor> convs) {
   STD_TORCH_CHECK(!convs.empty(), "a block has at least one layer");
-  Tensor packed;
   dispatch(convs[0], [&](auto tag) {
     using T = typename decltype(tag)::type;
-    using A = Acc<T>;
     const auto layers = layers_of<T>(in_channels, means, vars, weights, biases, eps, convs);
-    int64_t size = 0;
-    for (const Layer<T>& layer : layers) size += PreparedLayer<T>::size(layer.shape);
-    packed = torch::stable::empty({size}, kScalarType<A>);
-    A* memory = static_cast<A*>(packed.mutable_data_ptr());
+    Acc<T>* memory = PackedMemory<T>(packed, size_of<T>(shapes_of(layers))).to_write();
     for (const Layer<T>& layer : layers) {
       const PreparedLayer<T> prepared(memory, layer.shape);
       layer.prepare(prepared);
       memory = prepared.conv3.end;
     }
   });
-  return packed;
 }
 
 void packed_block_forward(const Tensor& x, const Tensor& packed, int64_t in_channels,
@@ -301,17 +304,15 @@ void packed_block_forward(const Tensor& x, const Tensor& packed, int64_t in_chan
   STD_TORCH_CHECK(!inner.empty() && inner.size() == out.size(), "each layer has two sizes");
   dispatch(x, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    using A = Acc<T>;
     const auto xs = pixels<T>(x, "x");
     std::vector<Shape> shapes;
-    int64_t in = in_channels, size = 0;
+    int64_t in = in_channels;
     for (size_t i = 0; i < inner.size(); i++) {
       shapes.push_back({in, inner[i], out[i]});
-      size += PreparedLayer<T>::size(shapes.back());
       in += out[i];
     }
     check_input(x, shapes.back());
-    A* memory = channels<A>(packed, "packed", size);
+    Acc<T>* memory = PackedMemory<T>(packed, size_of<T>(shapes)).to_read();
     if (xs.count() > 0) FrozenBlock<T>(xs, shapes).run(memory);
   });
 }

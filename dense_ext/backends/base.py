@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -96,14 +96,18 @@ class FrozenBlocks(NamedTuple):
             first ``in_channels`` hold the block's input. The parameters are, for each norm in the order they
             run, its mean, variance, weight and bias [C] and its eps; and for each layer the weights
             [B, C, 1, 1] and [K, B, 3, 3]. Each is a list.
-        pack: ``pack(in_channels, *parameters)`` returns them in the order in which forward reads them.
+        pack: ``pack(packed, in_channels, *parameters)`` writes them into a vector in the accumulation dtype,
+            in the order in which forward reads them.
         forward_packed: ``forward_packed(x, packed, in_channels, widths, growth)`` is ``forward`` with what
-            ``pack`` returned. The last two are B and K of each layer.
+            ``pack`` wrote. The last two are B and K of each layer.
+        packed_size: ``packed_size(shapes, dtype)`` is the vector's length, for convolutions [out, in, kh, kw]
+            of these shapes and activations of ``dtype``.
     """
 
     forward: Callable[..., None]
-    pack: Callable[..., Tensor]
+    pack: Callable[..., None]
     forward_packed: Callable[..., None]
+    packed_size: Callable[[Sequence[Sequence[int]], torch.dtype], int]
 
 
 class FrozenTransitions(NamedTuple):
@@ -112,13 +116,15 @@ class FrozenTransitions(NamedTuple):
     The bits are those of :meth:`Backend.bn_scale_shift` and :meth:`Backend.bn_relu_pool_conv1x1_forward`.
 
     Attributes:
-        pack: ``pack(mean, var, weight, bias, eps, conv)`` returns the norm's vectors [C] and the weight
-            [K, C, 1, 1] in the order in which forward reads them.
+        pack: ``pack(packed, mean, var, weight, bias, eps, conv)`` writes the norm's vectors [C] and the
+            weight [K, C, 1, 1] into a vector, as for :class:`FrozenBlocks`.
         forward_packed: ``forward_packed(x, packed, y)`` computes y [N, H//2, W//2, K] from x [N, H, W, C].
+        packed_size: as for :class:`FrozenBlocks`.
     """
 
-    pack: Callable[..., Tensor]
+    pack: Callable[..., None]
     forward_packed: Callable[..., None]
+    packed_size: Callable[[Sequence[Sequence[int]], torch.dtype], int]
 
 
 class PlainBlocks(NamedTuple):

@@ -9,8 +9,10 @@ instructions.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -72,12 +74,23 @@ class CPUBackend(CompiledBackend):
     def __init__(self, library: Library | None = None) -> None:
         super().__init__(library or _library())
         self.plain_blocks = PlainBlocks(*map(self.library.op, BLOCK_OPS))
-        self.frozen_blocks = FrozenBlocks(*map(self.library.op, _OF_FROZEN_BLOCKS))
-        self.frozen_transitions = FrozenTransitions(*map(self.library.op, _OF_FROZEN_TRANSITIONS))
+        op, size = self.library.op, self._packed_size
+        forward, pack, forward_packed = map(op, _OF_FROZEN_BLOCKS)
+        self.frozen_blocks = FrozenBlocks(forward, pack, forward_packed, size)
+        pack, forward_packed = map(op, _OF_FROZEN_TRANSITIONS)
+        self.frozen_transitions = FrozenTransitions(pack, forward_packed, size)
 
     def rounds_operands(self, dtype: torch.dtype) -> bool:
         # csrc/cpu/vector.h: Operand
         return dtype == torch.bfloat16 and "bf16" in str(self.library)
+
+    def _packed_size(self, convs: Sequence[Sequence[int]], dtype: torch.dtype) -> int:
+        # csrc/cpu/prepared.h: PackedMemory and Prepared. A pair of bfloat16 values counts as one.
+        values, size = 2 if self.rounds_operands(dtype) else 1, _PANEL
+        for channels_out, channels_in, *window in convs:
+            elements = math.prod(window) * _whole(channels_in, values) // values
+            size += 2 * _whole(channels_in, _PANEL) + elements * _whole(channels_out, _PANEL)
+        return size
 
     def unavailable_reason(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
         if self.library.reason is not None:

@@ -55,6 +55,16 @@ class Setting:
     def autocast(self) -> bool:
         return self.network.parameter_dtype.itemsize > self.dtype.itemsize
 
+    @property
+    def converts_images(self) -> bool:
+        """Whether images are copied to channels_last memory in front of the first convolution."""
+        return self.device == "cpu" and not self.channels_last
+
+    @property
+    def stem_is_channels_last(self) -> bool:
+        """Whether the first convolution writes channels_last memory."""
+        return self.channels_last or self.converts_images
+
 
 class Block:
     """A dense block between its forward and its backward."""
@@ -255,7 +265,8 @@ class Step:
         """The first convolution."""
         t, network = self.timeline, self.network
         elements = self.pixels * network.in_channels
-        saved = [t.hold("stem", elements * self.item if self.setting.autocast else 0)]
+        copied = self.setting.autocast or self.setting.converts_images
+        saved = [t.hold("stem", elements * self.item if copied else 0)]
         reach = 2 * network.padding - network.kernel_size
         self.resize([(n + reach) // network.stride + 1 for n in self.sides])
         elements = self.pixels * network.channels
@@ -264,7 +275,7 @@ class Step:
 
         def backward(grad: Held) -> Held:
             new = self.new_gradients(weights, 0)
-            if not self.setting.channels_last:
+            if not self.setting.stem_is_channels_last:
                 self.timeline.need("scratch", elements * self.item)  # the gradient in the images' format
             t.release(grad, *saved)
             self.accumulate(new, weights)
@@ -277,8 +288,8 @@ class Step:
         """The stem's norm, ReLU and max pool."""
         t, channels, pixels = self.timeline, self.network.channels, self.pixels
         statistics = t.hold("statistics", 2 * channels * self.wide)
-        # The operator works in channels_last memory, on a copy if the images are contiguous.
-        copy = 0 if self.setting.channels_last else pixels * channels
+        # The operator works in channels_last memory, on a copy if the convolution wrote contiguous memory.
+        copy = 0 if self.setting.stem_is_channels_last else pixels * channels
         self.resize([(n - 1) // 2 + 1 for n in self.sides])
         y = t.hold("stem", self.pixels * channels * self.item)
         with self.scratch(copy):

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
 from dense_ext import schedule
 from dense_ext.backends import CPU
-from dense_ext.backends.base import STORAGE_DTYPES, accumulate_dtype
+from dense_ext.backends.base import STORAGE_DTYPES, FrozenBlocks, accumulate_dtype
 from dense_ext.backends.cpu import CPUBackend
 
 from ..conftest import checked_backends
@@ -47,6 +48,14 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def packed_block(run: FrozenBlocks, block: schedule.Block, dtype: torch.dtype) -> Tensor:
+    """The packed weights of a block."""
+    shapes = [conv.shape for layer in block.layers for conv in layer.convs]
+    packed = torch.empty(run.packed_size(shapes, dtype), dtype=accumulate_dtype(dtype))
+    run.pack(packed, block.in_channels, *schedule.frozen_parameters(block))
+    return packed
+
+
 def check_bits(backend: CPUBackend, size: str, dtype: torch.dtype) -> None:
     """Assert that a block's bits are those of the backend's primitives, and that it writes nothing else."""
     n, h, w, c0, layers = SIZES[size]
@@ -55,7 +64,7 @@ def check_bits(backend: CPUBackend, size: str, dtype: torch.dtype) -> None:
     x = torch.randn(n, c0, h, w, generator=torch.Generator().manual_seed(1)).to(dtype)
     x[0, 0, 0, 0] = float("inf")  # its neighbours become infinite or NaN, and no others
     widths, growth = map(list, zip(*layers, strict=True))
-    packed = run.pack(c0, *schedule.frozen_parameters(block))
+    packed = packed_block(run, block, dtype)
     found = []
     for forward in (
         lambda out: run.forward(out, c0, *schedule.frozen_parameters(block)),
@@ -84,21 +93,25 @@ def test_the_bits_are_those_of_the_primitives(size: str, storage: torch.dtype) -
     check_bits(CPU, size, storage)
 
 
-@pytest.mark.parametrize("wrong", ["channels", "norms", "weight", "packed", "dtype"])
+@pytest.mark.parametrize("wrong", ["channels", "norms", "weight", "packed", "order", "memory", "dtype"])
 def test_bad_arguments_are_refused(wrong: str) -> None:
     block, run = block_of(6, [(8, 4)], torch.float32), CPU.frozen_blocks
     assert run is not None
     parameters = list(schedule.frozen_parameters(block))
-    packed = run.pack(6, *parameters)
+    packed = packed_block(run, block, torch.float32)
     x = torch.zeros(1, 3, 3, 10)
     calls = {
         "channels": lambda: run.forward(torch.zeros(1, 3, 3, 11), 6, *parameters),
         "norms": lambda: run.forward(x, 6, parameters[0][:1], *parameters[1:]),
         "weight": lambda: run.forward(x, 6, *parameters[:-1], [w.transpose(0, 1) for w in parameters[-1]]),
         "packed": lambda: run.forward_packed(x, packed[:-1], 6, [8], [4]),
+        "order": lambda: run.forward_packed(x, packed.roll(1), 6, [8], [4]),
+        "memory": lambda: run.pack(packed[:-1], 6, *parameters),
         "dtype": lambda: run.forward_packed(x, packed.double(), 6, [8], [4]),
     }
-    with pytest.raises(RuntimeError, match=r"expected|takes two norms|must be contiguous"):
+    with pytest.raises(
+        RuntimeError, match=r"expected|takes two norms|must be contiguous|other CPU instructions"
+    ):
         calls[wrong]()
     assert not x.any()
 
@@ -131,13 +144,15 @@ def test_a_packed_transition_has_the_bits_of_the_primitives(
     scale, shift = torch.empty_like(mean), torch.empty_like(mean)
     CPU.bn_scale_shift(mean, var, weight, bias, 1e-3, scale, shift)
     CPU.bn_relu_pool_conv1x1_forward(x, scale, shift, conv, expected[..., :k])
-    run.forward_packed(x, run.pack(mean, var, weight, bias, 1e-3, conv), found[..., :k])
+    packed = torch.empty(run.packed_size([conv.shape], storage), dtype=wide)
+    run.pack(packed, mean, var, weight, bias, 1e-3, conv)
+    run.forward_packed(x, packed, found[..., :k])
     assert torch.equal(found, expected)
     assert (expected[..., k:] == 7).all()
     assert not (expected[..., :k] == 7).all()
 
 
-@pytest.mark.parametrize("wrong", ["statistics", "packed", "dtype", "output"])
+@pytest.mark.parametrize("wrong", ["statistics", "packed", "order", "dtype", "output"])
 def test_bad_arguments_of_a_transition_are_refused(wrong: str) -> None:
     run = CPU.frozen_transitions
     assert run is not None
@@ -147,14 +162,16 @@ def test_bad_arguments_of_a_transition_are_refused(wrong: str) -> None:
         torch.ones(1, 4, 4, 6),
         torch.zeros(1, 2, 2, 4),
     )
-    packed = run.pack(vector, vector, vector, vector, 0.0, conv)
+    packed = torch.empty(run.packed_size([conv.shape], torch.float32))
+    run.pack(packed, vector, vector, vector, vector, 0.0, conv)
     calls = {
-        "statistics": lambda: run.pack(vector[1:], vector, vector, vector, 0.0, conv),
+        "statistics": lambda: run.pack(packed, vector[1:], vector, vector, vector, 0.0, conv),
         "packed": lambda: run.forward_packed(x, packed[:-1], y),
+        "order": lambda: run.forward_packed(x, packed.roll(1), y),
         "dtype": lambda: run.forward_packed(x, packed.double(), y),
         "output": lambda: run.forward_packed(x, packed, torch.zeros(1, 2, 3, 4)),
     }
-    with pytest.raises(RuntimeError, match=r"expected|must be contiguous|dtype"):
+    with pytest.raises(RuntimeError, match=r"expected|must be contiguous|dtype|other CPU instructions"):
         calls[wrong]()
     assert not y.any()
 
@@ -163,7 +180,8 @@ def test_packed_weights_are_as_large_as_the_weights() -> None:
     """Up to whole panels of columns, and the norms' vectors."""
     block, run = block_of(64, [(128, 32)] * 3, torch.float32), CPU.frozen_blocks
     assert run is not None
-    packed = run.pack(64, *schedule.frozen_parameters(block))
+    packed = packed_block(run, block, torch.float32)
     weights = [weight.numel() for layer in block.layers for weight in layer.convs]
     channels = itertools.accumulate([32] * 2, initial=64)
-    assert packed.numel() == sum(weights) + sum(2 * (c + 128) for c in channels)
+    # And the number that tells their order.
+    assert packed.numel() == 32 + sum(weights) + sum(2 * (c + 128) for c in channels)
