@@ -6,13 +6,15 @@ import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import densenet121
 from torchvision.ops.misc import FrozenBatchNorm2d
@@ -21,7 +23,7 @@ import dense_ext
 from dense_ext import ops, packing
 from dense_ext.backends import CPU
 
-from .helpers import Calls, randomize, small_densenet
+from .helpers import Calls, assert_equal, randomize, small_densenet
 
 pytestmark = pytest.mark.skipif(CPU.library.path is None, reason="the C++ backend is not built")
 PACKED, UNPACKED = "packed_dense_block", "dense_block"
@@ -264,6 +266,71 @@ def test_compiled_graphs_hold_the_unpacked_operator(model: nn.Module) -> None:
     assert torch.equal(y, expected)
     assert sum("dense_block" in target for target in targets) == 4
     assert not any(PACKED in target for target in targets)
+
+
+class TestFreezing:
+    """Graphs that the compiler freezes: it computes once what depends on parameters alone."""
+
+    @pytest.fixture(autouse=True)
+    def _freezing(self) -> Iterator[None]:
+        with torch._inductor.config.patch(freezing=True):
+            yield
+
+    @staticmethod
+    def exported(model: nn.Module, x: Tensor) -> tuple[Any, Counter[str]]:
+        """The program of a call, and how often it has each operator of blocks and transitions."""
+        with dense_ext.fused_export():
+            program = torch.export.export(model, (x,))
+        names = [str(node.target).split(".") for node in program.graph.nodes]
+        return program.module(), Counter(n[1] for n in names if n[0] == "dense_ext" and n[1] != "stem")
+
+    @torch.no_grad()
+    def test_a_program_packs_its_own_weights(self) -> None:
+        model = dense_ext.swap(small_densenet().eval(), strict=True)
+        program, names = self.exported(model, images())
+        assert names == {PACKED: 4, "pack_dense_block": 4, "packed_transition": 3, "pack_transition": 3}
+        assert_equal(program(images()), model(images()), "output")
+        for part in (model, program):
+            part.get_parameter("features.denseblock2.denselayer2.conv1.weight").mul_(1.5)
+            part.get_parameter("features.transition1.conv.weight").mul_(0.5)
+        assert_equal(program(images()), model(images()), "output with other weights")
+
+    @pytest.mark.parametrize("what", ["gradients", "batch statistics", "reference backend"])
+    def test_what_packed_weights_cannot_serve(self, what: str) -> None:
+        model: Any = dense_ext.swap(small_densenet().eval(), strict=True)
+        packed, unpacked = {PACKED: 3, "pack_dense_block": 3}, {UNPACKED: 1}
+        transitions = {"packed_transition": 3, "pack_transition": 3}
+        with torch.set_grad_enabled(what == "gradients"):
+            if what == "gradients":
+                packed, unpacked, transitions = {}, {UNPACKED: 4}, {"transition": 3}
+            elif what == "batch statistics":
+                model.features.denseblock2.denselayer1.norm1.train()
+            else:
+                model.features.denseblock2.backend = "reference"
+            program, names = self.exported(model, images())
+            assert names == {**packed, **unpacked, **transitions}
+            assert_equal(program(images()), model(images()), "output")
+
+    def test_autocast(self) -> None:
+        model = dense_ext.swap(small_densenet().float().eval(), strict=True)
+        x = images().float()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            program, names = self.exported(model, x)
+            assert names[PACKED] == 4
+            assert torch.equal(program(x), dense_ext.pack_weights(model)(x))
+
+    def test_weights_are_packed_once(self) -> None:
+        eager = small_densenet().eval()
+        model, x = dense_ext.swap(copy.deepcopy(eager).float(), strict=True), images()
+        with torch.no_grad():  # in float32, since Inductor's freezing has no float64 convolutions
+            expected, compiled = eager(x), torch.compile(model, fullgraph=True)
+            assert_equal(compiled(x.float()).double(), expected, "first call", 1e-5)
+            with profile() as profiled:
+                assert_equal(compiled(x.float()).double(), expected, "second call", 1e-5)
+        ran = [event.name for event in profiled.events()]
+        assert ran.count("dense_ext::packed_dense_block") == 4
+        assert ran.count("dense_ext::packed_transition") == 3
+        assert not any("::pack_" in name or name.endswith("::dense_block") for name in ran)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -309,11 +309,27 @@ def test_inference_engines(tmp_path: Path) -> None:
                 assert row["failure"] == f"{engine} does not compute in {dtype} on a CPU"
 
 
-@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_an_engine_is_for_inference(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    peer, model = peers.PEERS[engine], small_densenet(10, 12)
+def test_frozen_networks(tmp_path: Path) -> None:
+    names = ("eager", "freeze", "dense_ext-none-freeze")
+    arguments = ("--model", "tiny", "--batch", "2", "--dtype", "float32,bfloat16", "--peers", ",".join(names))
+    rows = by_peer(run("inference", tmp_path, *arguments))
+    for name in names:
+        for row, expected in zip(rows[name], rows["eager"], strict=True):
+            exact = row["case"]["dtype"] == "float32"
+            assert row["values"] == pytest.approx(expected["values"], rel=1e-4 if exact else 0.02)
+            assert len(row["seconds"]) == 3
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "freeze", "dense_ext-none-freeze"])
+def test_some_peers_do_not_train(name: str) -> None:
+    peer, model = peers.PEERS[name], small_densenet(10, 12)
     with pytest.raises(UnavailableError, match="is for inference"):
         peer.build(model, model.state_dict(), torch.device("cpu"), "auto")
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_engines_that_are_not_there(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    peer = peers.PEERS[engine]
     with pytest.raises(UnavailableError, match="is measured on a CPU"):
         peer.check(torch.device("cuda"), torch.float32)
     monkeypatch.setitem(sys.modules, engine, None)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import profile
 
 import dense_ext
 
@@ -137,16 +138,29 @@ class TestAOTInductor:
         )
         _served_elsewhere("aoti", Path(package), x, eager(x).detach())
 
-    def test_aotinductor_with_fused_operators(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("freezing", [False, True], ids=["", "freezing"])
+    def test_aotinductor_with_fused_operators(self, freezing: bool, tmp_path: Path) -> None:
         ours, eager = swapped_and_eager(layers=1)
         x = images()
-        with dense_ext.fused_export():
+        expected = eager(x).detach()
+        # Inductor's freezing has no float64 convolutions.
+        dtype, relative = (torch.float32, FLOAT32) if freezing else (torch.float64, RELATIVE)
+        ours, x = ours.to(dtype), x.to(dtype)
+        with torch._inductor.config.patch(freezing=freezing), dense_ext.fused_export():
             program = _export(ours, x)
-        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-        served = torch._inductor.aoti_load_package(package)
+            with torch.no_grad():
+                path = torch._inductor.aoti_compile_and_package(
+                    program, package_path=str(tmp_path / "model.pt2")
+                )
+        served = torch._inductor.aoti_load_package(path)
         for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
-            with mode():
-                assert_equal(served(x), eager(x).detach(), mode.__name__)
+            with mode(), profile() as profiled:
+                assert_equal(served(x).double(), expected, mode.__name__, relative)
+            ran = {event.name for event in profiled.events()}
+            assert (
+                ("dense_ext::packed_dense_block" in ran) == freezing == ("dense_ext::dense_block" not in ran)
+            )
+            assert not any("::pack_" in name for name in ran)
 
 
 class TestTorchScript:
