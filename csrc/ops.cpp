@@ -32,9 +32,9 @@ STABLE_TORCH_LIBRARY(DENSE_EXT_NAMESPACE, m) {
 #ifndef DENSE_EXT_GPU
   m.def("frozen_block_forward(Tensor(a!) x, int in_channels, Tensor[] means, Tensor[] vars, Tensor[] weights, Tensor[] biases, float[] eps, Tensor[] convs) -> ()");
   m.def("pack_frozen_block(Tensor(a!) packed, int in_channels, Tensor[] means, Tensor[] vars, Tensor[] weights, Tensor[] biases, float[] eps, Tensor[] convs) -> ()");
-  m.def("packed_block_forward(Tensor(a!) x, Tensor packed, int in_channels, int[] inner, int[] out) -> ()");
+  m.def("packed_dense_block(Tensor x, Tensor packed, int[] widths, int[] growth) -> Tensor");
   m.def("pack_frozen_transition(Tensor(a!) packed, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps, Tensor conv) -> ()");
-  m.def("packed_transition_forward(Tensor x, Tensor packed, Tensor(a!) y) -> ()");
+  m.def("packed_transition(Tensor x, Tensor packed, int out_channels) -> Tensor");
 #else
   m.def("has_code(int device) -> bool");
   m.def("bn_relu_pool_conv1x1_norm_backward(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor norm_weight, float eps, Tensor scale, Tensor shift, Tensor weight, Tensor(a!) grad_x, Tensor(b!) grad_norm_weight, Tensor(c!) grad_norm_bias, Tensor(d!)? grad_weight" TF32_ARGUMENT ") -> ()");

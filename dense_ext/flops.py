@@ -40,7 +40,7 @@ def _dense_block(x: Shape, *rest: Any, out_shape: Any = None, **_: Any) -> int:
 
 
 def _packed_dense_block(
-    x: Shape, packed: Shape, widths: Shape, growth: Shape, *_: Any, out_shape: Any = None, **__: Any
+    x: Shape, packed: Shape, widths: Shape, growth: Shape, out_shape: Any = None, **_: Any
 ) -> int:
     channels = itertools.accumulate(growth[:-1], initial=x[1])
     weights = [
@@ -51,9 +51,7 @@ def _packed_dense_block(
     return sum(_products(x, weights))
 
 
-def _packed_transition(
-    x: Shape, packed: Shape, out_channels: int, *_: Any, out_shape: Any = None, **__: Any
-) -> int:
+def _packed_transition(x: Shape, packed: Shape, out_channels: int, out_shape: Any = None, **_: Any) -> int:
     return sum(_products(out_shape, [(out_channels, x[1], 1, 1)]))
 
 
@@ -87,4 +85,5 @@ def register_formulas() -> None:
         (["transition", "stem", "activation"], _pooling),
         (["transition_backward", "stem_backward", "activation_backward"], _pooling_backward),
     ):
-        register_flop_formula([getattr(ops, name) for name in names])(formula)
+        # The C++ backend's operators are there only with its library.
+        register_flop_formula([getattr(ops, name) for name in names if hasattr(ops, name)])(formula)

@@ -224,7 +224,7 @@ def _run_packed(x: Tensor, norms: Sequence[Any], convs: Sequence[Any], backend: 
     if packed is None:
         return None
     widths, growth = [[conv.out_channels for conv in convs[i::2]] for i in (0, 1)]
-    return torch.ops.dense_ext.packed_dense_block(x, packed, widths, growth, backend)
+    return torch.ops.dense_ext.packed_dense_block(x, packed, widths, growth)
 
 
 def _run_packed_transition(x: Tensor, norm: Any, conv: Any, backend: str) -> Tensor | None:
@@ -234,7 +234,7 @@ def _run_packed_transition(x: Tensor, norm: Any, conv: Any, backend: str) -> Ten
     packed = _packed("transition", x, [norm], [conv], backend, torch.ops.dense_ext.pack_transition)
     if packed is None:
         return None
-    return torch.ops.dense_ext.packed_transition(x, packed, conv.out_channels, backend)
+    return torch.ops.dense_ext.packed_transition(x, packed, conv.out_channels)
 
 
 def _packed(

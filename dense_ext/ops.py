@@ -31,7 +31,7 @@ from .arguments import (
     zero_gradients,
 )
 from .autograd import load, needs_conv_grad, register, save
-from .backends import Primitives, requested, select
+from .backends import CPU, Primitives, requested, select
 from .backends.base import FrozenBlocks, FrozenTransitions, accumulate_dtype
 from .backends.general import Form, block_form, in_form, transition_form
 from .batch_norm import in_dtype, values_per_channel
@@ -278,41 +278,17 @@ def _(*rest: Any) -> Tensor:
     return _empty_packed(_frozen_transitions(args.conv_weights[0], args.backend), args)
 
 
-def _output_of_packed_block(x: Tensor, growth: Sequence[int]) -> Tensor:
-    return schedule.empty_like(x, x.shape[1] + sum(growth))
+# The library of the C++ backend has the operators that read packed weights.
+if CPU.library.path is not None:
 
+    @_fake("packed_dense_block")
+    def _(x: Tensor, packed: Tensor, widths: list[int], growth: list[int]) -> Tensor:
+        return schedule.empty_like(x, x.shape[1] + sum(growth))
 
-@_operator("packed_dense_block(Tensor x, Tensor packed, int[] widths, int[] growth, str backend) -> Tensor")
-def _packed_dense_block(
-    x: Tensor, packed: Tensor, widths: list[int], growth: list[int], backend: str
-) -> Tensor:
-    out = _output_of_packed_block(x, growth)
-    schedule.start_buffer(out, x)
-    run = _frozen_blocks(x, backend)
-    run.forward_packed(schedule.nhwc(out), packed, x.shape[1], widths, growth)
-    return out
-
-
-@_fake("packed_dense_block")
-def _(x: Tensor, packed: Tensor, widths: list[int], growth: list[int], backend: str) -> Tensor:
-    return _output_of_packed_block(x, growth)
-
-
-def _output_of_packed_transition(x: Tensor, out_channels: int) -> Tensor:
-    size = (len(x), out_channels, *(length // 2 for length in x.shape[2:]))
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=schedule.channels_last(x))
-
-
-@_operator("packed_transition(Tensor x, Tensor packed, int out_channels, str backend) -> Tensor")
-def _packed_transition(x: Tensor, packed: Tensor, out_channels: int, backend: str) -> Tensor:
-    run, y = _frozen_transitions(x, backend), _output_of_packed_transition(x, out_channels)
-    run.forward_packed(schedule.nhwc(dense_channels_last(x)), packed, schedule.nhwc(y))
-    return y
-
-
-@_fake("packed_transition")
-def _(x: Tensor, packed: Tensor, out_channels: int, backend: str) -> Tensor:
-    return _output_of_packed_transition(x, out_channels)
+    @_fake("packed_transition")
+    def _(x: Tensor, packed: Tensor, out_channels: int) -> Tensor:
+        size = (len(x), out_channels, *(length // 2 for length in x.shape[2:]))
+        return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=schedule.channels_last(x))
 
 
 def _of_block(x: Tensor, args: Arguments, options: BlockOptions) -> Primitives:

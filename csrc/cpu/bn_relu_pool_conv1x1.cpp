@@ -187,17 +187,25 @@ void pack_frozen_transition(const Tensor& packed, const Tensor& mean, const Tens
   });
 }
 
-void packed_transition_forward(const Tensor& x, const Tensor& packed, const Tensor& y) {
+// y [N, K, H/2, W/2] in channels_last memory, from x [N, C, H, W] in any; the same of volumes.
+Tensor packed_transition(const Tensor& x, const Tensor& packed, int64_t out_channels) {
+  Tensor y;
   dispatch(x, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const auto xs = volumes<const T>(x, "x");
-    const int64_t in = xs.channels, out = y.size(y.dim() - 1);
-    const PackedMemory<T> memory(packed, Prepared<T>::size(in, out));
-    const auto ys = volumes<T>(y, "y", pooled_shape<T>(xs, x.dim() == 5, out), out);
-    const Prepared<T> prepared(memory.to_read(), in, out);
+    const Tensor input = dense_nhwc(x);
+    const auto xs = volumes<const T>(input, "x");
+    const PackedMemory<T> memory(packed, Prepared<T>::size(xs.channels, out_channels));
+    const Prepared<T> prepared(memory.to_read(), xs.channels, out_channels);
+    std::vector<int64_t> size{x.size(0)};
+    for (int64_t d = 2; d < x.dim(); d++) size.push_back(x.size(d) / 2);
+    size.push_back(out_channels);
+    y = torch::stable::empty(size, kScalarType<T>);
+    const auto ys =
+        volumes<T>(y, "y", pooled_shape<T>(xs, x.dim() == 5, out_channels), out_channels);
     if (ys.count() == 0) return;
     Forward<T>(xs, x.dim() - 3, prepared.scale, prepared.shift, prepared.packed, ys).run();
   });
+  return nchw(y);
 }
 
 // --- backward --------------------------------------------------------------------------------
@@ -415,7 +423,7 @@ STABLE_TORCH_LIBRARY_IMPL(DENSE_EXT_NAMESPACE, CPU, m) {
   m.impl("bn_relu_pool_conv1x1_forward", TORCH_BOX(&bn_relu_pool_conv1x1_forward));
   m.impl("bn_relu_pool_conv1x1_backward", TORCH_BOX(&bn_relu_pool_conv1x1_backward));
   m.impl("pack_frozen_transition", TORCH_BOX(&pack_frozen_transition));
-  m.impl("packed_transition_forward", TORCH_BOX(&packed_transition_forward));
+  m.impl("packed_transition", TORCH_BOX(&packed_transition));
 }
 
 }  // namespace dense_ext

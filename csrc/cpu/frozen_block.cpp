@@ -299,22 +299,29 @@ void pack_frozen_block(const Tensor& packed, int64_t in_channels, std::vector<Te
   });
 }
 
-void packed_block_forward(const Tensor& x, const Tensor& packed, int64_t in_channels,
-                          std::vector<int64_t> inner, std::vector<int64_t> out) {
-  STD_TORCH_CHECK(!inner.empty() && inner.size() == out.size(), "each layer has two sizes");
+// X [N, Ct, H, W] in channels_last memory, from x [N, c0, H, W] in any.
+Tensor packed_dense_block(const Tensor& x, const Tensor& packed, std::vector<int64_t> widths,
+                          std::vector<int64_t> growth) {
+  STD_TORCH_CHECK(x.dim() == 4, "x must be [N, C, H, W], got ", shape_of(x));
+  STD_TORCH_CHECK(!widths.empty() && widths.size() == growth.size(), "each layer has two sizes");
+  Tensor out;
   dispatch(x, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const auto xs = pixels<T>(x, "x");
     std::vector<Shape> shapes;
-    int64_t in = in_channels;
-    for (size_t i = 0; i < inner.size(); i++) {
-      shapes.push_back({in, inner[i], out[i]});
-      in += out[i];
+    int64_t in = x.size(1);
+    for (size_t i = 0; i < widths.size(); i++) {
+      shapes.push_back({in, widths[i], growth[i]});
+      in += growth[i];
     }
-    check_input(x, shapes.back());
     Acc<T>* memory = PackedMemory<T>(packed, size_of<T>(shapes)).to_read();
+    const Tensor input = dense_nhwc(x);
+    out = torch::stable::empty({x.size(0), x.size(2), x.size(3), in}, kScalarType<T>);
+    Tensor first = torch::stable::narrow(out, 3, 0, x.size(1));
+    torch::stable::copy_(first, input);
+    const auto xs = pixels<T>(out, "x");
     if (xs.count() > 0) FrozenBlock<T>(xs, shapes).run(memory);
   });
+  return nchw(out);
 }
 
 }  // namespace
@@ -322,7 +329,7 @@ void packed_block_forward(const Tensor& x, const Tensor& packed, int64_t in_chan
 STABLE_TORCH_LIBRARY_IMPL(DENSE_EXT_NAMESPACE, CPU, m) {
   m.impl("frozen_block_forward", TORCH_BOX(&frozen_block_forward));
   m.impl("pack_frozen_block", TORCH_BOX(&pack_frozen_block));
-  m.impl("packed_block_forward", TORCH_BOX(&packed_block_forward));
+  m.impl("packed_dense_block", TORCH_BOX(&packed_dense_block));
 }
 
 }  // namespace dense_ext

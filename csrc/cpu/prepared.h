@@ -1,7 +1,9 @@
 // What a convolution behind a frozen norm reads, one after another in memory: packed once for
-// inference, or at every call.
+// inference, or at every call; and what operators that read packed weights have in common.
 
 #pragma once
+
+#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -82,5 +84,18 @@ class PackedMemory {
  private:
   A* const begin_;
 };
+
+// x [N, C, H, W] as [N, H, W, C], or [N, C, D, H, W] as [N, D, H, W, C]; a copy if that is not
+// dense.
+inline Tensor dense_nhwc(Tensor x) {
+  for (int64_t d = 1; d + 1 < x.dim(); d++) x = torch::stable::transpose(x, d, d + 1);
+  return torch::stable::contiguous(x);
+}
+
+// The inverse: a view of x in channels_last memory.
+inline Tensor nchw(Tensor x) {
+  for (int64_t d = x.dim() - 1; d > 1; d--) x = torch::stable::transpose(x, d, d - 1);
+  return x;
+}
 
 }  // namespace dense_ext

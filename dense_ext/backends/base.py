@@ -98,15 +98,15 @@ class FrozenBlocks(NamedTuple):
             [B, C, 1, 1] and [K, B, 3, 3]. Each is a list.
         pack: ``pack(packed, in_channels, *parameters)`` writes them into a vector in the accumulation dtype,
             in the order in which forward reads them.
-        forward_packed: ``forward_packed(x, packed, in_channels, widths, growth)`` is ``forward`` with what
-            ``pack`` wrote. The last two are B and K of each layer.
+        forward_packed: ``forward_packed(x, packed, widths, growth)`` returns X [N, Ct, H, W] in channels_last
+            memory, from x [N, c0, H, W] and what ``pack`` wrote. The last two are B and K of each layer.
         packed_size: ``packed_size(shapes, dtype)`` is the vector's length, for convolutions [out, in, kh, kw]
             of these shapes and activations of ``dtype``.
     """
 
     forward: Callable[..., None]
     pack: Callable[..., None]
-    forward_packed: Callable[..., None]
+    forward_packed: Callable[..., Tensor]
     packed_size: Callable[[Sequence[Sequence[int]], torch.dtype], int]
 
 
@@ -118,12 +118,13 @@ class FrozenTransitions(NamedTuple):
     Attributes:
         pack: ``pack(packed, mean, var, weight, bias, eps, conv)`` writes the norm's vectors [C] and the
             weight [K, C, 1, 1] into a vector, as for :class:`FrozenBlocks`.
-        forward_packed: ``forward_packed(x, packed, y)`` computes y [N, H//2, W//2, K] from x [N, H, W, C].
+        forward_packed: ``forward_packed(x, packed, out_channels)`` returns [N, K, H//2, W//2] in
+            channels_last memory, from x [N, C, H, W].
         packed_size: as for :class:`FrozenBlocks`.
     """
 
     pack: Callable[..., None]
-    forward_packed: Callable[..., None]
+    forward_packed: Callable[..., Tensor]
     packed_size: Callable[[Sequence[Sequence[int]], torch.dtype], int]
 
 

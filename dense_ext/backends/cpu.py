@@ -29,8 +29,8 @@ LIBRARIES = {
 }
 ELSEWHERE = ("_cpu_default",)
 # The ops of frozen blocks and transitions, in the order of their fields; and all ops of a library.
-_OF_FROZEN_BLOCKS = ("frozen_block_forward", "pack_frozen_block", "packed_block_forward")
-_OF_FROZEN_TRANSITIONS = ("pack_frozen_transition", "packed_transition_forward")
+_OF_FROZEN_BLOCKS = ("frozen_block_forward", "pack_frozen_block", "packed_dense_block")
+_OF_FROZEN_TRANSITIONS = ("pack_frozen_transition", "packed_transition")
 OPS = (*PRIMITIVES, *BLOCK_OPS, *_OF_FROZEN_BLOCKS, *_OF_FROZEN_TRANSITIONS)
 
 

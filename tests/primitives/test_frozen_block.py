@@ -14,6 +14,7 @@ from dense_ext import schedule
 from dense_ext.backends import CPU
 from dense_ext.backends.base import STORAGE_DTYPES, FrozenBlocks, accumulate_dtype
 from dense_ext.backends.cpu import CPUBackend
+from dense_ext.ops import is_channels_last
 
 from ..conftest import checked_backends
 from .common import block_of
@@ -65,18 +66,16 @@ def check_bits(backend: CPUBackend, size: str, dtype: torch.dtype) -> None:
     x[0, 0, 0, 0] = float("inf")  # its neighbours become infinite or NaN, and no others
     widths, growth = map(list, zip(*layers, strict=True))
     packed = packed_block(run, block, dtype)
-    found = []
-    for forward in (
-        lambda out: run.forward(out, c0, *schedule.frozen_parameters(block)),
-        lambda out: run.forward_packed(out, packed, c0, widths, growth),
-    ):
-        # Channels of a wider buffer, so that a write beyond the block's own would be seen.
-        wide = torch.full((n, h, w, block.out_channels + 5), 7.0, dtype=dtype)
-        out = wide[..., : block.out_channels]
-        out[..., :c0] = x.permute(0, 2, 3, 1)
-        forward(out)
-        assert (wide[..., block.out_channels :] == 7).all()
-        found.append(out.permute(0, 3, 1, 2))
+    # Channels of a wider buffer, so that a write beyond the block's own would be seen.
+    wide = torch.full((n, h, w, block.out_channels + 5), 7.0, dtype=dtype)
+    out = wide[..., : block.out_channels]
+    out[..., :c0] = x.permute(0, 2, 3, 1)
+    run.forward(out, c0, *schedule.frozen_parameters(block))
+    assert (wide[..., block.out_channels :] == 7).all()
+    found = [out.permute(0, 3, 1, 2)]
+    for image in (x, x.contiguous(memory_format=torch.channels_last)):
+        found.append(run.forward_packed(image, packed, widths, growth))
+        assert is_channels_last(found[-1])
     layer_by_layer = copy.copy(backend)
     layer_by_layer.frozen_blocks = None
     expected, _, _ = schedule.forward(layer_by_layer, block, x, keep_bottleneck=False)  # type: ignore[arg-type]
@@ -93,24 +92,28 @@ def test_the_bits_are_those_of_the_primitives(size: str, storage: torch.dtype) -
     check_bits(CPU, size, storage)
 
 
-@pytest.mark.parametrize("wrong", ["channels", "norms", "weight", "packed", "order", "memory", "dtype"])
+@pytest.mark.parametrize(
+    "wrong", ["channels", "norms", "weight", "packed", "order", "sizes", "memory", "dtype"]
+)
 def test_bad_arguments_are_refused(wrong: str) -> None:
     block, run = block_of(6, [(8, 4)], torch.float32), CPU.frozen_blocks
     assert run is not None
     parameters = list(schedule.frozen_parameters(block))
     packed = packed_block(run, block, torch.float32)
-    x = torch.zeros(1, 3, 3, 10)
+    x, image = torch.zeros(1, 3, 3, 10), torch.zeros(1, 6, 3, 3)
     calls = {
         "channels": lambda: run.forward(torch.zeros(1, 3, 3, 11), 6, *parameters),
         "norms": lambda: run.forward(x, 6, parameters[0][:1], *parameters[1:]),
         "weight": lambda: run.forward(x, 6, *parameters[:-1], [w.transpose(0, 1) for w in parameters[-1]]),
-        "packed": lambda: run.forward_packed(x, packed[:-1], 6, [8], [4]),
-        "order": lambda: run.forward_packed(x, packed.roll(1), 6, [8], [4]),
+        "packed": lambda: run.forward_packed(image, packed[:-1], [8], [4]),
+        "order": lambda: run.forward_packed(image, packed.roll(1), [8], [4]),
+        "sizes": lambda: run.forward_packed(image, packed, [8, 8], [4]),
         "memory": lambda: run.pack(packed[:-1], 6, *parameters),
-        "dtype": lambda: run.forward_packed(x, packed.double(), 6, [8], [4]),
+        "dtype": lambda: run.forward_packed(image, packed.double(), [8], [4]),
     }
     with pytest.raises(
-        RuntimeError, match=r"expected|takes two norms|must be contiguous|other CPU instructions"
+        RuntimeError,
+        match=r"expected|takes two norms|has two sizes|must be contiguous|other CPU instructions",
     ):
         calls[wrong]()
     assert not x.any()
@@ -140,40 +143,36 @@ def test_a_packed_transition_has_the_bits_of_the_primitives(
     var, weight = (torch.rand(c, generator=generator, dtype=wide) + 0.5 for _ in range(2))
     conv = torch.randn(k, c, *[1] * len(pixels), generator=generator).to(storage)
     x = torch.randn(n, *pixels, c + 3, generator=generator).to(storage)[..., :c]
-    found, expected = (torch.full((n, *(p // 2 for p in pixels), k + 2), 7.0, dtype=storage) for _ in "fe")
+    expected = torch.full((n, *(p // 2 for p in pixels), k + 2), 7.0, dtype=storage)
     scale, shift = torch.empty_like(mean), torch.empty_like(mean)
     CPU.bn_scale_shift(mean, var, weight, bias, 1e-3, scale, shift)
     CPU.bn_relu_pool_conv1x1_forward(x, scale, shift, conv, expected[..., :k])
     packed = torch.empty(run.packed_size([conv.shape], storage), dtype=wide)
     run.pack(packed, mean, var, weight, bias, 1e-3, conv)
-    run.forward_packed(x, packed, found[..., :k])
-    assert torch.equal(found, expected)
+    for image in (x.movedim(-1, 1), x.movedim(-1, 1).contiguous()):
+        y = run.forward_packed(image, packed, k)
+        assert torch.equal(y.movedim(1, -1), expected[..., :k])
+        assert is_channels_last(y)
     assert (expected[..., k:] == 7).all()
     assert not (expected[..., :k] == 7).all()
 
 
-@pytest.mark.parametrize("wrong", ["statistics", "packed", "order", "dtype", "output"])
+@pytest.mark.parametrize("wrong", ["statistics", "packed", "order", "dtype", "channels"])
 def test_bad_arguments_of_a_transition_are_refused(wrong: str) -> None:
     run = CPU.frozen_transitions
     assert run is not None
-    vector, conv, x, y = (
-        torch.ones(6),
-        torch.ones(4, 6, 1, 1),
-        torch.ones(1, 4, 4, 6),
-        torch.zeros(1, 2, 2, 4),
-    )
+    vector, conv, x = torch.ones(6), torch.ones(4, 6, 1, 1), torch.ones(1, 6, 4, 4)
     packed = torch.empty(run.packed_size([conv.shape], torch.float32))
     run.pack(packed, vector, vector, vector, vector, 0.0, conv)
     calls = {
         "statistics": lambda: run.pack(packed, vector[1:], vector, vector, vector, 0.0, conv),
-        "packed": lambda: run.forward_packed(x, packed[:-1], y),
-        "order": lambda: run.forward_packed(x, packed.roll(1), y),
-        "dtype": lambda: run.forward_packed(x, packed.double(), y),
-        "output": lambda: run.forward_packed(x, packed, torch.zeros(1, 2, 3, 4)),
+        "packed": lambda: run.forward_packed(x, packed[:-1], 4),
+        "order": lambda: run.forward_packed(x, packed.roll(1), 4),
+        "dtype": lambda: run.forward_packed(x, packed.double(), 4),
+        "channels": lambda: run.forward_packed(x, packed, 40),
     }
     with pytest.raises(RuntimeError, match=r"expected|must be contiguous|dtype|other CPU instructions"):
         calls[wrong]()
-    assert not y.any()
 
 
 def test_packed_weights_are_as_large_as_the_weights() -> None:
