@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from dense_ext.backends import BACKENDS
-from dense_ext.backends.base import primitive_of
 from dense_ext.backends.preference import SHIPPED
+from dense_ext.backends.table import primitive_of
 from dense_ext.benchmark.results import Results, read_results
 
 

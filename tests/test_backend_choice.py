@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from dense_ext.backends import BACKENDS, PREFERENCE, preference, select
-from dense_ext.backends.base import PRIMITIVES, STORAGE_DTYPES
+from dense_ext.backends.base import STORAGE_DTYPES
 from dense_ext.backends.cuda import HAS_CODE, OPS, PRODUCTS, CUDABackend, _gpu_unavailable_reason, _multiply
+from dense_ext.backends.table import PRIMITIVES
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 MEASURED = {"where": "a machine", "when": "2025-01-31", "torch": "2.11.0"}

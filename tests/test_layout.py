@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dense_ext.backends.base import PRIMITIVES, THROUGH_NORM, Backend
+from dense_ext.backends.base import Backend
+from dense_ext.backends.table import PRIMITIVES, TABLE, THROUGH_NORM
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "dense_ext"
@@ -41,12 +42,16 @@ def test_every_primitive_is_compiled_once_and_its_file_has_a_test(sources: str, 
 
 
 @pytest.mark.parametrize("primitive", [*PRIMITIVES, *THROUGH_NORM])
-def test_schema_has_the_arguments_of_the_interface(primitive: str) -> None:
+def test_schema_interface_and_table_have_the_same_arguments(primitive: str) -> None:
     schema = re.search(rf"\b{primitive}\(([^)]*(?:\([a-z]!\)[^)]*)*)\) -> \(\)", _ops_source())
     assert schema is not None
-    names = [argument.split()[-1] for argument in schema.group(1).split(",")]
-    code = getattr(Backend, primitive).__code__
+    arguments = [argument.split() for argument in schema.group(1).split(",")]
+    names = [argument[-1] for argument in arguments]
+    code, row = getattr(Backend, primitive).__code__, TABLE[primitive]
     assert names == list(code.co_varnames[1 : code.co_argcount])
+    assert set(names) == {*row.dimensions, *row.scalars}
+    written = {argument[-1] for argument in arguments if "!" in argument[0]}
+    assert written == {*row.writes, *row.adds_to, *row.overwrites}
 
 
 def _ops_source() -> str:

@@ -17,7 +17,7 @@ from torch import nn
 import dense_ext
 from dense_ext import schedule
 from dense_ext.backends import BACKENDS, select
-from dense_ext.backends.base import PRIMITIVES, THROUGH_NORM
+from dense_ext.backends.table import PRIMITIVES, THROUGH_NORM
 from dense_ext.backends.triton import TritonBackend
 from dense_ext.benchmark import tracked
 from dense_ext.benchmark.memory import step_peaks

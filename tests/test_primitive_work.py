@@ -11,15 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dense_ext
 from dense_ext.backends import BACKENDS
-from dense_ext.backends.base import PRIMITIVES, THROUGH_NORM, Backend, primitive_of
-from dense_ext.benchmark.primitives import (
-    ACCUMULATES,
-    WRITES,
-    PrimitiveCase,
-    flops,
-    minimum_bytes,
-    model_cases,
-)
+from dense_ext.backends.base import Backend
+from dense_ext.backends.table import PRIMITIVES, TABLE, primitive_of
+from dense_ext.benchmark.primitives import PrimitiveCase, model_cases
 from dense_ext.benchmark.suites.primitives import backend_error, unfused, unfused_error
 
 CPU = torch.device("cpu")
@@ -38,7 +32,6 @@ IDS = [f"{case.primitive}-{case.where}" for case in CASES]
 
 def test_every_primitive_has_its_cases() -> None:
     assert {primitive_of(case.primitive) for case in CASES} == set(PRIMITIVES)
-    assert WRITES.keys() == {*PRIMITIVES, *THROUGH_NORM}
     where = {case.where for case in CASES}
     assert {"stem", "block 1, layer 1", "block 1, layer 3", "block 2, layer 2", "transition 1"} <= where
 
@@ -48,7 +41,6 @@ def test_cases_have_the_arguments_of_the_interface(case: PrimitiveCase) -> None:
     code = getattr(Backend, case.primitive).__code__
     names = set(code.co_varnames[1 : code.co_argcount])
     assert set(case.tensors(torch.float32, CPU)) == names
-    assert {*WRITES[case.primitive], *ACCUMULATES.get(case.primitive, ())} <= names
 
 
 def test_shapes_are_those_of_densenet121() -> None:
@@ -69,15 +61,15 @@ def test_minimum_bytes_by_hand() -> None:
         "x": (2, 5, 7, c), "scale": (c,), "shift": (c,), "weight": (b, c, 1, 1), "z": (2, 5, 7, b),
         "mean": (b,), "var": (b,),
     }  # fmt: skip
-    once = m * c + b * c + m * b
-    assert minimum_bytes("bn_relu_conv1x1_forward", shapes, torch.float32) == 4 * (once + 2 * c + 2 * b)
-    assert minimum_bytes("bn_relu_conv1x1_forward", shapes, torch.bfloat16) == 2 * once + 4 * (2 * c + 2 * b)
-    assert minimum_bytes("bn_relu_conv1x1_forward", shapes, torch.float64) == 8 * (once + 2 * c + 2 * b)
+    once, convolution = m * c + b * c + m * b, TABLE["bn_relu_conv1x1_forward"]
+    assert convolution.minimum_bytes(shapes, torch.float32) == 4 * (once + 2 * c + 2 * b)
+    assert convolution.minimum_bytes(shapes, torch.bfloat16) == 2 * once + 4 * (2 * c + 2 * b)
+    assert convolution.minimum_bytes(shapes, torch.float64) == 8 * (once + 2 * c + 2 * b)
     without = {**shapes, "mean": None, "var": None}
-    assert minimum_bytes("bn_relu_conv1x1_forward", without, torch.float32) == 4 * (once + 2 * c)
+    assert convolution.minimum_bytes(without, torch.float32) == 4 * (once + 2 * c)
     # Reads grad and out, and writes out.
     added = {"grad": (2, 5, 7, c), "scale": (c,), "out": (2, 5, 7, c)}
-    assert minimum_bytes("scaled_accumulate", added, torch.float16) == 2 * 3 * m * c + 4 * c
+    assert TABLE["scaled_accumulate"].minimum_bytes(added, torch.float16) == 2 * 3 * m * c + 4 * c
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "conv" in c.primitive], ids=lambda c: c.primitive)
@@ -93,10 +85,10 @@ def test_flops_are_those_pytorch_counts(case: PrimitiveCase) -> None:
     y = conv(x)
     with FlopCounterMode(display=False) as counter:
         y.sum().backward() if backward else conv(x)
-    assert flops(case.primitive, case.shapes) == counter.get_total_flops()
+    assert TABLE[case.primitive].flops(case.shapes) == counter.get_total_flops()
     if backward:
         without = {**case.shapes, "grad_weight": None}
-        assert 2 * flops(case.primitive, without) == flops(case.primitive, case.shapes)
+        assert 2 * TABLE[case.primitive].flops(without) == TABLE[case.primitive].flops(case.shapes)
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)

@@ -25,7 +25,7 @@ pytest.importorskip("jsonschema")
 
 import jsonschema
 
-from dense_ext.backends.base import primitive_of
+from dense_ext.backends.table import primitive_of
 from dense_ext.benchmark import kernelbench, peers, suites
 from dense_ext.benchmark.cuda_graph import GraphedStep
 from dense_ext.benchmark.errors import UnavailableError

@@ -30,34 +30,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-PRIMITIVES = (
-    "channel_stats",
-    "bn_scale_shift",
-    "bn_gradient",
-    "affine_gradient",
-    "scaled_accumulate",
-    "bn_relu_conv1x1_forward",
-    "bn_relu_conv1x1_backward",
-    "bn_relu_conv3x3_forward",
-    "bn_relu_conv3x3_backward",
-    "bn_relu_pool_conv1x1_forward",
-    "bn_relu_pool_conv1x1_backward",
-    "bn_relu_maxpool_forward",
-    "bn_relu_maxpool_backward",
-)
-
-# Operations with a default built from primitives, which a backend may override. Each runs on the backend
-# that was chosen for the primitive it is mapped to.
-THROUGH_NORM = {
-    "bn_relu_pool_conv1x1_norm_backward": "bn_relu_pool_conv1x1_backward",
-    "bn_relu_maxpool_norm_backward": "bn_relu_maxpool_backward",
-}
-
-
-def primitive_of(name: str) -> str:
-    """The primitive that decides which backend runs ``name``, a primitive or a key of ``THROUGH_NORM``."""
-    return THROUGH_NORM.get(name, name)
-
+from .table import PRIMITIVES
 
 STORAGE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

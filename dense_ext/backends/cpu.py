@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 
-from .base import PRIMITIVES, STORAGE_DTYPES, FrozenBlocks, FrozenTransitions, PlainBlocks, accumulate_dtype
+from .base import STORAGE_DTYPES, FrozenBlocks, FrozenTransitions, PlainBlocks, accumulate_dtype
 from .compiled import BLOCK_OPS, PACKAGE, CompiledBackend, Library
+from .table import PRIMITIVES
 
 # PyTorch's name for the instruction set -> the libraries that such a machine can run, best first.
 LIBRARIES = {

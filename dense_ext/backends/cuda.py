@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import PRIMITIVES, THROUGH_NORM, PlainBlocks, gpu_unavailable_reason, tf32_allowed
+from .base import PlainBlocks, gpu_unavailable_reason, tf32_allowed
 from .compiled import BLOCK_OPS, PACKAGE, CompiledBackend, Library, op
+from .table import PRIMITIVES, THROUGH_NORM
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

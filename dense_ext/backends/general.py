@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from . import Primitives
-from .base import PRIMITIVES
 from .reference import ReferenceBackend
+from .table import PRIMITIVES
 
 _OF_CHANNELS = ("bn_scale_shift", "bn_gradient")
 _OF_PIXELS = ("channel_stats", "affine_gradient", "scaled_accumulate")

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..backends import BACKENDS, requested, select
-from ..backends.base import PRIMITIVES, STORAGE_DTYPES, Backend
+from ..backends.base import STORAGE_DTYPES, Backend
+from ..backends.table import PRIMITIVES
 from ..schedule import RECOMPUTE
 from .network import BlockShape, network_of
 from .search import largest

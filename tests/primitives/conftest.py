@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dense_ext.backends import BACKENDS
-from dense_ext.backends.base import PRIMITIVES, STORAGE_DTYPES, Backend
+from dense_ext.backends.base import STORAGE_DTYPES, Backend
+from dense_ext.backends.table import PRIMITIVES
 
 from ..conftest import checked_backends, device_of
 from ..emulator import emulator

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dense_ext import schedule, transition
 from dense_ext.backends import BACKENDS, Primitives
-from dense_ext.backends.base import PRIMITIVES
+from dense_ext.backends.table import PRIMITIVES
 from dense_ext.backends.triton import launch
 from dense_ext.schedule import Block, Dropout, Layer, Norm
 from dense_ext.transition import Pooling

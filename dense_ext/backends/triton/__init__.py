@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from ..base import PRIMITIVES, Backend
+from ..base import Backend
+from ..table import PRIMITIVES
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

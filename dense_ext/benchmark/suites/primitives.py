@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...backends import BACKENDS
-from ...backends.base import primitive_of
 from ...backends.reference import ReferenceBackend
+from ...backends.table import TABLE, primitive_of
 from ...models import MODELS
 from ..errors import UnavailableError
 from ..peers import Peer
-from ..primitives import ACCUMULATES, WRITES, PrimitiveCase, flops, minimum_bytes, model_cases
+from ..primitives import PrimitiveCase, model_cases
 from ..results import Measurement, PeerLabel, Results
 from ..step import DTYPES
 from ..tables import Draw, Table, number, spread
@@ -87,7 +87,7 @@ def _reference_outputs(primitive: str, tensors: Arguments) -> tuple[Tensor, ...]
 
 
 def _outputs(primitive: str, tensors: Arguments) -> Outputs:
-    return {n: tensors[n] for n in (*WRITES[primitive], *ACCUMULATES.get(primitive, ()))}
+    return {name: tensors[name] for name in (*TABLE[primitive].writes, *TABLE[primitive].adds_to)}
 
 
 def _double(value: Any) -> Any:
@@ -183,8 +183,8 @@ class PrimitiveSuite(Suite):
         where = {"primitive": case.primitive, "where": case.where, "shape": shape, "dtype": dtype}
         row = self.row(where, peer)
         row.measures = {
-            "minimum_bytes": minimum_bytes(case.primitive, case.shapes, DTYPES[dtype]),
-            "flops": flops(case.primitive, case.shapes),
+            "minimum_bytes": TABLE[case.primitive].minimum_bytes(case.shapes, DTYPES[dtype]),
+            "flops": TABLE[case.primitive].flops(case.shapes),
         }
         return row
 
