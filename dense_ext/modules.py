@@ -134,6 +134,11 @@ def _takes_channels_last(x: Any, convs: Sequence[nn.Module]) -> bool:
     return True
 
 
+def _folds_stem(x: Any, norm: nn.Module) -> bool:
+    """Whether the compiler runs a stem better: it folds a frozen norm into the convolution in front."""
+    return torch.compiler.is_compiling() and x.device.type == "cpu" and packing.wanted([norm])
+
+
 def own_memory(x: Tensor) -> Tensor:
     """``x`` for code that may write into it: a copy if a backward will read x itself."""
     return x.clone() if x.requires_grad else x
@@ -656,7 +661,7 @@ class FusedFeatures(Fused, nn.Sequential):
             if contiguous is None and (isinstance(child, Fused) or i == stem.start < stem.stop):
                 # As in eager, only an input in channels_last memory gives features in channels_last memory.
                 contiguous = isinstance(x, Tensor) and (x.is_contiguous() or not ops.is_dense(x))
-            if i == stem.start < stem.stop and self.why_not_fused(x) is None:
+            if i == stem.start < stem.stop and not _folds_stem(x, child) and self.why_not_fused(x) is None:
                 volumes = isinstance(children[stem.stop - 1], nn.MaxPool3d)
                 (x, _), i = run_stem(x, child, volumes, self.backend), stem.stop
                 continue

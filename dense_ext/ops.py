@@ -287,7 +287,7 @@ if CPU.library.path is not None:
 
     @_fake("packed_transition")
     def _(x: Tensor, packed: Tensor, out_channels: int) -> Tensor:
-        size = (len(x), out_channels, *(length // 2 for length in x.shape[2:]))
+        size = (x.shape[0], out_channels, *(length // 2 for length in x.shape[2:]))
         return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=schedule.channels_last(x))
 
 

@@ -309,18 +309,18 @@ def test_inference_engines(tmp_path: Path) -> None:
                 assert row["failure"] == f"{engine} does not compute in {dtype} on a CPU"
 
 
-def test_frozen_networks(tmp_path: Path) -> None:
-    names = ("eager", "freeze", "dense_ext-none-freeze")
-    arguments = ("--model", "tiny", "--batch", "2", "--dtype", "float32,bfloat16", "--peers", ",".join(names))
-    rows = by_peer(run("inference", tmp_path, *arguments))
-    for name in names:
-        for row, expected in zip(rows[name], rows["eager"], strict=True):
-            exact = row["case"]["dtype"] == "float32"
-            assert row["values"] == pytest.approx(expected["values"], rel=1e-4 if exact else 0.02)
-            assert len(row["seconds"]) == 3
+def test_a_program_compiled_ahead_of_time(tmp_path: Path) -> None:
+    name = "dense_ext-none-aotinductor"
+    with torch._inductor.config.patch({"aot_inductor.debug_compile": True}):
+        rows = by_peer(
+            run("inference", tmp_path, "--model", "tiny", "--batch", "1", "--peers", f"eager,{name}")
+        )
+    for row, expected in zip(rows[name], rows["eager"], strict=True):
+        assert row["values"] == pytest.approx(expected["values"], rel=1e-4)
+        assert len(row["seconds"]) == 3
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "freeze", "dense_ext-none-freeze"])
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "aotinductor", "dense_ext-none-aotinductor"])
 def test_some_peers_do_not_train(name: str) -> None:
     peer, model = peers.PEERS[name], small_densenet(10, 12)
     with pytest.raises(UnavailableError, match="is for inference"):

@@ -1,7 +1,8 @@
-"""Inference engines as peers: ONNX Runtime and OpenVINO, on a CPU."""
+"""Inference engines as peers: ONNX Runtime, OpenVINO and PyTorch's own AOTInductor, on a CPU."""
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Callable
 from importlib import import_module
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..eligibility import fused_export
 from .errors import UnavailableError
 
 Run = Callable[[Tensor], Tensor]
@@ -40,10 +42,25 @@ def _openvino(network: nn.Module, images: Tensor, dtype: torch.dtype) -> Run:
     return lambda batch: torch.from_numpy(compiled([batch.numpy()])[0])
 
 
+@torch.no_grad()
+def _aotinductor(network: nn.Module, images: Tensor, dtype: torch.dtype) -> Run:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        torch._inductor.config.patch(freezing=True),
+        fused_export(),
+        torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+    ):
+        program = torch.export.export(network, (images,))
+        package = torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/network.pt2")
+        run: Run = torch._inductor.aoti_load_package(package)
+        return run
+
+
 # Engine -> what makes it, and the dtypes that it computes in.
 _ENGINES: dict[str, tuple[Callable[[nn.Module, Tensor, torch.dtype], Run], tuple[torch.dtype, ...]]] = {
     "onnxruntime": (_onnxruntime, (torch.float32,)),
     "openvino": (_openvino, (torch.float32, torch.bfloat16)),
+    "aotinductor": (_aotinductor, (torch.float32, torch.bfloat16)),
 }
 ENGINES = tuple(_ENGINES)
 
@@ -61,7 +78,8 @@ def check(engine: str, device: torch.device, dtype: torch.dtype) -> None:
         raise UnavailableError(f"{engine} is measured on a CPU")
     if dtype not in _ENGINES[engine][1]:
         raise UnavailableError(f"{engine} does not compute in {str(dtype).removeprefix('torch.')} on a CPU")
-    _imported(engine)
+    if engine != "aotinductor":  # which is a part of PyTorch
+        _imported(engine)
 
 
 class Engine(nn.Module):

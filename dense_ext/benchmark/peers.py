@@ -33,13 +33,12 @@ MODES = {
     "compile": "torch.compile",
     "autotune": "torch.compile max-autotune",
     "budget": f"torch.compile, activation budget {ACTIVATION_BUDGET}",
-    "freeze": "torch.compile, frozen weights",
     "graph": "CUDA graph",
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
+    "aotinductor": "AOTInductor, frozen weights",
 }
-COMPILED = ("compile", "autotune", "budget", "freeze")
-_FOR_INFERENCE = (*ENGINES, "freeze")
+COMPILED = ("compile", "autotune", "budget")
 
 
 @dataclass(frozen=True)
@@ -105,12 +104,10 @@ class Peer:
         if self.recompute is not None:
             swap(network, recompute=self.recompute, backend=self.backend or backend, strict=True)
         network = network.to(memory_format=self.memory_format(dimensions)).train(training)  # type: ignore[call-overload]
-        if training and self.mode in _FOR_INFERENCE:
-            raise UnavailableError(f"{MODES[self.mode]} is for inference")
         if self.engine:
+            if training:
+                raise UnavailableError(f"{MODES[self.mode]} is for inference")
             return Engine(self.mode, network)
-        if self.mode == "freeze":
-            return Frozen(network)
         if self.compiled:
             return torch.compile(network, **_compiler(self.mode))  # type: ignore[return-value]
         return network
@@ -137,23 +134,6 @@ def _compiler(mode: str) -> dict[str, Any]:
     if mode == "budget":
         options["backend"] = _compile_within_budget
     return options
-
-
-class Frozen(nn.Module):
-    """A network that torch.compile runs with its weights as constants, for inference."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.compiled = torch.compile(network, dynamic=False)
-        self.is_compiled = False
-
-    def forward(self, images: Tensor) -> Tensor:
-        if self.is_compiled:
-            return self.compiled(images)
-        # As an option of torch.compile, freezing would not be known when the network is traced.
-        with torch._inductor.config.patch(freezing=True):
-            self.is_compiled = True
-            return self.compiled(images)
 
 
 def _compile_within_budget(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
@@ -189,7 +169,7 @@ def _register(
         ours: ``recompute`` and ``backend``.
     """
     for mode, channels_last in itertools.product(modes, (True,) if ours else (False, True)):
-        if mode in ENGINES and channels_last:
+        if mode in ENGINES and channels_last and not ours:
             continue
         named = source != "eager" or mode == "eager"
         words = [source if named else "", mode if mode != "eager" else ""]
@@ -217,7 +197,7 @@ for _policy, _backend in itertools.product(RECOMPUTE, (None, *BACKENDS)):
         "-".join(filter(None, ("dense_ext", _policy, _backend))),
         ", ".join(filter(None, (f"dense_ext, recompute {_policy}", _backend))),
         torchvision_twin,
-        ("eager", "graph", "freeze"),
+        ("eager", "graph", "aotinductor"),
         forward="dense_ext",
         recompute=_policy,
         backend=_backend,
