@@ -368,4 +368,8 @@ class InferenceSuite(TimedSuite):
 
     @classmethod
     def short_tables(cls, results: Results) -> dict[str, Table]:
-        return {"inference": _by_network(results, lambda row: f"images: {row.case['batch']}")}
+        def column(row: Measurement) -> str:
+            compiled = results.peers[row.peer].mode == "aotinductor"
+            return "AOTInductor, " * compiled + f"images: {row.case['batch']}"
+
+        return {"inference": _by_network(results, column)}
