@@ -311,7 +311,8 @@ def test_inference_engines(tmp_path: Path) -> None:
 
 def test_a_program_compiled_ahead_of_time(tmp_path: Path) -> None:
     name = "dense_ext-none-aotinductor"
-    with torch._inductor.config.patch({"aot_inductor.debug_compile": True}):
+    quick = {"aot_inductor.debug_compile": True, "aot_inductor.precompile_headers": False}
+    with torch._inductor.config.patch(quick):
         rows = by_peer(
             run("inference", tmp_path, "--model", "tiny", "--batch", "1", "--peers", f"eager,{name}")
         )
