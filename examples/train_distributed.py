@@ -52,7 +52,7 @@ def main(epochs: int = 4, batch: int = 32) -> None:
     dist.all_gather_object(sums, sum(p.detach().double().sum().item() for p in network.parameters()))
     if dist.get_rank() == 0:
         print(f"{len(sums)} processes hold the same parameters: {len(set(sums)) == 1}")
-    dist.barrier()  # PyTorch may hang if a group ends while its thread still frees what was gathered
+    del model  # first: as the last to hold the group, DDP's reducer can block Gloo's threads for ever
     dist.destroy_process_group()
 
 
