@@ -24,6 +24,7 @@ from dense_ext import ops, packing
 from dense_ext.backends import CPU
 
 from .helpers import Calls, assert_equal, randomize, small_densenet
+from .integrations.common import in_graph
 
 pytestmark = pytest.mark.skipif(CPU.library.path is None, reason="the C++ backend is not built")
 PACKED, UNPACKED = "packed_dense_block", "dense_block"
@@ -281,8 +282,9 @@ class TestFreezing:
         """The program of a call, and how often it has each operator of blocks and transitions."""
         with dense_ext.fused_export():
             program = torch.export.export(model, (x,))
-        names = [str(node.target).split(".") for node in program.graph.nodes]
-        return program.module(), Counter(n[1] for n in names if n[0] == "dense_ext" and n[1] != "stem")
+        names = in_graph(program.graph.nodes)
+        del names["stem"]
+        return program.module(), names
 
     @torch.no_grad()
     def test_a_program_packs_its_own_weights(self) -> None:

@@ -192,7 +192,7 @@ Tensor packed_transition(const Tensor& x, const Tensor& packed, int64_t out_chan
   Tensor y;
   dispatch(x, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const Tensor input = dense_nhwc(x);
+    const Tensor input = torch::stable::contiguous(nhwc(x));
     const auto xs = volumes<const T>(input, "x");
     const PackedMemory<T> memory(packed, Prepared<T>::size(xs.channels, out_channels));
     const Prepared<T> prepared(memory.to_read(), xs.channels, out_channels);

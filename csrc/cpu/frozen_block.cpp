@@ -314,10 +314,9 @@ Tensor packed_dense_block(const Tensor& x, const Tensor& packed, std::vector<int
       in += growth[i];
     }
     Acc<T>* memory = PackedMemory<T>(packed, size_of<T>(shapes)).to_read();
-    const Tensor input = dense_nhwc(x);
     out = torch::stable::empty({x.size(0), x.size(2), x.size(3), in}, kScalarType<T>);
     Tensor first = torch::stable::narrow(out, 3, 0, x.size(1));
-    torch::stable::copy_(first, input);
+    torch::stable::copy_(first, nhwc(x));
     const auto xs = pixels<T>(out, "x");
     if (xs.count() > 0) FrozenBlock<T>(xs, shapes).run(memory);
   });

@@ -85,14 +85,13 @@ class PackedMemory {
   A* const begin_;
 };
 
-// x [N, C, H, W] as [N, H, W, C], or [N, C, D, H, W] as [N, D, H, W, C]; a copy if that is not
-// dense.
-inline Tensor dense_nhwc(Tensor x) {
+// A view of x [N, C, H, W] as [N, H, W, C], or of [N, C, D, H, W] as [N, D, H, W, C].
+inline Tensor nhwc(Tensor x) {
   for (int64_t d = 1; d + 1 < x.dim(); d++) x = torch::stable::transpose(x, d, d + 1);
-  return torch::stable::contiguous(x);
+  return x;
 }
 
-// The inverse: a view of x in channels_last memory.
+// The inverse.
 inline Tensor nchw(Tensor x) {
   for (int64_t d = x.dim() - 1; d > 1; d--) x = torch::stable::transpose(x, d, d - 1);
   return x;

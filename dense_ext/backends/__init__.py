@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from . import preference
-from .base import BLOCK_PRIMITIVES, Backend
+from .base import Backend
 from .cpu import CPUBackend
 from .cuda import CUDABackend
 from .preference import PREFERENCE
 from .reference import ReferenceBackend
-from .table import PRIMITIVES, THROUGH_NORM
+from .table import BLOCK_PRIMITIVES, PRIMITIVES, THROUGH_NORM
 from .triton import TritonBackend
 
 CPU, CUDA = CPUBackend(), CUDABackend()

@@ -30,8 +30,6 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .table import PRIMITIVES
-
 STORAGE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -122,10 +120,6 @@ class PlainBlocks(NamedTuple):
 
     forward: Callable[..., None]
     backward: Callable[..., list[Tensor]]
-
-
-# The primitives that a plain block consists of.
-BLOCK_PRIMITIVES = tuple(name for name in PRIMITIVES if "pool" not in name and name != "scaled_accumulate")
 
 
 class Backend(ABC):

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .base import accumulate_dtype
+
 Shape = tuple[int, ...]
 
 
@@ -63,7 +65,7 @@ class Primitive:
             shapes: those of the tensor arguments, by name; None for an output that is left out.
             dtype: the activations', which convolution weights share. Vectors are in its accumulation dtype.
         """
-        wide = 8 if dtype == torch.float64 else 4
+        wide = accumulate_dtype(dtype).itemsize
         return sum(
             math.prod(shape) * (dtype.itemsize if len(shape) == 4 else wide) * (1 + (name in self.adds_to))
             for name, shape in shapes.items()
@@ -161,6 +163,8 @@ _ROWS = (
 TABLE = {row.name: row for row in _ROWS}
 # The primitives that every backend has.
 PRIMITIVES = tuple(row.name for row in _ROWS if not row.decided_by)
+# The primitives that a plain block consists of.
+BLOCK_PRIMITIVES = tuple(name for name in PRIMITIVES if "pool" not in name and name != "scaled_accumulate")
 # Operations with a default made of primitives, which a backend may override, and the primitive that decides
 # which backend runs each.
 THROUGH_NORM = {row.name: row.decided_by for row in _ROWS if row.decided_by}

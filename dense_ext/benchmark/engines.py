@@ -56,11 +56,11 @@ def _aotinductor(network: nn.Module, images: Tensor, dtype: torch.dtype) -> Run:
         return run
 
 
-# Engine -> what makes it, and the dtypes that it computes in.
-_ENGINES: dict[str, tuple[Callable[[nn.Module, Tensor, torch.dtype], Run], tuple[torch.dtype, ...]]] = {
-    "onnxruntime": (_onnxruntime, (torch.float32,)),
-    "openvino": (_openvino, (torch.float32, torch.bfloat16)),
-    "aotinductor": (_aotinductor, (torch.float32, torch.bfloat16)),
+# Engine -> what makes it, the dtypes that it computes in, and its package.
+_ENGINES: dict[str, tuple[Callable[[nn.Module, Tensor, torch.dtype], Run], tuple[torch.dtype, ...], str]] = {
+    "onnxruntime": (_onnxruntime, (torch.float32,), "onnxruntime"),
+    "openvino": (_openvino, (torch.float32, torch.bfloat16), "openvino"),
+    "aotinductor": (_aotinductor, (torch.float32, torch.bfloat16), "torch"),
 }
 ENGINES = tuple(_ENGINES)
 
@@ -76,10 +76,10 @@ def check(engine: str, device: torch.device, dtype: torch.dtype) -> None:
     """Raise UnavailableError if the engine is not measured here, with the reason."""
     if device.type != "cpu":
         raise UnavailableError(f"{engine} is measured on a CPU")
-    if dtype not in _ENGINES[engine][1]:
+    _, dtypes, package = _ENGINES[engine]
+    if dtype not in dtypes:
         raise UnavailableError(f"{engine} does not compute in {str(dtype).removeprefix('torch.')} on a CPU")
-    if engine != "aotinductor":  # which is a part of PyTorch
-        _imported(engine)
+    _imported(package)
 
 
 class Engine(nn.Module):
