@@ -63,7 +63,7 @@ test-all: PYTEST += --exhaustive
 test test-all: setup
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) tests/primitives tests/gpu tests/triton
-	$(PYTEST) --device emulator tests/primitives tests/gpu tests/cuda
+	$(PYTEST) --device emulator tests/cuda tests/gpu tests/primitives
 
 docs: setup
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -c docs . build/docs

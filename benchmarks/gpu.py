@@ -24,6 +24,7 @@ from glob import glob
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+TO_END = 10  # seconds that an interrupted command has to write what it has
 OTHERS = "densenet169,densenet201,densenet161"
 POLICIES = ["none", "bottleneck", "block"]
 # Graphs are not for the suite `memory`, whose steps run without. A row of eager's comes first, as the
@@ -115,14 +116,14 @@ def parts() -> list[Part]:
 def run_part(part: Part, seconds: float, out: Path) -> list[str]:
     """Run a part's commands within ``seconds``; how they went, a line each.
 
-    Those that take longer are interrupted, for a suite writes what it has, and killed after ten seconds.
+    Those that take longer are interrupted, for a suite writes what it has, and killed after TO_END.
     """
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # for the tests' deterministic mode
     if len(part.commands) > 1:
         environment["OMP_NUM_THREADS"] = "1"
-    program = ["timeout", "--signal=INT", "--kill-after=10", str(seconds)]
+    program = ["timeout", "--signal=INT", f"--kill-after={TO_END}", str(seconds)]
     if part.name in ("memcheck", "racecheck"):
         program += [str(SANITIZER), "--tool", part.name, "--error-exitcode", "9"]
         # Each tensor by itself, or an access beyond its end would find the next one's memory.
@@ -255,7 +256,7 @@ def main() -> int:
     end, lines = time.monotonic() + options.seconds, []
     try:
         for part in map(known.__getitem__, chosen):
-            seconds = min(part.seconds, end - time.monotonic() - 10)  # to end it takes up to ten
+            seconds = min(part.seconds, end - time.monotonic() - TO_END)
             new = run_part(part, seconds, out) if seconds > 15 else [f"{part.name}: no time is left"]
             lines += new
             print("\n".join(new), flush=True)

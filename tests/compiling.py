@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -74,11 +75,13 @@ def link(name: str, objects: Sequence[Path], command: Sequence[str], results: Pa
 
 
 def _make(target: Path, command: list[str]) -> None:
-    """Run the compiler unless its result exists; safe if it is interrupted or runs in parallel."""
-    if not target.exists():
-        partial = target.with_suffix(f".{os.getpid()}")
-        subprocess.run([*command, "-o", str(partial)], check=True)
-        partial.rename(target)
+    """Run the compiler unless its result exists; other processes that want it wait."""
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            partial = target.with_suffix(".partial")  # so that an interruption leaves no broken result
+            subprocess.run([*command, "-o", str(partial)], check=True)
+            partial.rename(target)
 
 
 def plant(folder: Path, file: str, text: str, replacement: str) -> Path:

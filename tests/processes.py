@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,8 +34,12 @@ def process_group(rank: int, world: int, folder: str) -> Iterator[None]:
 
 
 def run_in_processes(workers: Sequence[Callable[[int], None]], world: int, folder: Path) -> None:
-    """Run functions of the rank one after another in ``world`` processes, which take seconds to start."""
-    mp.spawn(_work, args=(workers, world, str(folder)), nprocs=world)
+    """Run functions of the rank one after another in ``world`` processes.
+
+    They are forks of one that has imported what takes seconds to import.
+    """
+    multiprocessing.set_forkserver_preload(["torchvision", "dense_ext"])
+    mp.start_processes(_work, (workers, world, str(folder)), world, start_method="forkserver")
     assert sorted(path.name for path in folder.glob("done-*")) == [f"done-{rank}" for rank in range(world)]
 
 

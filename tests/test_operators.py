@@ -104,6 +104,7 @@ class TestOpcheck:
             torch.library.opcheck(OPS.activation_backward.default, inputs)
 
 
+@pytest.mark.usefixtures("compiled_fast")
 @pytest.mark.parametrize(
     ("recompute", "compiler"),
     [("none", "aot_eager"), ("block", "aot_eager"), ("bottleneck", "inductor")],

@@ -269,6 +269,7 @@ def test_compiled_graphs_hold_the_unpacked_operator(model: nn.Module) -> None:
     assert not any(PACKED in target for target in targets)
 
 
+@pytest.mark.usefixtures("compiled_fast")
 class TestFreezing:
     """Graphs that the compiler freezes: it computes once what depends on parameters alone."""
 

@@ -108,12 +108,12 @@ def test_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return [self.case("depth", depth, 12, 2, dtype) for depth in (10, 16, 22)]
 
     monkeypatch.setattr(suites.memory.PaperSuite, "cases", shallow)
-    rows = by_peer(run("paper", tmp_path, "--peers", "eager-cl", "--budget", "0.01"))
+    rows = by_peer(run("paper", tmp_path, "--peers", "eager-cl", "--budget", "0.005"))
     deepest = {peer: rows[peer][0]["measures"]["deepest"] for peer in rows}
     assert deepest["dense_ext-bottleneck"] > deepest["eager-cl"] > 22
     for peer, depth in deepest.items():
         needed = [bytes_needed(small_densenet(d, 12), 2, peer) for d in (depth, depth + 6)]
-        assert needed[0] <= 1e7 < needed[1]
+        assert needed[0] <= 5e6 < needed[1]
 
 
 def test_step(tmp_path: Path) -> None:
@@ -309,13 +309,10 @@ def test_inference_engines(tmp_path: Path) -> None:
                 assert row["failure"] == f"{engine} does not compute in {dtype} on a CPU"
 
 
+@pytest.mark.usefixtures("compiled_fast")
 def test_a_program_compiled_ahead_of_time(tmp_path: Path) -> None:
     name = "dense_ext-none-aotinductor"
-    quick = {"aot_inductor.debug_compile": True, "aot_inductor.precompile_headers": False}
-    with torch._inductor.config.patch(quick):
-        rows = by_peer(
-            run("inference", tmp_path, "--model", "tiny", "--batch", "1", "--peers", f"eager,{name}")
-        )
+    rows = by_peer(run("inference", tmp_path, "--model", "tiny", "--batch", "1", "--peers", f"eager,{name}"))
     for row, expected in zip(rows[name], rows["eager"], strict=True):
         assert row["values"] == pytest.approx(expected["values"], rel=1e-4)
         assert len(row["seconds"]) == 3

@@ -13,8 +13,8 @@ from ..emulator import Emulator
 from ..emulator.build import build
 from ..sanitizers import ADDRESS, run_cases, train_a_network
 
-# -O1, with which compiling takes about as long as running.
-SANITIZED = (*ADDRESS.flags, "-O1")
+# -Og, which compiles twice as fast as -O2 and makes a library that is as fast.
+SANITIZED = (*ADDRESS.flags, "-Og")
 
 
 def run_sanitized(primitives: str = "", **options: Any) -> subprocess.CompletedProcess[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -123,13 +123,8 @@ class TestExport:
         _served_elsewhere("export", tmp_path / "model.pt2", x, y, "import dense_ext\n", False)
 
 
+@pytest.mark.usefixtures("compiled_fast")
 class TestAOTInductor:
-    @pytest.fixture(autouse=True)
-    def _compile_fast(self) -> Iterator[None]:
-        changes = {"aot_inductor.debug_compile": True, "aot_inductor.precompile_headers": False}
-        with torch._inductor.config.patch(changes):
-            yield
-
     def test_aotinductor_loads_without_dense_ext(self, tmp_path: Path) -> None:
         ours, eager = swapped_and_eager(layers=1)
         x = images()
