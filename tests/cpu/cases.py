@@ -22,9 +22,8 @@ from ..sanitizers import Sanitizer, put_in_place, run_cases, train_a_network
 
 NAMESPACE = "dense_ext_cpu_sanitized"
 # No instruction set beyond the compiler's default, so that masked vectors are loaded value by value and a
-# sanitizer checks each value. bfloat16 is multiplied in pairs, as with AVX512-BF16; float16 is widened. -Og,
-# since compiling takes longer than running.
-FLAGS = (STABLE, "-DDENSE_EXT_DISPATCH_KEY=CPU", "-DDENSE_EXT_PAIRS", "-Og")
+# sanitizer checks each value. bfloat16 is multiplied in pairs, as with AVX512-BF16; float16 is widened.
+FLAGS = (STABLE, "-DDENSE_EXT_DISPATCH_KEY=CPU", "-DDENSE_EXT_PAIRS")
 THREADS = 4
 
 

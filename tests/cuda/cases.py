@@ -13,14 +13,11 @@ from ..emulator import Emulator
 from ..emulator.build import build
 from ..sanitizers import ADDRESS, run_cases, train_a_network
 
-# -Og, which compiles twice as fast as -O2 and makes a library that is as fast.
-SANITIZED = (*ADDRESS.flags, "-Og")
-
 
 def run_sanitized(primitives: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the cases of the primitives with this prefix of their name through a build with these options."""
     namespace = options.setdefault("namespace", "dense_ext_sanitized")
-    library = build(flags=SANITIZED, **options)
+    library = build(flags=ADDRESS.flags, **options)
     return ADDRESS.run(__name__, str(library), namespace, primitives)
 
 

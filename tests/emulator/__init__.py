@@ -23,9 +23,8 @@ class Emulator:
     """
 
     def __init__(self, library: Path, namespace: str = NAMESPACE) -> None:
-        # A process can load only one module of a name; Python derives the init function from the part after
-        # the
-        # last dot.
+        # A process can load only one module of a name. Python derives the init function from the part after
+        # the last dot.
         spec = importlib.util.spec_from_file_location(f"{namespace}._emulator", library)
         assert spec is not None
         assert spec.loader is not None
@@ -53,5 +52,5 @@ def emulator() -> Emulator:
     """The emulator of this process, which is built first if necessary."""
     global _running
     if _running is None:
-        _running = Emulator(build())
+        _running = Emulator(build(flags=("-O2",)))
     return _running
