@@ -293,6 +293,7 @@ void run(const Grid& grid, const std::function<void()>& kernel, const char* name
   auto& [threads, shared_bytes] = counters().kernels[{text(place), name}];
   threads = grid.threads;
   shared_bytes = std::max(shared_bytes, grid.shared_bytes);
+  if (!settings().execute) return;
   static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
   block.grid = &grid;

@@ -121,6 +121,7 @@ struct Settings {
   int multiprocessors = 4;
   int shared_bytes = 227 << 10;  // maximum per block
   bool count = false;            // whether to count accesses and bank conflicts; slow
+  bool execute = true;           // whether launched kernels run; the host's time is seen without
 };
 Settings& settings();
 

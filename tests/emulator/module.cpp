@@ -18,7 +18,8 @@ PYBIND11_MODULE(_emulator, m) {
       .def_readwrite("order", &emulator::Settings::order)
       .def_readwrite("multiprocessors", &emulator::Settings::multiprocessors)
       .def_readwrite("shared_bytes", &emulator::Settings::shared_bytes)
-      .def_readwrite("count", &emulator::Settings::count);
+      .def_readwrite("count", &emulator::Settings::count)
+      .def_readwrite("execute", &emulator::Settings::execute);
   py::class_<emulator::Counters>(m, "Counters", py::module_local())
       .def_readonly("launches", &emulator::Counters::launches)
       .def_readonly("blocks", &emulator::Counters::blocks)

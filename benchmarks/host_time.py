@@ -1,0 +1,72 @@
+"""The host's time for a training step on a GPU, measured without one.
+
+The CUDA library is compiled for the host, and its launches return at once (``tests/emulator``). What is left of
+a step is Python, autograd, the schedule and the checks. PyTorch's own operators run on the CPU. Images of 32x32
+keep that small, and the first convolution and the classifier are timed by themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dense_ext.backends import BACKENDS, select
+from dense_ext.models import MODELS
+from dense_ext.schedule import RECOMPUTE
+from tests.emulator import emulator
+
+
+def milliseconds(run: Callable[[], object], rounds: int) -> tuple[float, float, float]:
+    """Median, minimum and maximum."""
+    times = []
+    for _ in range(rounds + 3):
+        begin = time.perf_counter()
+        run()
+        times.append(1e3 * (time.perf_counter() - begin))
+    return statistics.median(times[3:]), min(times[3:]), max(times[3:])
+
+
+def step(network: nn.Module, images: Tensor) -> None:
+    network.zero_grad()
+    network(images).sum().backward()
+
+
+def main(options: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="densenet121", choices=list(MODELS))
+    parser.add_argument("--rounds", type=int, default=31)
+    arguments = parser.parse_args(options)
+    gpu = emulator()
+    BACKENDS["cuda"] = gpu.backend
+    select.cache_clear()
+    images = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    print("recompute   launches   forward and backward, ms: median (min to max)")
+    for policy in RECOMPUTE:
+        network = MODELS[arguments.model](recompute=policy, backend="cuda")
+        gpu.reset(execute=False)  # sets the counter to zero
+        step(network, images)
+        launches = gpu.counters.launches
+        median, least, most = milliseconds(partial(step, network, images), arguments.rounds)
+        print(f"{policy:<12}{launches:>8}   {median:.2f} ({least:.2f} to {most:.2f})")
+    conv0 = network.features.conv0
+    classifier = nn.Linear(conv0.out_channels, network.classifier.out_features)
+    alone = nn.Sequential(conv0, nn.AdaptiveAvgPool2d(1), nn.Flatten(), classifier)
+    median, least, most = milliseconds(partial(step, alone, images), arguments.rounds)
+    print(
+        f"of which PyTorch's first convolution, pool and classifier: {median:.2f} ({least:.2f} to {most:.2f})"
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
