@@ -1,8 +1,8 @@
 """The host's time for a training step on a GPU, measured without one.
 
-The CUDA library is compiled for the host, and its launches return at once (``tests/emulator``). What is left of
-a step is Python, autograd, the schedule and the checks. PyTorch's own operators run on the CPU. Images of 32x32
-keep that small, and the first convolution and the classifier are timed by themselves.
+The CUDA library is compiled for the host, and its launches return at once (``tests/emulator``). What is left
+of a step is Python, autograd, the schedule and the checks. PyTorch's own operators run on the CPU. Images of
+32x32 keep that small, and the first convolution and the classifier are timed by themselves.
 """
 
 from __future__ import annotations
