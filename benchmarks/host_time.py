@@ -20,20 +20,21 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dense_ext.backends import BACKENDS, select
 from dense_ext.models import MODELS
 from dense_ext.schedule import RECOMPUTE
+from tests.backends import put_in_place
 from tests.emulator import emulator
 
 
-def milliseconds(run: Callable[[], object], rounds: int) -> tuple[float, float, float]:
-    """Median, minimum and maximum."""
+def milliseconds(run: Callable[[], object], rounds: int) -> str:
+    """Median, minimum and maximum of so many calls, after three to warm up."""
     times = []
     for _ in range(rounds + 3):
         begin = time.perf_counter()
         run()
         times.append(1e3 * (time.perf_counter() - begin))
-    return statistics.median(times[3:]), min(times[3:]), max(times[3:])
+    kept = times[3:]
+    return f"{statistics.median(kept):.2f} ({min(kept):.2f} to {max(kept):.2f})"
 
 
 def step(network: nn.Module, images: Tensor) -> None:
@@ -47,8 +48,7 @@ def main(options: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=31)
     arguments = parser.parse_args(options)
     gpu = emulator()
-    BACKENDS["cuda"] = gpu.backend
-    select.cache_clear()
+    put_in_place(gpu.backend)
     images = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     print("recompute   launches   forward and backward, ms: median (min to max)")
     for policy in RECOMPUTE:
@@ -56,15 +56,13 @@ def main(options: Sequence[str] | None = None) -> None:
         gpu.reset(execute=False)  # sets the counter to zero
         step(network, images)
         launches = gpu.counters.launches
-        median, least, most = milliseconds(partial(step, network, images), arguments.rounds)
-        print(f"{policy:<12}{launches:>8}   {median:.2f} ({least:.2f} to {most:.2f})")
+        time_of_step = milliseconds(partial(step, network, images), arguments.rounds)
+        print(f"{policy:<12}{launches:>8}   {time_of_step}")
     conv0 = network.features.conv0
     classifier = nn.Linear(conv0.out_channels, network.classifier.out_features)
     alone = nn.Sequential(conv0, nn.AdaptiveAvgPool2d(1), nn.Flatten(), classifier)
-    median, least, most = milliseconds(partial(step, alone, images), arguments.rounds)
-    print(
-        f"of which PyTorch's first convolution, pool and classifier: {median:.2f} ({least:.2f} to {most:.2f})"
-    )
+    time_alone = milliseconds(partial(step, alone, images), arguments.rounds)
+    print(f"of which PyTorch's first convolution, pool and classifier: {time_alone}")
 
 
 if __name__ == "__main__":

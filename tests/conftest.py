@@ -18,8 +18,9 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import dense_ext
-from dense_ext.backends import BACKENDS, select
 from dense_ext.backends.triton import configs
+
+from .backends import put_in_place
 
 ROOT = Path(__file__).resolve().parent.parent
 AVAILABLE = dense_ext.available_backends("cpu")
@@ -50,8 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--device") == "emulator":
         from .emulator import emulator
 
-        BACKENDS["cuda"] = emulator().backend
-        select.cache_clear()
+        put_in_place(emulator().backend)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 import dense_ext
-from dense_ext.backends import BACKENDS, select
 from dense_ext.backends.base import Backend
 
+from .backends import put_in_place
 from .compiling import COMPILER, ROOT
 from .primitives import test_batch_norm
 from .primitives.common import MakeCase, VolumeTests
@@ -118,12 +118,6 @@ def run_cases(
             if case.primitive.startswith(primitives):
                 print(case.primitive, dtype, size, flush=True)
                 check_values(backend, case)
-
-
-def put_in_place(backend: Backend) -> None:
-    """Make it the backend of its name."""
-    BACKENDS[backend.name] = backend
-    select.cache_clear()
 
 
 def train_a_network(backend: Backend) -> None:

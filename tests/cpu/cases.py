@@ -16,9 +16,10 @@ import torch
 from dense_ext.backends.compiled import Library
 from dense_ext.backends.cpu import OPS, CPUBackend
 
+from ..backends import put_in_place
 from ..compiling import CSRC, ROOT, STABLE, compile_source, compiler_with, link
 from ..primitives import test_frozen_block
-from ..sanitizers import Sanitizer, put_in_place, run_cases, train_a_network
+from ..sanitizers import Sanitizer, run_cases, train_a_network
 
 NAMESPACE = "dense_ext_cpu_sanitized"
 # No instruction set beyond the compiler's default, so that masked vectors are loaded value by value and a
