@@ -64,10 +64,12 @@ def check_batch(where: str, x: Tensor, training: bool) -> None:
         )
 
 
-def check_parameters(where: str, name: str, parameters: Sequence[Tensor], x: Tensor) -> None:
-    """Refuse parameters on another device than x, or of a dtype that can't be combined with x's.
+def check_parameters(
+    where: str, name: str, parameters: Sequence[Tensor], x: Tensor, dtype: torch.dtype
+) -> None:
+    """Refuse parameters on another device than x, or of another ``dtype``.
 
-    A convolution's weight must have x's dtype. A norm's parameters may also be float32 if x has 16 bits.
+    Vectors may also be float32 if x has 16 bits.
 
     Raises:
         TypeError: the dtypes can't be combined.
@@ -75,10 +77,10 @@ def check_parameters(where: str, name: str, parameters: Sequence[Tensor], x: Ten
     """
     # A step's hundreds of parameters share few devices and dtypes, so each combination is checked once.
     for parameter in {(p.device, p.dtype): p for p in reversed(parameters)}.values():
-        _check_parameter(where, name, parameter, x)
+        _check_parameter(where, name, parameter, x, dtype)
 
 
-def _check_parameter(where: str, name: str, parameter: Tensor, x: Tensor) -> None:
+def _check_parameter(where: str, name: str, parameter: Tensor, x: Tensor, dtype: torch.dtype) -> None:
     if parameter.device != x.device:
         raise ValueError(
             f"{where}: {name} {tuple(parameter.shape)} is on {parameter.device}, "
@@ -89,8 +91,8 @@ def _check_parameter(where: str, name: str, parameter: Tensor, x: Tensor) -> Non
         and parameter.dtype == torch.float32
         and x.dtype in (torch.bfloat16, torch.float16)
     )
-    if parameter.dtype != x.dtype and not mixed:
+    if parameter.dtype != dtype and not mixed:
         raise TypeError(
             f"{where}: {name} {tuple(parameter.shape)} has dtype {parameter.dtype}, "
-            f"expected {x.dtype} like the input {tuple(x.shape)}"
+            f"expected {dtype} like the input {tuple(x.shape)}"
         )

@@ -75,7 +75,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int = 1)
     convolution = F.conv3d if x.dim() == 5 else F.conv2d
     bias = None if bias is None else bias.to(x.dtype)
     padding = [dilation * (length // 2) for length in weight.shape[2:]]
-    return convolution(x, weight, bias, padding=padding, dilation=dilation)
+    return convolution(x, weight.to(x.dtype), bias, padding=padding, dilation=dilation)
 
 
 def _drop(y: Tensor, rate: float, channels: bool, seed: Any) -> Tensor:

@@ -45,14 +45,16 @@ def read_arguments(
     convs: Sequence[nn.Conv2d],
     backend: str,
     activation: str = "relu",
+    conv_dtype: torch.dtype | None = None,
 ) -> Arguments:
-    """Read an operator's arguments from the modules, and check them against x."""
+    """Read an operator's arguments from the modules, and check them against x.
+
+    Under autocast the convolutions' weights are cast to ``conv_dtype``, or to x's dtype.
+    """
     dtype, batch_stats = accumulate_dtype(x.dtype), [uses_batch_stats(norm) for norm in norms]
     group = sync_group(norms)
     check_batch(where, x, any(batch_stats) and not group)
     weights, biases = zip(*(affine_parameters(norm, dtype, x.device) for norm in norms), strict=True)
-    # Under autocast the convolutions compute in x's dtype, which the caller has chosen.
-    autocast = ops.autocast_enabled(x)
     conv_weights = [constant(conv, "weight") for conv in convs]
     conv_weights = [weight.unsqueeze(2) if weight.dim() == 3 else weight for weight in conv_weights]
     biases_of_convs = [constant(conv, "bias") for conv in convs]
@@ -62,8 +64,9 @@ def read_arguments(
             weight.new_zeros(len(weight)) if bias is None else bias
             for weight, bias in zip(conv_weights, biases_of_convs, strict=True)
         ]
-    if autocast:
-        conv_weights = cast(conv_weights, x.dtype)
+    conv_dtype = conv_dtype or x.dtype
+    if ops.autocast_enabled(x):
+        conv_weights = cast(conv_weights, conv_dtype)
     running = [norm for norm, batch in zip(norms, batch_stats, strict=True) if not batch]
     # No walrus here, since torch.compile cannot trace one in a comprehension.
     means = [mean for mean in [constant(norm, "running_mean") for norm in running] if mean is not None]
@@ -76,7 +79,8 @@ def read_arguments(
         "running variance",
     )  # fmt: skip
     for name, parameters in zip(names, groups, strict=True):
-        check_parameters(where, name, parameters, x)
+        expected = conv_dtype if name == "convolution weight" else x.dtype
+        check_parameters(where, name, parameters, x, expected)
     counts = torch.ops.dense_ext.gather_counts(x, group) if group else None
     eps = [norm.eps for norm in norms]
     return Arguments(*groups, eps, batch_stats, activation, group, counts, backend)
@@ -151,6 +155,16 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(x.device.type)
 
 
+def _weights_dtype(x: Tensor, backend: str) -> torch.dtype:
+    """The dtype of a block's weights: autocast's where the backend's products round x to it, else x's.
+
+    A transition always takes x's. It rounds after its pool, where eager's roundings have been averaged out.
+    """
+    dtype = autocast_dtype(x) or x.dtype
+    same = dtype == x.dtype or not ops.takes_weights(x.device.type, x.dtype, dtype, backend)
+    return x.dtype if same else dtype
+
+
 def _autocast_pools_in_float32(x: Tensor) -> bool:
     """Whether autocast is on and computes pools of x in float32, as it does for volumes on a CPU."""
     return x.dim() == 5 and x.device.type == "cpu" and autocast_dtype(x) is not None
@@ -197,7 +211,7 @@ def run_dense_block(
     if plain and packing.wanted(norms) and (out := _run_packed(x, norms, convs, backend)) is not None:
         return out, ops.NOTHING_CARRIED
     x = _as_autocast_concatenates(x)
-    args = read_arguments("dense block", x, norms, convs, backend, activation)
+    args = read_arguments("dense block", x, norms, convs, backend, activation, _weights_dtype(x, backend))
     if reorder is not None:
         args = reorder(args)
     seeds = torch.randint(2**63 - 1, (len(norms),), device="cpu") if any(drop_rates) else None

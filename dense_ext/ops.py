@@ -211,6 +211,12 @@ def _dense_block(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         return schedule.forward(_of_block(x, args, options), block, x, options.recompute == "none")
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def takes_weights(device: str, dtype: torch.dtype, weights: torch.dtype, backend: str) -> bool:
+    """Whether the operators take convolution weights of one dtype beside activations of another."""
+    return select(requested(backend), device, dtype).takes_weights(dtype, weights)
+
+
 # --- frozen parts with packed weights: (x) -> X or y, without a backward -------------------------------
 
 

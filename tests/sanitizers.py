@@ -22,7 +22,7 @@ from dense_ext.backends.base import Backend
 from .backends import put_in_place
 from .compiling import COMPILER, ROOT
 from .primitives import test_batch_norm
-from .primitives.common import MakeCase, VolumeTests
+from .primitives.common import ConvolutionTests, MakeCase, VolumeTests
 from .primitives.groups import GROUPS
 from .primitives.harness import ALIGNED, GUARD, Maker, check_values
 
@@ -117,6 +117,14 @@ def run_cases(
             case = make(Maker(dtype, CPU, guard=around), size)
             if case.primitive.startswith(primitives):
                 print(case.primitive, dtype, size, flush=True)
+                check_values(backend, case)
+    if torch.bfloat16 in dtypes and backend.takes_weights(torch.float32, torch.bfloat16):
+        convolutions = [group for group in GROUPS if issubclass(group, ConvolutionTests)]
+        mixed = [(case, s) for group in convolutions for case in group.cases for s in group.sizes_of_mixed()]
+        for make, size in mixed:
+            case = make(Maker(torch.float32, CPU, guard=guard, weights=torch.bfloat16), size)
+            if case.primitive.startswith(primitives):
+                print(case.primitive, "float32 beside weights in bfloat16", size, flush=True)
                 check_values(backend, case)
 
 

@@ -14,6 +14,7 @@ from torchvision.models.densenet import DenseNet
 
 import dense_ext
 from dense_ext.arguments import Arguments, BlockOptions, TransitionOptions
+from dense_ext.schedule import RECOMPUTE
 
 from .helpers import assert_same_state, eager_block, randomize, small_densenet, twin
 
@@ -157,6 +158,19 @@ class TestAutocast:
         with torch.autocast("cpu", torch.bfloat16):
             assert ours(x).dtype == eager(x).dtype == torch.float32
 
+    def test_every_mode_of_a_block_with_float32_input(self, backend: str) -> None:
+        """The error is about eager's, compiled and with a backward that can be differentiated again."""
+        eager, x = eager_block(6, 16, 8).float(), torch.randn(4, 16, 9, 9)
+        exact = _gradients(copy.deepcopy(eager).double(), x.double(), autocast=False)
+        of_eager = statistics.median(_error(_gradients(eager, x), exact))
+        ours = {policy: dense_ext.swap(copy.deepcopy(eager), recompute=policy) for policy in RECOMPUTE}
+        compiled = torch.compile(ours["none"], backend="aot_eager", fullgraph=True)
+        found = {policy: _gradients(model, x) for policy, model in ours.items()}
+        found["compiled"] = _gradients(compiled, x)
+        found["differentiable again"] = _gradients(ours["none"], x, create_graph=True)
+        for mode, tensors in found.items():
+            assert statistics.median(_error(tensors, exact)) <= 1.2 * of_eager, mode
+
     def test_autocast_does_not_change_float64(self, backend: str) -> None:
         ours, eager = twin(small_densenet(), dense_ext.swap)
         x = torch.randn(2, 3, 40, 40, dtype=torch.float64)
@@ -171,6 +185,18 @@ def _error(actual: list[Tensor], exact: list[Tensor]) -> list[float]:
         for a, e in zip(actual, exact, strict=True)
         if e.norm() > 0
     ]
+
+
+def _gradients(
+    model: nn.Module, x: Tensor, autocast: bool = True, create_graph: bool = False
+) -> list[Tensor]:
+    """The output, and the gradients of the input and the parameters, with or without autocast."""
+    leaf = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = model(leaf)
+    sources = [leaf, *model.parameters()]
+    gradients = torch.autograd.grad(y.square().sum(), sources, create_graph=create_graph)
+    return [tensor.detach() for tensor in (y, *gradients)]
 
 
 def _train_step(model: nn.Module, x: Tensor, dtype: torch.dtype | None) -> list[Tensor]:

@@ -23,11 +23,11 @@ constexpr int64_t kBackwardChannels = 128;
 template <class T>
 struct ForwardArguments {
   using A = Acc<T>;
-  Pixels<const T> x;       // [M, C]
-  const A *scale, *shift;  // [C]
-  Weight<const T> weight;  // [B, C]
-  Pixels<T> z;             // [M, B]
-  A *mean, *var;           // [B]; null if not wanted
+  Pixels<const T> x;                 // [M, C]
+  const A *scale, *shift;            // [C]
+  Weight<const WeightOf<T>> weight;  // [B, C]
+  Pixels<T> z;                       // [M, B]
+  A *mean, *var;                     // [B]; null if not wanted
 };
 
 template <class T>
@@ -71,7 +71,7 @@ class Forward {
 
   const ForwardArguments<T>& args_;
   const int64_t in_, out_;
-  const WeightsAsB<T> weights_;  // [in][out]
+  const WeightsAsB<WeightOf<T>> weights_;  // [in][out]
   const Tiles tiles_;
   Workspace workspace_;
   E* const packed_;
@@ -84,19 +84,20 @@ class Forward {
 void bn_relu_conv1x1_forward(const Tensor& x, const Tensor& scale, const Tensor& shift,
                              const Tensor& weight, const Tensor& z,
                              const std::optional<Tensor>& mean, const std::optional<Tensor>& var) {
-  dispatch(x, [&](auto tag) {
+  dispatch(x, weight, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = Acc<T>;
     const auto xs = pixels<const T>(x, "x");
     const int64_t in = xs.channels, out = weight.size(0);
     STD_TORCH_CHECK(mean.has_value() == var.has_value(), "mean and var go together");
-    const ForwardArguments<T> args{.x = xs,
-                                   .scale = channels<const A>(scale, "scale", in),
-                                   .shift = channels<const A>(shift, "shift", in),
-                                   .weight = weight_of<const T>(weight, "weight", out, in, 1),
-                                   .z = pixels<T>(z, "z", xs, out),
-                                   .mean = channels<A>(mean, "mean", out),
-                                   .var = channels<A>(var, "var", out)};
+    const ForwardArguments<T> args{
+        .x = xs,
+        .scale = channels<const A>(scale, "scale", in),
+        .shift = channels<const A>(shift, "shift", in),
+        .weight = weight_of<const WeightOf<T>>(weight, "weight", out, in, 1),
+        .z = pixels<T>(z, "z", xs, out),
+        .mean = channels<A>(mean, "mean", out),
+        .var = channels<A>(var, "var", out)};
     if (xs.count() == 0) {
       if (mean) std::fill_n(args.mean, out, A{0});
       if (var) std::fill_n(args.var, out, A{0});
@@ -113,14 +114,14 @@ namespace {
 template <class T>
 struct BackwardArguments {
   using A = Acc<T>;
-  Pixels<const T> grad_bn, z;     // [M, B]
-  const A *z_scale, *z_u, *z_v;   // [B]
-  Pixels<const T> x;              // [M, C]
-  const A *mean, *scale, *shift;  // [C]
-  Weight<const T> weight;         // [B, C]
-  Pixels<T> grad_x;               // [M, C]
-  A* sums;                        // [2, C]
-  Weight<T> grad_weight;          // [B, C]; data null if unwanted
+  Pixels<const T> grad_bn, z;        // [M, B]
+  const A *z_scale, *z_u, *z_v;      // [B]
+  Pixels<const T> x;                 // [M, C]
+  const A *mean, *scale, *shift;     // [C]
+  Weight<const WeightOf<T>> weight;  // [B, C]
+  Pixels<T> grad_x;                  // [M, C]
+  A* sums;                           // [2, C]
+  Weight<WeightOf<T>> grad_weight;   // [B, C]; data null if unwanted
 };
 
 template <class T>
@@ -248,11 +249,11 @@ class Backward {
 
   const BackwardArguments<T>& args_;
   const int64_t in_, out_;
-  const WeightsAsB<T> weights_;  // [out][in]
+  const WeightsAsB<WeightOf<T>> weights_;  // [out][in]
   const Chunks chunks_;
   const Grid grid_;
   const Tiles tiles_;
-  Conv1x1WeightGradient<T> dw_;
+  Conv1x1WeightGradient<WeightOf<T>> dw_;
   Workspace workspace_;
   E* const packed_;
   ChannelSums sums_;
@@ -267,7 +268,7 @@ void bn_relu_conv1x1_backward(const Tensor& grad_bn, const Tensor& z, const Tens
                               const Tensor& mean, const Tensor& scale, const Tensor& shift,
                               const Tensor& weight, const Tensor& grad_x, const Tensor& sums,
                               const std::optional<Tensor>& grad_weight) {
-  dispatch(x, [&](auto tag) {
+  dispatch(x, weight, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = Acc<T>;
     const auto xs = pixels<const T>(x, "x");
@@ -282,10 +283,10 @@ void bn_relu_conv1x1_backward(const Tensor& grad_bn, const Tensor& z, const Tens
         .mean = channels<const A>(mean, "mean", in),
         .scale = channels<const A>(scale, "scale", in),
         .shift = channels<const A>(shift, "shift", in),
-        .weight = weight_of<const T>(weight, "weight", out, in, 1),
+        .weight = weight_of<const WeightOf<T>>(weight, "weight", out, in, 1),
         .grad_x = pixels<T>(grad_x, "grad_x", xs, in),
         .sums = channels<A>(sums, "sums", 2 * in),
-        .grad_weight = weight_of<T>(grad_weight, "grad_weight", out, in, 1)};
+        .grad_weight = weight_of<WeightOf<T>>(grad_weight, "grad_weight", out, in, 1)};
     if (xs.count() == 0) {
       std::fill_n(args.sums, 2 * in, A{0});
       if (grad_weight) torch::stable::fill_(*grad_weight, 0);

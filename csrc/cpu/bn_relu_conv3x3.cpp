@@ -28,11 +28,11 @@ constexpr int64_t kWeightPixels = 128;
 template <class T>
 struct ForwardArguments {
   using A = Acc<T>;
-  Volumes<const T> z;             // [N, H, W, B]
-  const A *scale, *shift;         // [B]
-  Conv3x3Weight<const T> weight;  // [K, B, 3, 3]
-  Volumes<T> y;                   // [N, H, W, K]
-  A *mean, *var;                  // [K]; null if not wanted
+  Volumes<const T> z;                       // [N, H, W, B]
+  const A *scale, *shift;                   // [B]
+  Conv3x3Weight<const WeightOf<T>> weight;  // [K, B, 3, 3]
+  Volumes<T> y;                             // [N, H, W, K]
+  A *mean, *var;                            // [K]; null if not wanted
 };
 
 template <class T>
@@ -123,7 +123,7 @@ class Forward {
   const Chunks chunks_;
   const int64_t a_ld_, y_ld_;
   const TapOffsets weight_taps_, a_taps_, b_taps_;
-  const WeightsAsB<T> weights_;  // [tap][in][out]
+  const WeightsAsB<WeightOf<T>> weights_;  // [tap][in][out]
   const Bands bands_;
   Workspace workspace_;
   E* const packed_;
@@ -136,7 +136,7 @@ class Forward {
 void bn_relu_conv3x3_forward(const Tensor& z, const Tensor& scale, const Tensor& shift,
                              const Tensor& weight, const Tensor& y,
                              const std::optional<Tensor>& mean, const std::optional<Tensor>& var) {
-  dispatch(z, [&](auto tag) {
+  dispatch(z, weight, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = Acc<T>;
     const auto zs = volumes<const T>(z, "z");
@@ -146,7 +146,7 @@ void bn_relu_conv3x3_forward(const Tensor& z, const Tensor& scale, const Tensor&
         .z = zs,
         .scale = channels<const A>(scale, "scale", in),
         .shift = channels<const A>(shift, "shift", in),
-        .weight = conv3x3_weight<const T>(weight, "weight", out, in, z.dim()),
+        .weight = conv3x3_weight<const WeightOf<T>>(weight, "weight", out, in, z.dim()),
         .y = volumes<T>(y, "y", zs, out),
         .mean = channels<A>(mean, "mean", out),
         .var = channels<A>(var, "var", out)};
@@ -166,14 +166,14 @@ namespace {
 template <class T>
 struct BackwardArguments {
   using A = Acc<T>;
-  Volumes<const T> grad, y;       // [N, H, W, K]
-  const A *u, *v;                 // [K]
-  Volumes<const T> z;             // [N, H, W, B]
-  const A *mean, *scale, *shift;  // [B]
-  Conv3x3Weight<const T> weight;  // [K, B, 3, 3]
-  Volumes<T> grad_bn;             // [N, H, W, B]
-  A* sums;                        // [2, B]
-  Conv3x3Weight<T> grad_weight;   // [K, B, 3, 3]; data null if unwanted
+  Volumes<const T> grad, y;                 // [N, H, W, K]
+  const A *u, *v;                           // [K]
+  Volumes<const T> z;                       // [N, H, W, B]
+  const A *mean, *scale, *shift;            // [B]
+  Conv3x3Weight<const WeightOf<T>> weight;  // [K, B, 3, 3]
+  Volumes<T> grad_bn;                       // [N, H, W, B]
+  A* sums;                                  // [2, B]
+  Conv3x3Weight<WeightOf<T>> grad_weight;   // [K, B, 3, 3]; data null if unwanted
 };
 
 template <class T>
@@ -364,9 +364,9 @@ class Backward {
   const int64_t a_ld_, dy_ld_, dy_rows_ld_;
   const int64_t a_line_;  // the distance between lines of an activated band
   const TapOffsets weight_taps_, dy_taps_, dy_rows_taps_, b_taps_;
-  const WeightsAsB<T> weights_;  // [tap][out][in]
+  const WeightsAsB<WeightOf<T>> weights_;  // [tap][out][in]
   const Bands bands_;
-  Conv3x3WeightGradient<T> dw_;
+  Conv3x3WeightGradient<WeightOf<T>> dw_;
   Workspace workspace_;
   E* const packed_;
   ChannelSums sums_;
@@ -380,7 +380,7 @@ void bn_relu_conv3x3_backward(const Tensor& grad, const Tensor& y, const Tensor&
                               const Tensor& z, const Tensor& mean, const Tensor& scale,
                               const Tensor& shift, const Tensor& weight, const Tensor& grad_bn,
                               const Tensor& sums, const std::optional<Tensor>& grad_weight) {
-  dispatch(z, [&](auto tag) {
+  dispatch(z, weight, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = Acc<T>;
     const auto zs = volumes<const T>(z, "z");
@@ -394,10 +394,10 @@ void bn_relu_conv3x3_backward(const Tensor& grad, const Tensor& y, const Tensor&
         .mean = channels<const A>(mean, "mean", in),
         .scale = channels<const A>(scale, "scale", in),
         .shift = channels<const A>(shift, "shift", in),
-        .weight = conv3x3_weight<const T>(weight, "weight", out, in, z.dim()),
+        .weight = conv3x3_weight<const WeightOf<T>>(weight, "weight", out, in, z.dim()),
         .grad_bn = volumes<T>(grad_bn, "grad_bn", zs, in),
         .sums = channels<A>(sums, "sums", 2 * in),
-        .grad_weight = conv3x3_weight<T>(grad_weight, "grad_weight", out, in, z.dim())};
+        .grad_weight = conv3x3_weight<WeightOf<T>>(grad_weight, "grad_weight", out, in, z.dim())};
     if (zs.count() == 0) {
       std::fill_n(args.sums, 2 * in, A{0});
       if (grad_weight) torch::stable::fill_(*grad_weight, 0);

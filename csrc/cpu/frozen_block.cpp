@@ -44,15 +44,15 @@ template <class T>
 struct Layer {
   Shape shape;
   FrozenNorm<Acc<T>> norm1, norm2;
-  Weight<const T> weight1;
-  Conv3x3Weight<const T> weight3;
+  Weight<const WeightOf<T>> weight1;
+  Conv3x3Weight<const WeightOf<T>> weight3;
 
   void prepare(const PreparedLayer<T>& to) const {
     to.conv1.set_norm(norm1, shape.in);
     to.conv3.set_norm(norm2, shape.inner);
     const TapOffsets taps = TapOffsets::in_weight(weight3, /*reversed=*/false);
-    pack_weights<T>({{weights_as_b(weight1, /*transposed=*/true), to.conv1.packed},
-                     {weights_as_b(weight3, taps), to.conv3.packed}});
+    pack_weights<WeightOf<T>>({{weights_as_b(weight1, /*transposed=*/true), to.conv1.packed},
+                               {weights_as_b(weight3, taps), to.conv3.packed}});
   }
 };
 
@@ -239,8 +239,8 @@ std::vector<Layer<T>> layers_of(int64_t in, const std::vector<Tensor>& means,
     layers.push_back({{in, inner, out},
                       norm(i, in),
                       norm(i + 1, inner),
-                      weight_of<const T>(convs[i], "weight", inner, in, 1),
-                      conv3x3_weight<const T>(convs[i + 1], "weight", out, inner, 4)});
+                      weight_of<const WeightOf<T>>(convs[i], "weight", inner, in, 1),
+                      conv3x3_weight<const WeightOf<T>>(convs[i + 1], "weight", out, inner, 4)});
     in += out;
   }
   return layers;
@@ -272,7 +272,8 @@ void frozen_block_forward(const Tensor& x, int64_t in_channels, std::vector<Tens
                           std::vector<Tensor> vars, std::vector<Tensor> weights,
                           std::vector<Tensor> biases, std::vector<double> eps,
                           std::vector<Tensor> convs) {
-  dispatch(x, [&](auto tag) {
+  STD_TORCH_CHECK(!convs.empty(), "a block has at least one layer");
+  dispatch(x, convs[0], [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto xs = pixels<T>(x, "x");
     const auto layers = layers_of<T>(in_channels, means, vars, weights, biases, eps, convs);

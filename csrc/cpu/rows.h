@@ -105,7 +105,7 @@ void store_rounded_rows(Acc<T>* values, int64_t ld, int64_t rows, int64_t column
     for_vectors<T>(columns, [&](int64_t j, auto count) {
       const Raw<T> raw = narrow<T>(load(values + j));
       store_raw(out + j, raw, count);
-      if constexpr (!std::is_same_v<T, Acc<T>>) store(values + j, widen<T>(raw));
+      if constexpr (sizeof(T) < sizeof(Acc<T>)) store(values + j, widen<T>(raw));
     });
   }
 }
@@ -113,7 +113,7 @@ void store_rounded_rows(Acc<T>* values, int64_t ld, int64_t rows, int64_t column
 // values = values, rounded to T
 template <class T>
 void round_rows(Acc<T>* values, int64_t ld, int64_t rows, int64_t columns) {
-  if constexpr (!std::is_same_v<T, Acc<T>>) {
+  if constexpr (sizeof(T) < sizeof(Acc<T>)) {
     for (int64_t r = 0; r < rows; r++, values += ld) {
       for_vectors<T>(columns, [&](int64_t j, auto) {
         store(values + j, widen<T>(narrow<T>(load(values + j))));

@@ -15,6 +15,8 @@ template <>
 inline constexpr ScalarType kScalarType<BFloat16> = ScalarType::BFloat16;
 template <>
 inline constexpr ScalarType kScalarType<Half> = ScalarType::Half;
+template <>
+inline constexpr ScalarType kScalarType<Mixed> = ScalarType::Float;
 
 inline void check_device(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_cpu(), name, " is not on the CPU");
@@ -64,6 +66,17 @@ void dispatch(const Tensor& t, const Body& body) {
       STD_TORCH_CHECK(false, "dtype ", toString(t.scalar_type()),
                       " is not one of float64, float32, bfloat16, float16");
   }
+}
+
+// The same for activations that meet a convolution's weight.
+template <class Body>
+void dispatch(const Tensor& t, const Tensor& weight, const Body& body) {
+  if constexpr (kPairs) {
+    if (t.scalar_type() == ScalarType::Float && weight.scalar_type() == ScalarType::BFloat16) {
+      return body(Tag<Mixed>{});
+    }
+  }
+  dispatch(t, body);
 }
 
 }  // namespace dense_ext

@@ -2,8 +2,8 @@
 //
 // It is written with GCC's and clang's vector extensions, so that the same source compiles for
 // AVX-512, AVX2, SSE and NEON. Intrinsics appear only for what the extensions lack: masked access,
-// fp16, and bfloat16's conversions and products. The storage type T is double, float, bfloat16 or
-// half; the accumulation type Acc<T> is double for double, else float.
+// fp16, and bfloat16's conversions and products. The storage type T is double, float, bfloat16,
+// half or Mixed; the accumulation type Acc<T> is double for double, else float.
 
 #pragma once
 
@@ -46,6 +46,16 @@ constexpr int64_t kVectorBytes = 16;
 constexpr bool kManyRegisters = false;
 #endif
 
+// float32 activations whose convolutions have weights in bfloat16, and round the other factor too.
+// This is what autocast makes of them.
+struct Mixed {
+  float value;
+};
+
+// The type in which the weights of convolutions of T, and their gradients, are stored.
+template <class T>
+using WeightOf = std::conditional_t<std::is_same_v<T, Mixed>, BFloat16, T>;
+
 template <class T>
 using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -69,6 +79,8 @@ struct Types<double> {
   typedef double Raw __attribute__((vector_size(kVectorBytes)));
   typedef Raw Vector;
 };
+template <>
+struct Types<Mixed> : Types<float> {};
 template <class T>
 using Raw = typename Types<T>::Raw;
 template <class T>
@@ -110,7 +122,7 @@ inline Raw<T> load_raw(const T* p, int64_t count) {
 template <class T>
 inline void store_raw(T* p, Raw<T> raw, int64_t count) {
   const uint32_t mask = (1u << count) - 1;
-  if constexpr (std::is_same_v<T, float>) {
+  if constexpr (sizeof(T) == 4) {
     _mm512_mask_storeu_ps(p, mask, (__m512)raw);
   } else if constexpr (std::is_same_v<T, double>) {
     _mm512_mask_storeu_pd(p, mask, (__m512d)raw);
@@ -255,10 +267,10 @@ constexpr bool kPairs = true;
 constexpr bool kPairs = false;
 #endif
 
-// An element of a product's operands: bfloat16 values stay bfloat16 where the instruction set
-// multiplies them, other values are widened.
+// An element of a product's operands: where the instruction set multiplies bfloat16 values, they
+// are pairs if the weights are bfloat16; other values are widened.
 template <class T>
-using Operand = std::conditional_t<kPairs && std::is_same_v<T, BFloat16>, Pair, Acc<T>>;
+using Operand = std::conditional_t<kPairs && std::is_same_v<WeightOf<T>, BFloat16>, Pair, Acc<T>>;
 
 template <class E>
 constexpr bool kIsPair = std::is_same_v<E, Pair>;

@@ -52,6 +52,10 @@ class Primitives:
         self.plain_blocks = only.plain_blocks if only is not None else None
         self.frozen_transitions = table["bn_relu_pool_conv1x1_forward"].frozen_transitions
 
+    def takes_weights(self, dtype: torch.dtype, weights: torch.dtype) -> bool:
+        """Whether all of them take weights of that dtype, as :meth:`Backend.takes_weights` says."""
+        return all(backend.takes_weights(dtype, weights) for backend in self.table.values())
+
     def __getattr__(self, name: str) -> Any:  # tells mypy that the attributes set above exist
         raise AttributeError(name)
 

@@ -7,7 +7,7 @@ Every primitive of every backend follows these conventions:
   ``(H*W*s, W*s, s, 1)`` with ``s >= C``. M = N*H*W is the number of pixels. Some backends also take
   volumes ``[N, D, H, W, C]``; elsewhere :mod:`dense_ext.backends.general` runs them.
 * Convolution weights and their gradients have PyTorch's shape ``[out, in, kh, kw]``, any strides,
-  and the activations' dtype.
+  and the activations' dtype. A layer's may also have one that :meth:`Backend.takes_weights` allows.
 * Per-channel vectors (``mean``, ``var``, ``scale``, ``shift``, ``weight``, ``bias``, ``u``, ``v``,
   ``sums``) are dense along channels and in the accumulation dtype: float64 for float64
   activations, else float32. ``var`` is the biased variance.
@@ -147,6 +147,13 @@ class Backend(ABC):
         Otherwise they take them in the accumulation dtype. Sums are in the accumulation dtype either way.
         """
         return False
+
+    def takes_weights(self, dtype: torch.dtype, weights: torch.dtype) -> bool:
+        """Whether a layer's convolutions may have weights of another dtype than its activations, ``dtype``.
+
+        If the two differ, products take both factors rounded to ``weights``, as under autocast.
+        """
+        return weights == dtype
 
     def scratch_bytes(
         self,

@@ -85,6 +85,10 @@ class CPUBackend(CompiledBackend):
         # csrc/cpu/vector.h: Operand
         return dtype == torch.bfloat16 and "bf16" in str(self.library)
 
+    def takes_weights(self, dtype: torch.dtype, weights: torch.dtype) -> bool:
+        # csrc/cpu/tensor.h: dispatch
+        return weights == dtype or (dtype == torch.float32 and self.rounds_operands(weights))
+
     def _packed_size(self, convs: Sequence[Sequence[int]], dtype: torch.dtype) -> int:
         # csrc/cpu/prepared.h: PackedMemory and Prepared. A pair of bfloat16 values counts as one.
         values, size = 2 if self.rounds_operands(dtype) else 1, _PANEL

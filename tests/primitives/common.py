@@ -88,6 +88,30 @@ class VolumeTests:
             check_values(backend, case(maker(dtype), size))
 
 
+class ConvolutionTests:
+    """Base of the test class of a layer's convolution."""
+
+    cases: ClassVar[tuple[MakeCase, ...]]
+    small: ClassVar[Size]
+    large: ClassVar[Size]
+    volumes: ClassVar[list[Size]] = []
+
+    @classmethod
+    def sizes_of_mixed(cls) -> list[Size]:
+        """The sizes for float32 activations beside weights in bfloat16."""
+        return [cls.small, cls.large, *cls.volumes]
+
+    @pytest.mark.parametrize("special", [False, True], ids=["finite", "NaN and infinity"])
+    def test_float32_beside_weights_in_bfloat16(
+        self, backend: Backend, maker: MakeMaker, case: MakeCase, special: bool
+    ) -> None:
+        if not backend.takes_weights(torch.float32, torch.bfloat16):
+            pytest.skip(f"{backend.name} takes weights of the activations' dtype")
+        for size in [self.small] if special else self.sizes_of_mixed():
+            check_values(backend, case(maker(torch.float32, weights=torch.bfloat16, special=special), size))
+        check_op(backend, case(maker(torch.float32, weights=torch.bfloat16), self.small))
+
+
 class OptionalOutputTests:
     """Base of the test class of a primitive with optional outputs; ``optional_cases`` pass None for them."""
 

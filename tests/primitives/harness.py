@@ -49,7 +49,7 @@ class Case:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The activations' dtype."""
+        """The activations' dtype, or that of the weights if it is narrower: products round both to it."""
         dtypes = {v.dtype for v in self.arguments.values() if isinstance(v, Tensor)}
         return min(dtypes, key=lambda dtype: dtype.itemsize)
 
@@ -80,12 +80,14 @@ class Maker:
     Attributes:
         special: whether to put NaN and infinities into the activations.
         guard: the number of channels on either side of a slice.
+        weights: the dtype of convolution weights if it is not the activations'.
     """
 
     dtype: torch.dtype
     device: torch.device
     special: bool = False
     guard: int = GUARD
+    weights: torch.dtype | None = None
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     @property
@@ -143,7 +145,7 @@ class Maker:
     def weight(self, out: int, channels: int, *window: int, channels_last: bool = False) -> Tensor:
         """A convolution's weight, scaled to keep activations of order one."""
         values = self._normal(out, channels, *window) / math.sqrt(channels * math.prod(window))
-        weight = values.to(self.device, self.dtype)
+        weight = values.to(self.device, self.weights or self.dtype)
         return weight.contiguous(memory_format=torch.channels_last) if channels_last else weight
 
     def unwritten_like(self, weight: Tensor) -> Tensor:

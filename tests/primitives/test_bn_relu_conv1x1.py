@@ -8,7 +8,7 @@ import torch
 
 from dense_ext.backends.base import Backend
 
-from .common import MakeMaker, OptionalOutputTests, PrimitiveTests
+from .common import ConvolutionTests, MakeMaker, OptionalOutputTests, PrimitiveTests
 from .harness import Case, Maker, check_refuses
 
 # N, H, W, C, B
@@ -71,7 +71,7 @@ def test_forward_refuses(backend: Backend, maker: MakeMaker) -> None:
     check_refuses(backend, case, "z", case.arguments["z"].double(), "z has dtype Double")
 
 
-class TestBnReluConv1x1(PrimitiveTests, OptionalOutputTests):
+class TestBnReluConv1x1(PrimitiveTests, ConvolutionTests, OptionalOutputTests):
     cases = (forward_case, backward_case)
     optional_cases = (
         functools.partial(forward_case, statistics=False),

@@ -10,7 +10,7 @@ import torch
 
 from dense_ext.backends.base import Backend
 
-from .common import MakeCase, MakeMaker, OptionalOutputTests, PrimitiveTests, VolumeTests
+from .common import ConvolutionTests, MakeCase, MakeMaker, OptionalOutputTests, PrimitiveTests, VolumeTests
 from .harness import Case, Maker, check_refuses, check_values, skip_unless_volumes
 
 # N, H, W, B, K
@@ -105,7 +105,7 @@ def test_forward_of_volumes_refuses(backend: Backend, maker: MakeMaker) -> None:
     check_refuses(backend, case, "y", torch.empty(3, 2, 4, 5, 5), "volumes of 2 planes, expected 3")
 
 
-class TestBnReluConv3x3(PrimitiveTests, VolumeTests, OptionalOutputTests):
+class TestBnReluConv3x3(PrimitiveTests, ConvolutionTests, VolumeTests, OptionalOutputTests):
     cases = (forward_case, backward_case)
     optional_cases = (
         functools.partial(forward_case, statistics=False),

@@ -57,15 +57,16 @@ def packed_block(run: FrozenBlocks, block: schedule.Block, dtype: torch.dtype) -
     return packed
 
 
-def check_bits(backend: CPUBackend, size: str, dtype: torch.dtype) -> None:
+def check_bits(
+    backend: CPUBackend, size: str, dtype: torch.dtype, weights: torch.dtype | None = None
+) -> None:
     """Assert that a block's bits are those of the backend's primitives, and that it writes nothing else."""
     n, h, w, c0, layers = SIZES[size]
-    block, run = block_of(c0, layers, dtype), backend.frozen_blocks
+    block, run = block_of(c0, layers, weights or dtype), backend.frozen_blocks
     assert run is not None
     x = torch.randn(n, c0, h, w, generator=torch.Generator().manual_seed(1)).to(dtype)
     x[0, 0, 0, 0] = float("inf")  # its neighbours become infinite or NaN, and no others
     widths, growth = map(list, zip(*layers, strict=True))
-    packed = packed_block(run, block, dtype)
     # Channels of a wider buffer, so that a write beyond the block's own would be seen.
     wide = torch.full((n, h, w, block.out_channels + 5), 7.0, dtype=dtype)
     out = wide[..., : block.out_channels]
@@ -73,7 +74,10 @@ def check_bits(backend: CPUBackend, size: str, dtype: torch.dtype) -> None:
     run.forward(out, c0, *schedule.frozen_parameters(block))
     assert (wide[..., block.out_channels :] == 7).all()
     found = [out.permute(0, 3, 1, 2)]
-    for image in (x, x.contiguous(memory_format=torch.channels_last)):
+    # Weights are packed for activations of their own dtype.
+    images = () if weights else (x, x.contiguous(memory_format=torch.channels_last))
+    packed = packed_block(run, block, weights or dtype)
+    for image in images:
         found.append(run.forward_packed(image, packed, widths, growth))
         assert is_channels_last(found[-1])
     layer_by_layer = copy.copy(backend)
@@ -90,6 +94,14 @@ def check_bits(backend: CPUBackend, size: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_the_bits_are_those_of_the_primitives(size: str, storage: torch.dtype) -> None:
     check_bits(CPU, size, storage)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("size", ["small", "ragged", "wide"])
+def test_the_bits_beside_weights_in_bfloat16(size: str) -> None:
+    if not CPU.takes_weights(torch.float32, torch.bfloat16):
+        pytest.skip("this processor does not multiply bfloat16")
+    check_bits(CPU, size, torch.float32, torch.bfloat16)
 
 
 @pytest.mark.parametrize(

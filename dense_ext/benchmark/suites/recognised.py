@@ -57,6 +57,6 @@ class RecognisedSuite(OwnNetworks, StepSuite):
             return f"{row.case['model']}, {cls.setting(results, row)}; PyTorch {results.versions['torch']}"
 
         return {
-            name: bytes_and_times(cls, results, 3, setting, network.label)
+            name: bytes_and_times(cls, results, 3, setting, model=network.label)
             for name, network in NETWORKS.items()
         }

@@ -221,11 +221,11 @@ def bytes_and_times(
     results: Results,
     decimals: int,
     setting: Callable[[Measurement], str],
-    model: str | None = None,
+    **of: str,
 ) -> Table:
-    """A step's bytes and time by peer, on the first case of ``model``, or of all, that has both."""
+    """A step's bytes and time by peer, on the first case that has both; ``of`` are labels of the case."""
     rows = [row for row in results.timed() if "saved_bytes" in row.measures]
-    rows = [row for row in rows if model in (None, row.case["model"])]
+    rows = [row for row in rows if of.items() <= row.case.items()]
     rows = [row for row in rows if row.case == rows[0].case]
     if not rows:
         return EMPTY

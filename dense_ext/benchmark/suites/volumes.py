@@ -50,4 +50,7 @@ class VolumeSuite(OwnNetworks, StepSuite):
 
     @classmethod
     def short_tables(cls, results: Results) -> dict[str, Table]:
-        return {"volumes": bytes_and_times(cls, results, 2, lambda row: cls.setting(results, row))}
+        return {
+            dtype: bytes_and_times(cls, results, 2, lambda row: cls.setting(results, row), dtype=dtype)
+            for dtype in results.options["dtypes"]
+        }
