@@ -76,11 +76,19 @@ struct Affine {
   Tensor scale, shift;  // [C]
 };
 
-Affine bind(const Norm& norm) {
+Affine empty_affine(const Norm& norm) {
   const int64_t n = norm.channels();
   const Tensor memory = empty_vectors(norm.mean, 2 * n);
-  const Affine affine{elements(memory, 0, n), elements(memory, n, n)};
-  bn_scale_shift(norm.mean, norm.var, norm.weight, norm.bias, norm.eps, affine.scale, affine.shift);
+  return {elements(memory, 0, n), elements(memory, n, n)};
+}
+
+NextNorm next_norm(const Norm& norm, const Affine& affine) {
+  return {norm.mean, norm.var, norm.weight, norm.bias, norm.eps, affine.scale, affine.shift};
+}
+
+Affine bind(const Norm& norm) {
+  const Affine affine = empty_affine(norm);
+  next_norm(norm, affine).bind();
   return affine;
 }
 
@@ -223,16 +231,11 @@ class Pass {
             p.frozen[i] ? p.running_var[fixed] : var(start, count)};
   }
 
-  // Writes a layer's z, and z's statistics if wanted.
-  void run_bottleneck(size_t index, const Affine& affine, bool wants_stats) const {
+  // Writes a layer's z, without its statistics.
+  void run_bottleneck(size_t index, const Affine& affine) const {
     const Layer& layer = layers_[index];
-    std::optional<Tensor> z_mean, z_var;
-    if (wants_stats) {
-      z_mean = mean(layer.z_channels, layer.inner);
-      z_var = var(layer.z_channels, layer.inner);
-    }
-    bn_relu_conv1x1_forward(source(layer), affine.scale, affine.shift, conv1x1(index), z(layer),
-                            z_mean, z_var DENSE_EXT_TF32(parameters_.tf32));
+    bn_relu_conv1x1_forward(source(layer), affine.scale, affine.shift, conv1x1(index), z(layer), {},
+                            {} DENSE_EXT_TF32(parameters_.tf32));
   }
 
   // The scale and shift of a layer's norms; the statistics of its group of layers must be known.
@@ -278,22 +281,51 @@ class Forward : Pass {
   }
 
  private:
-  // A norm's scale and shift. Unless all norms are frozen, each is bound after its statistics have
-  // been written.
+  // The scale and shift of a norm that no convolution before it has bound.
   Affine affine(size_t index, size_t which) {
     return kBindsTogether && all_frozen() ? bound(index)[which] : bind(norm(index, which));
   }
 
   // Writes a layer's y, and y's statistics if wanted.
   void run_layer(size_t index, bool wants_stats) {
+    const Affine affine1 = next_ ? *next_ : affine(index, 0);
+    const Affine affine2 = run_first(index, affine1);
+    next_.reset();
     const Layer& layer = layers_[index];
-    run_bottleneck(index, affine(index, 0), !frozen(index, 1));
-    const Affine affine2 = affine(index, 1);
-    std::optional<Tensor> y_mean, y_var;
-    if (wants_stats) y_mean = mean(layer.in, layer.out), y_var = var(layer.in, layer.out);
-    bn_relu_conv3x3_forward(z(layer), affine2.scale, affine2.shift, conv3x3(index), y(layer),
-                            y_mean, y_var DENSE_EXT_TF32(parameters_.tf32));
+    const Tensor z = this->z(layer), y = this->y(layer);
+    if (!wants_stats) {
+      bn_relu_conv3x3_forward(z, affine2.scale, affine2.shift, conv3x3(index), y, {},
+                              {} DENSE_EXT_TF32(parameters_.tf32));
+      return;
+    }
+    const Tensor y_mean = mean(layer.in, layer.out), y_var = var(layer.in, layer.out);
+    if (index + 1 == layers_.size() || frozen(index + 1, 0)) {
+      bn_relu_conv3x3_forward(z, affine2.scale, affine2.shift, conv3x3(index), y, y_mean,
+                              y_var DENSE_EXT_TF32(parameters_.tf32));
+      return;
+    }
+    const Norm next = norm(index + 1, 0);
+    next_ = empty_affine(next);
+    bn_relu_conv3x3_forward_then(next_norm(next, *next_), z, affine2.scale, affine2.shift,
+                                 conv3x3(index), y, y_mean, y_var DENSE_EXT_TF32(parameters_.tf32));
   }
+
+  // Writes a layer's z, and its statistics if wanted; returns the scale and shift of z's norm.
+  Affine run_first(size_t index, const Affine& affine1) {
+    if (frozen(index, 1)) {
+      run_bottleneck(index, affine1);
+      return affine(index, 1);
+    }
+    const Layer& layer = layers_[index];
+    const Norm next = norm(index, 1);
+    const Affine affine2 = empty_affine(next);
+    bn_relu_conv1x1_forward_then(next_norm(next, affine2), source(layer), affine1.scale,
+                                 affine1.shift, conv1x1(index), z(layer), next.mean,
+                                 next.var DENSE_EXT_TF32(parameters_.tf32));
+    return affine2;
+  }
+
+  std::optional<Affine> next_;  // the next layer's first norm, if the layer before has bound it
 };
 
 class Backward : Pass {
@@ -348,33 +380,34 @@ class Backward : Pass {
     const Layer& layer = layers_[index];
     const Norm norm1 = norm(index, 0), norm2 = norm(index, 1);
     const auto [affine1, affine2] = bound(index);
-    if (!keeps_z_) run_bottleneck(index, affine1, /*wants_stats=*/false);
+    if (!keeps_z_) run_bottleneck(index, affine1);
     const Tensor z = this->z(layer), grad_bn = bottleneck(grad_bn_, 0, layer.inner);
     const Tensor sums2 = sums(layer.inner), z_u = u(layer.z_channels, layer.inner),
                  z_v = v(layer.z_channels, layer.inner);
-    bn_relu_conv3x3_backward(channels(g_, layer.in, layer.out), y(layer), u(layer.in, layer.out),
-                             v(layer.in, layer.out), z, norm2.mean, affine2.scale, affine2.shift,
-                             conv3x3(index), grad_bn, sums2,
-                             grad_convs[1] DENSE_EXT_TF32(parameters_.tf32));
-    finish(norm2, sums2, z_u, z_v, grad_weights + 1, grad_biases + 1);
+    bn_relu_conv3x3_backward_then(summed(norm2, sums2, z_u, z_v, grad_weights + 1, grad_biases + 1),
+                                  channels(g_, layer.in, layer.out), y(layer),
+                                  u(layer.in, layer.out), v(layer.in, layer.out), z, norm2.mean,
+                                  affine2.scale, affine2.shift, conv3x3(index), grad_bn, sums2,
+                                  grad_convs[1] DENSE_EXT_TF32(parameters_.tf32));
     const Tensor sums1 = sums(layer.in);
-    bn_relu_conv1x1_backward(grad_bn, z, affine2.scale, z_u, z_v, source(layer), norm1.mean,
-                             affine1.scale, affine1.shift, conv1x1(index),
-                             channels(g_, 0, layer.in), sums1,
-                             grad_convs[0] DENSE_EXT_TF32(parameters_.tf32));
-    finish(norm1, sums1, u(0, layer.in), v(0, layer.in), grad_weights, grad_biases);
+    bn_relu_conv1x1_backward_then(
+        summed(norm1, sums1, u(0, layer.in), v(0, layer.in), grad_weights, grad_biases), grad_bn, z,
+        affine2.scale, z_u, z_v, source(layer), norm1.mean, affine1.scale, affine1.shift,
+        conv1x1(index), channels(g_, 0, layer.in), sums1,
+        grad_convs[0] DENSE_EXT_TF32(parameters_.tf32));
   }
 
-  // Makes a norm's gradients from its channel sums; adds to u and v unless the norm is frozen.
-  void finish(const Norm& norm, const Tensor& sums, const Tensor& u, const Tensor& v,
-              Tensor* grad_weight, Tensor* grad_bias) const {
+  // A norm whose gradients, which are allocated here, follow from its channel sums. They add to u
+  // and v unless the norm is frozen.
+  SummedNorm summed(const Norm& norm, const Tensor& sums, const Tensor& u, const Tensor& v,
+                    Tensor* grad_weight, Tensor* grad_bias) const {
     *grad_weight = empty_vectors(sums, norm.channels());
     *grad_bias = empty_vectors(sums, norm.channels());
     const auto unless_frozen = [&](const Tensor& t) {
       return norm.frozen ? std::nullopt : std::optional<Tensor>(t);
     };
-    bn_gradient(sums, norm.mean, norm.var, norm.weight, norm.eps, pixels_, *grad_weight, *grad_bias,
-                unless_frozen(u), unless_frozen(v));
+    return {sums,    norm.mean,    norm.var,   norm.weight,      norm.eps,
+            pixels_, *grad_weight, *grad_bias, unless_frozen(u), unless_frozen(v)};
   }
 
   // Memory for the channel sums [2, C] of one norm at a time.

@@ -54,4 +54,80 @@ void bn_relu_conv3x3_backward(const Tensor& grad, const Tensor& y, const Tensor&
                               const Tensor& sums,
                               const std::optional<Tensor>& grad_weight DENSE_EXT_TF32(bool tf32));
 
+// The arguments of bn_scale_shift.
+struct NextNorm {
+  Tensor mean, var, weight, bias;
+  double eps;
+  Tensor scale, shift;
+
+  void bind() const { bn_scale_shift(mean, var, weight, bias, eps, scale, shift); }
+};
+
+// The arguments of bn_gradient.
+struct SummedNorm {
+  Tensor sums, mean, var, weight;
+  double eps;
+  int64_t count;
+  Tensor grad_weight, grad_bias;
+  std::optional<Tensor> u, v;
+
+  void finish() const {
+    bn_gradient(sums, mean, var, weight, eps, count, grad_weight, grad_bias, u, v);
+  }
+};
+
+// A convolution, and the norm that uses what it writes: forward its statistics, as the norm's or
+// those of the norm's last channels; backward its sums. On a GPU, the kernel that completes these
+// goes on with the norm, which saves a launch.
+#ifdef DENSE_EXT_GPU
+
+void bn_relu_conv1x1_forward_then(const NextNorm& next, const Tensor& x, const Tensor& scale,
+                                  const Tensor& shift, const Tensor& weight, const Tensor& z,
+                                  const Tensor& mean, const Tensor& var, bool tf32);
+
+void bn_relu_conv1x1_backward_then(const SummedNorm& norm, const Tensor& grad_bn, const Tensor& z,
+                                   const Tensor& z_scale, const Tensor& z_u, const Tensor& z_v,
+                                   const Tensor& x, const Tensor& mean, const Tensor& scale,
+                                   const Tensor& shift, const Tensor& weight, const Tensor& grad_x,
+                                   const Tensor& sums, const std::optional<Tensor>& grad_weight,
+                                   bool tf32);
+
+void bn_relu_conv3x3_forward_then(const NextNorm& next, const Tensor& z, const Tensor& scale,
+                                  const Tensor& shift, const Tensor& weight, const Tensor& y,
+                                  const Tensor& mean, const Tensor& var, bool tf32);
+
+void bn_relu_conv3x3_backward_then(const SummedNorm& norm, const Tensor& grad, const Tensor& y,
+                                   const Tensor& u, const Tensor& v, const Tensor& z,
+                                   const Tensor& mean, const Tensor& scale, const Tensor& shift,
+                                   const Tensor& weight, const Tensor& grad_bn, const Tensor& sums,
+                                   const std::optional<Tensor>& grad_weight, bool tf32);
+
+#else
+
+template <class... Arguments>
+void bn_relu_conv1x1_forward_then(const NextNorm& next, const Arguments&... arguments) {
+  bn_relu_conv1x1_forward(arguments...);
+  next.bind();
+}
+
+template <class... Arguments>
+void bn_relu_conv1x1_backward_then(const SummedNorm& norm, const Arguments&... arguments) {
+  bn_relu_conv1x1_backward(arguments...);
+  norm.finish();
+}
+
+template <class... Arguments>
+void bn_relu_conv3x3_forward_then(const NextNorm& next, const Arguments&... arguments) {
+  bn_relu_conv3x3_forward(arguments...);
+  next.bind();
+}
+
+template <class... Arguments>
+void bn_relu_conv3x3_backward_then(const SummedNorm& norm, const Arguments&... arguments) {
+  bn_relu_conv3x3_backward(arguments...);
+  norm.finish();
+}
+
+#endif
+
 }  // namespace dense_ext

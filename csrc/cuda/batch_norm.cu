@@ -7,9 +7,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <cmath>
-
-#include "../primitives.h"
 #include "batch_norm.cuh"
 
 namespace dense_ext {
@@ -17,20 +14,9 @@ namespace {
 
 constexpr int kThreads = 128;
 
-struct ScaleShiftArguments {
-  const float *mean, *var, *weight, *bias;
-  float eps;
-  float *scale, *shift;
-  int64_t channels;
-};
-
-__global__ void __launch_bounds__(kThreads) scale_shift_kernel(const ScaleShiftArguments args) {
+__global__ void __launch_bounds__(kThreads) scale_shift_kernel(const ScaleShift args) {
   const int64_t c = int64_t{block_x()} * kThreads + thread_index();
-  if (c >= args.channels) return;
-  const float scale =
-      load_global(args.weight + c) / std::sqrt(load_global(args.var + c) + args.eps);
-  store_global(args.scale + c, scale);
-  store_global(args.shift + c, load_global(args.bias + c) - load_global(args.mean + c) * scale);
+  if (c < args.channels) args.run(c, load_global(args.mean + c), load_global(args.var + c));
 }
 
 }  // namespace
@@ -38,16 +24,22 @@ __global__ void __launch_bounds__(kThreads) scale_shift_kernel(const ScaleShiftA
 void bn_scale_shift(const Tensor& mean, const Tensor& var, const Tensor& weight, const Tensor& bias,
                     double eps, const Tensor& scale, const Tensor& shift) {
   const OnDeviceOf device(mean);
-  const int64_t n = mean.numel();
-  const ScaleShiftArguments args{.mean = channels<const float>(mean, "mean", n),
-                                 .var = channels<const float>(var, "var", n),
-                                 .weight = channels<const float>(weight, "weight", n),
-                                 .bias = channels<const float>(bias, "bias", n),
-                                 .eps = static_cast<float>(eps),
-                                 .scale = channels<float>(scale, "scale", n),
-                                 .shift = channels<float>(shift, "shift", n),
-                                 .channels = n};
+  const ScaleShift args = scale_shift(mean, var, weight, bias, eps, scale, shift);
+  const int64_t n = args.channels;
   if (n > 0) launch<scale_shift_kernel>({ceil_div(n, kThreads), 1, kThreads}, args);
+}
+
+ScaleShift scale_shift(const Tensor& mean, const Tensor& var, const Tensor& weight,
+                       const Tensor& bias, double eps, const Tensor& scale, const Tensor& shift) {
+  const int64_t n = mean.numel();
+  return {.mean = channels<const float>(mean, "mean", n),
+          .var = channels<const float>(var, "var", n),
+          .weight = channels<const float>(weight, "weight", n),
+          .bias = channels<const float>(bias, "bias", n),
+          .eps = static_cast<float>(eps),
+          .scale = channels<float>(scale, "scale", n),
+          .shift = channels<float>(shift, "shift", n),
+          .channels = n};
 }
 
 namespace {
@@ -55,17 +47,7 @@ namespace {
 __global__ void __launch_bounds__(kThreads) gradient_kernel(const NormGradient args) {
   const int64_t c = int64_t{block_x()} * kThreads + thread_index();
   if (c >= args.channels) return;
-  const float invstd = 1 / std::sqrt(load_global(args.var + c) + args.eps);
-  const float grad_bias = load_global(args.sums + c);
-  const float grad_weight = load_global(args.sums + args.channels + c) * invstd;
-  store_global(args.grad_weight + c, grad_weight);
-  store_global(args.grad_bias + c, grad_bias);
-  if (!args.u) return;
-  const float scale = load_global(args.weight + c) * invstd;
-  const float du = -scale * invstd * grad_weight / args.count;
-  const float dv = -(scale * grad_bias / args.count + du * load_global(args.mean + c));
-  store_global(args.u + c, load_global(args.u + c) + du);
-  store_global(args.v + c, load_global(args.v + c) + dv);
+  args.run(c, load_global(args.sums + c), load_global(args.sums + args.channels + c));
 }
 
 }  // namespace

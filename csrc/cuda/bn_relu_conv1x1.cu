@@ -19,10 +19,11 @@
 
 namespace dense_ext {
 
-void bn_relu_conv1x1_forward(const Tensor& x, const Tensor& scale, const Tensor& shift,
-                             const Tensor& weight, const Tensor& z,
-                             const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
-                             bool tf32) {
+namespace {
+
+void run_forward(const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& weight,
+                 const Tensor& z, const std::optional<Tensor>& mean,
+                 const std::optional<Tensor>& var, bool tf32, const ScaleShift& next) {
   const OnDeviceOf device(x);
   dispatch(x, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -56,20 +57,20 @@ void bn_relu_conv1x1_forward(const Tensor& x, const Tensor& scale, const Tensor&
       with_width(std::min({args.x_bytes, args.weight_bytes, args.z_bytes}), [&](auto wide) {
         constexpr bool kWide = decltype(wide)::value;
         if (out <= 64) {
-          run_forward<Forward<Math, 64, kWide>>(args, x, means, vars);
+          run_forward<Forward<Math, 64, kWide>>(args, x, means, vars, next);
         } else {
-          run_forward<Forward<Math, 128, kWide>>(args, x, means, vars);
+          run_forward<Forward<Math, 128, kWide>>(args, x, means, vars, next);
         }
       });
     });
   });
 }
 
-void bn_relu_conv1x1_backward(const Tensor& grad_bn, const Tensor& z, const Tensor& z_scale,
-                              const Tensor& z_u, const Tensor& z_v, const Tensor& x,
-                              const Tensor& mean, const Tensor& scale, const Tensor& shift,
-                              const Tensor& weight, const Tensor& grad_x, const Tensor& sums,
-                              const std::optional<Tensor>& grad_weight, bool tf32) {
+void run_backward(const Tensor& grad_bn, const Tensor& z, const Tensor& z_scale, const Tensor& z_u,
+                  const Tensor& z_v, const Tensor& x, const Tensor& mean, const Tensor& scale,
+                  const Tensor& shift, const Tensor& weight, const Tensor& grad_x,
+                  const Tensor& sums, const std::optional<Tensor>& grad_weight, bool tf32,
+                  const NormGradient& norm) {
   const OnDeviceOf device(x);
   dispatch(x, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -114,7 +115,8 @@ void bn_relu_conv1x1_backward(const Tensor& grad_bn, const Tensor& z, const Tens
         piece.x_bytes = AccessBytes().add(piece.x);
         piece.weight_bytes = AccessBytes().add(piece.weight.data, in, weights.out_stride);
         piece.grad_x_bytes = AccessBytes().add(piece.grad_x);
-        Sums<T> to{.vector = sum, .vector_size = 2 * in, .accumulate = b > 0};
+        Sums<T> to{.vector = sum, .channels = in, .accumulate = b > 0};
+        if (b + count == out) to.norm = norm;
         if (grad_weight) to.set_weight(dw, b, count, 1);
         const int bytes = std::min({piece.grad_bn_bytes, piece.z_bytes, piece.x_bytes,
                                     piece.weight_bytes, piece.grad_x_bytes});
@@ -131,6 +133,40 @@ void bn_relu_conv1x1_backward(const Tensor& grad_bn, const Tensor& z, const Tens
       run_pieces(Backward<Math, 128, true>{});
     });
   });
+}
+
+}  // namespace
+
+void bn_relu_conv1x1_forward(const Tensor& x, const Tensor& scale, const Tensor& shift,
+                             const Tensor& weight, const Tensor& z,
+                             const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
+                             bool tf32) {
+  run_forward(x, scale, shift, weight, z, mean, var, tf32, {});
+}
+
+void bn_relu_conv1x1_forward_then(const NextNorm& next, const Tensor& x, const Tensor& scale,
+                                  const Tensor& shift, const Tensor& weight, const Tensor& z,
+                                  const Tensor& mean, const Tensor& var, bool tf32) {
+  run_forward(x, scale, shift, weight, z, mean, var, tf32, scale_shift(next));
+}
+
+void bn_relu_conv1x1_backward(const Tensor& grad_bn, const Tensor& z, const Tensor& z_scale,
+                              const Tensor& z_u, const Tensor& z_v, const Tensor& x,
+                              const Tensor& mean, const Tensor& scale, const Tensor& shift,
+                              const Tensor& weight, const Tensor& grad_x, const Tensor& sums,
+                              const std::optional<Tensor>& grad_weight, bool tf32) {
+  run_backward(grad_bn, z, z_scale, z_u, z_v, x, mean, scale, shift, weight, grad_x, sums,
+               grad_weight, tf32, {});
+}
+
+void bn_relu_conv1x1_backward_then(const SummedNorm& norm, const Tensor& grad_bn, const Tensor& z,
+                                   const Tensor& z_scale, const Tensor& z_u, const Tensor& z_v,
+                                   const Tensor& x, const Tensor& mean, const Tensor& scale,
+                                   const Tensor& shift, const Tensor& weight, const Tensor& grad_x,
+                                   const Tensor& sums, const std::optional<Tensor>& grad_weight,
+                                   bool tf32) {
+  run_backward(grad_bn, z, z_scale, z_u, z_v, x, mean, scale, shift, weight, grad_x, sums,
+               grad_weight, tf32, norm_gradient(norm));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(DENSE_EXT_NAMESPACE, DENSE_EXT_DISPATCH_KEY, m) {

@@ -186,12 +186,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
 
 template <class Config>
 void run_forward(ForwardArguments<typename Config::T> args, const Tensor& like, float* mean,
-                 float* var) {
+                 float* var, const ScaleShift& next) {
   static_assert(Config::kSharedBytes <= kSmallestSharedBytes);
   const int64_t out = args.z.channels, columns = ceil_div(out, Config::kOut);
   const int64_t blocks = persistent_blocks(ceil_div(args.x.count(), Config::kPixels), columns,
                                            Config::kBlocks, Config::kSharedBytes);
-  with_moments(blocks, out, like, mean, var, [&](float* moments) {
+  with_moments(blocks, out, like, mean, var, next, [&](float* moments) {
     args.moments = moments;
     launch<forward_kernel<Config>>({columns, blocks, Config::kThreads, Config::kSharedBytes}, args);
   });

@@ -26,10 +26,11 @@
 
 namespace dense_ext {
 
-void bn_relu_conv3x3_forward(const Tensor& z, const Tensor& scale, const Tensor& shift,
-                             const Tensor& weight, const Tensor& y,
-                             const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
-                             bool tf32) {
+namespace {
+
+void run_forward(const Tensor& z, const Tensor& scale, const Tensor& shift, const Tensor& weight,
+                 const Tensor& y, const std::optional<Tensor>& mean,
+                 const std::optional<Tensor>& var, bool tf32, const ScaleShift& next) {
   const OnDeviceOf device(z);
   dispatch(z, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -61,26 +62,26 @@ void bn_relu_conv3x3_forward(const Tensor& z, const Tensor& scale, const Tensor&
         using Small = Forward<Math, 32, 2 * kStack, 2, kWide>;
         static_assert(Small::shared_bytes(1) <= kSmallestSharedBytes);
         static_assert(Broad::shared_bytes(1) <= kSmallestSharedBytes);
-        if (ceil_div(out, 48) < ceil_div(out, 32)) return run_forward<Broad>(args, z, means, vars);
+        if (ceil_div(out, 48) < ceil_div(out, 32))
+          return run_forward<Broad>(args, z, means, vars, next);
         if constexpr (sizeof(T) == 2) {
           using Large = Forward<Math, 32, 4, 1, kWide>;
           const int room = current_device().shared_bytes;
           if (Large::shared_bytes(ceil_div(in, Large::kDepth)) <= room &&
               large_patches_pay<Large, Small>(zs, ceil_div(out, 32))) {
-            return run_forward<Large>(args, z, means, vars);
+            return run_forward<Large>(args, z, means, vars, next);
           }
         }
-        run_forward<Small>(args, z, means, vars);
+        run_forward<Small>(args, z, means, vars, next);
       });
     });
   });
 }
 
-void bn_relu_conv3x3_backward(const Tensor& grad, const Tensor& y, const Tensor& u, const Tensor& v,
-                              const Tensor& z, const Tensor& mean, const Tensor& scale,
-                              const Tensor& shift, const Tensor& weight, const Tensor& grad_bn,
-                              const Tensor& sums, const std::optional<Tensor>& grad_weight,
-                              bool tf32) {
+void run_backward(const Tensor& grad, const Tensor& y, const Tensor& u, const Tensor& v,
+                  const Tensor& z, const Tensor& mean, const Tensor& scale, const Tensor& shift,
+                  const Tensor& weight, const Tensor& grad_bn, const Tensor& sums,
+                  const std::optional<Tensor>& grad_weight, bool tf32, const NormGradient& norm) {
   const OnDeviceOf device(z);
   dispatch(z, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -122,7 +123,8 @@ void bn_relu_conv3x3_backward(const Tensor& grad, const Tensor& y, const Tensor&
         piece.z_bytes = AccessBytes().add(piece.z);
         piece.weight_bytes = tap_bytes(piece.weight);
         piece.grad_bn_bytes = AccessBytes().add(piece.grad_bn);
-        Sums<T> to{.vector = sum, .vector_size = 2 * in, .accumulate = k > 0};
+        Sums<T> to{.vector = sum, .channels = in, .accumulate = k > 0};
+        if (k + count == out) to.norm = norm;
         if (grad_weight) to.set_weight(dw, k, count, kTaps);
         const int bytes =
             std::min({piece.grad_bytes, piece.y_bytes, piece.z_bytes, piece.grad_bn_bytes});
@@ -154,6 +156,38 @@ void bn_relu_conv3x3_backward(const Tensor& grad, const Tensor& y, const Tensor&
       }
     });
   });
+}
+
+}  // namespace
+
+void bn_relu_conv3x3_forward(const Tensor& z, const Tensor& scale, const Tensor& shift,
+                             const Tensor& weight, const Tensor& y,
+                             const std::optional<Tensor>& mean, const std::optional<Tensor>& var,
+                             bool tf32) {
+  run_forward(z, scale, shift, weight, y, mean, var, tf32, {});
+}
+
+void bn_relu_conv3x3_forward_then(const NextNorm& next, const Tensor& z, const Tensor& scale,
+                                  const Tensor& shift, const Tensor& weight, const Tensor& y,
+                                  const Tensor& mean, const Tensor& var, bool tf32) {
+  run_forward(z, scale, shift, weight, y, mean, var, tf32, scale_shift(next));
+}
+
+void bn_relu_conv3x3_backward(const Tensor& grad, const Tensor& y, const Tensor& u, const Tensor& v,
+                              const Tensor& z, const Tensor& mean, const Tensor& scale,
+                              const Tensor& shift, const Tensor& weight, const Tensor& grad_bn,
+                              const Tensor& sums, const std::optional<Tensor>& grad_weight,
+                              bool tf32) {
+  run_backward(grad, y, u, v, z, mean, scale, shift, weight, grad_bn, sums, grad_weight, tf32, {});
+}
+
+void bn_relu_conv3x3_backward_then(const SummedNorm& norm, const Tensor& grad, const Tensor& y,
+                                   const Tensor& u, const Tensor& v, const Tensor& z,
+                                   const Tensor& mean, const Tensor& scale, const Tensor& shift,
+                                   const Tensor& weight, const Tensor& grad_bn, const Tensor& sums,
+                                   const std::optional<Tensor>& grad_weight, bool tf32) {
+  run_backward(grad, y, u, v, z, mean, scale, shift, weight, grad_bn, sums, grad_weight, tf32,
+               norm_gradient(norm));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(DENSE_EXT_NAMESPACE, DENSE_EXT_DISPATCH_KEY, m) {

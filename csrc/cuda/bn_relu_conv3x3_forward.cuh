@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
 
 template <class Config>
 void run_forward(ForwardArguments<typename Config::T> args, const Tensor& like, float* mean,
-                 float* var) {
+                 float* var, const ScaleShift& next) {
   const int64_t out = args.y.channels, columns = ceil_div(out, Config::kOut);
   const int64_t chunks = ceil_div(args.z.channels, Config::kDepth);
   const bool keep = Config::shared_bytes(chunks) <= current_device().shared_bytes;
@@ -206,7 +206,7 @@ void run_forward(ForwardArguments<typename Config::T> args, const Tensor& like, 
   args.patches = patches_of<Config>(args.z);
   const int shared = Config::shared_bytes(args.kept);
   const int64_t blocks = persistent_blocks(args.patches.count, columns, Config::kBlocks, shared);
-  with_moments(blocks, out, like, mean, var, [&](float* moments) {
+  with_moments(blocks, out, like, mean, var, next, [&](float* moments) {
     args.moments = moments;
     launch<forward_kernel<Config>>({columns, blocks, Config::kThreads, shared}, args);
   });

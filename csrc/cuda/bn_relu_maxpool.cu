@@ -245,7 +245,7 @@ void run_backward(Pass pass, const Tensor& grad, const Tensor& x, const std::opt
     const Tensor rows = scratch(blocks * 2 * n, x);
     args.rows = static_cast<float*>(rows.data_ptr());
     launch<backward_kernel<T, false>>(on, args);
-    add_rows(rows, blocks, Sums<T>{.vector = sum, .vector_size = 2 * n});
+    add_rows(rows, blocks, Sums<T>{.vector = sum, .channels = n});
   });
 }
 

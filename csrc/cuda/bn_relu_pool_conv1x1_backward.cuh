@@ -213,7 +213,7 @@ void run_data(DataArguments<typename Config::T> args, const Tensor& like, float*
   const Tensor rows = scratch(blocks * 2 * in, like);
   args.rows = static_cast<float*>(rows.data_ptr());
   launch<data_kernel<Config>>(on, args);
-  add_rows(rows, blocks, Sums<T>{.vector = sums, .vector_size = 2 * in});
+  add_rows(rows, blocks, Sums<T>{.vector = sums, .channels = in});
 }
 
 // Writes grad_x of the pixels that no window covers, one element per thread: u*x + v, or zero if u

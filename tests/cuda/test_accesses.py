@@ -35,7 +35,7 @@ class Traffic:
     Attributes:
         columns: the number of blocks side by side, each with a part of the channels.
         row: the floats of partial results that each row of blocks writes for a second kernel, which reads
-            ``row_read`` floats of them and reduces them to ``reduced`` results.
+            ``row_read`` floats of them. Each of its blocks takes 32 of ``reduced`` channels or elements.
         block_loads: the further bytes that each row of blocks loads.
         scattered: the elements of a weight gradient, which are stored one by one in the order of the
             partial results, not of the weight.
@@ -66,8 +66,10 @@ def moments(channels: int) -> dict[str, int]:
     return {"row": 1 + 2 * channels, "row_read": 3 * channels, "reduced": channels}
 
 
-def sums(count: int) -> dict[str, int]:
-    return {"row": count, "row_read": count, "reduced": count}
+def sums(channels: int, elements: int = 0) -> dict[str, int]:
+    """Reads and writes rows of each channel's two sums, and of the elements of a weight gradient."""
+    row = 2 * channels + elements
+    return {"row": row, "row_read": row, "reduced": channels + elements}
 
 
 def conv1x1_forward(n: int, h: int, w: int, c: int, b: int) -> Traffic:
@@ -90,7 +92,7 @@ def conv1x1_backward(n: int, h: int, w: int, c: int, b: int) -> Traffic:
         columns=columns,
         block_loads=b * c * NARROW + (columns * 3 * b + 3 * c) * WIDE,
         scattered=b * c,
-        **sums(2 * c + b * c),
+        **sums(c, b * c),
     )
 
 
@@ -123,7 +125,7 @@ def conv3x3_backward(n: int, h: int, w: int, b: int, k: int) -> Traffic:
         columns=columns,
         block_loads=9 * k * b * NARROW + (columns * 2 * k + 3 * b) * WIDE,
         scattered=9 * k * b,
-        **sums(2 * b + 9 * k * b),
+        **sums(b, 9 * k * b),
     )
 
 
@@ -141,7 +143,7 @@ def maxpool_backward(n: int, h: int, w: int, c: int) -> Traffic:
         stores=m * c * NARROW + 2 * c * WIDE,
         columns=math.ceil(c / 64),
         block_loads=8 * 3 * c * WIDE,
-        **sums(2 * c),
+        **sums(c),
     )
 
 
@@ -155,7 +157,7 @@ def maxpool_norm_backward(n: int, h: int, w: int, c: int) -> Traffic:
         block_loads=8 * (3 + 4) * c * WIDE,
         passes=2,
         others=math.ceil(c / 128),
-        **sums(2 * c),
+        **sums(c),
     )
 
 
@@ -184,7 +186,7 @@ def transition_backward(n: int, h: int, w: int, c: int, k: int) -> Traffic:
         columns=columns,
         block_loads=3 * c * WIDE,
         passes=2,
-        **sums(2 * c + k * c),
+        **sums(c, k * c),
     )
 
 
