@@ -18,7 +18,7 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from .campaign.calls import Call, calls
+from .campaign.calls import UNFUSED, Call, calls
 from .campaign.changes import SEEN, Change, changes, norm_vectors_dense
 from .campaign.networks import Images, Network, Options, images_for, networks, options
 from .helpers import RELATIVE
@@ -56,7 +56,8 @@ class Case:
                     self.options.fuse(model)
                 for change in self.after:
                     model = change.apply(model)
-                if not fused:
+                # Where the original's forward runs in both, it needs them in both.
+                if not fused or any(call.surroundings in UNFUSED for call in self.calls):
                     norm_vectors_dense(model)
                 x = self.images.make()
                 for i, call in enumerate(self.calls):
@@ -123,9 +124,14 @@ def _known(case: Case, eager: str, fused: str) -> bool:
     written = "modified by an inplace operation"
     if not fused:
         # Eager saves or returns other tensors, and so may detect a write that has no effect here. PyTorch's
-        # second derivative of a batch norm without a weight fails.
-        no_weight = "Expected a proper Tensor but got None"
-        return any(text in eager for text in (written, "is a view and is being modified inplace", no_weight))
+        # second derivative of a batch norm without a weight fails. The first convolution may read a copy of
+        # its input, which is then not the inference tensor itself.
+        others = (
+            "is a view and is being modified inplace",
+            "Expected a proper Tensor but got None",
+            "Inference tensors cannot be saved for backward",
+        )
+        return any(text in eager for text in (written, *others))
     # A block called on its own, or by a class that dense_ext does not know, saves its output, as documented.
     # The last error is PyTorch's own; eager raises it too for channels_last images: for a batch of gradients
     # of GroupNorm.

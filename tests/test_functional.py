@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from typing import Any
 
 import pytest
@@ -156,3 +157,32 @@ def test_bad_options_are_refused(options: dict[str, object], message: str) -> No
     arguments = {"layers": layers(True), **options}
     with pytest.raises(ValueError, match=message):
         dense_ext.functional.dense_block(torch.randn(2, C, 4, 4), **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("window", [3, 5])
+def test_autocast_rounds_no_more_than_eager(window: int) -> None:
+    """A block of float32 under autocast to bfloat16; the error is that of the output and of x's gradient."""
+    ratios = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        ours, eager = pair()
+        for model in (ours, eager):
+            for layer in model.layers:
+                weight = torch.randn(K, B, window, window, generator=torch.Generator().manual_seed(seed)) / 16
+                layer[3] = nn.Conv2d(B, K, window, padding=window // 2, bias=False).double()  # type: ignore[index]
+                layer[3].weight.data.copy_(weight)  # type: ignore[index]
+        x = torch.randn(4, C, 12, 12, dtype=torch.float64)
+        exact = _output_and_gradient(copy.deepcopy(eager), x)
+        errors = []
+        for model in (ours, eager):
+            with torch.autocast("cpu", torch.bfloat16):
+                found = _output_and_gradient(model.float(), x.float())
+            errors.append(sum((a.double() - b).norm() / b.norm() for a, b in zip(found, exact, strict=True)))
+        ratios.append(float(errors[0] / errors[1]))
+    assert statistics.geometric_mean(ratios) <= 1.15, ratios
+
+
+def _output_and_gradient(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = x.clone().requires_grad_()
+    y = model(leaf)
+    return y.detach(), torch.autograd.grad(y.double().square().sum(), leaf)[0]

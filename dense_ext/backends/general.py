@@ -106,7 +106,7 @@ class GeneralBackend(ReferenceBackend):
         return self.pool
 
     def factor(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """``x`` in the activations' dtype, in which eager PyTorch convolves too."""
+        """``x`` in the weight's dtype, in which eager PyTorch convolves too."""
         return x.to(dtype)
 
     # The transition and the stem run volume by volume, since the activations before a pool are the largest.

@@ -95,7 +95,7 @@ class ReferenceBackend(Backend):
         return (2,) * _spatial(x)
 
     def factor(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """``x`` as a factor of the 3x3 convolution: widened, whatever the activations' ``dtype``."""
+        """``x`` as a factor of the 3x3 convolution: widened, whatever the weight's ``dtype``."""
         return _widen(x)
 
     def unavailable_reason(self, primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -238,8 +238,8 @@ class ReferenceBackend(Backend):
     ) -> None:
         a = self.activate(_pre_activation(z, scale, shift))
         result = _CONVOLUTION[_spatial(z)](
-            _nchw(self.factor(a, z.dtype)),
-            self.factor(weight, z.dtype),
+            _nchw(self.factor(a, weight.dtype)),
+            self.factor(weight, weight.dtype),
             padding=self._padding(weight),
             dilation=self.dilation,
         )
@@ -267,9 +267,9 @@ class ReferenceBackend(Backend):
         a = self.activate(pre)
         ones, zeros = [1] * _spatial(z), [0] * _spatial(z)
         da, dw, _ = torch.ops.aten.convolution_backward(
-            _nchw(self.factor(dy, z.dtype)),
-            _nchw(self.factor(a, z.dtype)),
-            self.factor(weight, z.dtype),
+            _nchw(self.factor(dy, weight.dtype)),
+            _nchw(self.factor(a, weight.dtype)),
+            self.factor(weight, weight.dtype),
             None,
             ones,
             self._padding(weight),

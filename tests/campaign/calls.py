@@ -441,6 +441,10 @@ SURROUNDINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 }
 
 
+# Those in which no part runs fused.
+UNFUSED = ("relu replaced", "global hook", "class patched")
+
+
 @dataclass(frozen=True)
 class Call:
     """A call of a part of a network, with one way of using autograd, in some surroundings."""
