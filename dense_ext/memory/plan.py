@@ -61,7 +61,7 @@ class Planner:
         ValueError: the name, dtype, optimizer or backend is unknown; the model is not a DenseNet; or the
             images have the wrong number of channels or are too small. Or PyTorch's operators would run a
             part of a network for volumes, whose memory is not known: so it is without the compiled CPU
-            backend, and under autocast.
+            backend.
         RuntimeError: the requested backend cannot run on the device.
 
     Attributes:
@@ -105,8 +105,6 @@ class Planner:
     def _check_volumes(self, backends: Mapping[str, Backend]) -> None:
         if not all(backend.takes_volumes for backend in backends.values()):
             raise ValueError(f"volumes are planned for the cpu backend alone, not for {self.backend}")
-        if self.setting.autocast:
-            raise ValueError("volumes are planned without autocast, which pools them in float32")
 
     def _policies(self, recompute: str | Sequence[str]) -> tuple[str, ...]:
         blocks = self.network.blocks

@@ -37,7 +37,7 @@ class Setting:
 
     Args:
         network: the model's shape.
-        dtype: the activations' dtype. If the parameters are wider, autocast narrows them.
+        dtype: the dtype in which convolutions compute. If the parameters are wider, autocast narrows them.
         optimizer: a key of ``OPTIMIZERS``.
         device: the type of the device that runs the step.
         backends: the backend that runs each primitive, by the primitive's name.
@@ -56,6 +56,16 @@ class Setting:
         return self.network.parameter_dtype.itemsize > self.dtype.itemsize
 
     @property
+    def pools_in_float32(self) -> bool:
+        """Whether autocast computes pools in float32, as it does for volumes on a CPU."""
+        return self.autocast and self.network.dimensions == 3 and self.device == "cpu"
+
+    def weight_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of a block's convolution weights beside activations of ``dtype``."""
+        takes = self.backends["bn_relu_conv1x1_forward"].takes_weights(dtype, self.dtype)
+        return self.dtype if takes else dtype
+
+    @property
     def converts_images(self) -> bool:
         """Whether images are copied to channels_last memory in front of the first convolution."""
         return self.device == "cpu" and not self.channels_last
@@ -71,13 +81,15 @@ class Block:
 
     def __init__(self, step: Step, shape: BlockShape, policy: str, x: Held) -> None:
         self.step, self.shape, self.policy = step, shape, policy
-        self.pixels = step.pixels
+        self.pixels, self.dtype = step.pixels, step.dtype
+        self.weights = step.setting.weight_dtype(self.dtype)
         t = step.timeline
         self.out = self.buffer()
         stats = 2 * (shape.out_channels + shape.layers * shape.bottleneck)
-        self.saved = [step.weight_copy(shape.conv_weights), t.hold("statistics", stats * step.wide)]
+        copies = step.weight_copy(shape.conv_weights, self.weights)
+        self.saved = [copies, t.hold("statistics", stats * step.wide)]
         if policy == "none":
-            z = self.pixels * shape.bottleneck * step.item
+            z = self.pixels * shape.bottleneck * self.dtype.itemsize
             self.saved.append(t.hold("kept bottlenecks", shape.layers * z))
         self.run_forward(policy == "none")
         self.saved.append(t.keep(x if policy == "block" else self.out))
@@ -86,24 +98,29 @@ class Block:
     def buffer(self) -> Held:
         """Hold the memory for X."""
         elements = self.pixels * self.shape.out_channels
-        return self.step.timeline.hold("concat buffers", elements * self.step.item)
+        return self.step.timeline.hold("concat buffers", elements * self.dtype.itemsize)
 
     def bottleneck(self, buffers: int) -> AbstractContextManager[None]:
         """A context in which this many buffers [N, H, W, B] are held."""
-        return self.step.scratch(buffers * self.pixels * self.shape.bottleneck)
+        return self.step.scratch(buffers * self.pixels * self.shape.bottleneck, self.dtype)
 
     def dropout(self, buffers: int) -> AbstractContextManager[None]:
         """A context in which this many buffers [N, H, W, K] are held, if the layers have dropout."""
-        return self.step.scratch(buffers * self.pixels * self.shape.growth_rate if self.shape.drops else 0)
+        elements = buffers * self.pixels * self.shape.growth_rate if self.shape.drops else 0
+        return self.step.scratch(elements, self.dtype)
+
+    def primitive(self, name: str, in_channels: int, out_channels: int) -> None:
+        """Call a primitive on the block's pixels."""
+        self.step.primitive(name, self.pixels, in_channels, out_channels, self.dtype)
 
     def run_forward(self, keeps_bottleneck: bool) -> None:
-        shape, step, m = self.shape, self.step, self.pixels
+        shape = self.shape
         b, k = shape.bottleneck, shape.growth_rate
         with self.bottleneck(0 if keeps_bottleneck else 1):
             for c in shape.read_channels:
                 if b:
-                    step.primitive("bn_relu_conv1x1_forward", m, c, b)
-                step.primitive("bn_relu_conv3x3_forward", m, b or c, k)
+                    self.primitive("bn_relu_conv1x1_forward", c, b)
+                self.primitive("bn_relu_conv3x3_forward", b or c, k)
                 with self.dropout(1):
                     pass  # the mask
 
@@ -120,32 +137,33 @@ class Block:
         """The block's backward; it accumulates in place into ``grad``, which is G."""
         t, shape, step = self.step.timeline, self.shape, self.step
         x = self.output()
-        new = step.new_gradients(shape.conv_weights, 2 * shape.norm_channels)
+        new = step.new_gradients(shape.conv_weights, 2 * shape.norm_channels, self.weights)
         with self.bottleneck(1 if self.policy == "none" else 2):
             for c in reversed(shape.read_channels):
                 self.layer_backward(c)
-            grad_x = t.hold("gradient buffers", self.pixels * shape.in_channels * step.item)
-            step.primitive("affine_gradient", self.pixels, shape.in_channels, shape.in_channels)
+            nbytes = self.pixels * shape.in_channels * self.dtype.itemsize
+            grad_x = t.hold("gradient buffers", nbytes)
+            self.primitive("affine_gradient", shape.in_channels, shape.in_channels)
         if self.policy == "block":
             t.release(x)
         t.release(grad, *self.saved)
-        step.accumulate(new, shape.conv_weights)
+        step.accumulate(new, shape.conv_weights, self.weights)
         return grad_x
 
     def layer_backward(self, c: int) -> None:
-        shape, step, m = self.shape, self.step, self.pixels
-        k, b = shape.growth_rate, shape.bottleneck
+        k, b = self.shape.growth_rate, self.shape.bottleneck
         if b and self.policy != "none":
-            step.primitive("bn_relu_conv1x1_forward", m, c, b)
-        with step.scratch(0 if b else m * c):  # without a bottleneck, the gradient at the norm's output
+            self.primitive("bn_relu_conv1x1_forward", c, b)
+        # Without a bottleneck, the gradient at the norm's output.
+        with self.step.scratch(0 if b else self.pixels * c, self.dtype):
             with self.dropout(2):
                 pass  # the mask, and the convolution's gradient
             with self.dropout(1):  # the convolution's gradient
-                step.primitive("bn_relu_conv3x3_backward", m, b or c, k)
+                self.primitive("bn_relu_conv3x3_backward", b or c, k)
             if not b:
-                step.primitive("scaled_accumulate", m, c, c)
+                self.primitive("scaled_accumulate", c, c)
         if b:
-            step.primitive("bn_relu_conv1x1_backward", m, c, b)
+            self.primitive("bn_relu_conv1x1_backward", c, b)
 
 
 class Step:
@@ -162,7 +180,7 @@ class Step:
         self.policies = dict(zip((b.name for b in setting.network.blocks), policies, strict=True))
         self.batch, _, *self.sides = input_shape
         self.timeline = Timeline()
-        self.item = setting.dtype.itemsize
+        self.dtype = setting.dtype  # of the activations at the current point of the forward
         self.wide = accumulate_dtype(setting.dtype).itemsize  # of statistics and sums
         self.tape: list[tuple[str, Backward]] = []
         self.block_pixels: dict[str, int] = {}  # M of each block, once it has run
@@ -231,129 +249,161 @@ class Step:
     # --- used by all parts --------------------------------------------------------------------
 
     @contextmanager
-    def scratch(self, elements: int) -> Iterator[None]:
-        """A context in which scratch memory for this many activation elements is held."""
-        held = self.timeline.hold("scratch", elements * self.item)
+    def scratch(self, elements: int, dtype: torch.dtype) -> Iterator[None]:
+        """A context in which scratch memory for this many elements of ``dtype`` is held."""
+        held = self.timeline.hold("scratch", elements * dtype.itemsize)
         yield
         self.timeline.release(held)
 
-    def primitive(self, name: str, pixels: int, in_channels: int, out_channels: int) -> None:
-        """Call a primitive: count the scratch memory of its backend."""
+    def primitive(
+        self, name: str, pixels: int, in_channels: int, out_channels: int, dtype: torch.dtype
+    ) -> None:
+        """Call a primitive on activations of ``dtype``: count the scratch memory of its backend."""
         backend = self.setting.backends[name]
         sizes = pixels, in_channels, out_channels
-        nbytes = backend.scratch_bytes(name, *sizes, self.setting.dtype, self.network.dimensions)
+        nbytes = backend.scratch_bytes(name, *sizes, dtype, self.network.dimensions)
         self.timeline.need("scratch", nbytes)
 
-    def weight_copy(self, elements: int) -> Held:
-        """Hold the copies of weights that autocast makes in the activations' dtype."""
-        return self.timeline.hold("weight copies", elements * self.item if self.setting.autocast else 0)
+    def narrows(self, weights: torch.dtype) -> bool:
+        """Whether autocast casts parameters to this dtype."""
+        return weights.itemsize < self.network.parameter_dtype.itemsize
 
-    def new_gradients(self, convs: int, norms: int) -> Held:
-        """Hold a part's parameter gradients, given in elements, until they are added to the step's."""
+    def weight_copy(self, elements: int, dtype: torch.dtype) -> Held:
+        """Hold the copies of weights that autocast makes in ``dtype``."""
+        return self.timeline.hold("weight copies", elements * dtype.itemsize if self.narrows(dtype) else 0)
+
+    def new_gradients(self, convs: int, norms: int, weights: torch.dtype) -> Held:
+        """Hold a part's parameter gradients until they are added to the step's.
+
+        Args:
+            convs, norms: their elements.
+            weights: the dtype in which the convolutions take their weights.
+        """
         norms *= self.network.parameter_dtype.itemsize
-        return self.timeline.hold("new gradients", convs * self.item + norms)
+        return self.timeline.hold("new gradients", convs * weights.itemsize + norms)
 
-    def accumulate(self, new: Held, convs: int) -> None:
+    def accumulate(self, new: Held, convs: int, weights: torch.dtype) -> None:
         """Add a part's gradients to the step's; under autocast they are widened, at most all at once."""
-        if self.setting.autocast:
+        if self.narrows(weights):
             self.timeline.need("new gradients", convs * self.network.parameter_dtype.itemsize)
         self.timeline.release(new)
+
+    def pooled(self, part: str, y: Held, elements: int) -> Held:
+        """A pool's output y: itself, or a copy in float32 where autocast pools in it."""
+        if not self.setting.pools_in_float32 or self.dtype == torch.float32:
+            return y
+        t, dtype = self.timeline, self.dtype
+        self.dtype = torch.float32
+        wide = t.hold(part, elements * self.dtype.itemsize)
+        t.release(y)
+
+        def backward(grad: Held) -> Held:
+            narrow = t.hold("gradient buffers", elements * dtype.itemsize)
+            t.release(grad)
+            return narrow
+
+        self.tape.append((t.point.removeprefix("forward, "), backward))
+        return wide
 
     # --- stem, transition, head ---------------------------------------------------------------
 
     def convolution(self) -> Held:
         """The first convolution."""
-        t, network = self.timeline, self.network
+        t, network, dtype = self.timeline, self.network, self.dtype
         elements = self.pixels * network.in_channels
         copied = self.setting.autocast or self.setting.converts_images
-        saved = [t.hold("stem", elements * self.item if copied else 0)]
+        saved = [t.hold("stem", elements * dtype.itemsize if copied else 0)]
         reach = 2 * network.padding - network.kernel_size
         self.resize([(n + reach) // network.stride + 1 for n in self.sides])
         elements = self.pixels * network.channels
         weights = network.in_channels * network.channels * network.kernel_size**network.dimensions
-        saved.append(self.weight_copy(weights))
+        saved.append(self.weight_copy(weights, dtype))
 
         def backward(grad: Held) -> Held:
-            new = self.new_gradients(weights, 0)
+            new = self.new_gradients(weights, 0, dtype)
             if not self.setting.stem_is_channels_last:
-                self.timeline.need("scratch", elements * self.item)  # the gradient in the images' format
+                t.need("scratch", elements * dtype.itemsize)  # the gradient in the images' format
             t.release(grad, *saved)
-            self.accumulate(new, weights)
+            self.accumulate(new, weights, dtype)
             return t.hold("stem", 0)  # the images need no gradient
 
         self.tape.append(("stem", backward))
-        return t.hold("stem", elements * self.item)
+        return t.hold("stem", elements * dtype.itemsize)
 
     def pool(self, x: Held) -> Held:
         """The stem's norm, ReLU and max pool."""
-        t, channels, pixels = self.timeline, self.network.channels, self.pixels
+        t, channels, pixels, dtype = self.timeline, self.network.channels, self.pixels, self.dtype
         statistics = t.hold("statistics", 2 * channels * self.wide)
         # The operator works in channels_last memory, on a copy if the convolution wrote contiguous memory.
         copy = 0 if self.setting.stem_is_channels_last else pixels * channels
         self.resize([(n - 1) // 2 + 1 for n in self.sides])
-        y = t.hold("stem", self.pixels * channels * self.item)
-        with self.scratch(copy):
-            self.primitive("channel_stats", pixels, channels, channels)
-            self.primitive("bn_relu_maxpool_forward", pixels, channels, channels)
+        elements = self.pixels * channels
+        y = t.hold("stem", elements * dtype.itemsize)
+        with self.scratch(copy, dtype):
+            self.primitive("channel_stats", pixels, channels, channels, dtype)
+            self.primitive("bn_relu_maxpool_forward", pixels, channels, channels, dtype)
 
         def backward(grad: Held) -> Held:
-            with self.scratch(copy):
-                grad_x = t.hold("gradient buffers", pixels * channels * self.item)
-                self.primitive("bn_relu_maxpool_backward", pixels, channels, channels)
-                self.primitive("affine_gradient", pixels, channels, channels)
+            with self.scratch(copy, dtype):
+                grad_x = t.hold("gradient buffers", pixels * channels * dtype.itemsize)
+                self.primitive("bn_relu_maxpool_backward", pixels, channels, channels, dtype)
+                self.primitive("affine_gradient", pixels, channels, channels, dtype)
             t.release(grad, x, statistics)
             return grad_x
 
         self.tape.append(("stem", backward))
-        return y
+        return self.pooled("stem", y, elements)
 
     def transition(self, shape: TransitionShape, x: Held, block: Block | None) -> Held:
         """A transition after ``block``. It does not save its input if the block keeps only its own input."""
         t, c, k, pixels = self.timeline, shape.in_channels, shape.out_channels, self.pixels
+        dtype = self.dtype
         self.resize([n // 2 for n in self.sides])
-        saved = [self.weight_copy(c * k)]
-        y = t.hold("transitions", self.pixels * k * self.item)
+        saved = [self.weight_copy(c * k, dtype)]
+        elements = self.pixels * k
+        y = t.hold("transitions", elements * dtype.itemsize)
         saved.append(t.hold("statistics", 2 * c * self.wide))
-        self.primitive("channel_stats", pixels, c, c)
-        self.primitive("bn_relu_pool_conv1x1_forward", pixels, c, k)
+        self.primitive("channel_stats", pixels, c, c, dtype)
+        self.primitive("bn_relu_pool_conv1x1_forward", pixels, c, k, dtype)
         if block is None or block.policy != "block":
             saved.append(t.keep(x))
 
         def backward(grad: Held) -> Held:
             if block is not None:
                 block.output()
-            grad_x = t.hold("gradient buffers", pixels * c * self.item)
-            new = self.new_gradients(c * k, 2 * c)
-            self.primitive("bn_relu_pool_conv1x1_backward", pixels, c, k)
-            self.primitive("affine_gradient", pixels, c, c)
+            grad_x = t.hold("gradient buffers", pixels * c * dtype.itemsize)
+            new = self.new_gradients(c * k, 2 * c, dtype)
+            self.primitive("bn_relu_pool_conv1x1_backward", pixels, c, k, dtype)
+            self.primitive("affine_gradient", pixels, c, c, dtype)
             t.release(grad, *saved)
-            self.accumulate(new, c * k)
+            self.accumulate(new, c * k, dtype)
             return grad_x
 
         self.tape.append((shape.name, backward))
-        return y
+        return self.pooled("transitions", y, elements)
 
     def head(self, x: Held) -> None:
         """Norm, ReLU in place, average pool, classifier and loss, all with PyTorch's own operators."""
         t, channels = self.timeline, self.network.blocks[-1].out_channels
-        nbytes = self.pixels * channels * self.item
+        nbytes = self.pixels * channels * self.dtype.itemsize
         activation = t.hold("head", nbytes)
         features = sum(k for _, k in self.network.head)
         weights = sum(c * k for c, k in self.network.head)
-        vector = t.hold("head", self.batch * channels * self.item)  # the pooled features
-        copies = self.weight_copy(weights)
-        t.hold("head", self.batch * features * self.item)  # the logits, which the caller keeps
+        dtype = self.setting.dtype  # in which the classifier computes
+        vector = t.hold("head", self.batch * channels * self.dtype.itemsize)  # the pooled features
+        copies = self.weight_copy(weights, dtype)
+        t.hold("head", self.batch * features * dtype.itemsize)  # the logits, which the caller keeps
         # Autocast computes the loss in float32.
-        loss_bytes = self.batch * features * (self.wide if self.setting.autocast else self.item)
+        loss_bytes = self.batch * features * (self.wide if self.setting.autocast else dtype.itemsize)
         probabilities = t.hold("head", loss_bytes)
 
         def backward(grad: Held) -> Held:
             of_probabilities = t.hold("head", loss_bytes)
             of_logits = t.hold("head", loss_bytes)
             t.release(grad, of_probabilities, probabilities)
-            new = self.new_gradients(weights, features)
+            new = self.new_gradients(weights, features, dtype)
             t.release(of_logits, vector, copies)
-            self.accumulate(new, weights)
+            self.accumulate(new, weights, dtype)
             pooled = t.hold("head", nbytes)
             masked = t.hold("head", nbytes)
             t.release(pooled, activation)
