@@ -293,12 +293,8 @@ class Forward : Pass {
     next_.reset();
     const Layer& layer = layers_[index];
     const Tensor z = this->z(layer), y = this->y(layer);
-    if (!wants_stats) {
-      bn_relu_conv3x3_forward(z, affine2.scale, affine2.shift, conv3x3(index), y, {},
-                              {} DENSE_EXT_TF32(parameters_.tf32));
-      return;
-    }
-    const Tensor y_mean = mean(layer.in, layer.out), y_var = var(layer.in, layer.out);
+    std::optional<Tensor> y_mean, y_var;
+    if (wants_stats) y_mean = mean(layer.in, layer.out), y_var = var(layer.in, layer.out);
     if (index + 1 == layers_.size() || frozen(index + 1, 0)) {
       bn_relu_conv3x3_forward(z, affine2.scale, affine2.shift, conv3x3(index), y, y_mean,
                               y_var DENSE_EXT_TF32(parameters_.tf32));
@@ -307,7 +303,8 @@ class Forward : Pass {
     const Norm next = norm(index + 1, 0);
     next_ = empty_affine(next);
     bn_relu_conv3x3_forward_then(next_norm(next, *next_), z, affine2.scale, affine2.shift,
-                                 conv3x3(index), y, y_mean, y_var DENSE_EXT_TF32(parameters_.tf32));
+                                 conv3x3(index), y, *y_mean,
+                                 *y_var DENSE_EXT_TF32(parameters_.tf32));
   }
 
   // Writes a layer's z, and its statistics if wanted; returns the scale and shift of z's norm.

@@ -160,9 +160,10 @@ def _weights_dtype(x: Tensor, backend: str) -> torch.dtype:
 
     A transition always takes x's. It rounds after its pool, where eager's roundings have been averaged out.
     """
-    dtype = autocast_dtype(x) or x.dtype
-    same = dtype == x.dtype or not ops.takes_weights(x.device.type, x.dtype, dtype, backend)
-    return x.dtype if same else dtype
+    dtype = autocast_dtype(x)
+    if dtype in (None, x.dtype) or not ops.takes_weights(x.device.type, x.dtype, dtype, backend):
+        return x.dtype
+    return dtype
 
 
 def _autocast_pools_in_float32(x: Tensor) -> bool:

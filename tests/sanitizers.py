@@ -110,22 +110,22 @@ def run_cases(
     widths: dict[tuple[int, bool], list[torch.dtype]] = {}
     for dtype in dtypes:
         widths.setdefault((dtype.itemsize, backend.rounds_operands(dtype)), []).append(dtype)
+
+    def check(make: MakeCase, maker: Maker, size: Any) -> None:
+        case = make(maker, size)
+        if case.primitive.startswith(primitives):
+            print(case.primitive, maker.dtype, maker.weights or "", size, flush=True)
+            check_values(backend, case)
+
     for types in widths.values():
         for n, (make, size, around) in enumerate(cases):
-            dtype = types[n % len(types)]
             torch.backends.cudnn.allow_tf32 = around == ALIGNED  # tests both ways of multiplying float32
-            case = make(Maker(dtype, CPU, guard=around), size)
-            if case.primitive.startswith(primitives):
-                print(case.primitive, dtype, size, flush=True)
-                check_values(backend, case)
+            check(make, Maker(types[n % len(types)], CPU, guard=around), size)
     if torch.bfloat16 in dtypes and backend.takes_weights(torch.float32, torch.bfloat16):
         convolutions = [group for group in GROUPS if issubclass(group, ConvolutionTests)]
         mixed = [(case, s) for group in convolutions for case in group.cases for s in group.sizes_of_mixed()]
         for make, size in mixed:
-            case = make(Maker(torch.float32, CPU, guard=guard, weights=torch.bfloat16), size)
-            if case.primitive.startswith(primitives):
-                print(case.primitive, "float32 beside weights in bfloat16", size, flush=True)
-                check_values(backend, case)
+            check(make, Maker(torch.float32, CPU, guard=guard, weights=torch.bfloat16), size)
 
 
 def train_a_network(backend: Backend) -> None:

@@ -161,13 +161,13 @@ class TestAutocast:
     def test_every_mode_of_a_block_with_float32_input(self, backend: str) -> None:
         """The error is about eager's, compiled and with a backward that can be differentiated again."""
         eager, x = eager_block(6, 16, 8).float(), torch.randn(4, 16, 9, 9)
-        exact = _gradients(copy.deepcopy(eager).double(), x.double(), autocast=False)
-        of_eager = statistics.median(_error(_gradients(eager, x), exact))
+        exact = _train_step(copy.deepcopy(eager).double(), x.double(), None)
+        of_eager = statistics.median(_error(_train_step(eager, x, torch.bfloat16), exact))
         ours = {policy: dense_ext.swap(copy.deepcopy(eager), recompute=policy) for policy in RECOMPUTE}
         compiled = torch.compile(ours["none"], backend="aot_eager", fullgraph=True)
-        found = {policy: _gradients(model, x) for policy, model in ours.items()}
-        found["compiled"] = _gradients(compiled, x)
-        found["differentiable again"] = _gradients(ours["none"], x, create_graph=True)
+        found = {policy: _train_step(model, x, torch.bfloat16) for policy, model in ours.items()}
+        found["compiled"] = _train_step(compiled, x, torch.bfloat16)
+        found["differentiable again"] = _train_step(ours["none"], x, torch.bfloat16, create_graph=True)
         for mode, tensors in found.items():
             assert statistics.median(_error(tensors, exact)) <= 1.2 * of_eager, mode
 
@@ -187,26 +187,16 @@ def _error(actual: list[Tensor], exact: list[Tensor]) -> list[float]:
     ]
 
 
-def _gradients(
-    model: nn.Module, x: Tensor, autocast: bool = True, create_graph: bool = False
+def _train_step(
+    model: nn.Module, x: Tensor, dtype: torch.dtype | None, create_graph: bool = False
 ) -> list[Tensor]:
-    """The output, and the gradients of the input and the parameters, with or without autocast."""
-    leaf = x.clone().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        y = model(leaf)
-    sources = [leaf, *model.parameters()]
-    gradients = torch.autograd.grad(y.square().sum(), sources, create_graph=create_graph)
-    return [tensor.detach() for tensor in (y, *gradients)]
-
-
-def _train_step(model: nn.Module, x: Tensor, dtype: torch.dtype | None) -> list[Tensor]:
+    """The output, and the gradients of the input and the parameters; with a dtype, under autocast to it."""
     leaf = x.clone().requires_grad_()
     with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
         y = model(leaf)
-    (y.to(torch.float64) ** 2).mean().backward()
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    assert leaf.grad is not None
-    return [y.detach(), leaf.grad, *grads]
+    loss = (y.to(torch.float64) ** 2).mean()
+    gradients = torch.autograd.grad(loss, [leaf, *model.parameters()], create_graph=create_graph)
+    return [tensor.detach() for tensor in (y, *gradients)]
 
 
 @pytest.mark.parametrize(

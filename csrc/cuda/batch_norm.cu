@@ -24,21 +24,20 @@ __global__ void __launch_bounds__(kThreads) scale_shift_kernel(const ScaleShift 
 void bn_scale_shift(const Tensor& mean, const Tensor& var, const Tensor& weight, const Tensor& bias,
                     double eps, const Tensor& scale, const Tensor& shift) {
   const OnDeviceOf device(mean);
-  const ScaleShift args = scale_shift(mean, var, weight, bias, eps, scale, shift);
+  const ScaleShift args = scale_shift({mean, var, weight, bias, eps, scale, shift});
   const int64_t n = args.channels;
   if (n > 0) launch<scale_shift_kernel>({ceil_div(n, kThreads), 1, kThreads}, args);
 }
 
-ScaleShift scale_shift(const Tensor& mean, const Tensor& var, const Tensor& weight,
-                       const Tensor& bias, double eps, const Tensor& scale, const Tensor& shift) {
-  const int64_t n = mean.numel();
-  return {.mean = channels<const float>(mean, "mean", n),
-          .var = channels<const float>(var, "var", n),
-          .weight = channels<const float>(weight, "weight", n),
-          .bias = channels<const float>(bias, "bias", n),
-          .eps = static_cast<float>(eps),
-          .scale = channels<float>(scale, "scale", n),
-          .shift = channels<float>(shift, "shift", n),
+ScaleShift scale_shift(const NextNorm& norm) {
+  const int64_t n = norm.mean.numel();
+  return {.mean = channels<const float>(norm.mean, "mean", n),
+          .var = channels<const float>(norm.var, "var", n),
+          .weight = channels<const float>(norm.weight, "weight", n),
+          .bias = channels<const float>(norm.bias, "bias", n),
+          .eps = static_cast<float>(norm.eps),
+          .scale = channels<float>(norm.scale, "scale", n),
+          .shift = channels<float>(norm.shift, "shift", n),
           .channels = n};
 }
 
@@ -56,25 +55,22 @@ void bn_gradient(const Tensor& sums, const Tensor& mean, const Tensor& var, cons
                  double eps, int64_t count, const Tensor& grad_weight, const Tensor& grad_bias,
                  const std::optional<Tensor>& u, const std::optional<Tensor>& v) {
   const OnDeviceOf device(mean);
-  norm_gradient(sums, mean, var, weight, eps, count, grad_weight, grad_bias, u, v).run();
+  norm_gradient({sums, mean, var, weight, eps, count, grad_weight, grad_bias, u, v}).run();
 }
 
-NormGradient norm_gradient(const Tensor& sums, const Tensor& mean, const Tensor& var,
-                           const Tensor& weight, double eps, int64_t count,
-                           const Tensor& grad_weight, const Tensor& grad_bias,
-                           const std::optional<Tensor>& u, const std::optional<Tensor>& v) {
-  const int64_t n = mean.numel();
-  STD_TORCH_CHECK(u.has_value() == v.has_value(), "u and v go together");
-  return {.sums = channels<const float>(sums, "sums", 2 * n),
-          .mean = channels<const float>(mean, "mean", n),
-          .var = channels<const float>(var, "var", n),
-          .weight = channels<const float>(weight, "weight", n),
-          .eps = static_cast<float>(eps),
-          .count = static_cast<float>(count),
-          .grad_weight = channels<float>(grad_weight, "grad_weight", n),
-          .grad_bias = channels<float>(grad_bias, "grad_bias", n),
-          .u = channels<float>(u, "u", n),
-          .v = channels<float>(v, "v", n),
+NormGradient norm_gradient(const SummedNorm& norm) {
+  const int64_t n = norm.mean.numel();
+  STD_TORCH_CHECK(norm.u.has_value() == norm.v.has_value(), "u and v go together");
+  return {.sums = channels<const float>(norm.sums, "sums", 2 * n),
+          .mean = channels<const float>(norm.mean, "mean", n),
+          .var = channels<const float>(norm.var, "var", n),
+          .weight = channels<const float>(norm.weight, "weight", n),
+          .eps = static_cast<float>(norm.eps),
+          .count = static_cast<float>(norm.count),
+          .grad_weight = channels<float>(norm.grad_weight, "grad_weight", n),
+          .grad_bias = channels<float>(norm.grad_bias, "grad_bias", n),
+          .u = channels<float>(norm.u, "u", n),
+          .v = channels<float>(norm.v, "v", n),
           .channels = n};
 }
 

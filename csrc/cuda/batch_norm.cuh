@@ -25,12 +25,7 @@ struct ScaleShift {
 };
 
 // Checks the arguments of bn_scale_shift.
-ScaleShift scale_shift(const Tensor& mean, const Tensor& var, const Tensor& weight,
-                       const Tensor& bias, double eps, const Tensor& scale, const Tensor& shift);
-
-inline ScaleShift scale_shift(const NextNorm& n) {
-  return scale_shift(n.mean, n.var, n.weight, n.bias, n.eps, n.scale, n.shift);
-}
+ScaleShift scale_shift(const NextNorm& norm);
 
 // A call of bn_gradient, with null for `grad_weight` if there is none.
 struct NormGradient {
@@ -58,15 +53,7 @@ struct NormGradient {
 };
 
 // Checks the arguments of bn_gradient.
-NormGradient norm_gradient(const Tensor& sums, const Tensor& mean, const Tensor& var,
-                           const Tensor& weight, double eps, int64_t count,
-                           const Tensor& grad_weight, const Tensor& grad_bias,
-                           const std::optional<Tensor>& u, const std::optional<Tensor>& v);
-
-inline NormGradient norm_gradient(const SummedNorm& n) {
-  return norm_gradient(n.sums, n.mean, n.var, n.weight, n.eps, n.count, n.grad_weight, n.grad_bias,
-                       n.u, n.v);
-}
+NormGradient norm_gradient(const SummedNorm& norm);
 
 // The results that a backward pass writes. kWhole writes all of them. Backward through a norm that
 // used the batch's statistics takes two passes. One with kSums writes the sums. Then one with
@@ -88,7 +75,7 @@ struct ThroughNorm {
     zero(torch::stable::narrow(all, 0, 2 * n, 2 * n));  // bn_gradient adds to u and v
     // The passes refuse a mean whose size does not match x.
     const int64_t count = x.numel() / std::max<int64_t>(1, n);
-    gradient = norm_gradient(sums, mean, var, weight, eps, count, grad_weight, grad_bias, u, v);
+    gradient = norm_gradient({sums, mean, var, weight, eps, count, grad_weight, grad_bias, u, v});
   }
 };
 

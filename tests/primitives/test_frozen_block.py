@@ -74,12 +74,11 @@ def check_bits(
     run.forward(out, c0, *schedule.frozen_parameters(block))
     assert (wide[..., block.out_channels :] == 7).all()
     found = [out.permute(0, 3, 1, 2)]
-    # Weights are packed for activations of their own dtype.
-    images = () if weights else (x, x.contiguous(memory_format=torch.channels_last))
-    packed = packed_block(run, block, weights or dtype)
-    for image in images:
-        found.append(run.forward_packed(image, packed, widths, growth))
-        assert is_channels_last(found[-1])
+    if weights is None:  # packed weights are for activations of their own dtype
+        packed = packed_block(run, block, dtype)
+        for image in (x, x.contiguous(memory_format=torch.channels_last)):
+            found.append(run.forward_packed(image, packed, widths, growth))
+            assert is_channels_last(found[-1])
     layer_by_layer = copy.copy(backend)
     layer_by_layer.frozen_blocks = None
     expected, _, _ = schedule.forward(layer_by_layer, block, x, keep_bottleneck=False)  # type: ignore[arg-type]
