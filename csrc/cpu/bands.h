@@ -35,20 +35,23 @@ struct Band {
 
 // Splits N x H x W into bands whose padded pixels, of `pixel_bytes` each, fit into `budget` bytes.
 // If possible, the number of bands is a multiple of `threads`. max_rows is at least kMinRows: the
-// border of a smaller band would cost more than its pixels.
+// border of a smaller band would cost more than its pixels. A band of a part of an image has a
+// multiple of `unit` rows, unless it is the last.
 class Bands {
  public:
   template <class T>
-  Bands(const Volumes<T>& pixels, int64_t pixel_bytes, int64_t budget, int64_t threads)
+  Bands(const Volumes<T>& pixels, int64_t pixel_bytes, int64_t budget, int64_t threads,
+        int64_t unit)
       : images_(pixels.images),
         height_(pixels.height),
         width_(pixels.width),
         planes_(pixels.planes),
+        unit_(unit),
         groups_(images_) {
     const int64_t line_bytes = (width_ + 2) * pixel_bytes;
     const int64_t max_rows = std::max(kMinRows, budget / line_bytes - 2);
     per_image_ = std::max(ceil_div(height_, max_rows), ceil_div(threads, images_));
-    per_image_ = std::min(per_image_, height_);
+    per_image_ = std::min(per_image_, units());
     if (per_image_ == 1) {
       const int64_t max_images = std::max<int64_t>(1, budget / ((height_ + 2) * line_bytes));
       groups_ = std::min(images_, round_up(ceil_div(images_, max_images), threads));
@@ -62,20 +65,24 @@ class Bands {
 
   Band operator[](int64_t i) const {
     const Range images = part_of(images_, groups_, i / per_image_);
-    const Range rows = part_of(height_, per_image_, i % per_image_);
+    const Range part = part_of(units(), per_image_, i % per_image_);
+    const Range rows = {part.begin * unit_, std::min(part.end * unit_, height_)};
     return {images.begin, images.size(), rows.begin, rows.size(), height_, width_, planes_};
   }
 
   // Upper bounds over all bands, for allocating scratch.
-  int64_t max_lines() const { return ceil_div(images_, groups_) * ceil_div(height_, per_image_); }
+  int64_t max_rows() const { return std::min(ceil_div(units(), per_image_) * unit_, height_); }
+  int64_t max_lines() const { return ceil_div(images_, groups_) * max_rows(); }
   int64_t max_pixels() const { return max_lines() * width_; }
   int64_t max_padded_pixels() const {
-    return ceil_div(images_, groups_) * (ceil_div(height_, per_image_) + 2) * (width_ + 2);
+    return ceil_div(images_, groups_) * (max_rows() + 2) * (width_ + 2);
   }
 
  private:
+  int64_t units() const { return ceil_div(height_, unit_); }
+
   static constexpr int64_t kMinRows = 4;
-  int64_t images_, height_, width_, planes_, groups_, per_image_, parts_;
+  int64_t images_, height_, width_, planes_, unit_, groups_, per_image_, parts_;
 };
 
 // Fills a band with its border, from the images that are `offset` planes beyond the band's:

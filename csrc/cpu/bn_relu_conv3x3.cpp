@@ -12,9 +12,12 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <atomic>
+
 #include "../primitives.h"
 #include "bands.h"
 #include "conv3x3.h"
+#include "winograd.h"
 
 namespace dense_ext {
 namespace {
@@ -41,7 +44,7 @@ class Forward {
   using E = Operand<T>;
 
  public:
-  explicit Forward(const ForwardArguments<T>& args)
+  Forward(const ForwardArguments<T>& args, bool winograd)
       : args_(args),
         in_(args.z.channels),
         out_(args.y.channels),
@@ -52,18 +55,25 @@ class Forward {
         a_taps_(TapOffsets::in_band(args.z.width, a_ld_)),
         b_taps_(TapOffsets::in_panel<E>(in_)),
         weights_(weights_as_b(args.weight, weight_taps_)),
-        bands_(args.z, a_ld_ * int64_t{sizeof(E)}, kForwardBytes, num_threads()),
-        workspace_{bytes_of<E>(weights_.packed_size()), 2 * padded_bytes<A>(in_),
+        winograd_(winograd),
+        bands_(args.z, a_ld_ * int64_t{sizeof(E)}, kForwardBytes, num_threads(),
+               winograd_ ? 2 : 1),
+        workspace_{bytes_of<E>(weights_.packed_size()),
+                   bytes_of<E>(points_size(weights_, winograd_)), 2 * padded_bytes<A>(in_),
                    Moments::bytes(bands_.parts(), out_)},
         packed_(workspace_.take<E>(weights_.packed_size())),
+        points_(workspace_.take<E>(points_size(weights_, winograd_))),
         scale_(workspace_.take_padded(args.scale, in_)),
         shift_(workspace_.take_padded(args.shift, in_)),
         moments_(workspace_, bands_.parts(), out_) {}
 
-  void run() {
+  // Returns whether the results stand: Winograd's algorithm has to find them finite.
+  bool run() {
     pack_weights(weights_, packed_);
+    if (winograd_) transform_weights(weights_, packed_, points_);
     parallel(bands_.parts(), [&](int64_t part) { run_part(part); });
     if (args_.mean) moments_.finish(args_.mean, args_.var);
+    return finite_;
   }
 
  private:
@@ -76,7 +86,12 @@ class Forward {
       const Band band = bands_[i];
       for (int64_t c = 0; c < chunks_.count; c++) {
         for (int64_t plane = 0; plane < args_.weight.planes; plane++) {
-          convolve_band(band, chunks_[c], plane, a, y);
+          activate(band, chunks_[c], plane, a);
+          if (winograd_) {
+            convolve_tiles(band, chunks_[c], plane, a, y);
+          } else {
+            convolve_lines(band, chunks_[c], plane, a, y);
+          }
         }
       }
       store_rounded_rows(y, y_ld_, band.pixels(), out_, args_.y.at(band.first_pixel()),
@@ -85,18 +100,45 @@ class Forward {
     }
   }
 
-  // Computes the contribution of a chunk of the channels and a plane of the window to a band of y.
-  void convolve_band(const Band& band, Range chunk, int64_t plane, E* a, A* y) const {
-    const int64_t first = chunk.begin, offset = plane - args_.weight.planes / 2;
-    fill_padded(band, offset, a, a_ld_, [&](int64_t pixel, E* line) {
+  void activate(const Band& band, Range chunk, int64_t plane, E* a) const {
+    const int64_t first = chunk.begin;
+    fill_padded(band, plane - args_.weight.planes / 2, a, a_ld_, [&](int64_t pixel, E* line) {
       activate_rows<Depth::kColumns>(args_.z.at(pixel) + first, args_.z.stride, band.width,
                                      chunk.size(), scale_ + first, shift_ + first, line, a_ld_);
     });
+  }
+
+  // Adds the contribution of a chunk of the channels and a plane of the window to a band of y.
+  void convolve_tiles(const Band& band, Range chunk, int64_t plane, const E* a, A* y) {
+    const int64_t offset = plane - args_.weight.planes / 2;
+    const BandTiles<E> rows{band, a, a_ld_, y, y_ld_};
+    rows.for_images([&](Range tiles, int64_t line) {
+      if (!band.has_plane(line, offset)) return;
+      const bool has_previous = plane > 0 && band.has_plane(line, offset - 1);
+      const WinogradProduct<E> product{
+          .width = band.width,
+          .depth = chunk.size(),
+          .columns = out_,
+          .a_ld = a_ld_,
+          .c_ld = y_ld_,
+          .b = points_ + (plane * kPoints * in_ + chunk.begin) * kPanel<E>,
+          .b_depth = in_,
+          .b_panel = args_.weight.planes * kPoints * in_ * kPanel<E>,
+          .accumulate = chunk.begin > 0 || has_previous};
+      for_tile_groups(tiles, [&](Range group) {
+        const E* z = product.transform(group, rows);
+        if (!product.multiply_points(group, z, rows)) finite_ = false;
+      });
+    });
+  }
+
+  void convolve_lines(const Band& band, Range chunk, int64_t plane, const E* a, A* y) const {
+    const int64_t offset = plane - args_.weight.planes / 2;
     for (int64_t line = 0; line < band.lines(); line++) {
       if (!band.has_plane(line, offset)) continue;
       const bool has_previous = plane > 0 && band.has_plane(line, offset - 1);
-      convolve_line(a + band.padded_line(line) * a_ld_, chunk, plane, first > 0 || has_previous,
-                    y + line * band.width * y_ld_);
+      convolve_line(a + band.padded_line(line) * a_ld_, chunk, plane,
+                    chunk.begin > 0 || has_previous, y + line * band.width * y_ld_);
     }
   }
 
@@ -124,11 +166,13 @@ class Forward {
   const int64_t a_ld_, y_ld_;
   const TapOffsets weight_taps_, a_taps_, b_taps_;
   const WeightsAsB<WeightOf<T>> weights_;  // [tap][in][out]
+  const bool winograd_;
   const Bands bands_;
   Workspace workspace_;
-  E* const packed_;
+  E *const packed_, *const points_;
   const A *const scale_, *const shift_;
   Moments moments_;
+  std::atomic<bool> finite_ = true;
 };
 
 }  // namespace
@@ -155,7 +199,7 @@ void bn_relu_conv3x3_forward(const Tensor& z, const Tensor& scale, const Tensor&
       if (var) std::fill_n(args.var, out, A{0});
       return;
     }
-    Forward<T>(args).run();
+    if (!Forward<T>(args, winograd_pays<Operand<T>>(zs)).run()) Forward<T>(args, false).run();
   });
 }
 
@@ -182,7 +226,7 @@ class Backward {
   using E = Operand<T>;
 
  public:
-  explicit Backward(const BackwardArguments<T>& args)
+  Backward(const BackwardArguments<T>& args, bool winograd)
       : args_(args),
         in_(args.z.channels),
         out_(args.y.channels),
@@ -202,12 +246,16 @@ class Backward {
                  .k_stride = args.weight.out_stride,
                  .j_stride = args.weight.in_stride,
                  .tap_offsets = weight_taps_.offset},
-        bands_(args.z, (2 * a_ld_ + dy_ld_) * int64_t{sizeof(E)}, kBackwardBytes, num_threads()),
-        dw_(args.grad_weight, bands_.parts()),
-        workspace_{bytes_of<E>(weights_.packed_size()), dw_.bytes(),
+        winograd_(winograd),
+        bands_(args.z, (2 * a_ld_ + dy_ld_) * int64_t{sizeof(E)}, kBackwardBytes, num_threads(),
+               winograd_ ? 2 : 1),
+        dw_(args.grad_weight, bands_.parts(), winograd_ ? kPoints : kTaps),
+        workspace_{bytes_of<E>(weights_.packed_size()),
+                   bytes_of<E>(points_size(weights_, winograd_)), dw_.bytes(),
                    ChannelSums::bytes(bands_.parts(), in_), 3 * padded_bytes<A>(in_),
                    2 * padded_bytes<A>(out_)},
         packed_(workspace_.take<E>(weights_.packed_size())),
+        points_(workspace_.take<E>(points_size(weights_, winograd_))),
         sums_(workspace_, bands_.parts(), in_),
         mean_(workspace_.take_padded(args.mean, in_)),
         scale_(workspace_.take_padded(args.scale, in_)),
@@ -217,11 +265,14 @@ class Backward {
     dw_.take(workspace_);
   }
 
-  void run() {
+  // As for Forward.
+  bool run() {
     pack_weights(weights_, packed_);
+    if (winograd_) transform_weights(weights_, packed_, points_);
     parallel(bands_.parts(), [&](int64_t part) { run_part(part); });
     sums_.finish(args_.sums);
-    if (dw_.wanted()) dw_.finish();
+    if (dw_.wanted() && !dw_.finish()) finite_ = false;
+    return finite_;
   }
 
  private:
@@ -254,8 +305,12 @@ class Backward {
         if (dw_.wanted()) activate(tile, chunks_[c]);
         for (int64_t plane = 0; plane < planes; plane++) {
           if (c == 0 || planes > 1) fill_dy(tile, plane - planes / 2);
-          add_data_gradient(tile, chunks_[c], plane);
-          if (dw_.wanted()) add_weight_gradient(tile, chunks_[c], plane);
+          if (winograd_) {
+            add_gradients_of_tiles(tile, chunks_[c], plane);
+          } else {
+            add_data_gradient(tile, chunks_[c], plane);
+            if (dw_.wanted()) add_weight_gradient(tile, chunks_[c], plane);
+          }
         }
         write_data_gradient(tile, chunks_[c]);
       }
@@ -271,6 +326,54 @@ class Backward {
     });
     if (dw_.wanted()) {  // each pixel with the next, since a tap may begin at any pixel
       pair_rows(tile.dy, dy_ld_, band.padded_pixels(), out_, 1, tile.dy_rows, dy_rows_ld_);
+    }
+  }
+
+  // Both gradients by Winograd's algorithm, for a plane of the window: they share the points of dy.
+  void add_gradients_of_tiles(const Tile& tile, Range chunk, int64_t plane) {
+    const Band& band = tile.band;
+    const int64_t offset = plane - args_.weight.planes / 2;
+    const BandTiles<E> rows{band, tile.dy, dy_ld_, tile.da, a_ld_};
+    rows.for_images([&](Range tiles, int64_t line) {
+      if (!band.has_plane(line, offset)) return;
+      const int64_t panels = args_.weight.planes * chunk.begin / kPanel<E>;
+      WinogradProduct<E> product{
+          .width = band.width,
+          .depth = out_,
+          .columns = chunk.size(),
+          .a_ld = dy_ld_,
+          .c_ld = a_ld_,
+          .b = points_ + (panels + plane) * kPoints * out_ * kPanel<E>,
+          .b_depth = out_,
+          .b_panel = args_.weight.planes * kPoints * out_ * kPanel<E>,
+          .accumulate = plane > 0 && band.has_plane(line, offset - 1)};
+      for_tile_groups(tiles, [&](Range group) {
+        const E* dy = product.transform(group, rows);
+        if (!product.multiply_points(group, dy, rows)) finite_ = false;
+        if (dw_.wanted()) add_weight_points(tile, chunk, plane, product, group, dy);
+      });
+    });
+  }
+
+  // dW's points (+)= (A a A^T)^T @ (B^T dy B)
+  void add_weight_points(const Tile& tile, Range chunk, int64_t plane,
+                         const WinogradProduct<E>& product, Range group, const E* dy) {
+    const BandTiles<A> rows{tile.band, nullptr, 0, reinterpret_cast<A*>(tile.a), a_ld_};
+    const int64_t a_ld = product.m_ld();
+    const A* a = product.transform_outputs(group, rows);
+    for (int64_t p = 0; p < kPoints; p++) {
+      multiply(Product<A>{.rows = chunk.size(),
+                          .columns = out_,
+                          .depth = group.size(),
+                          .a = a + p * product.point_stride(a_ld),
+                          .a_row = 1,
+                          .a_depth = a_ld,
+                          .b = reinterpret_cast<const A*>(dy) + p * product.point_stride(product.v_ld()),
+                          .b_panel = kPanel<A>,
+                          .b_depth = product.v_ld(),
+                          .c = dw_.row(tile.part, plane * kPoints + p, chunk.begin),
+                          .c_row = dw_.ld(),
+                          .accumulate = tile.adds || group.begin > 0});
     }
   }
 
@@ -365,13 +468,15 @@ class Backward {
   const int64_t a_line_;  // the distance between lines of an activated band
   const TapOffsets weight_taps_, dy_taps_, dy_rows_taps_, b_taps_;
   const WeightsAsB<WeightOf<T>> weights_;  // [tap][out][in]
+  const bool winograd_;
   const Bands bands_;
   Conv3x3WeightGradient<WeightOf<T>> dw_;
   Workspace workspace_;
-  E* const packed_;
+  E *const packed_, *const points_;
   ChannelSums sums_;
   const A *const mean_, *const scale_, *const shift_;
   const A *const u_, *const v_;
+  std::atomic<bool> finite_ = true;
 };
 
 }  // namespace
@@ -403,7 +508,7 @@ void bn_relu_conv3x3_backward(const Tensor& grad, const Tensor& y, const Tensor&
       if (grad_weight) torch::stable::fill_(*grad_weight, 0);
       return;
     }
-    Backward<T>(args).run();
+    if (!Backward<T>(args, winograd_pays<Operand<T>>(zs)).run()) Backward<T>(args, false).run();
   });
 }
 

@@ -4,6 +4,7 @@
 
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #include "parallel.h"
@@ -89,14 +90,17 @@ WeightsAsB<T> weights_as_b(const Conv3x3Weight<const T>& w, const TapOffsets& ta
 }
 
 // The weight gradients [tap][in][out] of the parts (threads), in a workspace. Their rows are padded
-// to whole vectors.
+// to whole vectors. With 16 taps a plane they are points of Winograd's algorithm (see winograd.h),
+// of the reversed weight.
 template <class T>
 class Conv3x3WeightGradient {
   using A = Acc<T>;
+  using V = Vector<A>;
 
  public:
   // If `grad` has no data, the gradient is not wanted and takes no memory.
-  Conv3x3WeightGradient(const Conv3x3Weight<T>& grad, int64_t parts) : grad_(grad), parts_(parts) {}
+  Conv3x3WeightGradient(const Conv3x3Weight<T>& grad, int64_t parts, int64_t plane_taps)
+      : grad_(grad), parts_(parts), plane_taps_(plane_taps) {}
 
   bool wanted() const { return grad_.data != nullptr; }
   int64_t ld() const { return whole_vectors<A>(grad_.out); }
@@ -107,31 +111,70 @@ class Conv3x3WeightGradient {
     return partial_ + part * size() + (tap * grad_.in + channel) * ld();
   }
 
-  // grad[k][c][tap] = sum over parts of row(part, tap, c)[k]
-  void finish() {
+  // grad[k][c][tap] = sum over parts of row(part, tap, c)[k]. Returns whether it stands: if it comes
+  // from points, it has to be finite.
+  bool finish() {
+    std::atomic<bool> stands = true;
     const int64_t threads = std::min(num_threads(), grad_.in);
     parallel(threads, [&](int64_t thread) {
       const Range range = part_of(grad_.in, threads, thread);
       for (int64_t c = range.begin; c < range.end; c++) {
-        for (int64_t t = 0; t < grad_.taps(); t++) write_row(t, c);
+        for (int64_t plane = 0; plane < grad_.planes; plane++) {
+          if (!write_plane(plane, c)) stands = false;
+        }
       }
     });
+    return stands;
   }
 
  private:
-  int64_t size() const { return wanted() ? grad_.taps() * grad_.in * ld() : 0; }
+  int64_t size() const { return wanted() ? grad_.planes * plane_taps_ * grad_.in * ld() : 0; }
 
-  void write_row(int64_t tap, int64_t channel) {
-    A* sum = row(0, tap, channel);
-    add_parts(sum, parts_, size(), {0, grad_.out});
-    T* target = grad_.data + channel * grad_.in_stride + grad_.tap_offset(tap);
-    for (int64_t k = 0; k < grad_.out; k++) {
-      target[k * grad_.out_stride] = static_cast<T>(sum[k]);
+  bool write_plane(int64_t plane, int64_t channel) {
+    for (int64_t t = 0; t < plane_taps_; t++) {
+      add_parts(row(0, plane * plane_taps_ + t, channel), parts_, size(), {0, grad_.out});
+    }
+    const bool points = plane_taps_ != kTaps;
+    if (points) points_to_taps(plane, channel);
+    A probe = 0;  // 0 * each value, summed: NaN if one is not finite
+    for (int64_t t = 0; t < kTaps; t++) {
+      const int64_t tap = plane * kTaps + t;
+      const A* sum = row(0, plane * plane_taps_ + t, channel);
+      T* target = grad_.data + channel * grad_.in_stride +
+                  grad_.tap_offset(points ? grad_.taps() - 1 - tap : tap);
+      for (int64_t k = 0; k < grad_.out; k++) {
+        probe += 0 * sum[k];
+        target[k * grad_.out_stride] = static_cast<T>(sum[k]);
+      }
+    }
+    return !points || probe == 0;
+  }
+
+  // G^T u G, in place of its first nine points.
+  void points_to_taps(int64_t plane, int64_t channel) {
+    const auto transform = [](V u0, V u1, V u2, V u3, const auto& put) {
+      const V half = (u1 + u2) / 2;
+      put(0, u0 + half);
+      put(1, (u1 - u2) / 2);
+      put(2, half + u3);
+    };
+    A* u = row(0, plane * plane_taps_, channel);
+    const int64_t stride = grad_.in * ld();
+    for (int64_t k = 0; k < ld(); k += kLanes<A>, u += kLanes<A>) {
+      V rows[3][4];
+      for (int64_t x = 0; x < 4; x++) {
+        const auto at = [&](int64_t i) { return load(u + (4 * i + x) * stride); };
+        transform(at(0), at(1), at(2), at(3), [&](int64_t i, V v) { rows[i][x] = v; });
+      }
+      for (int64_t i = 0; i < 3; i++) {
+        transform(rows[i][0], rows[i][1], rows[i][2], rows[i][3],
+                  [&](int64_t x, V v) { store(u + (3 * i + x) * stride, v); });
+      }
     }
   }
 
   const Conv3x3Weight<T> grad_;
-  const int64_t parts_;
+  const int64_t parts_, plane_taps_;
   A* partial_ = nullptr;
 };
 

@@ -8,11 +8,13 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <atomic>
 #include <vector>
 
 #include "conv1x1.h"
 #include "conv3x3.h"
 #include "prepared.h"
+#include "winograd.h"
 
 namespace dense_ext {
 namespace {
@@ -25,17 +27,23 @@ struct Shape {
   int64_t in, inner, out;  // C, B, K
 };
 
-// What the two convolutions of a layer read.
+// What the two convolutions of a layer read. The 3x3 convolution's weights are packed as taps, and
+// behind them as points.
 template <class T>
 struct PreparedLayer {
   using A = Acc<T>;
+  using E = Operand<T>;
+  static constexpr int64_t kWeights = kTaps + (kWinograd<E> ? kPoints : 0);
   Prepared<T> conv1, conv3;
+  E* points;
 
   PreparedLayer(A* memory, const Shape& shape)
-      : conv1(memory, shape.in, shape.inner), conv3(conv1.end, shape.inner, shape.out, kTaps) {}
+      : conv1(memory, shape.in, shape.inner),
+        conv3(conv1.end, shape.inner, shape.out, kWeights),
+        points(conv3.packed + kTaps * elements<E>(shape.inner) * round_up(shape.out, kPanel<E>)) {}
   static int64_t size(const Shape& shape) {
     return Prepared<T>::size(shape.in, shape.inner) +
-           Prepared<T>::size(shape.inner, shape.out, kTaps);
+           Prepared<T>::size(shape.inner, shape.out, kWeights);
   }
 };
 
@@ -51,8 +59,10 @@ struct Layer {
     to.conv1.set_norm(norm1, shape.in);
     to.conv3.set_norm(norm2, shape.inner);
     const TapOffsets taps = TapOffsets::in_weight(weight3, /*reversed=*/false);
+    const auto b = weights_as_b(weight3, taps);
     pack_weights<WeightOf<T>>({{weights_as_b(weight1, /*transposed=*/true), to.conv1.packed},
-                               {weights_as_b(weight3, taps), to.conv3.packed}});
+                               {b, to.conv3.packed}});
+    if constexpr (kWinograd<Operand<T>>) transform_weights(b, to.conv3.packed, to.points);
   }
 };
 
@@ -123,13 +133,24 @@ class FrozenBlock {
     }
   }
 
+  // Winograd's algorithm has to find a layer's output finite: else the nine taps are multiplied.
   void run(const Shape& shape, const PreparedLayer<T>& prepared) {
+    winograd_ = winograd_pays<E>(x_.images, x_.height, x_.width);
+    finite_ = true;
+    run_bands(shape, prepared);
+    if (finite_) return;
+    winograd_ = false;
+    run_bands(shape, prepared);
+  }
+
+  void run_bands(const Shape& shape, const PreparedLayer<T>& prepared) {
     int64_t written = 0;
     for (int64_t i = 0; i < bands_; i++) {
       const Range band = part_of(lines_, bands_, i);
       write_bottleneck(shape, prepared, band);
-      // The last line waits for the line below it, if that is in the same image.
-      const int64_t ready = band.end % x_.height ? band.end - 1 : band.end;
+      // The last line waits for the line below it, if that is in the same image, and its tiles too.
+      const int64_t row = band.end % x_.height, above = std::max<int64_t>(row - 1, 0);
+      const int64_t ready = band.end - row + (winograd_ ? above / 2 * 2 : above);
       write_output(shape, prepared, {written, ready});
       written = ready;
     }
@@ -165,38 +186,99 @@ class FrozenBlock {
     });
   }
 
-  // Writes y of these lines.
+  // Writes y of these lines, which are whole rows of tiles if it takes tiles.
   void write_output(const Shape& shape, const PreparedLayer<T>& prepared, Range lines) {
+    const Range tiles = {first_tile(lines.begin), first_tile(lines.end)};
+    const int64_t total = winograd_ ? tiles.size() : lines.size();
+    const int64_t parts = std::min(total, num_threads());
+    parallel(parts, [&](int64_t part) {
+      const Range range = part_of(total, parts, part);
+      if (winograd_) {
+        for_tile_groups({tiles.begin + range.begin, tiles.begin + range.end},
+                        [&](Range group) { write_tiles(shape, prepared, group); });
+      } else {
+        write_lines(shape, prepared, {lines.begin + range.begin, lines.begin + range.end});
+      }
+    });
+  }
+
+  // By nine taps.
+  void write_lines(const Shape& shape, const PreparedLayer<T>& prepared, Range lines) {
     const TapOffsets packed_taps = TapOffsets::in_panel<E>(shape.inner);
     const Chunks chunks(shape.inner, kConv3x3Channels, kPanel<E>);
     const int64_t y_ld = whole_vectors<A>(shape.out);
-    const int64_t parts = std::min(lines.size(), num_threads());
-    parallel(parts, [&](int64_t part) {
-      A* y = scratch<A>(Slot::kProduct, x_.width * y_ld);
-      const Range range = part_of(lines.size(), parts, part);
-      for (int64_t i = range.begin; i < range.end; i++) {
-        const int64_t line = lines.begin + i;
-        for (int64_t c = 0; c < chunks.count; c++) {
-          const int64_t first = chunks[c].begin;
-          multiply(Product<E>{.rows = x_.width,
-                              .columns = shape.out,
-                              .depth = elements<E>(chunks[c].size()),
-                              .a = padded_line(line) + elements<E>(first),
-                              .a_row = z_ld_,
-                              .a_depth = 1,
-                              .b = prepared.conv3.packed + elements<E>(first) * kPanel<E>,
-                              .b_panel = kTaps * elements<E>(shape.inner) * kPanel<E>,
-                              .b_depth = kPanel<E>,
-                              .c = y,
-                              .c_row = y_ld,
-                              .accumulate = c > 0,
-                              .taps = kTaps,
-                              .a_taps = z_taps_.offset,
-                              .b_taps = packed_taps.offset});
-        }
-        store_rows<T>(y, y_ld, x_.width, shape.out, x_.at(line * x_.width) + shape.in, x_.stride);
+    A* y = scratch<A>(Slot::kProduct, x_.width * y_ld);
+    for (int64_t line = lines.begin; line < lines.end; line++) {
+      for (int64_t c = 0; c < chunks.count; c++) {
+        const int64_t first = chunks[c].begin;
+        multiply(Product<E>{.rows = x_.width,
+                            .columns = shape.out,
+                            .depth = elements<E>(chunks[c].size()),
+                            .a = padded_line(line) + elements<E>(first),
+                            .a_row = z_ld_,
+                            .a_depth = 1,
+                            .b = prepared.conv3.packed + elements<E>(first) * kPanel<E>,
+                            .b_panel = kTaps * elements<E>(shape.inner) * kPanel<E>,
+                            .b_depth = kPanel<E>,
+                            .c = y,
+                            .c_row = y_ld,
+                            .accumulate = c > 0,
+                            .taps = kTaps,
+                            .a_taps = z_taps_.offset,
+                            .b_taps = packed_taps.offset});
+      }
+      store_output(shape, y, line, {0, x_.width});
+    }
+  }
+
+  // By Winograd's algorithm, for a group of tiles.
+  void write_tiles(const Shape& shape, const PreparedLayer<T>& prepared, Range group) {
+    const Chunks chunks(shape.inner, kConv3x3Channels, kPanel<E>);
+    const int64_t y_ld = whole_vectors<A>(shape.out), row_size = 2 * x_.width * y_ld;
+    const int64_t row_tiles = ceil_div(x_.width, 2), first_row = group.begin / row_tiles;
+    A* y = scratch<A>(Slot::kProduct, (ceil_div(group.end, row_tiles) - first_row) * row_size);
+    for (int64_t c = 0; c < chunks.count; c++) {
+      const int64_t first = chunks[c].begin;
+      const WinogradProduct<E> product{.width = x_.width,
+                                       .depth = chunks[c].size(),
+                                       .columns = shape.out,
+                                       .a_ld = z_ld_,
+                                       .c_ld = y_ld,
+                                       .b = prepared.points + first * kPanel<E>,
+                                       .b_depth = shape.inner,
+                                       .b_panel = kPoints * shape.inner * kPanel<E>,
+                                       .accumulate = c > 0};
+      const auto row = [&](int64_t i) {
+        const Range lines = lines_of(i);
+        return TileRow<E>{padded_line(lines.begin) + first, y + (i - first_row) * row_size,
+                          lines.size()};
+      };
+      if (!product.multiply_points(group, product.transform(group, row), row)) finite_ = false;
+    }
+    for_tile_rows(x_.width, group, [&](int64_t row, Range tiles, int64_t) {
+      const Range lines = lines_of(row);
+      const Range pixels = {2 * tiles.begin, std::min(2 * tiles.end, x_.width)};
+      const A* source = y + (row - first_row) * row_size + pixels.begin * y_ld;
+      for (int64_t line = lines.begin; line < lines.end; line++, source += x_.width * y_ld) {
+        store_output(shape, source, line, pixels);
       }
     });
+  }
+
+  void store_output(const Shape& shape, const A* y, int64_t line, Range pixels) {
+    store_rows<T>(y, whole_vectors<A>(shape.out), pixels.size(), shape.out,
+                  x_.at(line * x_.width + pixels.begin) + shape.in, x_.stride);
+  }
+
+  // The rows of tiles count on from image to image.
+  int64_t image_tile_rows() const { return ceil_div(x_.height, 2); }
+  int64_t first_tile(int64_t line) const {
+    const int64_t row = line / x_.height * image_tile_rows() + line % x_.height / 2;
+    return row * ceil_div(x_.width, 2);
+  }
+  Range lines_of(int64_t tile_row) const {
+    const int64_t image = tile_row / image_tile_rows(), row = 2 * (tile_row % image_tile_rows());
+    return {image * x_.height + row, image * x_.height + std::min(row + 2, x_.height)};
   }
 
   // The upper left neighbour of the first pixel of a line of z.
@@ -211,6 +293,8 @@ class FrozenBlock {
   const int64_t z_ld_, line_size_;
   const int64_t lines_, bands_;
   const int64_t images_;  // how many are in z at a time
+  bool winograd_ = false;
+  std::atomic<bool> finite_ = true;
   const TapOffsets z_taps_;
   Workspace workspace_;
   A* const prepared_;

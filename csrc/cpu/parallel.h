@@ -87,6 +87,8 @@ enum class Slot {
   kPairs,
   kStatistics,
   kLines,
+  kPoints,
+  kPointProducts,
   kTilesOfA,
   kTilesOfB,
   kCount

@@ -66,6 +66,12 @@ def _whole(channels: int, width: int) -> int:
     return -(-channels // width) * width
 
 
+def _weights(window: Sequence[int], floats: bool) -> int:
+    """How many weights a window has where it is packed: Winograd's 16 stand beside the 9 of a 3x3 window."""
+    # csrc/cpu/frozen_block.cpp: PreparedLayer
+    return math.prod(window) + (16 if floats and list(window) == [3, 3] else 0)
+
+
 class CPUBackend(CompiledBackend):
     """Runs the primitives in C++ on the CPU."""
 
@@ -93,7 +99,7 @@ class CPUBackend(CompiledBackend):
         # csrc/cpu/prepared.h: PackedMemory and Prepared. A pair of bfloat16 values counts as one.
         values, size = 2 if self.rounds_operands(dtype) else 1, _PANEL
         for channels_out, channels_in, *window in convs:
-            elements = math.prod(window) * _whole(channels_in, values) // values
+            elements = _weights(window, values == 1) * _whole(channels_in, values) // values
             size += 2 * _whole(channels_in, _PANEL) + elements * _whole(channels_out, _PANEL)
         return size
 
