@@ -111,8 +111,8 @@ class Conv3x3WeightGradient {
     return partial_ + part * size() + (tap * grad_.in + channel) * ld();
   }
 
-  // grad[k][c][tap] = sum over parts of row(part, tap, c)[k]. Returns whether it stands: if it comes
-  // from points, it has to be finite.
+  // grad[k][c][tap] = sum over parts of row(part, tap, c)[k]. Returns whether it stands: if it
+  // comes from points, it has to be finite.
   bool finish() {
     std::atomic<bool> stands = true;
     const int64_t threads = std::min(num_threads(), grad_.in);

@@ -60,8 +60,8 @@ struct Layer {
     to.conv3.set_norm(norm2, shape.inner);
     const TapOffsets taps = TapOffsets::in_weight(weight3, /*reversed=*/false);
     const auto b = weights_as_b(weight3, taps);
-    pack_weights<WeightOf<T>>({{weights_as_b(weight1, /*transposed=*/true), to.conv1.packed},
-                               {b, to.conv3.packed}});
+    pack_weights<WeightOf<T>>(
+        {{weights_as_b(weight1, /*transposed=*/true), to.conv1.packed}, {b, to.conv3.packed}});
     if constexpr (kWinograd<Operand<T>>) transform_weights(b, to.conv3.packed, to.points);
   }
 };
@@ -193,12 +193,14 @@ class FrozenBlock {
     const int64_t parts = std::min(total, num_threads());
     parallel(parts, [&](int64_t part) {
       const Range range = part_of(total, parts, part);
-      if (winograd_) {
-        for_tile_groups({tiles.begin + range.begin, tiles.begin + range.end},
-                        [&](Range group) { write_tiles(shape, prepared, group); });
-      } else {
-        write_lines(shape, prepared, {lines.begin + range.begin, lines.begin + range.end});
+      if constexpr (kWinograd<E>) {
+        if (winograd_) {
+          for_tile_groups({tiles.begin + range.begin, tiles.begin + range.end},
+                          [&](Range group) { write_tiles(shape, prepared, group); });
+          return;
+        }
       }
+      write_lines(shape, prepared, {lines.begin + range.begin, lines.begin + range.end});
     });
   }
 
@@ -239,21 +241,21 @@ class FrozenBlock {
     A* y = scratch<A>(Slot::kProduct, (ceil_div(group.end, row_tiles) - first_row) * row_size);
     for (int64_t c = 0; c < chunks.count; c++) {
       const int64_t first = chunks[c].begin;
-      const WinogradProduct<E> product{.width = x_.width,
+      const WinogradProduct<A> product{.width = x_.width,
                                        .depth = chunks[c].size(),
                                        .columns = shape.out,
-                                       .a_ld = z_ld_,
-                                       .c_ld = y_ld,
+                                       .in_ld = z_ld_,
+                                       .out_ld = y_ld,
                                        .b = prepared.points + first * kPanel<E>,
                                        .b_depth = shape.inner,
                                        .b_panel = kPoints * shape.inner * kPanel<E>,
                                        .accumulate = c > 0};
       const auto row = [&](int64_t i) {
         const Range lines = lines_of(i);
-        return TileRow<E>{padded_line(lines.begin) + first, y + (i - first_row) * row_size,
+        return TileRow<A>{padded_line(lines.begin) + first, y + (i - first_row) * row_size,
                           lines.size()};
       };
-      if (!product.multiply_points(group, product.transform(group, row), row)) finite_ = false;
+      if (!product.write_outputs(group, product.transform_inputs(group, row), row)) finite_ = false;
     }
     for_tile_rows(x_.width, group, [&](int64_t row, Range tiles, int64_t) {
       const Range lines = lines_of(row);

@@ -3,10 +3,10 @@
 //
 //   y = A^T [ sum over channels of (G g G^T) * (B^T d B) ] A,   where * is elementwise,
 //
-// d is the tile's 4x4 inputs and g the 3x3 weights. Each of the 16 points is a matrix product of
-// its own, tiles x channels. The sums are of a ninth as many terms as a direct convolution's, which
-// makes float32 results more exact: see docs/backends/cpu.md. The transforms use values of a
-// neighbourhood, so where a result is not finite, the caller has to convolve directly.
+// d is the tile's 4x4 inputs and g the 3x3 weights. Each of the 16 points is a matrix product over
+// the channels. Its sums have a ninth of the terms of a direct convolution, whose rounding errors
+// are thus larger: docs/backends/cpu.md has figures. A tile's outputs share all of its inputs, so
+// one that is not finite spoils them all: then the caller convolves directly.
 
 #pragma once
 
@@ -20,16 +20,17 @@
 namespace dense_ext {
 
 constexpr int64_t kPoints = 16;  // the products of a tile
-// The tiles that are multiplied together: two register tiles of AVX-512. For 128 channels they take
-// some 230 KB.
+// The tiles that are multiplied together fill two register tiles of AVX-512. The points of 128
+// channels take 230 KB.
 constexpr int64_t kGroupTiles = 28;
 
-// Pairs would be rounded again after the transform.
+// Pairs would be rounded once more, after the transform.
 template <class E>
 constexpr bool kWinograd = !kIsPair<E>;
 
-// Whether it takes less time than nine taps for so many images that are convolved together. The constants are measured:
-// what the transforms add to the 16 products, and what reading 16 weights instead of 9 costs.
+// Whether it takes less time than nine taps, for so many images that are convolved together. The
+// constants are measured: the time of a tile, whose transforms come to its 16 products, and of
+// reading 16 points of the weight instead of 9 taps. dense_ext/backends/cpu.py has the same rule.
 template <class E>
 bool winograd_pays(int64_t images, int64_t height, int64_t width) {
   constexpr int64_t kTileCost = 20, kWeightCost = 90;
@@ -37,20 +38,19 @@ bool winograd_pays(int64_t images, int64_t height, int64_t width) {
   return kWinograd<E> && kTaps * images * height * width > kTileCost * tiles + kWeightCost;
 }
 
-// For volumes, whose planes may lie at their border, each image is convolved alone.
+// A volume's images are convolved one by one, since a window's planes may lie outside the volume.
 template <class E, class T>
 bool winograd_pays(const Volumes<T>& pixels) {
   return winograd_pays<E>(pixels.planes > 1 ? 1 : pixels.images, pixels.height, pixels.width);
 }
 
-// Calls store(i, value) for the four values of B^T d.
-template <class V, class Store>
-inline void transform_input(const V& d0, const V& d1, const V& d2, const V& d3,
-                            const Store& store) {
-  store(0, d0 - d2);
-  store(1, d1 + d2);
-  store(2, d2 - d1);
-  store(3, d1 - d3);
+// Calls put(i, value) for the four values of B^T d.
+template <class V, class Put>
+inline void transform_input(V d0, V d1, V d2, V d3, const Put& put) {
+  put(0, d0 - d2);
+  put(1, d1 + d2);
+  put(2, d2 - d1);
+  put(3, d1 - d3);
 }
 
 // The elements of a weight's points; 0 if they are not wanted.
@@ -70,9 +70,7 @@ void transform_weights(const WeightsAsB<T>& weights, const E* packed, E* points)
     for (int64_t panel = 0; panel < panels; panel++) {
       const E* g = packed + panel * kTaps * size;
       E* u = points + panel * kPoints * size;
-      for (int64_t i = range.begin * kPanel<E>; i < range.end * kPanel<E>; i += kLanes<E>) {
-        // G g and then (G g) G^T, whose rows are g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2.
-        V rows[4][3];
+      for (int64_t j = range.begin * kPanel<E>; j < range.end * kPanel<E>; j += kLanes<E>) {
         const auto transform = [](V g0, V g1, V g2, const auto& put) {
           const V half = (g0 + g2) / 2;
           put(0, g0);
@@ -80,13 +78,14 @@ void transform_weights(const WeightsAsB<T>& weights, const E* packed, E* points)
           put(2, half - g1 / 2);
           put(3, g2);
         };
-        for (int64_t x = 0; x < 3; x++) {
-          transform(load(g + x * size + i), load(g + (3 + x) * size + i),
-                    load(g + (6 + x) * size + i), [&](int64_t r, V v) { rows[r][x] = v; });
+        const auto at = [&](int64_t tap) { return load(g + tap * size + j); };
+        V rows[4][3];
+        DENSE_UNROLL for (int x = 0; x < 3; x++) {
+          transform(at(x), at(3 + x), at(6 + x), [&](int64_t i, V v) { rows[i][x] = v; });
         }
-        for (int64_t r = 0; r < 4; r++) {
-          transform(rows[r][0], rows[r][1], rows[r][2],
-                    [&](int64_t x, V v) { store(u + (4 * r + x) * size + i, v); });
+        DENSE_UNROLL for (int i = 0; i < 4; i++) {
+          transform(rows[i][0], rows[i][1], rows[i][2],
+                    [&](int64_t x, V v) { store(u + (4 * i + x) * size + j, v); });
         }
       }
     }
@@ -117,189 +116,181 @@ void for_tile_rows(int64_t width, Range group, const Body& body) {
 }
 
 // A row of tiles: two lines of an image, or its last one.
-template <class E>
+template <class A>
 struct TileRow {
-  const E* a;  // the upper left neighbour of the first pixel, in lines of width + 2 pixels
-  Acc<E>* c;   // the first output, in lines of `width` pixels
+  const A* in;  // the upper left neighbour of the first pixel, in lines of width + 2 pixels
+  A* out;       // the first output, in lines of `width` pixels
   int64_t lines;
 };
 
-// Outputs of tiles: C (+)= the convolution of `a` with a panel's weights.
-template <class E>
+// The convolution of padded images with a weight, by groups of tiles.
+template <class A>
 struct WinogradProduct {
-  using A = Acc<E>;
-  using V = Vector<E>;
+  using V = Vector<A>;
 
-  int64_t width;            // of an image, in pixels
-  int64_t depth, columns;   // the channels that are summed over, and those of C
-  int64_t a_ld, c_ld;       // the distances between pixels
-  const E* b;               // points of the weights; the panels are b_panel apart
-  int64_t b_depth, b_panel;  // b_depth: the channels of a point's weights
-  bool accumulate;
-  Prefetch prefetch[2] = {};
+  int64_t width;             // of an image, in pixels
+  int64_t depth, columns;    // the channels of the input that are summed over, and of the output
+  int64_t in_ld, out_ld;     // the distances between the input's pixels, and the output's
+  const A* b;                // the points of the weight
+  int64_t b_depth, b_panel;  // the channels of a point, and the distance between panels
+  bool accumulate;           // whether to add to the output
 
-  int64_t v_ld() const { return whole_vectors<E>(depth); }
-  int64_t m_ld() const { return whole_vectors<E>(columns); }
-  // The distance between points of a group. The vector beside its rows keeps points out of the same
-  // cache sets.
-  static int64_t point_stride(int64_t ld) { return kGroupTiles * ld + kLanes<E>; }
+  // The distances between the tiles of a point.
+  int64_t input_ld() const { return whole_vectors<A>(depth); }
+  int64_t output_ld() const { return whole_vectors<A>(columns); }
+  // The distance between points. The vector beside a point keeps others out of its cache sets.
+  int64_t input_stride() const { return kGroupTiles * input_ld() + kLanes<A>; }
+  int64_t output_stride() const { return kGroupTiles * output_ld() + kLanes<A>; }
 
-  // The points [16][tiles][v_ld] of a group, in scratch; row(i) is the i-th TileRow.
-  template <class Row>
-  E* transform(Range group, const Row& row) const {
-    E* points = scratch<E>(Slot::kPoints, kPoints * point_stride(v_ld()));
+  // B^T d B of a group's inputs, [16][tiles][input_ld], in scratch. row(i) is the i-th TileRow.
+  template <class Rows>
+  const A* transform_inputs(Range group, const Rows& row) const {
+    A* points = scratch<A>(Slot::kPoints, kPoints * input_stride());
     for_tile_rows(width, group, [&](int64_t i, Range tiles, int64_t place) {
-      transform_row(row(i), tiles, points + place * v_ld());
+      transform_input_row(row(i), tiles, points + place * input_ld());
     });
     return points;
   }
 
-  // Computes C from the points of a group; returns whether all of it is finite.
-  template <class Row>
-  bool multiply_points(Range group, const E* points, const Row& row) const {
-    A* m = scratch<A>(Slot::kPointProducts, kPoints * point_stride(m_ld()));
+  // A y A^T of a group's outputs, [16][tiles][output_ld], in scratch.
+  template <class Rows>
+  const A* transform_outputs(Range group, const Rows& row) const {
+    A* points = scratch<A>(Slot::kPointProducts, kPoints * output_stride());
+    for_tile_rows(width, group, [&](int64_t i, Range tiles, int64_t place) {
+      transform_output_row(row(i), tiles, points + place * output_ld());
+    });
+    return points;
+  }
+
+  // Writes a group's outputs from the points of its inputs. Returns whether they are finite.
+  template <class Rows>
+  bool write_outputs(Range group, const A* points, const Rows& row) const {
+    A* products = scratch<A>(Slot::kPointProducts, kPoints * output_stride());
     for (int64_t p = 0; p < kPoints; p++) {
-      for (const Prefetch& rows : prefetch) rows.fetch(p, kPoints);
-      multiply(Product<E>{.rows = group.size(),
+      multiply(Product<A>{.rows = group.size(),
                           .columns = columns,
                           .depth = depth,
-                          .a = points + p * point_stride(v_ld()),
-                          .a_row = v_ld(),
+                          .a = points + p * input_stride(),
+                          .a_row = input_ld(),
                           .a_depth = 1,
-                          .b = b + p * b_depth * kPanel<E>,
+                          .b = b + p * b_depth * kPanel<A>,
                           .b_panel = b_panel,
-                          .b_depth = kPanel<E>,
-                          .c = m + p * point_stride(m_ld()),
-                          .c_row = m_ld()});
+                          .b_depth = kPanel<A>,
+                          .c = products + p * output_stride(),
+                          .c_row = output_ld()});
     }
     bool finite = true;
     for_tile_rows(width, group, [&](int64_t i, Range tiles, int64_t place) {
-      finite &= write_row(row(i), tiles, m + place * m_ld());
+      finite &= write_output_row(row(i), tiles, products + place * output_ld());
     });
     return finite;
   }
 
-  // The points A c A^T of a group of outputs, [16][tiles][m_ld], in scratch.
-  template <class Row>
-  const A* transform_outputs(Range group, const Row& row) const {
-    A* points = scratch<A>(Slot::kPointProducts, kPoints * point_stride(m_ld()));
-    for_tile_rows(width, group, [&](int64_t i, Range tiles, int64_t place) {
-      transform_output_row(row(i), tiles, points + place * m_ld());
-    });
-    return points;
-  }
-
  private:
-  void transform_output_row(const TileRow<A>& row, Range tiles, A* points) const {
-    using V = Vector<A>;
-    const int64_t stride = point_stride(m_ld());
-    for (int64_t t = tiles.begin; t < tiles.end; t++, points += m_ld()) {
-      const A* c = row.c + 2 * t * c_ld;
-      const bool right = 2 * t + 1 < width, below = row.lines > 1;
-      for (int64_t j = 0; j < columns; j += kLanes<A>) {
-        const auto at = [&](bool exists, int64_t place) {
-          return exists ? load(c + place * c_ld + j) : V{};
-        };
-        const auto transform = [](V c0, V c1, const auto& put) {
-          put(0, c0);
-          put(1, c0 + c1);
-          put(2, c0 - c1);
-          put(3, -c1);
-        };
-        V rows[4][2];
-        for (int64_t x = 0; x < 2; x++) {
-          const bool inside = x == 0 || right;
-          transform(at(inside, x), at(inside && below, width + x),
-                    [&](int64_t i, V v) { rows[i][x] = v; });
-        }
-        for (int64_t i = 0; i < 4; i++) {
-          transform(rows[i][0], rows[i][1],
-                    [&](int64_t x, V v) { store(points + (4 * i + x) * stride + j, v); });
-        }
-      }
-    }
-  }
-
-  void transform_row(const TileRow<E>& row, Range tiles, E* points) const {
-    const int64_t line = (width + 2) * a_ld, stride = point_stride(v_ld());
-    for (int64_t j = 0; j < depth; j += kLanes<E>) {
-      // B^T d for a column of pixels. Tiles may reach beyond the border, where all is zero.
+  void transform_input_row(const TileRow<A>& row, Range tiles, A* points) const {
+    const int64_t line = (width + 2) * in_ld;
+    for (int64_t j = 0; j < depth; j += kLanes<A>) {
+      // B^T d for a column of pixels. A tile may reach beyond the border, where all is zero.
       V columns[4][4];
-      const auto read = [&](int64_t x, V* out) {
-        const E* d = row.a + x * a_ld + j;
-        const bool inside = x < width + 2;
-        const auto at = [&](int64_t i) { return load(d + i * line); };
-        transform_input<V>(inside ? at(0) : V{}, inside ? at(1) : V{}, inside ? at(2) : V{},
-                           inside && row.lines > 1 ? at(3) : V{},
-                           [&](int64_t i, V v) { out[i] = v; });
+      const auto read = [&](int64_t x, V* column) {
+        const A* pixel = row.in + x * in_ld + j;
+        const auto at = [&](int64_t i) {
+          return x < width + 2 && i < row.lines + 2 ? load(pixel + i * line) : V{};
+        };
+        transform_input(at(0), at(1), at(2), at(3), [&](int64_t i, V v) { column[i] = v; });
       };
       read(2 * tiles.begin, columns[0]);
       read(2 * tiles.begin + 1, columns[1]);
-      E* out = points + j;
-      for (int64_t t = tiles.begin; t < tiles.end; t++, out += v_ld()) {
+      A* point = points + j;
+      for (int64_t t = tiles.begin; t < tiles.end; t++, point += input_ld()) {
         read(2 * t + 2, columns[2]);
         read(2 * t + 3, columns[3]);
         DENSE_UNROLL for (int i = 0; i < 4; i++) {
-          transform_input<V>(columns[0][i], columns[1][i], columns[2][i], columns[3][i],
-                             [&](int64_t x, V v) { store(out + (4 * i + x) * stride, v); });
-          columns[0][i] = columns[2][i];
+          transform_input(columns[0][i], columns[1][i], columns[2][i], columns[3][i],
+                          [&](int64_t x, V v) { store(point + (4 * i + x) * input_stride(), v); });
+          columns[0][i] = columns[2][i];  // the next tile overlaps with this one
           columns[1][i] = columns[3][i];
         }
       }
     }
   }
 
-  bool write_row(const TileRow<E>& row, Range tiles, const A* m) const {
-    using V = Vector<A>;
-    const int64_t stride = point_stride(m_ld());
-    V probe = {};  // 0 * y, summed: NaN if a y is not finite
-    for (int64_t t = tiles.begin; t < tiles.end; t++, m += m_ld()) {
-      A* c = row.c + 2 * t * c_ld;
+  void transform_output_row(const TileRow<A>& row, Range tiles, A* points) const {
+    for (int64_t t = tiles.begin; t < tiles.end; t++, points += output_ld()) {
+      const A* tile = row.out + 2 * t * out_ld;
       const bool right = 2 * t + 1 < width, below = row.lines > 1;
-      for (int64_t j = 0; j < columns; j += kLanes<E>) {
-        // A^T m and then (A^T m) A, whose rows are m0 + m1 + m2 and m1 - m2 - m3.
-        V rows[2][4];
-        DENSE_UNROLL for (int x = 0; x < 4; x++) {
-          const auto at = [&](int64_t i) { return load(m + (4 * i + x) * stride + j); };
-          const V m1 = at(1), m2 = at(2);
-          rows[0][x] = at(0) + m1 + m2;
-          rows[1][x] = m1 - m2 - at(3);
-        }
-        const auto put = [&](bool wanted, int64_t place, V v) {
-          probe += v * 0;
-          A* out = c + place * c_ld + j;
-          if (wanted) store(out, accumulate ? load(out) + v : v);
+      for (int64_t j = 0; j < columns; j += kLanes<A>) {
+        const auto at = [&](bool exists, int64_t place) {
+          return exists ? load(tile + place * out_ld + j) : V{};
         };
-        put(true, 0, rows[0][0] + rows[0][1] + rows[0][2]);
-        put(right, 1, rows[0][1] - rows[0][2] - rows[0][3]);
-        put(below, width, rows[1][0] + rows[1][1] + rows[1][2]);
-        put(below && right, width + 1, rows[1][1] - rows[1][2] - rows[1][3]);
+        const auto transform = [](V y0, V y1, const auto& put) {
+          put(0, y0);
+          put(1, y0 + y1);
+          put(2, y0 - y1);
+          put(3, -y1);
+        };
+        V rows[4][2];
+        transform(at(true, 0), at(below, width), [&](int64_t i, V v) { rows[i][0] = v; });
+        transform(at(right, 1), at(right && below, width + 1),
+                  [&](int64_t i, V v) { rows[i][1] = v; });
+        DENSE_UNROLL for (int i = 0; i < 4; i++) {
+          transform(rows[i][0], rows[i][1],
+                    [&](int64_t x, V v) { store(points + (4 * i + x) * output_stride() + j, v); });
+        }
       }
     }
-    A values[kLanes<E>];
-    store(values, probe);
-    return std::all_of(values, values + kLanes<E>, [](A value) { return value == 0; });
+  }
+
+  bool write_output_row(const TileRow<A>& row, Range tiles, const A* products) const {
+    V probe = {};  // 0 * y, summed: NaN if a y is not finite
+    for (int64_t t = tiles.begin; t < tiles.end; t++, products += output_ld()) {
+      A* tile = row.out + 2 * t * out_ld;
+      const bool right = 2 * t + 1 < width, below = row.lines > 1;
+      for (int64_t j = 0; j < columns; j += kLanes<A>) {
+        const auto transform = [](V m0, V m1, V m2, V m3, const auto& put) {
+          put(0, m0 + m1 + m2);
+          put(1, m1 - m2 - m3);
+        };
+        const auto at = [&](int64_t point) { return load(products + point * output_stride() + j); };
+        V rows[2][4];
+        DENSE_UNROLL for (int x = 0; x < 4; x++) {
+          transform(at(x), at(4 + x), at(8 + x), at(12 + x),
+                    [&](int64_t i, V v) { rows[i][x] = v; });
+        }
+        DENSE_UNROLL for (int i = 0; i < 2; i++) {
+          transform(rows[i][0], rows[i][1], rows[i][2], rows[i][3], [&](int64_t x, V v) {
+            if ((i && !below) || (x && !right)) return;
+            probe += 0 * v;
+            A* out = tile + (i * width + x) * out_ld + j;
+            store(out, accumulate ? load(out) + v : v);
+          });
+        }
+      }
+    }
+    A sums[kLanes<A>];
+    store(sums, probe);
+    return std::all_of(sums, sums + kLanes<A>, [](A sum) { return sum == 0; });
   }
 };
 
-// The tiles of a band, padded in `a`, and their outputs in `c`. Call it with a row of tiles.
-template <class E>
+// The rows of tiles of a band that is padded in `in`.
+template <class A>
 struct BandTiles {
   const Band& band;
-  const E* a;
-  int64_t a_ld;
-  Acc<E>* c;
-  int64_t c_ld;
+  const A* in;
+  int64_t in_ld;
+  A* out;
+  int64_t out_ld;
 
   int64_t image_rows() const { return ceil_div(band.rows, 2); }
-  TileRow<E> operator()(int64_t row) const {
+  TileRow<A> operator()(int64_t row) const {
     const int64_t above = 2 * (row % image_rows()), line = row / image_rows() * band.rows + above;
-    return {a + band.padded_line(line) * a_ld, c + line * band.width * c_ld,
+    return {in + band.padded_line(line) * in_ld, out + line * band.width * out_ld,
             std::min<int64_t>(2, band.rows - above)};
   }
 
-  // Calls body(tiles, line) for runs of images of which all or none have a plane; `line` is the
-  // first.
+  // Calls body(tiles, line) for images that all have a plane of the window, or all lack it. `line`
+  // is their first.
   template <class Body>
   void for_images(const Body& body) const {
     const int64_t at_once = band.planes > 1 ? 1 : band.images;

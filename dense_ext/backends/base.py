@@ -158,11 +158,10 @@ class Backend(ABC):
     def scratch_bytes(
         self,
         primitive: str,
-        pixels: int,
+        sizes: Sequence[int],
         in_channels: int,
         out_channels: int,
         dtype: torch.dtype,
-        dimensions: int = 2,
     ) -> int:
         """The peak bytes of scratch memory that a call of ``primitive`` takes from PyTorch's allocator.
 
@@ -170,11 +169,11 @@ class Backend(ABC):
 
         Args:
             primitive: one of ``PRIMITIVES``.
-            pixels: M of the tensor that the primitive normalises: x, or z for the 3x3 convolution.
+            sizes: [N, H, W] or [N, D, H, W] of the tensor that the primitive normalises: x, or z for the 3x3
+                convolution.
             in_channels: the channels of that tensor.
             out_channels: the channels that the primitive's forward writes.
             dtype: the activations' dtype.
-            dimensions: 2 for images, 3 for volumes.
         """
         return 0
 

@@ -59,6 +59,7 @@ def _library() -> Library:
 
 # The widest vector and panel of the matrix product over all instruction sets, in values; see csrc/cpu/gemm.h.
 _VECTOR, _PANEL = 16, 32
+_POINTS = 16  # of Winograd's algorithm, for the nine taps of a 3x3 window
 
 
 def _whole(channels: int, width: int) -> int:
@@ -66,10 +67,12 @@ def _whole(channels: int, width: int) -> int:
     return -(-channels // width) * width
 
 
-def _weights(window: Sequence[int], floats: bool) -> int:
-    """How many weights a window has where it is packed: Winograd's 16 stand beside the 9 of a 3x3 window."""
-    # csrc/cpu/frozen_block.cpp: PreparedLayer
-    return math.prod(window) + (16 if floats and list(window) == [3, 3] else 0)
+def _takes_points(sizes: Sequence[int]) -> bool:
+    """Whether 3x3 convolutions of [N, (D,) H, W] run by Winograd's algorithm, where operands are not rounded."""
+    # csrc/cpu/winograd.h: winograd_pays
+    images = sizes[0] if len(sizes) == 3 or sizes[1] == 1 else 1
+    tiles = images * math.prod(-(-size // 2) for size in sizes[-2:])
+    return 9 * images * math.prod(sizes[-2:]) > 20 * tiles + 90
 
 
 class CPUBackend(CompiledBackend):
@@ -99,7 +102,9 @@ class CPUBackend(CompiledBackend):
         # csrc/cpu/prepared.h: PackedMemory and Prepared. A pair of bfloat16 values counts as one.
         values, size = 2 if self.rounds_operands(dtype) else 1, _PANEL
         for channels_out, channels_in, *window in convs:
-            elements = _weights(window, values == 1) * _whole(channels_in, values) // values
+            # csrc/cpu/frozen_block.cpp: PreparedLayer. The points stand behind the taps.
+            weights = math.prod(window) + (_POINTS if values == 1 and math.prod(window) == 9 else 0)
+            elements = weights * _whole(channels_in, values) // values
             size += 2 * _whole(channels_in, _PANEL) + elements * _whole(channels_out, _PANEL)
         return size
 
@@ -117,11 +122,10 @@ class CPUBackend(CompiledBackend):
     def scratch_bytes(
         self,
         primitive: str,
-        pixels: int,
+        sizes: Sequence[int],
         in_channels: int,
         out_channels: int,
         dtype: torch.dtype,
-        dimensions: int = 2,
     ) -> int:
         threads, wide = torch.get_num_threads(), accumulate_dtype(dtype).itemsize
         operand = dtype.itemsize if self.rounds_operands(dtype) else wide
@@ -129,9 +133,10 @@ class CPUBackend(CompiledBackend):
         if "conv" not in primitive:
             return sums
         # Forward packs the weight. Backward packs it transposed, and each thread has its own weight gradient.
-        taps = 3**dimensions if "conv3x3" in primitive else 1
-        transposed = taps * _whole(in_channels, _PANEL) * out_channels
+        taps = 3 ** (len(sizes) - 1) if "conv3x3" in primitive else 1
+        points = _POINTS * taps // 9 if taps > 1 and operand == wide and _takes_points(sizes) else 0
+        transposed = (taps + points) * _whole(in_channels, _PANEL) * out_channels
         if primitive.endswith("forward"):
-            return sums + operand * taps * in_channels * _whole(out_channels, _PANEL)
-        gradient = taps * in_channels * _whole(out_channels, _VECTOR) if taps > 1 else transposed
+            return sums + operand * (taps + points) * in_channels * _whole(out_channels, _PANEL)
+        gradient = max(taps, points) * in_channels * _whole(out_channels, _VECTOR) if taps > 1 else transposed
         return sums + operand * transposed + wide * threads * gradient

@@ -6,6 +6,7 @@ The tests take this backend as their oracle. It is also the best place to learn 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -106,11 +107,10 @@ class ReferenceBackend(Backend):
     def scratch_bytes(
         self,
         primitive: str,
-        pixels: int,
+        sizes: Sequence[int],
         in_channels: int,
         out_channels: int,
         dtype: torch.dtype,
-        dimensions: int = 2,
     ) -> int:
         """The largest sum of temporaries alive at once in the formulas below, for images.
 
@@ -134,7 +134,7 @@ class ReferenceBackend(Backend):
             "bn_relu_maxpool_forward": c + max(copy, c / 4 + indices),
             "bn_relu_maxpool_backward": 2.25 * c + indices + summing,  # a, da, the maxima
         }
-        return math.ceil(pixels * a_pixel.get(primitive, 0))
+        return math.ceil(math.prod(sizes) * a_pixel.get(primitive, 0))
 
     def channel_stats(self, x: Tensor, mean: Tensor, var: Tensor) -> None:
         if len(x) == 0:  # of a process that shares statistics with others but has no images

@@ -81,7 +81,7 @@ class Block:
 
     def __init__(self, step: Step, shape: BlockShape, policy: str, x: Held) -> None:
         self.step, self.shape, self.policy = step, shape, policy
-        self.pixels, self.dtype = step.pixels, step.dtype
+        self.sizes, self.pixels, self.dtype = step.sizes, step.pixels, step.dtype
         self.weights = step.setting.weight_dtype(self.dtype)
         t = step.timeline
         self.out = self.buffer()
@@ -111,7 +111,7 @@ class Block:
 
     def primitive(self, name: str, in_channels: int, out_channels: int) -> None:
         """Call a primitive on the block's pixels."""
-        self.step.primitive(name, self.pixels, in_channels, out_channels, self.dtype)
+        self.step.primitive(name, self.sizes, in_channels, out_channels, self.dtype)
 
     def run_forward(self, keeps_bottleneck: bool) -> None:
         shape = self.shape
@@ -186,9 +186,14 @@ class Step:
         self.block_pixels: dict[str, int] = {}  # M of each block, once it has run
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """[N, H, W] or [N, D, H, W] at the current point of the forward."""
+        return (self.batch, *self.sides)
+
+    @property
     def pixels(self) -> int:
         """M at the current point of the forward."""
-        return self.batch * math.prod(self.sides)
+        return math.prod(self.sizes)
 
     def resize(self, sides: Sequence[int]) -> None:
         """Continue with images of another size.
@@ -256,12 +261,11 @@ class Step:
         self.timeline.release(held)
 
     def primitive(
-        self, name: str, pixels: int, in_channels: int, out_channels: int, dtype: torch.dtype
+        self, name: str, sizes: tuple[int, ...], in_channels: int, out_channels: int, dtype: torch.dtype
     ) -> None:
         """Call a primitive on activations of ``dtype``: count the scratch memory of its backend."""
         backend = self.setting.backends[name]
-        sizes = pixels, in_channels, out_channels
-        nbytes = backend.scratch_bytes(name, *sizes, dtype, self.network.dimensions)
+        nbytes = backend.scratch_bytes(name, sizes, in_channels, out_channels, dtype)
         self.timeline.need("scratch", nbytes)
 
     def narrows(self, weights: torch.dtype) -> bool:
@@ -332,7 +336,8 @@ class Step:
 
     def pool(self, x: Held) -> Held:
         """The stem's norm, ReLU and max pool."""
-        t, channels, pixels, dtype = self.timeline, self.network.channels, self.pixels, self.dtype
+        t, channels, dtype = self.timeline, self.network.channels, self.dtype
+        sizes, pixels = self.sizes, self.pixels
         statistics = t.hold("statistics", 2 * channels * self.wide)
         # The operator works in channels_last memory, on a copy if the convolution wrote contiguous memory.
         copy = 0 if self.setting.stem_is_channels_last else pixels * channels
@@ -340,14 +345,14 @@ class Step:
         elements = self.pixels * channels
         y = t.hold("stem", elements * dtype.itemsize)
         with self.scratch(copy, dtype):
-            self.primitive("channel_stats", pixels, channels, channels, dtype)
-            self.primitive("bn_relu_maxpool_forward", pixels, channels, channels, dtype)
+            self.primitive("channel_stats", sizes, channels, channels, dtype)
+            self.primitive("bn_relu_maxpool_forward", sizes, channels, channels, dtype)
 
         def backward(grad: Held) -> Held:
             with self.scratch(copy, dtype):
                 grad_x = t.hold("gradient buffers", pixels * channels * dtype.itemsize)
-                self.primitive("bn_relu_maxpool_backward", pixels, channels, channels, dtype)
-                self.primitive("affine_gradient", pixels, channels, channels, dtype)
+                self.primitive("bn_relu_maxpool_backward", sizes, channels, channels, dtype)
+                self.primitive("affine_gradient", sizes, channels, channels, dtype)
             t.release(grad, x, statistics)
             return grad_x
 
@@ -356,15 +361,15 @@ class Step:
 
     def transition(self, shape: TransitionShape, x: Held, block: Block | None) -> Held:
         """A transition after ``block``. It does not save its input if the block keeps only its own input."""
-        t, c, k, pixels = self.timeline, shape.in_channels, shape.out_channels, self.pixels
-        dtype = self.dtype
+        t, c, k, dtype = self.timeline, shape.in_channels, shape.out_channels, self.dtype
+        sizes, pixels = self.sizes, self.pixels
         self.resize([n // 2 for n in self.sides])
         saved = [self.weight_copy(c * k, dtype)]
         elements = self.pixels * k
         y = t.hold("transitions", elements * dtype.itemsize)
         saved.append(t.hold("statistics", 2 * c * self.wide))
-        self.primitive("channel_stats", pixels, c, c, dtype)
-        self.primitive("bn_relu_pool_conv1x1_forward", pixels, c, k, dtype)
+        self.primitive("channel_stats", sizes, c, c, dtype)
+        self.primitive("bn_relu_pool_conv1x1_forward", sizes, c, k, dtype)
         if block is None or block.policy != "block":
             saved.append(t.keep(x))
 
@@ -373,8 +378,8 @@ class Step:
                 block.output()
             grad_x = t.hold("gradient buffers", pixels * c * dtype.itemsize)
             new = self.new_gradients(c * k, 2 * c, dtype)
-            self.primitive("bn_relu_pool_conv1x1_backward", pixels, c, k, dtype)
-            self.primitive("affine_gradient", pixels, c, c, dtype)
+            self.primitive("bn_relu_pool_conv1x1_backward", sizes, c, k, dtype)
+            self.primitive("affine_gradient", sizes, c, c, dtype)
             t.release(grad, *saved)
             self.accumulate(new, c * k, dtype)
             return grad_x

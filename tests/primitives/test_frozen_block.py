@@ -187,11 +187,12 @@ def test_bad_arguments_of_a_transition_are_refused(wrong: str) -> None:
 
 
 def test_packed_weights_are_as_large_as_the_weights() -> None:
-    """Up to whole panels of columns, and the norms' vectors."""
+    """Up to whole panels of columns, the norms' vectors, and Winograd's 16 points beside nine taps."""
     block, run = block_of(64, [(128, 32)] * 3, torch.float32), CPU.frozen_blocks
     assert run is not None
     packed = packed_block(run, block, torch.float32)
-    weights = [weight.numel() for layer in block.layers for weight in layer.convs]
+    convs = [weight for layer in block.layers for weight in layer.convs]
+    weights = [w.numel() + (w.shape[2] == 3) * 16 * w.shape[0] * w.shape[1] for w in convs]
     channels = itertools.accumulate([32] * 2, initial=64)
     # And the number that tells their order.
     assert packed.numel() == 32 + sum(weights) + sum(2 * (c + 128) for c in channels)
