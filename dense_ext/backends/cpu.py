@@ -68,7 +68,7 @@ def _whole(channels: int, width: int) -> int:
 
 
 def _takes_points(sizes: Sequence[int]) -> bool:
-    """Whether 3x3 convolutions of [N, (D,) H, W] run by Winograd's algorithm, where operands are not rounded."""
+    """Whether 3x3 convolutions of [N, (D,) H, W] are Winograd's, where operands are not rounded."""
     # csrc/cpu/winograd.h: winograd_pays
     images = sizes[0] if len(sizes) == 3 or sizes[1] == 1 else 1
     tiles = images * math.prod(-(-size // 2) for size in sizes[-2:])
