@@ -341,13 +341,13 @@ def test_several_processes_train_one_network(pictures: Path, tmp_path: Path) -> 
     program = tmp_path / "program.py"
     program.write_text(
         "import json, pathlib, sys, torch.distributed as dist\n"
-        "from dense_ext.benchmark import training\n"
+        "from dense_ext.training import trainer\n"
         "from dense_ext.cli import main\n"
         "def tell(self):\n"
         "    weights = [p.detach().double().sum().item() for p in self.parameters()]\n"
         "    text = json.dumps([weights, sorted(self.trainer.train_dataloader.sampler)])\n"
         "    pathlib.Path(__file__).with_name(f'process{dist.get_rank()}').write_text(text)\n"
-        "training.Classifier.on_train_end = tell\n"
+        "trainer.Classifier.on_train_end = tell\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     arguments = ["train", "--data", pictures, "--model", "densenet_bc_40_12", "--size", "8", "--batch", "8",

@@ -1,5 +1,4 @@
-"""Measuring dense_ext against PyTorch's eager DenseNets: memory, speed, accuracy.
+"""Measuring dense_ext against PyTorch's eager DenseNets: memory and speed.
 
-What ``dense-ext bench``, ``models``, ``train`` and ``report`` run; needs the packages of
-``dense_ext[bench]``.
+What ``dense-ext bench``, ``models`` and ``report`` run; needs the packages of ``dense_ext[bench]``.
 """

@@ -26,9 +26,8 @@ from .options import (
 from .output import publish
 
 if TYPE_CHECKING:
-    from ..benchmark.images import DataSets
     from ..benchmark.results import Results
-    from ..benchmark.training import Training
+    from ..training import DataSets, Training
 
 RESULT = "train.json"
 _PRECISIONS = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -72,7 +71,7 @@ def train(
     Lightning runs it. It writes a checkpoint after each epoch; --resume goes on from it, to the same bits.
     Several devices train one network together. torchrun sets --devices and --nodes by itself.
     """
-    from ..benchmark.training import Training
+    from ..training import Training
 
     model = model or ("densenet_bc_40_12" if data is None else "densenet121")
     check_positive(size=size, epochs=epochs, batch=batch)
@@ -101,9 +100,9 @@ def train(
 
 def _load(data: Path | None, model: str, size: int | None) -> tuple[DataSets, int]:
     """The images at the size asked for, or the one the model is made for."""
-    from ..benchmark.images import digits_data, folder_data
     from ..benchmark.networks import check_model_name, takes_small_images
     from ..models import MODELS
+    from ..training import digits_data, folder_data
 
     check_model_name(model)
     with torch.device("meta"):
@@ -116,7 +115,7 @@ def _load(data: Path | None, model: str, size: int | None) -> tuple[DataSets, in
 
 def _files(out: Path) -> list[Path]:
     """What a training leaves in its folder and another one would replace."""
-    from ..benchmark.training import CHECKPOINT, PEER_CHECKPOINT
+    from ..training import CHECKPOINT, PEER_CHECKPOINT
 
     return [out / name for name in (RESULT, CHECKPOINT, PEER_CHECKPOINT)]
 

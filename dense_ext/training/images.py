@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from .errors import UsageError
+from ..benchmark.errors import UsageError
 
 # ImageNet's channel means and deviations, as torchvision's networks expect.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

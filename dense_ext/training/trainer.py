@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
+from ..benchmark.errors import UsageError
+from ..benchmark.peers import EAGER
 from ..models import MODELS
-from .errors import UsageError
 from .images import DataSets
-from .peers import EAGER
 
 CHECKPOINT, PEER_CHECKPOINT = "checkpoint.ckpt", "peer.ckpt"
 OURS, PEER = "dense_ext", "torchvision, eager"  # the runs' names
