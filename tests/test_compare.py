@@ -186,7 +186,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     new = tmp_path / "new.json"
     new.write_text(json.dumps(results))
     assert main(["bench", "--compare", str(old), str(old)]) == 0
-    assert "59 rows compared, 0 measures got worse" in capsys.readouterr().err
+    assert f"{len(results['rows'])} rows compared, 0 measures got worse" in capsys.readouterr().err
     assert main(["bench", "--compare", str(old), str(new)]) == 1
     printed = capsys.readouterr()
     assert "dense_ext-none" in printed.out
