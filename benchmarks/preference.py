@@ -1,4 +1,4 @@
-"""Put the order in which ``auto`` tries backends into the shipped table, by what a GPU was measured to do.
+"""Put the order in which ``auto`` tries backends into the shipped table, by what was measured on a machine.
 
     python benchmarks/preference.py run/primitives_cuda.json run/primitives_triton.json
 
@@ -31,8 +31,8 @@ def measured_rows(results: list[Results]) -> list[dict[str, Any]]:
     places = [_where(result) for result in results]
     if len({place["where"] for place in places}) > 1:
         raise SystemExit(f"the results are of different machines: {places}")
-    measured, gpu = places[0], results[0].machine["gpu"]
-    on = f"sm_{gpu['compute_capability'].replace('.', '')}" if gpu else "cpu"
+    measured, gpu, cpu = places[0], results[0].machine["gpu"], results[0].machine["cpu_capability"]
+    on = f"sm_{gpu['compute_capability'].replace('.', '')}" if gpu else cpu
     rows = []
     for (primitive, dtype), of_backend in times.items():
         shapes = set.intersection(*(set(t) for t in of_backend.values()))

@@ -12,6 +12,7 @@ import torch
 
 from dense_ext.backends import BACKENDS, PREFERENCE, preference, select
 from dense_ext.backends.base import STORAGE_DTYPES
+from dense_ext.backends.cpu import instruction_set
 from dense_ext.backends.cuda import HAS_CODE, OPS, PRODUCTS, CUDABackend, _gpu_unavailable_reason, _multiply
 from dense_ext.backends.table import PRIMITIVES
 
@@ -42,7 +43,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SetTable]
 
 def row(**changes: Any) -> dict[str, Any]:
     return {
-        "primitive": "channel_stats", "on": "cpu", "dtype": "float32", "order": ["reference"],
+        "primitive": "channel_stats", "on": instruction_set(), "dtype": "float32", "order": ["reference"],
         "measured": MEASURED, **changes,
     }  # fmt: skip
 

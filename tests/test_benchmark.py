@@ -20,7 +20,7 @@ from PIL import Image
 from torchvision.models import densenet121
 
 import dense_ext
-from dense_ext.benchmark import family, images, networks, peers, results, timing
+from dense_ext.benchmark import family, networks, peers, results, timing
 from dense_ext.benchmark.errors import UsageError
 from dense_ext.benchmark.flops import flops_per_image, without_memory
 from dense_ext.benchmark.memory import allocation_levels, saved_bytes, step_peaks
@@ -30,6 +30,7 @@ from dense_ext.benchmark.suites import Options, quick
 from dense_ext.benchmark.suites.speed import DISAGREES, LOSS_TOLERANCE, StepSuite, mark_disagreement
 from dense_ext.memory import TrackedStep
 from dense_ext.schedule import RECOMPUTE
+from dense_ext.training import images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

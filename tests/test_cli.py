@@ -24,9 +24,10 @@ pytest.importorskip("lightning")
 
 from PIL import Image
 
-from dense_ext.benchmark import family, training
+from dense_ext.benchmark import family
 from dense_ext.benchmark.suites import quick
 from dense_ext.benchmark.suites.speed import LOSS_TOLERANCE
+from dense_ext.training import trainer
 
 from .helpers import run_python, torchrun
 
@@ -309,15 +310,15 @@ def test_resumed_training_is_the_uninterrupted_one(
     assert printed.startswith("dense_ext: test accuracy ")
     assert "torchvision, eager: test accuracy " in printed
 
-    step, calls = training.Classifier.training_step, itertools.count()
+    step, calls = trainer.Classifier.training_step, itertools.count()
 
-    def interrupted_step(self: training.Classifier, *batch: Any) -> Any:
+    def interrupted_step(self: trainer.Classifier, *batch: Any) -> Any:
         if next(calls) == stop:
             raise KeyboardInterrupt
         return step(self, *batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Classifier, "training_step", interrupted_step)
+        patch.setattr(trainer.Classifier, "training_step", interrupted_step)
         assert main([*arguments, "--out", str(parts)]) == 130
     assert read(parts / "train.json")["interrupted"]
     assert not (parts / "weights.pt").exists()

@@ -30,7 +30,8 @@ def results(times: dict[str, list[float]]) -> Results:
         for peer, of_shapes in times.items()
         for i, seconds in enumerate(of_shapes)
     ]
-    machine = {"gpu": {"name": "a GPU", "compute_capability": "9.0"}, "cpu": "a CPU"}
+    gpu = {"name": "a GPU", "compute_capability": "9.0"}
+    machine = {"gpu": gpu, "cpu": "a CPU", "cpu_capability": "AVX2"}
     date, versions = "2025-01-31T12:00:00+00:00", {"torch": "2.11.0"}
     return Results("primitives", date, machine, versions, None, {}, rows=rows)
 
@@ -41,6 +42,13 @@ def test_the_fastest_over_all_shapes_comes_first(script: Any) -> None:
     assert row["order"] == ["cuda", "triton"]
     assert (row["primitive"], row["on"], row["dtype"]) == ("channel_stats", "sm_90", "bfloat16")
     assert row["measured"] == {"where": "a GPU", "when": "2025-01-31", "torch": "2.11.0"}
+
+
+def test_a_cpu_is_named_by_its_instruction_set(script: Any) -> None:
+    measured = results({"cpu": [1.0], "reference": [2.0]})
+    measured.machine["gpu"] = None
+    (row,) = script.measured_rows([measured])
+    assert (row["on"], row["order"], row["measured"]["where"]) == ("AVX2", ["cpu", "reference"], "a CPU")
 
 
 def test_backends_are_compared_on_the_shapes_that_all_of_them_ran(script: Any) -> None:

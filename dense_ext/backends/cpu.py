@@ -35,7 +35,7 @@ _OF_FROZEN_TRANSITIONS = ("pack_frozen_transition", "packed_transition")
 OPS = (*PRIMITIVES, *BLOCK_OPS, *_OF_FROZEN_BLOCKS, *_OF_FROZEN_TRANSITIONS)
 
 
-def _instruction_set() -> str:
+def instruction_set() -> str:
     """PyTorch's name for the instruction set to use, or ours for one with bfloat16 instructions."""
     if "ATEN_CPU_CAPABILITY" not in os.environ:
         if torch.cpu._is_avx512_bf16_supported():
@@ -47,7 +47,7 @@ def _instruction_set() -> str:
 
 def libraries() -> tuple[str, ...]:
     """The names of the libraries that this machine can run, best first."""
-    return LIBRARIES.get(_instruction_set(), ELSEWHERE)
+    return LIBRARIES.get(instruction_set(), ELSEWHERE)
 
 
 def _library() -> Library:

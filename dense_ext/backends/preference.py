@@ -1,9 +1,9 @@
 """The order in which ``auto`` tries the backends: a measured order where there is one, else the general one.
 
-``preference.json`` is a list of rows ``{"primitive", "on", "dtype", "order", "measured"}``. ``on`` is
-"cpu", or a GPU's architecture such as "sm_90" or "gfx942". ``order`` names backends, fastest first.
-``measured`` says where, when and with which PyTorch the order was measured; rows where it is null have not
-been measured and are ignored.
+``preference.json`` is a list of rows ``{"primitive", "on", "dtype", "order", "measured"}``. ``on`` is a CPU's
+instruction set such as "AVX512_BF16", or a GPU's architecture such as "sm_90" or "gfx942". ``order`` names
+backends, fastest first. ``measured`` says where, when and with which PyTorch the order was measured; rows
+where it is null have not been measured and are ignored.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import json
 from pathlib import Path
 
 import torch
+
+from .cpu import instruction_set
 
 # The general order, fastest first.
 PREFERENCE = ("cpu", "cuda", "triton", "reference")
@@ -28,6 +30,8 @@ def _measured() -> dict[tuple[str, str, str], tuple[str, ...]]:
 
 def architecture(device: torch.device) -> str:
     """The device's name in the ``on`` field of ``preference.json``."""
+    if device.type == "cpu":
+        return instruction_set()
     if device.type != "cuda" or not torch.cuda.is_available():
         return device.type
     properties = torch.cuda.get_device_properties(device)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..backends.cpu import instruction_set
 from ..version import __version__
 
 _PACKAGES = ("torch", "torchvision", "timm", "monai", "triton", "numpy", "scikit-learn")
@@ -69,7 +70,7 @@ def machine() -> dict[str, Any]:
     found: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": next(iter(_cpuinfo("model name")), platform.processor() or platform.machine()),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_capability": instruction_set(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
