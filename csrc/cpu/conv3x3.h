@@ -89,6 +89,20 @@ WeightsAsB<T> weights_as_b(const Conv3x3Weight<const T>& w, const TapOffsets& ta
           .tap_offsets = taps.offset};
 }
 
+// T m T^T for a matrix m of vectors, with kIn rows and columns, to one with kOut of them.
+// transform(at, put) computes T times a column: it calls put(i, value) for each i from values
+// at(i).
+template <class V, int kIn, int kOut, class Transform, class At, class Put>
+inline void transform_both_sides(const Transform& transform, const At& at, const Put& put) {
+  V rows[kOut][kIn];
+  DENSE_UNROLL for (int x = 0; x < kIn; x++) {
+    transform([&](int i) { return at(i, x); }, [&](int i, V v) { rows[i][x] = v; });
+  }
+  DENSE_UNROLL for (int i = 0; i < kOut; i++) {
+    transform([&](int x) { return rows[i][x]; }, [&](int x, V v) { put(i, x, v); });
+  }
+}
+
 // The weight gradients [tap][in][out] of the parts (threads), in a workspace. Their rows are padded
 // to whole vectors. With 16 taps a plane they are points of Winograd's algorithm (see winograd.h),
 // of the reversed weight.
@@ -152,24 +166,18 @@ class Conv3x3WeightGradient {
 
   // G^T u G, in place of its first nine points.
   void points_to_taps(int64_t plane, int64_t channel) {
-    const auto transform = [](V u0, V u1, V u2, V u3, const auto& put) {
-      const V half = (u1 + u2) / 2;
-      put(0, u0 + half);
-      put(1, (u1 - u2) / 2);
-      put(2, half + u3);
+    const auto transform = [](const auto& u, const auto& put) {
+      const V half = (u(1) + u(2)) / 2;
+      put(0, u(0) + half);
+      put(1, (u(1) - u(2)) / 2);
+      put(2, half + u(3));
     };
     A* u = row(0, plane * plane_taps_, channel);
     const int64_t stride = grad_.in * ld();
     for (int64_t k = 0; k < ld(); k += kLanes<A>, u += kLanes<A>) {
-      V rows[3][4];
-      for (int64_t x = 0; x < 4; x++) {
-        const auto at = [&](int64_t i) { return load(u + (4 * i + x) * stride); };
-        transform(at(0), at(1), at(2), at(3), [&](int64_t i, V v) { rows[i][x] = v; });
-      }
-      for (int64_t i = 0; i < 3; i++) {
-        transform(rows[i][0], rows[i][1], rows[i][2], rows[i][3],
-                  [&](int64_t x, V v) { store(u + (3 * i + x) * stride, v); });
-      }
+      transform_both_sides<V, 4, 3>(
+          transform, [&](int i, int x) { return load(u + (4 * i + x) * stride); },
+          [&](int i, int x, V v) { store(u + (3 * i + x) * stride, v); });
     }
   }
 

@@ -55,14 +55,17 @@ struct Layer {
   Weight<const WeightOf<T>> weight1;
   Conv3x3Weight<const WeightOf<T>> weight3;
 
-  void prepare(const PreparedLayer<T>& to) const {
+  // `points` is whether the points of the 3x3 convolution's weights will be read.
+  void prepare(const PreparedLayer<T>& to, bool points) const {
     to.conv1.set_norm(norm1, shape.in);
     to.conv3.set_norm(norm2, shape.inner);
     const TapOffsets taps = TapOffsets::in_weight(weight3, /*reversed=*/false);
     const auto b = weights_as_b(weight3, taps);
     pack_weights<WeightOf<T>>(
         {{weights_as_b(weight1, /*transposed=*/true), to.conv1.packed}, {b, to.conv3.packed}});
-    if constexpr (kWinograd<Operand<T>>) transform_weights(b, to.conv3.packed, to.points);
+    if constexpr (kWinograd<Operand<T>>) {
+      if (points) transform_weights(b, to.conv3.packed, to.points);
+    }
   }
 };
 
@@ -82,6 +85,7 @@ class FrozenBlock {
         bands_(std::min(
             lines_, ceil_div(lines_ * bytes_of<E>(line_size_), num_threads() * kBytesPerThread))),
         images_(std::min(x.images, ceil_div(ceil_div(lines_, bands_), x.height) + 1)),
+        winograd_pays_(winograd_pays<E>(x.images, x.height, x.width)),
         z_taps_(TapOffsets::in_band(x.width, z_ld_)),
         workspace_{bytes_of<A>(PreparedLayer<T>::size(widest_)),
                    bytes_of<E>(images_ * (x.height + 2) * line_size_)},
@@ -93,7 +97,7 @@ class FrozenBlock {
     clear_border();
     for (const Layer<T>& layer : layers) {
       const PreparedLayer<T> prepared(prepared_, layer.shape);
-      layer.prepare(prepared);
+      layer.prepare(prepared, winograd_pays_);
       run(layer.shape, prepared);
     }
   }
@@ -135,7 +139,7 @@ class FrozenBlock {
 
   // Winograd's algorithm has to find a layer's output finite: else the nine taps are multiplied.
   void run(const Shape& shape, const PreparedLayer<T>& prepared) {
-    winograd_ = winograd_pays<E>(x_.images, x_.height, x_.width);
+    winograd_ = winograd_pays_;
     finite_ = true;
     run_bands(shape, prepared);
     if (finite_) return;
@@ -295,7 +299,8 @@ class FrozenBlock {
   const int64_t z_ld_, line_size_;
   const int64_t lines_, bands_;
   const int64_t images_;  // how many are in z at a time
-  bool winograd_ = false;
+  const bool winograd_pays_;
+  bool winograd_ = false;  // whether the layer that runs takes tiles
   std::atomic<bool> finite_ = true;
   const TapOffsets z_taps_;
   Workspace workspace_;
@@ -380,7 +385,7 @@ void pack_frozen_block(const Tensor& packed, int64_t in_channels, std::vector<Te
     Acc<T>* memory = PackedMemory<T>(packed, size_of<T>(shapes_of(layers))).to_write();
     for (const Layer<T>& layer : layers) {
       const PreparedLayer<T> prepared(memory, layer.shape);
-      layer.prepare(prepared);
+      layer.prepare(prepared, /*points=*/true);
       memory = prepared.conv3.end;
     }
   });

@@ -71,22 +71,16 @@ void transform_weights(const WeightsAsB<T>& weights, const E* packed, E* points)
       const E* g = packed + panel * kTaps * size;
       E* u = points + panel * kPoints * size;
       for (int64_t j = range.begin * kPanel<E>; j < range.end * kPanel<E>; j += kLanes<E>) {
-        const auto transform = [](V g0, V g1, V g2, const auto& put) {
-          const V half = (g0 + g2) / 2;
-          put(0, g0);
-          put(1, half + g1 / 2);
-          put(2, half - g1 / 2);
-          put(3, g2);
+        const auto transform = [](const auto& g, const auto& put) {
+          const V half = (g(0) + g(2)) / 2;
+          put(0, g(0));
+          put(1, half + g(1) / 2);
+          put(2, half - g(1) / 2);
+          put(3, g(2));
         };
-        const auto at = [&](int64_t tap) { return load(g + tap * size + j); };
-        V rows[4][3];
-        DENSE_UNROLL for (int x = 0; x < 3; x++) {
-          transform(at(x), at(3 + x), at(6 + x), [&](int64_t i, V v) { rows[i][x] = v; });
-        }
-        DENSE_UNROLL for (int i = 0; i < 4; i++) {
-          transform(rows[i][0], rows[i][1], rows[i][2],
-                    [&](int64_t x, V v) { store(u + (4 * i + x) * size + j, v); });
-        }
+        transform_both_sides<V, 3, 4>(
+            transform, [&](int i, int x) { return load(g + (3 * i + x) * size + j); },
+            [&](int i, int x, V v) { store(u + (4 * i + x) * size + j, v); });
       }
     }
   });
@@ -220,23 +214,19 @@ struct WinogradProduct {
       const A* tile = row.out + 2 * t * out_ld;
       const bool right = 2 * t + 1 < width, below = row.lines > 1;
       for (int64_t j = 0; j < columns; j += kLanes<A>) {
-        const auto at = [&](bool exists, int64_t place) {
-          return exists ? load(tile + place * out_ld + j) : V{};
+        const auto transform = [](const auto& y, const auto& put) {
+          put(0, y(0));
+          put(1, y(0) + y(1));
+          put(2, y(0) - y(1));
+          put(3, -y(1));
         };
-        const auto transform = [](V y0, V y1, const auto& put) {
-          put(0, y0);
-          put(1, y0 + y1);
-          put(2, y0 - y1);
-          put(3, -y1);
+        const auto at = [&](int i, int x) {
+          const bool exists = (i == 0 || below) && (x == 0 || right);
+          return exists ? load(tile + (i * width + x) * out_ld + j) : V{};
         };
-        V rows[4][2];
-        transform(at(true, 0), at(below, width), [&](int64_t i, V v) { rows[i][0] = v; });
-        transform(at(right, 1), at(right && below, width + 1),
-                  [&](int64_t i, V v) { rows[i][1] = v; });
-        DENSE_UNROLL for (int i = 0; i < 4; i++) {
-          transform(rows[i][0], rows[i][1],
-                    [&](int64_t x, V v) { store(points + (4 * i + x) * output_stride() + j, v); });
-        }
+        transform_both_sides<V, 2, 4>(transform, at, [&](int i, int x, V v) {
+          store(points + (4 * i + x) * output_stride() + j, v);
+        });
       }
     }
   }
@@ -247,24 +237,19 @@ struct WinogradProduct {
       A* tile = row.out + 2 * t * out_ld;
       const bool right = 2 * t + 1 < width, below = row.lines > 1;
       for (int64_t j = 0; j < columns; j += kLanes<A>) {
-        const auto transform = [](V m0, V m1, V m2, V m3, const auto& put) {
-          put(0, m0 + m1 + m2);
-          put(1, m1 - m2 - m3);
+        const auto transform = [](const auto& m, const auto& put) {
+          put(0, m(0) + m(1) + m(2));
+          put(1, m(1) - m(2) - m(3));
         };
-        const auto at = [&](int64_t point) { return load(products + point * output_stride() + j); };
-        V rows[2][4];
-        DENSE_UNROLL for (int x = 0; x < 4; x++) {
-          transform(at(x), at(4 + x), at(8 + x), at(12 + x),
-                    [&](int64_t i, V v) { rows[i][x] = v; });
-        }
-        DENSE_UNROLL for (int i = 0; i < 2; i++) {
-          transform(rows[i][0], rows[i][1], rows[i][2], rows[i][3], [&](int64_t x, V v) {
-            if ((i && !below) || (x && !right)) return;
-            probe += 0 * v;
-            A* out = tile + (i * width + x) * out_ld + j;
-            store(out, accumulate ? load(out) + v : v);
-          });
-        }
+        const auto at = [&](int i, int x) {
+          return load(products + (4 * i + x) * output_stride() + j);
+        };
+        transform_both_sides<V, 4, 2>(transform, at, [&](int i, int x, V v) {
+          if ((i && !below) || (x && !right)) return;
+          probe += 0 * v;
+          A* out = tile + (i * width + x) * out_ld + j;
+          store(out, accumulate ? load(out) + v : v);
+        });
       }
     }
     A sums[kLanes<A>];
