@@ -12,8 +12,11 @@
 #define TF32_ARGUMENT ""
 #endif
 
+// In PyTorch 2.10, STABLE_TORCH_LIBRARY takes its argument's name as it is written.
+#define DENSE_EXT_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
+
 // clang-format off
-STABLE_TORCH_LIBRARY(DENSE_EXT_NAMESPACE, m) {
+DENSE_EXT_LIBRARY(DENSE_EXT_NAMESPACE, m) {
   m.def("channel_stats(Tensor x, Tensor(a!) mean, Tensor(b!) var) -> ()");
   m.def("bn_scale_shift(Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps, Tensor(a!) scale, Tensor(b!) shift) -> ()");
   m.def("bn_gradient(Tensor sums, Tensor mean, Tensor var, Tensor weight, float eps, int count, Tensor(a!) grad_weight, Tensor(b!) grad_bias, Tensor(c!)? u, Tensor(d!)? v) -> ()");

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "amx.h"
+#include "neon.h"
 
 namespace dense_ext {
 namespace {
@@ -63,14 +64,23 @@ void product_kernel(const Product<E>& p, const E* a, const E* b, Acc<E>* c) {
 template <class E>
 using Kernel = void (*)(const Product<E>&, const E*, const E*, Acc<E>*);
 
+template <class E, int kRows, int kVectors>
+constexpr Kernel<E> kernel_of() {
+  if constexpr (kIsPair<E> && kNeonPairs) {
+    return neon::product_kernel<kRows, kVectors>;
+  } else {
+    return product_kernel<E, kRows, kVectors>;
+  }
+}
+
 // kKernels<E, v>[r - 1] computes r rows and v vectors.
 template <class E, int kVectors, int... kIndex>
-constexpr std::array<Kernel<E>, kMaxRows> make_kernels(std::integer_sequence<int, kIndex...>) {
-  return {product_kernel<E, kIndex + 1, kVectors>...};
+constexpr std::array<Kernel<E>, kMaxRows<E>> make_kernels(std::integer_sequence<int, kIndex...>) {
+  return {kernel_of<E, kIndex + 1, kVectors>()...};
 }
 template <class E, int kVectors>
-constexpr std::array<Kernel<E>, kMaxRows> kKernels =
-    make_kernels<E, kVectors>(std::make_integer_sequence<int, kMaxRows>{});
+constexpr std::array<Kernel<E>, kMaxRows<E>> kKernels =
+    make_kernels<E, kVectors>(std::make_integer_sequence<int, kMaxRows<E>>{});
 
 }  // namespace
 
@@ -81,7 +91,7 @@ void multiply(const Product<E>& p) {
     if (amx::is_here()) return amx::multiply(p);
   }
 #endif
-  const int64_t groups = ceil_div(p.rows, kMaxRows);
+  const int64_t groups = ceil_div(p.rows, kMaxRows<E>);
   const int64_t steps = groups * ceil_div(p.columns, kPanel<E>);
   int64_t step = 0;
   for (int64_t j = 0; j < p.columns; j += kPanel<E>) {

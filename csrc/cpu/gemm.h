@@ -10,8 +10,12 @@
 namespace dense_ext {
 
 // The rows of the register tile, and its columns in vectors. With 32 registers, 14 x 2 accumulators
-// leave room for two vectors of b and a broadcast; with 16 registers, 6 x 2 do.
-constexpr int kMaxRows = kManyRegisters ? 14 : 6;
+// leave room for two vectors of b and a broadcast; with 16 registers, 6 x 2 do. NEON's pairs:
+// neon.h.
+template <class E>
+constexpr int kMaxRows = !kManyRegisters            ? 6
+                         : kIsPair<E> && kNeonPairs ? 8
+                                                    : 14;
 constexpr int kMaxVectors = 2;
 
 // The columns of a panel of b.

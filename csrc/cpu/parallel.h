@@ -67,7 +67,7 @@ struct ProductParts {
 
   ProductParts(int64_t rows, int64_t tile_rows, int64_t columns_, int64_t threads)
       : columns(columns_),
-        column_parts(rows <= threads * kMaxRows ? std::min(threads, panels) : 1),
+        column_parts(rows <= threads * kMaxRows<E> ? std::min(threads, panels) : 1),
         tiles(rows, tile_rows, threads / column_parts) {}
   int64_t count() const { return tiles.parts * column_parts; }
   Range tiles_of(int64_t part) const { return tiles.of_part(part / column_parts); }

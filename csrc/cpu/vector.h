@@ -261,6 +261,11 @@ struct Pair {
 #if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #define DENSE_EXT_PAIRS
 #endif
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+constexpr bool kNeonPairs = true;
+#else
+constexpr bool kNeonPairs = false;
+#endif
 #if defined(DENSE_EXT_PAIRS)
 constexpr bool kPairs = true;
 #else
@@ -309,8 +314,6 @@ inline Vector<Acc<E>> multiply_add(Vector<Acc<E>> sum, E a, Vector<E> b) {
 #if defined(__AVX512BF16__)
     return (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(bits),
                                            (__m512bh)b);
-#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-    return vbfdotq_f32(sum, (bfloat16x8_t)(Bits{} + bits), (bfloat16x8_t)b);
 #else
     const Bits both = Bits{} + bits;
     sum += (Vector<float>)(both << 16) * (Vector<float>)(b << 16);
