@@ -55,7 +55,7 @@ def test_shipped_table() -> None:
         assert r["primitive"] in PRIMITIVES
         assert getattr(torch, r["dtype"]) in STORAGE_DTYPES
         assert set(r["order"]) <= set(BACKENDS)
-        assert r["measured"] is None or r["measured"].keys() == MEASURED.keys()
+        assert r["measured"].keys() == MEASURED.keys()
 
 
 def test_a_measured_row_decides_for_its_primitive_device_and_dtype(table: SetTable) -> None:
@@ -70,9 +70,25 @@ def test_a_measured_row_decides_for_its_primitive_device_and_dtype(table: SetTab
         assert preference.order(primitive, device, dtype) == PREFERENCE
 
 
-def test_without_a_measurement_the_general_order_holds(table: SetTable) -> None:
-    table(**row(measured=None))
-    assert preference.order("channel_stats", CPU, torch.float32) == PREFERENCE
+def test_the_users_own_table_comes_first(
+    table: SetTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table(**row())
+    own = tmp_path / "own.json"
+    monkeypatch.setenv(preference.ENVIRONMENT_VARIABLE, str(own))
+    preference.write_rows(own, [row(order=["cpu"])])
+    assert preference.order("channel_stats", CPU, torch.float32)[0] == "cpu"
+
+
+@pytest.mark.parametrize(
+    "content", ["not JSON", "7", '[{"order": ["cpu"]}]', '[{"order": ["gpu"]}]']
+)
+def test_a_table_that_is_none_is_an_error_that_names_it(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"table\.json is not a table of orders of backends"):
+        preference.write_rows(path, [row()])
+    assert path.read_text() == content
 
 
 @pytest.mark.parametrize(("hip", "architecture"), [(None, "sm_90"), ("6.4", "gfx942")], ids=["nvidia", "amd"])

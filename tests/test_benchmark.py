@@ -28,6 +28,7 @@ from dense_ext.benchmark.results import Measurement, PeerLabel
 from dense_ext.benchmark.step import sgd_step
 from dense_ext.benchmark.suites import Options, quick
 from dense_ext.benchmark.suites.speed import DISAGREES, LOSS_TOLERANCE, StepSuite, mark_disagreement
+from dense_ext.files import write_atomically
 from dense_ext.memory import TrackedStep
 from dense_ext.schedule import RECOMPUTE
 from dense_ext.training import images
@@ -364,6 +365,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        results.write_atomically(path, fail)
+        write_atomically(path, fail)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "dense_ext"
 
 # Lower layers first; a module may import from its own layer and lower ones.
-LAYERS = ["backends", "batch_norm", "ownership", "schedule", "transition", "arguments", "differentiable",
-          "flops", "ops", "checks", "eligibility", "packing", "modules", "functional", "models", "recognise",
-          "memory", "swap", "benchmark", "training", "cli"]  # fmt: skip
+LAYERS = ["files", "backends", "batch_norm", "ownership", "schedule", "transition", "arguments",
+          "differentiable", "flops", "ops", "checks", "eligibility", "packing", "modules", "functional",
+          "models", "recognise", "memory", "swap", "benchmark", "training", "cli"]  # fmt: skip
 
 
 def registered(path: Path) -> list[str]:

@@ -266,9 +266,8 @@ PROGRAM = """
 import sys
 import torch
 from dense_ext.benchmark import primitives, tune as tuning
-from dense_ext.cli import main, tune
+from dense_ext.cli import main
 
-tune.DEVICE = "cpu"
 torch.cuda.get_device_name = lambda device: "the interpreter"
 cases, samples = primitives.model_cases, tuning.ColdTimer.samples
 primitives.model_cases = lambda *of: [c for c in cases(*of) if c.primitive == "bn_relu_conv1x1_forward"][:1]
@@ -279,7 +278,8 @@ sys.exit(main(sys.argv[1:]))
 
 def test_the_kernels_themselves(table: Path) -> None:
     """In Triton's interpreter: look up, run each candidate, check its error, time it, and write the table."""
-    arguments = ["tune", "--model", "densenet_bc_40_12", "--batch", "1", "--size", "8", "--dtype", "float32"]
+    arguments = ["tune", "--model", "densenet_bc_40_12", "--batch", "1", "--size", "8", "--dtype", "float32",
+                 "--device", "cpu"]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *arguments, "--json"], env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True, text=True, check=False,

@@ -17,10 +17,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..files import write_atomically
 from ..schedule import RECOMPUTE
 from .family import MEMORY_KINDS
 from .kinds import KINDS
-from .results import Case, Measurement, Results, case_text, write_atomically
+from .results import Case, Measurement, Results, case_text
 from .tables import machine_name
 
 # Okabe and Ito's palette, told apart with any colour vision.

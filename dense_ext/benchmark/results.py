@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +17,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..files import write_atomically
 from .errors import UsageError, reason
 from .machine import commit, machine, versions
 
@@ -170,17 +170,6 @@ def new_results(kind: str, options: dict[str, Any]) -> Results:
     """A result without measurements; ``interrupted`` until said otherwise."""
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return Results(kind, now, machine(), versions(), commit(), options)
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a file beside ``path``, then rename it: a reader sees the old or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, results: Results | dict[str, Any]) -> None:

@@ -22,7 +22,8 @@ def report(
     --json prints which page it is and what each of its sections was made from.
     """
     from ..benchmark.page import page
-    from ..benchmark.results import read_results, write_atomically
+    from ..benchmark.results import read_results
+    from ..files import write_atomically
 
     check(not out.is_dir(), f"--out {out} is a folder; name the page's file, as {out / 'report.html'}")
     check(overwrite or not out.exists(), f"{out} exists; pass --overwrite or another --out")

@@ -132,7 +132,8 @@ def _check_folder(out: Path, resume: bool, overwrite: bool) -> None:
 
 def _train(training: Training, options: dict[str, Any], out: Path, json: bool) -> None:
     from ..benchmark.figures import draw_all
-    from ..benchmark.results import new_results, write_atomically
+    from ..benchmark.results import new_results
+    from ..files import write_atomically
 
     results = new_results("train", options)
     results["data"] = training.data.source

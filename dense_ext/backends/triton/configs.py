@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from ..tables import own_table, write_table
 
 SHIPPED = Path(__file__).with_name("configs.json")
 ENVIRONMENT_VARIABLE = "DENSE_EXT_TRITON_TABLE"
@@ -81,10 +82,7 @@ class Row:
 
 def user_table() -> Path:
     """The file that ``dense-ext tune`` writes: ``$DENSE_EXT_TRITON_TABLE`` or one in the user's cache."""
-    if path := os.environ.get(ENVIRONMENT_VARIABLE):
-        return Path(path)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "dense_ext" / "triton.json"
+    return own_table("triton", ENVIRONMENT_VARIABLE)
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -124,11 +122,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write rows to a table; the rows that it has for other keys stay."""
     kept = {row.key: row for row in (read_rows(path) if path.exists() else ())}
     kept |= {row.key: row for row in rows}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(f"  {json.dumps(row.as_json())}" for row in kept.values())
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(f"[\n{lines}\n]\n")
-    scratch.replace(path)
+    write_table(path, [row.as_json() for row in kept.values()])
 
 
 def find_config(kernel: str, architecture: str, precision: str, shape: str = ANY_SHAPE) -> Config:
