@@ -80,9 +80,7 @@ def test_the_users_own_table_comes_first(
     assert preference.order("channel_stats", CPU, torch.float32)[0] == "cpu"
 
 
-@pytest.mark.parametrize(
-    "content", ["not JSON", "7", '[{"order": ["cpu"]}]', '[{"order": ["gpu"]}]']
-)
+@pytest.mark.parametrize("content", ["not JSON", "7", '[{"order": ["cpu"]}]', '[{"order": ["gpu"]}]'])
 def test_a_table_that_is_none_is_an_error_that_names_it(content: str, tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     path.write_text(content)
