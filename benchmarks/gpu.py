@@ -230,11 +230,19 @@ def run_suite(
             print("\t".join(row))
 
 
+def ended_well(part: Part, summary: Path) -> list[str]:
+    """What the summary of an earlier run says of a part whose commands all succeeded; empty for others."""
+    lines = summary.read_text().splitlines() if summary.exists() else []
+    own = [line for line in lines if re.match(rf"{part.name}[: ]", line)]
+    return own if len(own) == len(part.commands) and all(": exit 0," in line for line in own) else []
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for logs and results")
     parser.add_argument("--seconds", type=int, default=470, help="all of it may take (default: 470)")
     parser.add_argument("--only", help="run these parts, separated by commas, in this order")
+    parser.add_argument("--resume", action="store_true", help="pass over what succeeded into --out before")
     parser.add_argument("--suite", help="run one suite in this process instead")
     parser.add_argument("--name", help="with --suite: of the result file")
     parser.add_argument("--model", default="", help="with --suite: networks, separated by commas")
@@ -253,14 +261,17 @@ def main() -> int:
     chosen = options.only.split(",") if options.only else list(known)
     if unknown := [name for name in chosen if name not in known]:
         parser.error(f"--only takes some of {', '.join(known)}; got {', '.join(unknown)}")
-    end, lines = time.monotonic() + options.seconds, []
+    end, lines, summary = time.monotonic() + options.seconds, [], out / "summary.txt"
     try:
-        for part in map(known.__getitem__, chosen):
+        for part, before in [(known[name], ended_well(known[name], summary)) for name in chosen]:
             seconds = min(part.seconds, end - time.monotonic() - TO_END)
-            new = run_part(part, seconds, out) if seconds > 15 else [f"{part.name}: no time is left"]
+            if options.resume and before:
+                new = before
+            else:
+                new = run_part(part, seconds, out) if seconds > 15 else [f"{part.name}: no time is left"]
             lines += new
             print("\n".join(new), flush=True)
-            (out / "summary.txt").write_text("\n".join(lines) + "\n")
+            summary.write_text("\n".join(lines) + "\n")
     except KeyboardInterrupt:
         return 130
     # Sanitizers come last, and count where there was time for them.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -138,6 +139,30 @@ sys.exit(gpu.main())
     assert process.wait(20) == 130
     assert "slow: interrupted" in (tmp_path / "log.txt").read_text()
     assert ends(child)
+
+
+def test_resuming_passes_over_what_succeeded(script, tmp_path: Path, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    """Parts of which a command failed run again, and so does everything without --resume."""
+    count = "import sys; open(sys.argv[1], 'a').write('x'); sys.exit(len(sys.argv) - 2)"
+    files = {name: tmp_path / name for name in ("good", "good_too", "bad")}
+    commands = {name: [["-c", count, str(path)]] for name, path in files.items()}
+    commands["bad"].append([*commands["bad"][0], "fail"])
+    parts = [script.Part(name, 60, commands[name]) for name in files]
+    monkeypatch.setattr(script, "parts", lambda: parts)
+    out = tmp_path / "out"
+    for options in ([], ["--resume"]):
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(out), *options])
+        script.main()
+    assert {name: path.read_text() for name, path in files.items()} == {
+        "good": "x",
+        "good_too": "x",
+        "bad": "xxxx",
+    }
+    lines = (out / "summary.txt").read_text().splitlines()
+    assert [re.split("[: ]", line)[0] for line in lines] == ["good", "good_too", "bad", "bad"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(out), "--only", "good"])
+    script.main()
+    assert files["good"].read_text() == "xx"
 
 
 def test_tests_that_are_all_skipped_are_no_success(script, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
