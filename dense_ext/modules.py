@@ -222,7 +222,7 @@ def run_dense_block(
         per_layer, convs[-1].dilation[0], seeds, list(drop_rates), drops_channels, recompute
     )
     out, stats, _ = torch.ops.dense_ext.dense_block(x, *args, *options)
-    bottlenecks = [conv.out_channels for conv in convs[::2]] if per_layer == 2 else []
+    bottlenecks = [len(weight) for weight in args.conv_weights[::2]] if per_layer == 2 else []
     starts = norm_starts(out.shape[1], bottlenecks, len(norms) // per_layer)
     if update is None:
         update_running_stats(norms, stats, starts, _count(x, args))
@@ -243,7 +243,7 @@ def _run_packed(x: Tensor, norms: Sequence[Any], convs: Sequence[Any], backend: 
     packed = _packed("dense block", x, norms, convs, backend, torch.ops.dense_ext.pack_dense_block)
     if packed is None:
         return None
-    widths, growth = [[conv.out_channels for conv in convs[i::2]] for i in (0, 1)]
+    widths, growth = [[len(constant(conv, "weight")) for conv in convs[i::2]] for i in (0, 1)]
     return torch.ops.dense_ext.packed_dense_block(x, packed, widths, growth)
 
 
@@ -254,7 +254,7 @@ def _run_packed_transition(x: Tensor, norm: Any, conv: Any, backend: str) -> Ten
     packed = _packed("transition", x, [norm], [conv], backend, torch.ops.dense_ext.pack_transition)
     if packed is None:
         return None
-    return torch.ops.dense_ext.packed_transition(x, packed, conv.out_channels)
+    return torch.ops.dense_ext.packed_transition(x, packed, len(constant(conv, "weight")))
 
 
 def _packed(
@@ -272,14 +272,15 @@ def _packed(
         return None
     # A graph packs them itself, from its constants.
     keeps = not torch.compiler.is_compiling()
-    packed = packing.find(norms, convs, dtype) if keeps else None
-    if packed is None:
-        args = read_arguments(where, x, norms, convs, backend)
-        if any(args.batch_stats) or args.conv_biases:
-            return None
-        packed = pack(*args)
-        if keeps:
-            packing.keep(norms, convs, packed, dtype)
+    if keeps and (found := packing.find(norms, convs, dtype)) is not None:
+        return found
+    watched = packing.watch(norms, convs, dtype) if keeps else None
+    args = read_arguments(where, x, norms, convs, backend)
+    if any(args.batch_stats) or args.conv_biases:
+        return None
+    packed = pack(*args)
+    if keeps:
+        packing.keep(norms, watched, packed)
     return packed
 
 

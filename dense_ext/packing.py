@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
 from itertools import chain
@@ -10,25 +11,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .batch_norm import VECTORS
 from .eligibility import Fused
 
+_BATCHES = "num_batches_tracked"
 _version, _training = attrgetter("_version"), attrgetter("training")
 _state = attrgetter("__dict__", "_parameters", "_buffers")
 
 
 class Packed:
-    """The packed weights of a part in the dtype that runs it, and the state of what they were made of.
+    """The packed weights of a part in the dtype that runs it, and the state of what they are made of.
 
-    A call compares hundreds of tensors, so it takes little Python for each. The state holds no module, so
-    that modules can be freed.
+    It is made before the weights are packed, so that a change in the meantime, by another thread, shows. A
+    call compares hundreds of tensors, so it takes little Python for each. The state holds no module, so that
+    modules can be freed.
     """
 
-    def __init__(
-        self, norms: Sequence[nn.Module], convs: Sequence[nn.Module], weights: Tensor, dtype: torch.dtype
-    ) -> None:
-        self.weights, self.dtype = weights, dtype
+    weights: Tensor
+
+    def __init__(self, norms: Sequence[nn.Module], convs: Sequence[nn.Module], dtype: torch.dtype) -> None:
+        self.dtype, self.steps = dtype, _steps
         self.states = self._states(norms, convs)
         where = _places(norms, convs)
         self.holders = [_holder(module, name) for module, name in where]
@@ -37,7 +42,7 @@ class Packed:
         self.sources: list[Tensor] = [source for source in self.found if source is not None]
         self.versions = self._versions()
         # An assignment to `.data` changes no version. The memory before it is kept, so that the memory after
-        # it has another address.
+        # it is another.
         self.memory = [source.detach() for source in self.sources]
         self.eps = [norm.eps for norm in norms]
 
@@ -50,7 +55,7 @@ class Packed:
         return list(map(getitem, self.holders, self.names))
 
     def _versions(self) -> list[int]:
-        return [*map(_version, self.sources), *map(Tensor.data_ptr, self.sources)]
+        return list(map(_version, self.sources))
 
     def holds(self, norms: Sequence[Any], convs: Sequence[Any]) -> bool:
         """Whether all modules, parameters and statistics are unchanged."""
@@ -61,6 +66,8 @@ class Packed:
                 and all(map(is_, states, self.states))
                 and all(map(is_, self._find(), self.found))
                 and self._versions() == self.versions
+                and all(map(Tensor.is_set_to, self.sources, self.memory))
+                and self.steps == _steps
                 and [norm.eps for norm in norms] == self.eps
             )
         except KeyError:  # a tensor is gone
@@ -68,8 +75,12 @@ class Packed:
 
 
 def _places(norms: Sequence[nn.Module], convs: Sequence[nn.Module]) -> list[tuple[nn.Module, str]]:
-    """Where the tensors of a part are: modules and names."""
-    vectors = [(norm, name) for norm in norms for name in VECTORS]
+    """Where the tensors of a part are: modules and names.
+
+    PyTorch's batch norm does not count its writes to running statistics. It counts those to the number of
+    batches.
+    """
+    vectors = [(norm, name) for norm in norms for name in (*VECTORS, _BATCHES)]
     return [*vectors, *((conv, name) for conv in convs for name in ("weight", "bias"))]
 
 
@@ -77,6 +88,16 @@ def _holder(module: nn.Module, name: str) -> dict[str, Any]:
     """The dictionary in which a module has its parameter, buffer or plain tensor ``name``."""
     holders = (module._parameters, module._buffers, module.__dict__)
     return next((holder for holder in holders if name in holder), {name: None})
+
+
+# How many steps optimizers have made since the first call of pack_weights. Fused ones (``fused=True``) do not
+# count their writes to parameters.
+_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _steps
+    _steps += 1
 
 
 # By a part's first norm. Weak, and apart from the modules, so that copies and pickles carry nothing.
@@ -91,8 +112,9 @@ def pack_weights(model: nn.Module) -> nn.Module:
     which takes much of the time of a single image. With it, a part's first call without gradients in eval
     mode keeps them, in as much memory as the weights themselves. The results have the same bits.
 
-    A changed weight, norm or statistic is noticed, and packed anew. But PyTorch does not count writes through
-    ``parameter.data``, NumPy or DLPack: after such a write, call this function again.
+    A changed weight, norm or statistic is noticed, and packed anew; so are the steps of all optimizers. But
+    PyTorch does not count writes through ``parameter.data``, NumPy or DLPack, by collectives of
+    ``torch.distributed`` or by another process: after such a write, call this function again.
 
     Under autocast they are packed in its dtype, which also saves casting them. Training and other devices do
     not use packed weights. Copies and pickles of a model carry none.
@@ -105,10 +127,16 @@ def pack_weights(model: nn.Module) -> nn.Module:
     """
     if not any(isinstance(module, Fused) for module in model.modules()):
         raise ValueError("nothing in the model is fused, so there are no weights to pack; swap it first")
+    _watch_optimizers()
     for module in model.modules():
         _wanted.add(module)
         _packed.pop(module, None)
     return model
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_post_hook(_count_step)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -137,12 +165,25 @@ def find(norms: Sequence[nn.Module], convs: Sequence[nn.Module], dtype: torch.dt
         return None
     if packed.dtype == dtype and packed.holds(norms, convs):
         return packed.weights
-    del _packed[norms[0]]
+    _packed.pop(norms[0], None)  # unless another thread has done so
     return None
 
 
-def keep(norms: Sequence[nn.Module], convs: Sequence[nn.Module], weights: Tensor, dtype: torch.dtype) -> None:
-    """Keep a part's packed weights for activations of ``dtype`` as long as its first norm lives."""
+def watch(norms: Sequence[nn.Module], convs: Sequence[nn.Module], dtype: torch.dtype) -> Packed | None:
+    """The state of a part before its weights are packed for activations of ``dtype``.
+
+    None if not all changes would be noticed, so that packed weights can't be kept.
+    """
     tensors = [_holder(module, name)[name] for module, name in _places(norms, convs)]
-    if not any(t is not None and t.is_inference() for t in tensors):  # these have no versions to compare
-        _packed[norms[0]] = Packed(norms, convs, weights, dtype)
+    if any(t is not None and t.is_inference() for t in tensors):  # these have no versions to compare
+        return None
+    if any(isinstance(norm, _BatchNorm) and _holder(norm, _BATCHES)[_BATCHES] is None for norm in norms):
+        return None
+    return Packed(norms, convs, dtype)
+
+
+def keep(norms: Sequence[nn.Module], packed: Packed | None, weights: Tensor) -> None:
+    """Keep a part's packed weights as long as its first norm lives, if changes will be noticed."""
+    if packed is not None:
+        packed.weights = weights
+        _packed[norms[0]] = packed

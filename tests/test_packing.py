@@ -107,6 +107,11 @@ def other_memory(model: Any) -> None:
     conv.weight.data = conv.weight.data * 2
 
 
+def other_strides(model: Any) -> None:
+    conv = second_layer(model).conv2
+    conv.weight.data = conv.weight.data.transpose(2, 3)
+
+
 def other_module(model: Any) -> None:
     layer, norm = second_layer(model), copy.deepcopy(second_layer(model).norm2)
     nn.init.constant_(norm.weight, 3.0)
@@ -117,6 +122,25 @@ def other_layer(model: Any) -> None:
     layer = copy.deepcopy(second_layer(model))
     nn.init.normal_(layer.conv1.weight, generator=torch.Generator().manual_seed(3))
     model.features.denseblock2.denselayer2 = layer
+
+
+def fused_step(model: Any) -> None:
+    """A fused optimizer does not count its writes."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    model(images()).square().sum().backward()
+    version = second_layer(model).conv1.weight._version
+    optimizer.step()
+    assert second_layer(model).conv1.weight._version == version
+
+
+def eager_training(model: Any) -> None:
+    """PyTorch's batch norm does not count its writes to running statistics."""
+    norm, x = second_layer(model).norm1, images()
+    version = norm.running_mean._version
+    with dense_ext.restored(model):
+        model.train()(x)
+    assert norm.running_mean._version == version
+    model.eval()
 
 
 def statistics(model: Any) -> None:
@@ -137,8 +161,8 @@ def no_weight(model: Any) -> None:
 
 
 NOTICED = [
-    step, load, train, other_parameter, other_memory, other_module, other_layer, statistics, other_statistics,
-    eps, no_weight,
+    step, fused_step, load, train, eager_training, other_parameter, other_memory, other_strides, other_module,
+    other_layer, statistics, other_statistics, eps, no_weight,
 ]  # fmt: skip
 
 
@@ -192,6 +216,45 @@ def test_what_packed_weights_cannot_serve_runs_without_them(
         eager, _ = run(model, images())
     torch.testing.assert_close(y, eager, rtol=1e-9, atol=1e-12)
     assert names.count(PACKED) == 3
+
+
+def test_a_change_while_weights_are_packed_is_noticed(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another thread may make it."""
+    keep = packing.keep
+
+    def change_and_keep(norms: Any, *rest: Any) -> None:
+        monkeypatch.setattr(packing, "keep", keep)
+        with torch.no_grad():
+            norms[0].weight.mul_(2.0)
+        keep(norms, *rest)
+
+    monkeypatch.setattr(packing, "keep", change_and_keep)
+    run(model, images())
+    y, _ = run(model, images())
+    with dense_ext.restored(model):
+        eager, _ = run(model, images())
+    torch.testing.assert_close(y, eager, rtol=1e-9, atol=1e-12)
+
+
+def test_uncounted_changes_of_statistics_are_seen(model: nn.Module, packings: list[int]) -> None:
+    second_layer(model).norm1.num_batches_tracked = None
+    for _ in range(2):
+        run(model, images())
+    assert packings.count(model.features.denseblock2.denselayer1.norm1.num_features) == 2
+
+
+def test_a_transition_with_fewer_channels(model: Any) -> None:
+    """Pruned in place, as some tools do."""
+    transition = model.features.transition1
+    x = torch.rand(1, transition.norm.num_features, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        transition(x)
+        transition.conv.weight.data = transition.conv.weight.data[:3]
+        y = transition(x)
+        with dense_ext.restored(model):
+            torch.testing.assert_close(y, model.features.transition1(x), rtol=1e-9, atol=1e-12)
 
 
 def test_a_write_through_data_needs_another_call(model: nn.Module) -> None:
