@@ -122,11 +122,11 @@ def _takes_channels_last(x: Any, convs: Sequence[nn.Module]) -> bool:
     """Whether contiguous images may be converted to channels_last memory in front of these modules.
 
     They have to be plain convolutions on a CPU: from such images, PyTorch's compute the same in less time,
-    and write channels_last memory.
+    and write channels_last memory. Images that need a gradient get one in their own memory format.
     """
     if not convs or not isinstance(x, Tensor) or input_reason(x) is not None or x.dim() not in (4, 5):
         return False
-    if x.device.type != "cpu" or not x.is_contiguous() or ops.is_channels_last(x):
+    if x.device.type != "cpu" or not x.is_contiguous() or ops.is_channels_last(x) or x.requires_grad:
         return False
     for conv in convs:
         if type(conv) not in (nn.Conv2d, nn.Conv3d) or interference(conv) is not None:

@@ -2,10 +2,10 @@
 
 The largest block's gradient is the largest tensor of a training step. Copying it before accumulating into it
 would raise the step's peak memory by a quarter. Autograd does not report what else holds a gradient (a hook,
-the user, another node). But every holder shows in one of three counts: the references to the Python object,
-to the tensor, and to the storage. They are compared with the counts of a gradient known to be exclusive,
-which are taken once on the same code path. If any differs, or this PyTorch lacks the counters, the gradient
-counts as shared and the caller copies it.
+the user, another node). But every holder shows in one of four counts: the references to the Python objects of
+the tensor and of its storage, to the tensor, and to the storage. They are compared with the counts of a
+gradient known to be exclusive, which are taken once on the same code path. If any differs, or this PyTorch
+lacks the counters, the gradient counts as shared and the caller copies it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
-Counts = tuple[int, int, int]
+Counts = tuple[int, int, int, int]
 
 # The counts of a gradient known to be exclusive, once a thread has taken them.
 _exclusive: Counts | None = None
@@ -28,7 +29,8 @@ _probing = threading.local()
 def _counts(tensor: Tensor) -> Counts:
     storage = tensor.untyped_storage()
     tensor_uses = tensor._use_count()  # type: ignore[attr-defined]  # absent from torch's stubs
-    return sys.getrefcount(tensor), tensor_uses, torch._C._storage_Use_Count(storage._cdata)
+    storage_uses = torch._C._storage_Use_Count(storage._cdata)
+    return sys.getrefcount(tensor), sys.getrefcount(storage), tensor_uses, storage_uses
 
 
 def _counts_are_exact() -> bool:
@@ -37,13 +39,20 @@ def _counts_are_exact() -> bool:
     return hasattr(torch._C, "_storage_Use_Count") and with_gil
 
 
+def _counts_of(probe: Callable[[], None]) -> Counts | None:
+    _probing.active, _probing.counts = True, None
+    probe()
+    return _probing.counts
+
+
 def is_exclusive(grad: Tensor, probe: Callable[[], None]) -> bool:
     """Whether only the calling backward holds ``grad``.
 
     Args:
         grad: the gradient, as the caller received it.
-        probe: runs a backward that reaches this very call, in the same thread, with an exclusive gradient.
-            While one thread probes, gradients in other threads count as shared.
+        probe: runs a backward that reaches this very call with an exclusive gradient. It runs in a thread of
+            its own, where no mode or hook of this one keeps gradients and makes the counts too high. In the
+            meantime, gradients in other threads count as shared.
     """
     global _exclusive
     if type(grad) is not Tensor or not _counts_are_exact():
@@ -55,10 +64,8 @@ def is_exclusive(grad: Tensor, probe: Callable[[], None]) -> bool:
         if not _calibration.acquire(blocking=False):
             return False
         try:
-            _probing.active, _probing.counts = True, None
-            probe()
-            _exclusive = _probing.counts
+            with ThreadPoolExecutor(1) as executor:
+                _exclusive = executor.submit(_counts_of, probe).result()
         finally:
-            _probing.active = False
             _calibration.release()
     return _counts(grad) == _exclusive

@@ -195,6 +195,13 @@ def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spares suites the seconds in which they find out what the machine copies and multiplies."""
+    monkeypatch.setattr("dense_ext.benchmark.suites.base.matmul_rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr("dense_ext.benchmark.suites.base.copy_bandwidth", lambda device: 1e9)
+
+
+@pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch) -> list[int | str]:
     """Records a measurement's progress bar: its length, then its texts."""
     from dense_ext.cli import output

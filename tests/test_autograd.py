@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -146,10 +147,13 @@ class TestGradientsOthersHold:
         y = block(x)
         weight = torch.randn_like(y).contiguous(memory_format=torch.channels_last)
         held: list[Tensor] = []
+        storages: list[Any] = []
         if capture == "tensor hook":
             y.register_hook(held.append)
         elif capture == "hook keeping a view":
             y.register_hook(lambda g: held.append(g[:, :].detach()))
+        elif capture == "hook keeping the storage":
+            y.register_hook(lambda g: storages.append((g.untyped_storage(), g.shape, g.stride())))
         elif capture == "module hook":
             block.register_full_backward_hook(lambda m, gi, go: held.append(go[0]))
             y = block(x)
@@ -168,6 +172,7 @@ class TestGradientsOthersHold:
         if capture == "retain_grad":
             assert y.grad is not None
             held.append(y.grad)
+        held += [y.new_empty(0).set_(storage, 0, *shape) for storage, *shape in storages]
         return held[0], weight
 
     @pytest.mark.parametrize(
@@ -175,6 +180,7 @@ class TestGradientsOthersHold:
         [
             "tensor hook",
             "hook keeping a view",
+            "hook keeping the storage",
             "module hook",
             "retain_grad",
             "given by the user",

@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib")
 from dense_ext.benchmark import timing
 from dense_ext.benchmark.suites import quick
 
-pytestmark = pytest.mark.usefixtures("tiny_model", "one_thread")
+pytestmark = pytest.mark.usefixtures("tiny_model", "one_thread", "known_rates")
 
 OPTIONS = ["--model", "tiny", "--size", "16", "--batch", "2", "--rounds", "3", "--recompute", "none"]
 FOR_MEMORY = ["--memory-size", "16", "--memory-batch", "2"]
@@ -27,12 +27,6 @@ FOR_MEMORY = ["--memory-size", "16", "--memory-batch", "2"]
 def run(suite: str, out: Path, *arguments: str, code: int = 0) -> dict[str, Any]:
     assert main(["bench", "--suite", suite, *OPTIONS, *arguments, "--out", str(out)]) == code
     return json.loads((out / f"{suite}.json").read_text())
-
-
-def constant_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine's rates are not measured by timed calls."""
-    monkeypatch.setattr("dense_ext.benchmark.suites.base.matmul_rate", lambda device, dtype: 1e9)
-    monkeypatch.setattr("dense_ext.benchmark.suites.base.copy_bandwidth", lambda device: 1e9)
 
 
 def fail_when_timed(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
@@ -60,7 +54,6 @@ def test_a_defect_leaves_what_was_measured(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_peer_that_fails_when_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    constant_rates(monkeypatch)
     fail_when_timed(monkeypatch, 3)  # the first sample of the second round, which begins with the second peer
     rows = run("quick", tmp_path, *FOR_MEMORY, "--no-depth", "--peers", "eager,eager-cl")["rows"]
     assert {row["peer"]: row["failure"] for row in rows} == {
@@ -89,7 +82,6 @@ def test_a_peer_that_fails_in_a_deep_block(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_row_that_fails_when_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    constant_rates(monkeypatch)
     fail_when_timed(monkeypatch, 1)
     rows = run("step", tmp_path, "--peers", "eager,eager-cl")["rows"]
     assert [row["failure"] for row in rows] == [None, "RuntimeError: too hot", None]

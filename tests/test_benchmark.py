@@ -257,6 +257,14 @@ def test_folder_with_parts_of_different_classes(tmp_path: Path) -> None:
 # --- timing and results -------------------------------------------------------------------------------
 
 
+def test_rates_are_of_the_fastest_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product takes 2 operations for each multiply-add; a copy reads and writes each byte."""
+    seconds = iter([4.0, 0.5, 3.0, 9.0] + [1.0] * 56)
+    monkeypatch.setattr(timing, "seconds_per_call", lambda call, device: call() is not None and next(seconds))
+    assert timing.matmul_rate(CPU, torch.float32) == 2 * 1024**3 / 0.5
+    assert timing.copy_bandwidth(CPU) == 2 * 4 * 2**26 / 1.0
+
+
 def test_rounds_begin_with_another_each() -> None:
     order: list[str] = []
     calls = {name: (lambda name=name: order.append(name)) for name in "abc"}

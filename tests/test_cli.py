@@ -31,7 +31,7 @@ from dense_ext.training import trainer
 
 from .helpers import run_python, torchrun
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "known_rates")
 
 TINY: dict[str, Any] = {
     "growth_rate": 12, "block_config": (4, 4), "num_init_features": 8, "small_inputs": True, "num_classes": 10

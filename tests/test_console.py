@@ -96,13 +96,13 @@ COMMANDS = {
     "info": [],
     "models": ["--size", "32"],
     "bench": ["--model", *FAST, "--memory-size", "8", "--memory-batch", "2", "--rounds", "1", "--no-depth"],
-    "plan": [*FAST, "--device", "cpu", "--memory", "1GiB", "--peers"],
+    "plan": [*FAST, "--device", "cpu", "--memory", "1100kB", "--peers"],
     "train": ["--model", *FAST, "--batch", "512", "--epochs", "1"],
     "report": [str(ROOT / "benchmarks" / "results" / "digits.json")],
 }  # fmt: skip
 
 
-@pytest.mark.usefixtures("tiny_model", "one_thread")
+@pytest.mark.usefixtures("tiny_model", "one_thread", "known_rates")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_with_json_nothing_else_goes_to_stdout(
     command: str,

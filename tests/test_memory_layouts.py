@@ -49,6 +49,15 @@ class FirstConvolution(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def test_images_get_their_gradient_in_their_own_layout() -> None:
+    """Gradient penalties and attacks flatten it with view."""
+    ours, eager = twin(small_densenet(), dense_ext.swap)
+    x = images().requires_grad_()
+    mine, theirs = (torch.autograd.grad(model(x).square().sum(), x)[0] for model in (ours, eager))
+    assert mine.stride() == theirs.stride() == x.stride()
+    assert_equal(mine.view(len(x), -1), theirs.view(len(x), -1), "gradient of the images")
+
+
 def unchanged(features: nn.Module) -> nn.Module:
     return features
 

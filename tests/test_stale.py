@@ -192,6 +192,38 @@ assert backward(hold=True) == 0 and not wrong
 """
 
 
+UNDER_A_MODE = """
+import torch, dense_ext
+from torch.utils._python_dispatch import TorchDispatchMode
+
+class Keeping(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.results = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.results.append(func(*args, **(kwargs or {})))
+        return self.results[-1]
+
+def backward():
+    y = dense_ext.DenseBlock(2, 6, 5, 2).double()(torch.randn(2, 6, 4, 4, dtype=torch.float64))
+    weight, held = torch.randn_like(y), []
+    y.register_hook(held.append)
+    (y * weight).sum().backward()
+    assert torch.equal(held[0], weight), "a gradient that a hook holds was overwritten"
+
+with Keeping():
+    backward()
+backward()
+"""
+
+
+def test_a_first_backward_under_a_mode_that_keeps_results() -> None:
+    """It makes no later backward take a gradient that one hook holds for one that nobody does."""
+    done = subprocess.run([sys.executable, "-c", UNDER_A_MODE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_first_backwards_in_many_threads_overwrite_no_gradient_that_is_held() -> None:
     """Meanwhile one of the threads slowly takes the counts of an exclusive gradient."""
     done = subprocess.run([sys.executable, "-c", MANY_THREADS], capture_output=True, text=True)

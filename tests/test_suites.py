@@ -38,7 +38,7 @@ from dense_ext.benchmark.suites.speed import mark_disagreement
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = json.loads((ROOT / "dense_ext" / "benchmark" / "results.schema.json").read_text())
-pytestmark = pytest.mark.usefixtures("tiny_model", "one_thread")
+pytestmark = pytest.mark.usefixtures("tiny_model", "one_thread", "known_rates")
 
 SMALL = ["--size", "8", "--batch", "2", "--rounds", "3", "--recompute", "bottleneck"]
 

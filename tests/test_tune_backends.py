@@ -84,7 +84,7 @@ def test_result_files_fill_the_table(own: Path, tmp_path: Path, capsys: pytest.C
     assert row["order"] == ["triton", "cuda"]
 
 
-@pytest.mark.usefixtures("tiny_model")
+@pytest.mark.usefixtures("tiny_model", "one_thread", "known_rates")
 def test_measured_here(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--model", "tiny", "--size", "8", "--batch", "1", "--dtype", "float32", "--device", "cpu"]
     assert main(["tune", "--backends", *options, "--json"]) == 0
@@ -99,7 +99,7 @@ def test_measured_here(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert sorted(row["order"]) == ["cpu", "reference"]
 
 
-@pytest.mark.usefixtures("tiny_model")
+@pytest.mark.usefixtures("tiny_model", "one_thread", "known_rates")
 def test_ctrl_c_leaves_the_table_as_it_was(
     own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
