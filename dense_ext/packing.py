@@ -35,6 +35,7 @@ class Packed:
     def __init__(self, norms: Sequence[nn.Module], convs: Sequence[nn.Module], dtype: torch.dtype) -> None:
         self.dtype, self.steps = dtype, _steps
         self.states = self._states(norms, convs)
+        self.lengths = list(map(len, self.states))  # a new attribute may hide a parameter
         where = _places(norms, convs)
         self.holders = [_holder(module, name) for module, name in where]
         self.names = [name for _, name in where]
@@ -64,6 +65,7 @@ class Packed:
             return (
                 len(states) == len(self.states)
                 and all(map(is_, states, self.states))
+                and list(map(len, states)) == self.lengths
                 and all(map(is_, self._find(), self.found))
                 and self._versions() == self.versions
                 and all(map(Tensor.is_set_to, self.sources, self.memory))
@@ -86,7 +88,7 @@ def _places(norms: Sequence[nn.Module], convs: Sequence[nn.Module]) -> list[tupl
 
 def _holder(module: nn.Module, name: str) -> dict[str, Any]:
     """The dictionary in which a module has its parameter, buffer or plain tensor ``name``."""
-    holders = (module._parameters, module._buffers, module.__dict__)
+    holders = (module.__dict__, module._parameters, module._buffers)
     return next((holder for holder in holders if name in holder), {name: None})
 
 

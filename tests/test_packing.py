@@ -102,6 +102,12 @@ def other_parameter(model: Any) -> None:
     conv.weight = nn.Parameter(conv.weight.detach() * 2)
 
 
+def attribute(model: Any) -> None:
+    """Python finds it before the parameter of its name."""
+    conv = second_layer(model).conv2
+    conv.__dict__["weight"] = conv.weight.detach() * 2
+
+
 def other_memory(model: Any) -> None:
     conv = second_layer(model).conv2
     conv.weight.data = conv.weight.data * 2
@@ -161,8 +167,8 @@ def no_weight(model: Any) -> None:
 
 
 NOTICED = [
-    step, fused_step, load, train, eager_training, other_parameter, other_memory, other_strides, other_module,
-    other_layer, statistics, other_statistics, eps, no_weight,
+    step, fused_step, load, train, eager_training, other_parameter, attribute, other_memory, other_strides,
+    other_module, other_layer, statistics, other_statistics, eps, no_weight,
 ]  # fmt: skip
 
 
@@ -255,6 +261,19 @@ def test_a_transition_with_fewer_channels(model: Any) -> None:
         y = transition(x)
         with dense_ext.restored(model):
             torch.testing.assert_close(y, model.features.transition1(x), rtol=1e-9, atol=1e-12)
+
+
+def test_an_image_too_small_for_a_transition_is_refused() -> None:
+    """Also by the operator itself, which is all that a compiled program has."""
+    transition = dense_ext.pack_weights(dense_ext.Transition(8, 4).eval())
+    norm, state = transition.norm, transition.state_dict()
+    vectors = [[state[f"norm.{name}"]] for name in ("weight", "bias", "running_mean", "running_var")]
+    convs = [[state["conv.weight"]], []]
+    rest = (*vectors[:2], *convs, *vectors[2:], [norm.eps], [False], "relu", "", None, "auto")
+    with torch.no_grad():
+        packed = torch.ops.dense_ext.pack_transition(*rest)
+        with pytest.raises(RuntimeError, match="at least 2 pixels per side, got 1"):
+            torch.ops.dense_ext.packed_transition(torch.rand(1, 8, 1, 5), packed, 4)
 
 
 def test_a_write_through_data_needs_another_call(model: nn.Module) -> None:

@@ -197,7 +197,11 @@ Tensor packed_transition(const Tensor& x, const Tensor& packed, int64_t out_chan
     const PackedMemory<T> memory(packed, Prepared<T>::size(xs.channels, out_channels));
     const Prepared<T> prepared(memory.to_read(), xs.channels, out_channels);
     std::vector<int64_t> size{x.size(0)};
-    for (int64_t d = 2; d < x.dim(); d++) size.push_back(x.size(d) / 2);
+    for (int64_t d = 2; d < x.dim(); d++) {
+      STD_TORCH_CHECK(x.size(d) >= 2, "a transition takes at least 2 pixels per side, got ",
+                      x.size(d));
+      size.push_back(x.size(d) / 2);
+    }
     size.push_back(out_channels);
     y = torch::stable::empty(size, kScalarType<T>);
     const auto ys =
