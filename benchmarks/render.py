@@ -8,6 +8,7 @@ name; no number in a table is written by hand.
 
 from __future__ import annotations
 
+import argparse
 import re
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def rendered(text: str) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     for name, path in committed().items():
         for figure in draw_all(read_results(path), HERE / "figures", f"{name}-"):
             print(figure.relative_to(HERE))

@@ -13,10 +13,10 @@ from .batch_norm import num_features, values_per_channel
 from .schedule import RECOMPUTE
 
 
-def check_options(recompute: str, backend: str) -> None:
-    """Raise ValueError for an unknown value of ``recompute`` or ``backend``."""
-    if recompute not in RECOMPUTE:
-        raise ValueError(f"recompute must be one of {RECOMPUTE}, got {recompute!r}")
+def check_options(recompute: str, backend: str, policies: Sequence[str] = RECOMPUTE) -> None:
+    """Raise ValueError unless ``recompute`` is one of ``policies``, and ``backend`` a backend's name."""
+    if recompute not in policies:
+        raise ValueError(f"recompute must be one of {tuple(policies)}, got {recompute!r}")
     check_backend_name(backend)
 
 

@@ -32,8 +32,8 @@ def dense_block(
     """Run dense layers over the concatenation of all features before them, as one fused operator.
 
     Args:
-        x: [N, c0, H, W], or [N, c0, D, H, W] with norms and convolutions for volumes, or [N, c0, L] with
-            those for signals.
+        x: [N, c0, H, W], or [N, c0, D, H, W] with norms and convolutions for volumes, or [N, c0, length]
+            with those for signals.
         layers: for each layer its norm and convolution; or its norm, 1x1 convolution, second norm and
             convolution. The convolution keeps the size of images: its window is odd, such as 3x3.
         activation: what follows each norm: ReLU, LeakyReLU, ELU, GELU, SiLU or Identity; ReLU by default.
@@ -43,8 +43,7 @@ def dense_block(
 
     Returns:
         [N, c0 + L*K, H, W] in channels_last memory, x first and then what each layer adds; K may differ
-        from layer to layer. Its backward
-        reads it, so it must not be written in place.
+        from layer to layer. The block's backward reads the result, so do not write into it.
 
     Modules that the operator does not support (groups, a stride, a hook) run one by one instead, with a
     warning. The same holds, without a warning, where PyTorch traces, exports or transforms.

@@ -112,7 +112,8 @@ def pack_weights(model: nn.Module) -> nn.Module:
 
     The kernels read weights in an order of their own. Without this function they reorder them at every call,
     which takes much of the time of a single image. With it, a part's first call without gradients in eval
-    mode keeps them, in as much memory as the weights themselves. The results have the same bits.
+    mode keeps them. In float32 that takes some 1.6 times the memory of the weights, as 3x3 windows are kept
+    as Winograd's 16 points; under autocast to bfloat16 it takes half. The results have the same bits.
 
     A changed weight, norm or statistic is noticed, and packed anew; so are the steps of all optimizers. But
     PyTorch does not count writes through ``parameter.data``, NumPy or DLPack, by collectives of

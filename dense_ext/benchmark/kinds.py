@@ -59,7 +59,7 @@ def _accuracies(results: Results) -> Table:
         f"ImageNet top-1 accuracy in % ({results['accuracy_source']}) beside what a training step of "
         f"{results['step_batch']} images holds in GB (1e9 bytes): eager, dense_ext by recompute"
     )
-    header = ("network", "top-1 %", "M parameters", "GFLOP forward", *kinds)
+    header = ("network", "top-1 %", "M parameters", "GFLOP forward", "eager", *RECOMPUTE)
     return Table(title, header, rows)
 
 

@@ -73,13 +73,14 @@ def bench(
         tuple[Path, Path] | None,
         typer.Option(help="Measure nothing; say what got worse from one result file to another."),
     ] = None,
-    threshold: Annotated[float, typer.Option(help="For --compare: share a time may grow by.")] = 0.05,
+    threshold: Annotated[float | None, option("For --compare: share a time may grow by.", "0.05")] = None,
     json: Json = False,
 ) -> None:
     if compare is not None:
-        check(threshold > 0, f"--threshold must be positive, got {threshold}")
-        compare_files(*compare, threshold, json)
+        check(threshold is None or threshold > 0, f"--threshold must be positive, got {threshold}")
+        compare_files(*compare, threshold or 0.05, json)
         return
+    check(threshold is None, "--threshold needs --compare")
 
     import torchvision  # noqa: F401 - where it is missing, that is said before anything is measured
 

@@ -21,11 +21,11 @@ def models(
 ) -> None:
     """Accuracy, parameters, arithmetic and memory of every DenseNet here, beside torchvision's ResNets.
 
-    Counted on tensors without memory, so any machine will do: in float32, what a training step keeps for
-    backward, and what a step of 32 images holds. dense_ext's step is planned at its peak; eager's is what
-    it keeps, with parameters, gradients and momentum. The top-1 accuracies are those that torchvision
-    publishes of its weights IMAGENET1K_V1, for every network: V2, of another recipe, is there for ResNets
-    only.
+    It takes some minutes. Counted on tensors without memory, so any machine will do: in float32, what a
+    training step keeps for backward, and what a step of 32 images holds. dense_ext's step is planned at its
+    peak; eager's is what it keeps, with parameters, gradients and momentum. The top-1 accuracies are those
+    that torchvision publishes of its weights IMAGENET1K_V1, for every network: V2, of another recipe, is
+    there for ResNets only.
     """
     from ..benchmark import family
     from ..benchmark.figures import draw_all

@@ -62,7 +62,9 @@ def train(
         bool, typer.Option("--peer", help="Train torchvision's eager twin beside it, from the same weights.")
     ] = False,
     out: Out = Path("dense-ext-train"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the training in --out.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the training in --out, with the same options.")
+    ] = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:

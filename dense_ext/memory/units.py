@@ -23,7 +23,7 @@ def parse_bytes(size: int | str) -> int:
         raise TypeError(f"a memory size must be bytes or a string such as '80GiB', got {size!r}")
     match = _SIZE.fullmatch(str(size))
     if match is None:
-        raise ValueError(f"a memory size must be a number and a unit, as in '80GiB'; got {size!r}")
+        raise ValueError(f"a memory size must be a positive number and a unit, as in '80GiB'; got {size!r}")
     number, unit = match[1], match[2].lower() or "b"
     if unit not in _UNITS:
         raise ValueError(f"{size!r}: the unit must be one of B, kB, MB, GB, TB, KiB, MiB, GiB, TiB")
@@ -45,4 +45,4 @@ def device_memory(device: torch.device) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    raise ValueError(f"the memory of {device} is not known here: pass memory=")
+    raise ValueError(f"the memory of {device} is not known here: say how much there is")

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..checks import check_options
 from ..eligibility import Fused
+from ..schedule import RECOMPUTE
 from .adapter import ADDED, Adapter, Candidate, adapters, called_one_by_one, outputs_kept_anyway
 from .automatic import policies_that_fit
 from .recognition import Recognition, restore_recognised
@@ -95,22 +96,23 @@ def swap(
     give the reason. Swapping again changes the options.
 
     Args:
-        model: any densely connected network. Classes of torchvision, timm, MONAI (2-D, 3-D) and
+        model: any densely connected network. Classes of torchvision, timm, MONAI and
             TorchXRayVision are known; other modules are recognised by what their forward computes.
         recompute: as for :class:`dense_ext.DenseBlock`, or ``"auto"``. A block whose output is kept anyway,
             because the next transition is called child by child and not fused, takes ``"bottleneck"`` instead
             of ``"block"``. ``"auto"`` chooses each block's policy so that a training step with AdamW's state
             fits into memory and recomputes as little as possible (:meth:`dense_ext.memory.Planner.choose`).
-            The model must then be a DenseNet for images, or contain one; input_shape is that of the
-            DenseNet's input. The activations of a model around it, such as a decoder's, are not counted:
-            subtract them from ``memory``.
+            The model must then be a DenseNet for images (on a CPU also for volumes), or contain one;
+            input_shape is that of the DenseNet's input. The activations of a model around it, such as a
+            decoder's, are not counted: subtract them from ``memory``.
         backend: as for :class:`dense_ext.DenseBlock`.
         strict: whether to raise, before anything is changed, if a part can't be fused.
         recognise: whether to trace modules of unknown classes, and fuse those that compute dense blocks or
             transitions, and forwards that call a stem's or transition's modules one by one. Each traced
             module is compared with its original in float64 once, which takes seconds. With False, only known
             classes are fused.
-        input_shape: for ``"auto"``, the shape [N, C, H, W] of a step's images.
+        input_shape: for ``"auto"``, the shape [N, C, H, W] of a step's images, or [N, C, D, H, W] of its
+            volumes.
         memory: for ``"auto"``, the memory to fit into, in bytes or as in ``"80GiB"``; None for the memory
             that the model's device has available to this process.
         dtype: for ``"auto"``, the activations' dtype under autocast; None for the parameters' dtype.
@@ -125,7 +127,7 @@ def swap(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     automatic = recompute == "auto"
-    check_options("none" if automatic else recompute, backend)
+    check_options(recompute, backend, (*RECOMPUTE, "auto"))
     if not automatic and any(option is not None for option in (input_shape, memory, dtype)):
         raise ValueError(
             f'input_shape, memory and dtype go with recompute="auto", got recompute={recompute!r}'

@@ -16,12 +16,12 @@ from ..recognise import Recognised, Rewritten, name_of_pieces
 
 @dataclass(frozen=True)
 class Row:
-    """One dense part. ``runs`` is "fused", "eager", or "refused" if the requested backend can't run it."""
+    """One dense part of a model."""
 
-    name: str
-    kind: str
-    runs: str
-    recompute: str
+    name: str  # of the module, as in ``named_modules``
+    kind: str  # what it is: a dense block, transition or stem
+    runs: str  # "fused", "eager", or "refused" if the requested backend can't run it
+    recompute: str  # the policy; empty where there is none
     detail: str  # the backends, or the reason why the part is not fused
 
 
