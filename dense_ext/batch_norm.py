@@ -103,13 +103,14 @@ def update_running_stats(
     ]
     if any([(mean is None) != (var is None) for _, mean, var, _ in tracked]):  # noqa: C419  # compiled
         raise ValueError(ONE_STATISTIC)
-    if len({norm for norm, *_ in tracked}) < len(tracked):
-        # A norm that several layers share is updated once for each layer, in their order.
+    steps = [norm._buffers["num_batches_tracked"] for norm, *_ in tracked]
+    counters = [counter for counter in steps if counter is not None]
+    shared = len({norm for norm, *_ in tracked}) < len(tracked) or len(set(map(id, counters))) < len(counters)
+    if shared and len(tracked) > 1:
+        # A norm or counter that several layers share is updated once for each layer, in their order.
         for norm, _, _, start in tracked:
             update_running_stats([norm], stats, [start], count)
         return
-    steps = [norm._buffers["num_batches_tracked"] for norm, *_ in tracked]
-    counters = [counter for counter in steps if counter is not None]
     if counters:
         torch._foreach_add_(counters, 1)
     if not tracked or (not isinstance(count, Tensor) and count == 0):

@@ -9,6 +9,7 @@ Later calls compare the modules with the snapshot, and repeat the full check onl
 
 from __future__ import annotations
 
+import enum
 import sys
 import types
 import warnings
@@ -544,10 +545,16 @@ class Snapshot:
         return True
 
 
+class Absence(enum.Enum):
+    """The value of an attribute that there is not."""
+
+    ABSENT = "absent"
+
+
 def _unchanged(attributes: list[tuple[Any, str, Any]]) -> bool:
     """Whether attributes, each given as (object, name, value), still have their values."""
     for of, name, value in attributes:  # noqa: SIM110  # a generator for `all` takes longer
-        if getattr(of, name) is not value:
+        if getattr(of, name, Absence.ABSENT) is not value:
             return False
     return True
 

@@ -374,7 +374,8 @@ def _dense_block_formula(ctx: Any, grad: Tensor) -> Gradients:
         return differentiable.dense_block_backward(grad, output, args, options, ctx.in_channels)
     # The schedule accumulates into the gradient itself if it is exclusive to this call, else into a copy.
     backward = torch.ops.dense_ext.dense_block_backward
-    if is_exclusive(grad, _probe_ownership) and is_channels_last(grad):
+    # Compiled autograd traces this function; it makes the copy a part of its graph.
+    if not torch.compiler.is_compiling() and is_exclusive(grad, _probe_ownership) and is_channels_last(grad):
         backward = torch.ops.dense_ext.dense_block_backward_
     return backward(grad, output, stats, z, *args, *options, ctx.in_channels, needed)
 

@@ -153,12 +153,13 @@ def wanted(norms: Sequence[nn.Module]) -> bool:
     if torch.compiler.is_compiling():
         frozen = not torch.is_grad_enabled() and not any([norm.training for norm in norms])  # noqa: C419
         return frozen and _folds_constants()
-    return (
-        len(_wanted) > 0
-        and norms[0] in _wanted
-        and not torch.is_grad_enabled()
-        and not any(map(_training, norms))
-    )
+    if len(_wanted) == 0 or norms[0] not in _wanted:
+        return False
+    if any(map(_training, norms)):
+        # Statistics are often exchanged after training, by collectives whose writes PyTorch does not count.
+        _packed.pop(norms[0], None)
+        return False
+    return not torch.is_grad_enabled()
 
 
 def find(norms: Sequence[nn.Module], convs: Sequence[nn.Module], dtype: torch.dtype) -> Tensor | None:

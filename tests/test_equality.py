@@ -108,9 +108,19 @@ def individual_norms(model: nn.Module) -> None:
         module.momentum, module.eps = 0.01 * (i % 4 + 1), 10.0 ** -(2 + i % 4)
 
 
+def shared_counter(model: nn.Module) -> None:
+    """The cumulative average depends on how many of the norms have counted before."""
+    cumulative_momentum(model)
+    counter = torch.tensor(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.num_batches_tracked = counter
+
+
 @pytest.mark.each_pair
 @pytest.mark.parametrize(
-    "change", [freeze_norms, freeze_some_norms, freeze_weights, cumulative_momentum, individual_norms]
+    "change",
+    [freeze_norms, freeze_some_norms, freeze_weights, cumulative_momentum, individual_norms, shared_counter],
 )
 def test_settings_of_norms_and_weights(backend: str, recompute: str, change: object) -> None:
     model = small_densenet()
@@ -145,6 +155,18 @@ def test_stop_tracking_but_keep_the_buffers(backend: str) -> None:
             module.track_running_stats = False
     ours, eager = twin(model, dense_ext.swap)
     assert_trains_alike(ours, eager, images())
+
+
+@pytest.mark.parametrize("eps", [0.0, -1e-3])
+@pytest.mark.parametrize("training", [True, False])
+def test_an_eps_that_is_not_positive_is_refused(eps: float, training: bool) -> None:
+    for part in (eager_block(), eager_transition()):
+        for model in twin(part.train(training), dense_ext.swap):
+            for module in model.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eps = eps
+            with pytest.raises(ValueError, match=r"eps .*must be positive"):
+                model(torch.randn(2, 6, 4, 4, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("training", [True, False])

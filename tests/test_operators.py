@@ -21,6 +21,16 @@ from .helpers import assert_same_state, eager_block, randomize, small_densenet, 
 OPS = torch.ops.dense_ext
 
 
+def test_compiled_autograd() -> None:
+    """It traces the backward of a network that is not compiled itself."""
+    ours, eager = twin(small_densenet(), dense_ext.swap)
+    x = torch.randn(2, 3, 40, 40, dtype=torch.float64)
+    eager(x).square().mean().backward()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        ours(x).square().mean().backward()
+    assert_same_state(ours, eager)
+
+
 def arguments(channels: list[int], convs: list[Tensor], frozen: bool, backend: str) -> Arguments:
     norms = [nn.BatchNorm2d(c).double() for c in channels]
     for norm in norms:

@@ -16,7 +16,7 @@ from .. import ops
 from ..arguments import Arguments
 from ..backends.general import Form, block_form, transition_form
 from ..batch_norm import update_running_stats
-from ..eligibility import Fused, interference, known_methods, patched_method
+from ..eligibility import Absence, Fused, interference, known_methods, patched_method
 from ..modules import (
     as_image,
     autocast_dtype,
@@ -267,11 +267,11 @@ def changed_guards(module: Any, guards: Guards) -> str | None:
     """Which of the values that a forward reads has changed, or None."""
     for path, name, value in guards.attributes:
         holder = submodule(module, path)
-        if not equal(getattr(holder, name, None), value):
+        if not equal(getattr(holder, name, Absence.ABSENT), value):
             return f"{path or 'its'} {name} has changed since it was recognised"
     for path, name, value in guards.variables:
         holder, last = _holder(path, name)
-        if not equal(getattr(holder, last, None), value):
+        if not equal(getattr(holder, last, Absence.ABSENT), value):
             return f"{path}.{name} has changed since it was recognised"
     return None
 

@@ -15,7 +15,7 @@ import os
 import random
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +25,11 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 
+from ..eligibility import Absence
+
 # The standard library's modules that a forward may use; results of others may differ from call to call.
 _HARMLESS = {"builtins", "collections", "contextlib", "functools", "itertools", "math", "operator", "typing"}
+_HARMLESS |= {"_collections", "_functools", "_operator"}  # as which C's functions of these say they are
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _LIBRARY = os.path.dirname(os.__file__) + os.sep
 _SITE = os.path.dirname(os.path.dirname(torch.__file__)) + os.sep
@@ -151,7 +154,9 @@ def traces(
                 code = stack.enter_context(_recorded_code())
                 graph = graph_of(module, leaves, grad)
             attributes = _attribute_guards(module, read) + _uncalled_guards(module, modules, graph)
-            yield training, graph, Guards(attributes, _variable_guards(code))
+            classes = dict.fromkeys(c for m in modules for c in type(m).__mro__ if not _is_torchs_class(c))
+            _check_defaults((f for c in classes for f in vars(c).values()), code)
+            yield training, graph, Guards(attributes, _variable_guards(code) + _class_guards(modules))
     finally:
         for m, mode in was.items():
             m.training = mode
@@ -265,7 +270,16 @@ def _recorded_reads(modules: Sequence[nn.Module]) -> Iterator[list[tuple[nn.Modu
                 read.append((self, name, value))
             return value
 
-        own = {"__getattribute__": read_attribute, "__module__": kind.__module__}
+        def find_attribute(self: nn.Module, name: str) -> Any:
+            try:
+                return kind.__getattr__(self, name)
+            except AttributeError:
+                read.append((self, name, Absence.ABSENT))
+                raise
+
+        own = {
+            "__getattribute__": read_attribute, "__getattr__": find_attribute, "__module__": kind.__module__
+        }  # fmt: skip
         return type(kind.__name__, (kind,), own)
 
     written = [(m, type(m)) for m in modules if not type(m).__module__.startswith("torch.nn.")]
@@ -273,6 +287,7 @@ def _recorded_reads(modules: Sequence[nn.Module]) -> Iterator[list[tuple[nn.Modu
         if m.__class__ is not kind:  # a wrapper; its class cannot be changed
             raise RefusedError(f"{kind.__name__} passes for {m.__class__.__name__}")
     kinds = {kind: recording(kind) for kind in dict.fromkeys(kind for _, kind in written)}
+    before = {kind: set(vars(recorder)) for kind, recorder in kinds.items()}
     try:
         for m, kind in written:
             m.__class__ = kinds[kind]
@@ -280,6 +295,9 @@ def _recorded_reads(modules: Sequence[nn.Module]) -> Iterator[list[tuple[nn.Modu
     finally:
         for m, kind in written:
             m.__class__ = kind
+    for kind, recorder in kinds.items():
+        if names := set(vars(recorder)) - before[kind]:
+            raise RefusedError(f"its forward writes {kind.__name__}.{min(names)}, of a class")
 
 
 def _attribute_guards(
@@ -288,7 +306,7 @@ def _attribute_guards(
     names = {m: name for name, m in module.named_modules()}
     found: dict[tuple[str, str, Any], None] = {}
     for m, name, value in read:
-        if isinstance(value, nn.Module) or _is_code(value):
+        if isinstance(value, nn.Module) or _is_function(value) or _is_torchs_class(value):
             continue  # modules are in the graph; changes of methods are checked by class
         if not is_plain(value):
             raise RefusedError(f"its forward reads {type(m).__name__}.{name}, a {type(value).__name__}")
@@ -316,9 +334,52 @@ def is_plain(value: Any) -> bool:
     return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(map(is_plain, value)))
 
 
-def _is_code(value: Any) -> bool:
-    kinds = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.MethodWrapperType, type)
+def _is_function(value: Any) -> bool:
+    kinds = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.MethodWrapperType)
     return isinstance(value, (*kinds, type(torch.conv2d), type(Tensor.relu)))
+
+
+def _is_code(value: Any) -> bool:
+    return isinstance(value, type) or _is_function(value)
+
+
+def _is_torchs_class(value: Any) -> bool:
+    return isinstance(value, type) and value.__module__.partition(".")[0] in ("torch", "builtins")
+
+
+def _check_function(code: types.CodeType, path: str, value: Any) -> None:
+    """Refuse a function among the globals that may give other results from call to call."""
+    of = getattr(value, "__self__", None)
+    if not (of is None or isinstance(of, (type, types.ModuleType))):
+        raise RefusedError(f"{code.co_name} calls {path}, a method of a {type(of).__name__}")
+    module = of.__name__ if isinstance(of, types.ModuleType) else getattr(value, "__module__", None)
+    _check_package(code, str(module).partition(".")[0])
+
+
+def _check_package(code: types.CodeType, package: str) -> None:
+    if package == "numpy" or (package in sys.stdlib_module_names and package not in _HARMLESS):
+        raise RefusedError(f"{code.co_name} uses {package}")
+
+
+def _check_defaults(functions: Iterable[Any], seen: Container[types.CodeType]) -> None:
+    """Refuse a function that has run if the default of an argument can change."""
+    for function in functions:
+        if getattr(function, "__code__", None) in seen:
+            defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+            if not all(is_plain(value) or _is_code(value) for value in defaults):
+                raise RefusedError(f"{function.__name__} has a default that can change")
+
+
+def _class_guards(modules: Sequence[nn.Module]) -> tuple[tuple[str, str, Any], ...]:
+    """Guards for the values in the classes of user-written modules, which a forward may read by ``type``."""
+    classes = dict.fromkeys(c for m in modules for c in type(m).__mro__ if not _is_torchs_class(c))
+    return tuple(
+        (c.__module__, f"{c.__qualname__}.{name}", value)
+        for c in classes
+        if "<locals>" not in c.__qualname__
+        for name, value in vars(c).items()
+        if not name.startswith("__") and is_plain(value)
+    )
 
 
 @contextmanager
@@ -343,7 +404,7 @@ def _recorded_code() -> Iterator[dict[types.CodeType, types.FrameType]]:
 
 @functools.cache  # called for every call in PyTorch
 def _passed_over(file: str) -> bool:
-    if file.startswith((_TORCH, os.path.dirname(__file__) + os.sep)):
+    if file.startswith((_TORCH, os.path.dirname(__file__) + os.sep, "<frozen ")):
         return True
     return file.startswith(_LIBRARY) and not file.startswith(_SITE)
 
@@ -358,9 +419,10 @@ def _variable_guards(seen: dict[types.CodeType, Any]) -> tuple[tuple[str, str, A
                 raise RefusedError(f"{code.co_name} reads {name} from the enclosing function")
         for path, value in _globals_read(code, variables):
             if isinstance(value, types.ModuleType):
-                package = value.__name__.partition(".")[0]
-                if package == "numpy" or (package in sys.stdlib_module_names and package not in _HARMLESS):
-                    raise RefusedError(f"{code.co_name} uses {package}")
+                _check_package(code, value.__name__.partition(".")[0])
+            elif _is_function(value):
+                _check_function(code, path, value)
+                _check_defaults([value], seen)
             elif not _is_code(value):
                 if not is_plain(value):
                     raise RefusedError(f"{code.co_name} reads the global {path}, a {type(value).__name__}")
@@ -375,6 +437,12 @@ def _globals_read(code: types.CodeType, variables: dict[str, Any]) -> Iterator[t
         name = instruction.argval
         if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME") and name in variables:
             path, value = name, variables[name]
+        elif instruction.opname in ("COPY", "DUP_TOP"):  # as in an augmented assignment
+            continue
+        elif instruction.opname == "STORE_ATTR" and value is not None:
+            raise RefusedError(f"{code.co_name} writes {path}.{name}")
+        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(value, types.FunctionType):
+            raise RefusedError(f"{code.co_name} reads {path}.{name}, of a function")
         elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(
             value, (types.ModuleType, type)
         ):
@@ -414,4 +482,6 @@ def _contents(value: Any) -> Any:
 
 
 def _generators() -> tuple[Any, ...]:
-    return random.getstate(), torch.get_rng_state().numpy().tobytes()
+    numpy = sys.modules.get("numpy")
+    drawn = numpy.random.get_state()[1:3] if numpy else (b"", 0)
+    return random.getstate(), torch.get_rng_state().numpy().tobytes(), bytes(drawn[0]), drawn[1]

@@ -6,15 +6,20 @@ may be; then a change of a value on which their forward depends must be noticed 
 
 from __future__ import annotations
 
+import itertools
 import sys
 import warnings
 from collections.abc import Callable
+from os import getenv
+from random import uniform
+from time import time
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numpy.random import rand
 from torch import Tensor, nn
 
 import dense_ext
@@ -206,6 +211,96 @@ class StochasticDepth(Layer):
 class NumpyRandom(Plain):
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x) if np.random.rand() < 2 else x
+
+
+@refused
+class NumpyFunction(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.new(x)
+        return torch.cat([x, y * 0 if rand() > 2 else y], 1)
+
+
+@refused
+class PythonFunction(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.new(x)
+        return torch.cat([x, y * 0 if uniform(0, 1) > 2 else y], 1)
+
+
+@refused
+class TimeOfDay(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.new(x) * (2 if time() < 0 else 1)], 1)
+
+
+@refused
+class Environment(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.new(x)
+        return torch.cat([x, y * 0 if getenv("DENSE_EXT_NO_SUCH_VARIABLE") else y], 1)
+
+
+@refused
+class CountsInItsClass(Layer):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        type(self).calls += 1
+        return torch.cat([x, self.new(x)], 1)
+
+
+def counting_relu(x: Tensor) -> Tensor:
+    counting_relu.calls += 1  # type: ignore[attr-defined]
+    return F.relu(x)
+
+
+counting_relu.calls = 0  # type: ignore[attr-defined]
+
+
+@refused
+class CountsInAFunction(Layer):
+    def new(self, x: Tensor) -> Tensor:
+        return self.conv2(self.relu(self.norm2(self.conv1(counting_relu(self.norm1(x))))))
+
+
+count = itertools.count().__next__
+
+
+@refused
+class CountsInABoundMethod(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.new(x)
+        return torch.cat([x, y if count() >= 0 else -y], 1)
+
+
+@refused
+class MutableDefault(Layer):
+    def forward(self, x: Tensor, scale: list[float] = SCALES) -> Tensor:
+        y = self.new(x)
+        return torch.cat([x, y if scale[0] == 1.0 else -y], 1)
+
+
+def relu_with_a_mutable_default(x: Tensor, scale: list[float] = SCALES) -> Tensor:
+    return F.relu(x) if scale[0] == 1.0 else x
+
+
+@refused
+class FunctionWithAMutableDefault(Layer):
+    def new(self, x: Tensor) -> Tensor:
+        return self.conv2(self.relu(self.norm2(self.conv1(relu_with_a_mutable_default(self.norm1(x))))))
+
+
+class Settings:
+    scale = 1
+
+
+@refused
+class SettingsInAClass(Layer):
+    settings = Settings
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.new(x)
+        return torch.cat([x, y if self.settings.scale == 1 else -y], 1)
 
 
 @refused
@@ -418,10 +513,12 @@ class Guarded(Plain):
     scale = False
     mode: Any = "plain"
 
+    sign = 1
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.scale or FLAG:
+        if self.scale or FLAG or getattr(self, "doubles", False) or hasattr(self, "doubled"):
             x = x * 2
-        return self._result(self.layers(x))
+        return self._result(self.layers(x)) if type(self).sign == 1 else -x
 
     def _result(self, y: Tensor) -> Tensor:
         return y if self.mode == "plain" else -y
@@ -444,6 +541,12 @@ def _negate(self: Any, y: Tensor) -> Tensor:
 CHANGES: dict[str, Callable[[Any, Any], None]] = {
     "an attribute": _set("scale", True),
     "another attribute": _set("mode", "negative"),
+    "an attribute that was not there": _set("doubles", True),
+    "another that was not there": _set("doubled", None),
+    "one that was not there, in the class": lambda model, patch: patch.setattr(
+        Guarded, "doubles", True, raising=False
+    ),
+    "an attribute read by type": lambda model, patch: patch.setattr(Guarded, "sign", -1),
     "an attribute of the class": lambda model, patch: patch.setattr(Guarded, "scale", True),
     "a global": lambda model, patch: patch.setattr(sys.modules[__name__], "FLAG", True),
     "a method of the class": lambda model, patch: patch.setattr(Guarded, "_result", _negate),
