@@ -76,10 +76,12 @@ class Traced(Fused):
     @classmethod
     def guarded(cls, module: Any) -> list[tuple[Any, str, Any]]:
         guards = module.plan.guards
-        attributes = [(submodule(module, path), name, value) for path, name, value in guards.attributes]
-        variables = [(*_holder(path, name), value) for path, name, value in guards.variables]
+        holders = [(submodule(module, path), name) for path, name, _ in guards.attributes]
+        holders += [_holder(path, name) for path, name, _ in guards.variables]
+        # The values that are there, which equal the guards': those of an unpickled plan are other objects.
+        values = [(of, name, getattr(of, name, Absence.ABSENT)) for of, name in holders]
         original = original_class(type(module))
-        return [*attributes, *variables, *((original, *item) for item in known_methods(original).items())]
+        return [*values, *((original, *item) for item in known_methods(original).items())]
 
 
 class Recognised(Traced):

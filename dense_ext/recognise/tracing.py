@@ -140,6 +140,8 @@ def traces(
             raise RefusedError("it has modules that carry hooks, which a fused call would skip")
     was = {m: m.training for m in modules}
     before, drawn = _state(modules), _generators()
+    classes = dict.fromkeys(c for m in modules for c in type(m).__mro__ if not _is_torchs_class(c))
+    of_classes = _class_guards(classes)
     try:
         for training, grad, autocast in _MODES:
             for m in modules:
@@ -154,9 +156,8 @@ def traces(
                 code = stack.enter_context(_recorded_code())
                 graph = graph_of(module, leaves, grad)
             attributes = _attribute_guards(module, read) + _uncalled_guards(module, modules, graph)
-            classes = dict.fromkeys(c for m in modules for c in type(m).__mro__ if not _is_torchs_class(c))
             _check_defaults((f for c in classes for f in vars(c).values()), code)
-            yield training, graph, Guards(attributes, _variable_guards(code) + _class_guards(modules))
+            yield training, graph, Guards(attributes, _variable_guards(code) + of_classes)
     finally:
         for m, mode in was.items():
             m.training = mode
@@ -344,7 +345,7 @@ def _is_code(value: Any) -> bool:
 
 
 def _is_torchs_class(value: Any) -> bool:
-    return isinstance(value, type) and value.__module__.partition(".")[0] in ("torch", "builtins")
+    return isinstance(value, type) and str(value.__module__).partition(".")[0] in ("torch", "builtins")
 
 
 def _check_function(code: types.CodeType, path: str, value: Any) -> None:
@@ -370,9 +371,8 @@ def _check_defaults(functions: Iterable[Any], seen: Container[types.CodeType]) -
                 raise RefusedError(f"{function.__name__} has a default that can change")
 
 
-def _class_guards(modules: Sequence[nn.Module]) -> tuple[tuple[str, str, Any], ...]:
-    """Guards for the values in the classes of user-written modules, which a forward may read by ``type``."""
-    classes = dict.fromkeys(c for m in modules for c in type(m).__mro__ if not _is_torchs_class(c))
+def _class_guards(classes: Iterable[type]) -> tuple[tuple[str, str, Any], ...]:
+    """Guards for the values in classes, which a forward may read by ``type(self)``."""
     return tuple(
         (c.__module__, f"{c.__qualname__}.{name}", value)
         for c in classes
@@ -483,5 +483,5 @@ def _contents(value: Any) -> Any:
 
 def _generators() -> tuple[Any, ...]:
     numpy = sys.modules.get("numpy")
-    drawn = numpy.random.get_state()[1:3] if numpy else (b"", 0)
-    return random.getstate(), torch.get_rng_state().numpy().tobytes(), bytes(drawn[0]), drawn[1]
+    drawn = str(numpy.random.get_state(legacy=False)) if numpy else ""
+    return random.getstate(), torch.get_rng_state().numpy().tobytes(), drawn
