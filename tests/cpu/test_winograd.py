@@ -48,7 +48,10 @@ def test_scratch_is_what_the_planner_counts(name: str, sizes: tuple[int, ...], d
 
 @pytest.mark.parametrize("sizes", [(2, 28, 28), (4, 7, 7), (1, 16, 16, 16)], ids=str)
 def test_float32_is_as_exact_as_eager(sizes: tuple[int, ...]) -> None:
-    """A sum over 128 channels is more exact than one over 1152 values; but a weight gradient's is as long."""
+    """A sum over 128 channels is more exact than one over 1152 values; but a weight gradient's is as long.
+
+    Its transforms round too: it has up to 1.3 times eager's error.
+    """
     n, *sides = sizes
     b, k, dims = 128, 32, len(sides)
     g = torch.Generator().manual_seed(0)
@@ -60,19 +63,19 @@ def test_float32_is_as_exact_as_eager(sizes: tuple[int, ...]) -> None:
 
     def eager(dtype: torch.dtype) -> list[Tensor]:
         x, w, grad_y = (t.to(dtype, memory_format=memory_format) for t in (a, weight, grad))
-        y = convolution(x.requires_grad_(), w, padding=1)
-        return [y.detach(), *torch.autograd.grad(y, x, grad_y)]
+        y = convolution(x.requires_grad_(), w.requires_grad_(), padding=1)
+        return [y.detach(), *torch.autograd.grad(y, (x, w), grad_y)]
 
     def nhwc(x: Tensor) -> Tensor:
         return x.movedim(1, -1).contiguous()
 
     zero, one = torch.zeros(b), torch.ones(b)  # a norm that changes nothing
-    y, grad_a = torch.empty(n, *sides, k), torch.empty(n, *sides, b)
+    y, grad_a, grad_weight = torch.empty(n, *sides, k), torch.empty(n, *sides, b), torch.empty_like(weight)
     CPU.bn_relu_conv3x3_forward(nhwc(a), one, zero, weight, y, None, None)
     CPU.bn_relu_conv3x3_backward(
         nhwc(grad), y, torch.zeros(k), torch.zeros(k), nhwc(a), zero, one, zero, weight, grad_a,
-        torch.empty(2, b), None,
+        torch.empty(2, b), grad_weight,
     )  # fmt: skip
-    found = (y.movedim(-1, 1), grad_a.movedim(-1, 1))
-    for ours, exact, theirs in zip(found, eager(torch.float64), eager(torch.float32), strict=True):
-        assert relative_error([ours], [exact]) < relative_error([theirs], [exact])
+    found = zip((y.movedim(-1, 1), grad_a.movedim(-1, 1), grad_weight), (1.0, 1.0, 1.5), strict=True)
+    for (ours, most), exact, theirs in zip(found, eager(torch.float64), eager(torch.float32), strict=True):
+        assert relative_error([ours], [exact]) < most * relative_error([theirs], [exact])
