@@ -64,7 +64,7 @@ def test_the_size_a_network_is_made_for(capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--memory", "lots"], "--memory: a memory size must be a number and a unit"),
+        (["--memory", "lots"], "--memory: a memory size must be a positive number and a unit"),
         (["--memory", "8XB"], "the unit must be one of B, kB, MB"),
         (["--memory", "0"], "at least one byte"),
         (["--batch", "0"], "--batch must be at least 1"),
