@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.jit import is_scripting  # type: ignore[attr-defined]  # absent from torch's stubs
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import ops, packing  # ops registers the operators
 from .arguments import Arguments, BlockOptions, TransitionOptions
@@ -84,7 +83,8 @@ def read_arguments(
         check_parameters(where, name, parameters, x, expected)
     counts = torch.ops.dense_ext.gather_counts(x, group) if group else None
     eps = [norm.eps for norm in norms]
-    if any([not (e > 0) and isinstance(n, _BatchNorm) for n, e in zip(norms, eps, strict=True)]):  # noqa: C419  # compiled
+    # As PyTorch does; a frozen norm's may be zero from PyTorch 2.14 on.
+    if any([not (e > 0 or (e == 0 and not batch)) for e, batch in zip(eps, batch_stats, strict=True)]):  # noqa: C419  # compiled
         raise ValueError(f"{where}: the eps of a batch norm must be positive, got {min(eps)}")
     return Arguments(*groups, eps, batch_stats, activation, group, counts, backend)
 
