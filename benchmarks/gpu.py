@@ -262,12 +262,12 @@ def main() -> int:
     if unknown := [name for name in chosen if name not in known]:
         parser.error(f"--only takes some of {', '.join(known)}; got {', '.join(unknown)}")
     end, lines, summary = time.monotonic() + options.seconds, [], out / "summary.txt"
+    done = {name: ended_well(known[name], summary) for name in chosen} if options.resume else {}
     try:
-        for part, before in [(known[name], ended_well(known[name], summary)) for name in chosen]:
+        for part in map(known.__getitem__, chosen):
             seconds = min(part.seconds, end - time.monotonic() - TO_END)
-            if options.resume and before:
-                new = before
-            else:
+            new = done.get(part.name)
+            if not new:
                 new = run_part(part, seconds, out) if seconds > 15 else [f"{part.name}: no time is left"]
             lines += new
             print("\n".join(new), flush=True)

@@ -106,7 +106,7 @@ def update_running_stats(
     steps = [norm._buffers["num_batches_tracked"] for norm, *_ in tracked]
     counters = [counter for counter in steps if counter is not None]
     shared = len({norm for norm, *_ in tracked}) < len(tracked) or len(set(map(id, counters))) < len(counters)
-    if shared and len(tracked) > 1:
+    if shared:
         # A norm or counter that several layers share is updated once for each layer, in their order.
         for norm, _, _, start in tracked:
             update_running_stats([norm], stats, [start], count)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .batch_norm import VECTORS
+from .batch_norm import VECTORS, constant
 from .eligibility import Fused
 
 _BATCHES = "num_batches_tracked"
@@ -178,10 +178,10 @@ def watch(norms: Sequence[nn.Module], convs: Sequence[nn.Module], dtype: torch.d
 
     None if not all changes would be noticed, so that packed weights can't be kept.
     """
-    tensors = [_holder(module, name)[name] for module, name in _places(norms, convs)]
+    tensors = [constant(module, name) for module, name in _places(norms, convs)]
     if any(t is not None and t.is_inference() for t in tensors):  # these have no versions to compare
         return None
-    if any(isinstance(norm, _BatchNorm) and _holder(norm, _BATCHES)[_BATCHES] is None for norm in norms):
+    if any(isinstance(norm, _BatchNorm) and constant(norm, _BATCHES) is None for norm in norms):
         return None
     return Packed(norms, convs, dtype)
 

@@ -34,6 +34,10 @@ def user_table() -> Path:
     return own_table("preference", ENVIRONMENT_VARIABLE)
 
 
+def _by_key(rows: Iterable[dict[str, Any]]) -> dict[Key, dict[str, Any]]:
+    return {(row["primitive"], row["on"], row["dtype"]): row for row in rows}
+
+
 def read_rows(path: Path) -> dict[Key, dict[str, Any]]:
     """The rows of a table, by what they are for; none if there is no such file.
 
@@ -44,14 +48,14 @@ def read_rows(path: Path) -> dict[Key, dict[str, Any]]:
         rows = json.loads(path.read_text()) if path.exists() else []
         if unknown := {name for row in rows for name in row["order"]} - set(PREFERENCE):
             raise ValueError(f"there are no backends {', '.join(sorted(unknown))}")
-        return {(row["primitive"], row["on"], row["dtype"]): row for row in rows}
+        return _by_key(rows)
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is not a table of orders of backends: {error!r}") from error
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write rows to a table; the rows that it has for other primitives, devices and dtypes stay."""
-    table = read_rows(path) | {(row["primitive"], row["on"], row["dtype"]): row for row in rows}
+    table = read_rows(path) | _by_key(rows)
     write_table(path, [table[key] for key in sorted(table)])
     _measured.cache_clear()
 

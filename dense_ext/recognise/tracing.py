@@ -354,10 +354,12 @@ def _check_function(code: types.CodeType, path: str, value: Any) -> None:
     if not (of is None or isinstance(of, (type, types.ModuleType))):
         raise RefusedError(f"{code.co_name} calls {path}, a method of a {type(of).__name__}")
     module = of.__name__ if isinstance(of, types.ModuleType) else getattr(value, "__module__", None)
-    _check_package(code, str(module).partition(".")[0])
+    _check_package(code, str(module))
 
 
-def _check_package(code: types.CodeType, package: str) -> None:
+def _check_package(code: types.CodeType, module: str) -> None:
+    """Refuse a module of the standard library or of NumPy whose functions may differ from call to call."""
+    package = module.partition(".")[0]
     if package == "numpy" or (package in sys.stdlib_module_names and package not in _HARMLESS):
         raise RefusedError(f"{code.co_name} uses {package}")
 
@@ -419,7 +421,7 @@ def _variable_guards(seen: dict[types.CodeType, Any]) -> tuple[tuple[str, str, A
                 raise RefusedError(f"{code.co_name} reads {name} from the enclosing function")
         for path, value in _globals_read(code, variables):
             if isinstance(value, types.ModuleType):
-                _check_package(code, value.__name__.partition(".")[0])
+                _check_package(code, value.__name__)
             elif _is_function(value):
                 _check_function(code, path, value)
                 _check_defaults([value], seen)
