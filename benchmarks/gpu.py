@@ -4,7 +4,7 @@ Needs the checkout, PyTorch with Triton, torchvision and pytest; nothing is inst
 Where there is nvcc and Ninja, the CUDA kernels are compiled for this GPU first; else a library that is
 there already serves. Every part runs in processes of its own within a time limit, and keeps what it
 measured when the limit ends it; the whole ends after ``--seconds``. ``DIR`` gets a JSON file for each
-suite, ``summary.txt``, how each part went, and ``log.txt``, all they printed.
+suite and ``log.txt``: how each part went, and all that it printed.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TO_END = 10  # seconds that an interrupted command has to write what it has
 OTHERS = "densenet169,densenet201,densenet161"
 POLICIES = ["none", "bottleneck", "block"]
+# Parts that run only where --only names them: one takes long, one needs MONAI.
+ON_REQUEST = ("primitives_compiled", "volumes")
 # Graphs are not for the suite `memory`, whose steps run without. A row of eager's comes first, as the
 # others' values are compared with it, and what is compiled comes last, as it takes longest.
 EAGER = ["eager-cl", "memory-efficient-cl"]
@@ -38,6 +40,7 @@ PEERS = {
     "memory": EAGER,
     "kernelbench": ["eager", "eager-cl", "compile"],
     "primitives_compiled": ["eager", "compile"],
+    "volumes": ["eager-cl", "graph-cl"],
 }
 
 PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--device", "cuda"]
@@ -106,7 +109,8 @@ def parts() -> list[Part]:
         suite("memory", 60, "memory"),
         suite("step_others", 60, "step", "--model", OTHERS, "--batch", "128"),
         suite("kernelbench", 90, "kernelbench"),
-        suite("primitives_compiled", 60, "primitives", *network, "256", "--backend", "cuda"),
+        suite("primitives_compiled", 120, "primitives", *network, "256", "--backend", "cuda"),
+        suite("volumes", 90, "volumes"),
     ]
     if SANITIZER:
         found += [Part(tool, 90, [SANITIZED]) for tool in ("memcheck", "racecheck")]
@@ -230,11 +234,12 @@ def run_suite(
             print("\t".join(row))
 
 
-def ended_well(part: Part, summary: Path) -> list[str]:
-    """What the summary of an earlier run says of a part whose commands all succeeded; empty for others."""
-    lines = summary.read_text().splitlines() if summary.exists() else []
-    own = [line for line in lines if re.match(rf"{part.name}[: ]", line)]
-    return own if len(own) == len(part.commands) and all(": exit 0," in line for line in own) else []
+def ended_well(part: Part, log: Path) -> list[str]:
+    """What the log says of a part whose commands all succeeded when it last ran; empty for others."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    own = [line.removeprefix("=== ") for line in lines if re.match(rf"=== {part.name}[: ]", line)]
+    last = own[-len(part.commands) :]
+    return last if all(": exit 0," in line for line in last) else []
 
 
 def main() -> int:
@@ -258,11 +263,11 @@ def main() -> int:
         run_suite(options.suite, options.name, models, options.batch, path, backend=options.backend)
         return 0
     known = {part.name: part for part in parts()}
-    chosen = options.only.split(",") if options.only else list(known)
+    chosen = options.only.split(",") if options.only else [name for name in known if name not in ON_REQUEST]
     if unknown := [name for name in chosen if name not in known]:
         parser.error(f"--only takes some of {', '.join(known)}; got {', '.join(unknown)}")
-    end, lines, summary = time.monotonic() + options.seconds, [], out / "summary.txt"
-    done = {name: ended_well(known[name], summary) for name in chosen} if options.resume else {}
+    end, lines = time.monotonic() + options.seconds, []
+    done = {name: ended_well(known[name], out / "log.txt") for name in chosen} if options.resume else {}
     try:
         for part in map(known.__getitem__, chosen):
             seconds = min(part.seconds, end - time.monotonic() - TO_END)
@@ -271,7 +276,6 @@ def main() -> int:
                 new = run_part(part, seconds, out) if seconds > 15 else [f"{part.name}: no time is left"]
             lines += new
             print("\n".join(new), flush=True)
-            summary.write_text("\n".join(lines) + "\n")
     except KeyboardInterrupt:
         return 130
     # Sanitizers come last, and count where there was time for them.

@@ -44,6 +44,13 @@ def test_peers_and_parts_exist(script) -> None:  # type: ignore[no-untyped-def]
         assert all((ROOT / path).exists() for path in paths), paths
 
 
+def test_a_run_leaves_few_files(script) -> None:  # type: ignore[no-untyped-def]
+    """The log and a result of each suite: what is copied from a machine is seen at a glance."""
+    names = [part.name for part in script.parts() if script.SUITE[0] in part.commands[0]]
+    assert len({*names} - {"machine", *script.ON_REQUEST} | {"log"}) <= 8
+    assert {*script.ON_REQUEST} <= {*names}
+
+
 def test_every_file_of_tests_is_run_for_each_backend(script, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(script, "NVCC", "nvcc")
     files = {f"tests/primitives/{path.name}" for path in (ROOT / "tests" / "primitives").glob("test_*.py")}
@@ -151,6 +158,7 @@ def test_resuming_passes_over_what_succeeded(script, tmp_path: Path, monkeypatch
     monkeypatch.setattr(script, "parts", lambda: parts)
     out = tmp_path / "out"
     for options in ([], ["--resume"]):
+        capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(out), *options])
         script.main()
     assert {name: path.read_text() for name, path in files.items()} == {
@@ -158,7 +166,7 @@ def test_resuming_passes_over_what_succeeded(script, tmp_path: Path, monkeypatch
         "good_too": "x",
         "bad": "xxxx",
     }
-    lines = (out / "summary.txt").read_text().splitlines()
+    lines = capsys.readouterr().out.splitlines()
     assert [re.split("[: ]", line)[0] for line in lines] == ["good", "good_too", "bad", "bad"]
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(out), "--only", "good"])
     script.main()
