@@ -7,9 +7,9 @@ that a replay uses must stay where it was, and what a replay computes must not d
 
 from __future__ import annotations
 
-import itertools
+import operator
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,9 @@ from .casting import copies
 
 # Runs before recording: they let libraries choose algorithms and take their workspace.
 _WARM_UP = 3
+
+# Attributes of these types may be set anew, if to the same value; those of others must be the same object.
+_PLAIN = (int, float, str)
 
 Run = Callable[[], Sequence[Tensor | None]]
 
@@ -108,8 +111,8 @@ class GraphedModel:
         if not recording.holds():
             if not self._warned:
                 warnings.warn(
-                    "dense_ext: the model runs without its CUDA graph, since parameters, buffers or training "
-                    "modes changed after make_graphed; call it again",
+                    "dense_ext: the model runs without its CUDA graph, since its parameters, buffers or "
+                    "attributes changed after make_graphed; call it again",
                     stacklevel=2,
                 )
                 self._warned = True
@@ -141,7 +144,8 @@ class _Recording:
         self._y = self._x  # until it is computed
         with torch.cuda.device(sample.device):
             self._record()
-        self._state = self._present_state()
+        self._modules = list(model.modules())
+        self._tensors, self._attributes = self._present_state()
 
     def _record(self) -> None:
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
@@ -186,14 +190,29 @@ class _Recording:
         inputs = [self._x] if self.call.needs_gradient else []
         return torch.autograd.grad(self._y, [*inputs, *self.parameters], self._gy, allow_unused=True)
 
-    def _present_state(self) -> tuple[object, ...]:
-        tensors: Iterable[Tensor] = itertools.chain(self.model.parameters(), self.model.buffers())
-        found: list[object] = [(id(t), t.data_ptr(), t.requires_grad) for t in tensors]
-        return *found, *(module.training for module in self.model.modules())
+    def _present_state(self) -> tuple[list[object], list[object]]:
+        """Where the model's tensors are, and its modules' attributes, such as a norm's momentum.
+
+        Each call looks at them, so over a flat list: ``Module.parameters()`` takes ten times as long.
+        """
+        places: list[object] = []
+        attributes: list[object] = []
+        for module in self._modules:
+            attributes += module.__dict__.values()
+            attributes += module._modules.values()
+            for tensors in (module._parameters, module._buffers):
+                places += [(id(t), t.data_ptr(), t.requires_grad) for t in tensors.values() if t is not None]
+        return places, attributes
 
     def holds(self) -> bool:
         """Whether what was recorded is still what the model would do."""
-        return self._present_state() == self._state
+        tensors, attributes = self._present_state()
+        if tensors != self._tensors or len(attributes) != len(self._attributes):
+            return False
+        pairs = zip(attributes, self._attributes, strict=True)
+        return all(map(operator.is_, attributes, self._attributes)) or all(
+            now is then or (type(now) in _PLAIN and now == then) for now, then in pairs
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -161,7 +162,15 @@ def evaluate_a_norm(model: nn.Module) -> None:
     next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).eval()
 
 
-@pytest.mark.parametrize("change", [freeze, move, exchange, evaluate_a_norm])
+def change_momentum(model: nn.Module) -> None:
+    next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).momentum = 0.25
+
+
+def add_a_module(model: nn.Module) -> None:
+    next(m for m in model.modules() if isinstance(m, nn.Sequential)).append(nn.Tanh())
+
+
+@pytest.mark.parametrize("change", [freeze, move, exchange, evaluate_a_norm, change_momentum, add_a_module])
 def test_a_changed_model_runs_itself(
     make: Any, model: nn.Module, change: Callable[[nn.Module], None]
 ) -> None:
@@ -171,6 +180,17 @@ def test_a_changed_model_runs_itself(
     with pytest.warns(UserWarning, match="runs without its CUDA graph"):
         y = call(x)
     assert torch.equal(y, model(x))
+
+
+def test_setting_what_was_set_keeps_the_graph(make: Any, model: nn.Module) -> None:
+    call = make(model, batches()[0])
+    momentum = 0.1
+    for module in model.train().modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = float(str(momentum))  # an object of its own
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(batches()[0])
 
 
 def test_new_values_of_parameters_are_used(make: Any, model: nn.Module) -> None:
