@@ -421,6 +421,8 @@ def weights_reason(modules: Iterable[nn.Module], at_rest: bool = False) -> str |
             if type(conv) not in _CONVS:
                 continue
             weight = constant(conv, "weight")
+            if at_rest and getattr(weight, "_fsdp_flattened", False):
+                continue  # FSDP1's: a process's share of the weight, which has another shape
             sharded = at_rest and qualified_name(type(weight)) == "torch.distributed.tensor.DTensor"
             if not (_vouched(weight) or sharded):
                 return f"{name or 'conv'} has a weight of type {qualified_name(type(weight))}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +13,10 @@ import torch
 from monai.networks.nets import DenseNet
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.models.densenet import _DenseBlock, _Transition
 
 import dense_ext
 from dense_ext import eligibility
@@ -94,9 +98,37 @@ def _train_sharded(rank: int) -> None:
         assert_equal(ours(x), eager(x), "output of the restored network")
 
 
+def _train_in_fsdp1(rank: int) -> None:
+    """Swap before and after FullyShardedDataParallel wraps the blocks; compare with eager inside it."""
+    policy = ModuleWrapPolicy({_DenseBlock, _Transition})
+    wrap = functools.partial(
+        FullyShardedDataParallel, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+    )
+    for first in ("swap", "wrap"):
+        ours, eager = _twins()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of FSDP, that torchvision's block is a ModuleDict
+            if first == "swap":
+                dense_ext.swap(ours)
+            models = [wrap(ours), wrap(eager)]
+            if first == "wrap":
+                dense_ext.swap(ours)
+        assert {row.runs for row in dense_ext.report(ours).rows} == {"fused"}
+        optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in models]
+        for _ in range(3):
+            x, outputs = _images(rank), []
+            for model, optimizer in zip(models, optimizers, strict=True):
+                optimizer.zero_grad()
+                outputs.append(model(x))
+                outputs[-1].square().sum().backward()
+                optimizer.step()
+            assert_equal(outputs[0], outputs[1], f"output, {first} first")
+        assert all(m in eligibility._snapshots for m in ours.modules() if isinstance(m, Fused)), "ran fused"
+
+
 @needs_gloo
 def test_two_processes_train_as_eager(tmp_path: Path) -> None:
-    run_in_processes([_train_in_parallel], WORLD, tmp_path)
+    run_in_processes([_train_in_parallel, _train_in_fsdp1], WORLD, tmp_path)
 
 
 @needs_gloo

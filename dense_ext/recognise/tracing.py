@@ -30,6 +30,7 @@ from ..eligibility import Absence
 # The standard library's modules that a forward may use; results of others may differ from call to call.
 _HARMLESS = {"builtins", "collections", "contextlib", "functools", "itertools", "math", "operator", "typing"}
 _HARMLESS |= {"_collections", "_functools", "_operator"}  # as which C's functions of these say they are
+_PARALLEL = ("torch.distributed.", "torch.nn.parallel.")  # where wrappers such as FSDP have their forward
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _LIBRARY = os.path.dirname(os.__file__) + os.sep
 _SITE = os.path.dirname(os.path.dirname(torch.__file__)) + os.sep
@@ -135,6 +136,8 @@ def traces(
     modules = list(_outside(module, leaves))
     if isinstance(module, fx.GraphModule):
         raise RefusedError("it is a GraphModule, whose class cannot be changed")
+    if any(type(m).forward.__module__.startswith(_PARALLEL) for m in modules):
+        raise RefusedError("it has modules wrapped for several processes, whose first call sets them up")
     for m in modules:  # tracing would run the hooks
         if m is not module and not (leaves(m) or is_torchs(m)) and (m._forward_hooks or m._forward_pre_hooks):
             raise RefusedError("it has modules that carry hooks, which a fused call would skip")
