@@ -180,7 +180,8 @@ def known_methods(kind: type) -> dict[str, Any]:
 def _method_names(kind: type) -> list[str]:
     """The methods that a call may run: those in ``_METHODS``, and all of classes outside PyTorch."""
     written = [base for base in kind.__mro__ if base.__module__.partition(".")[0] not in _PYTORCHS]
-    own = [n for base in written for n, value in vars(base).items() if isinstance(value, types.FunctionType)]
+    kinds = (types.FunctionType, staticmethod)
+    own = [n for base in written for n, value in vars(base).items() if isinstance(value, kinds)]
     return list(dict.fromkeys((*_METHODS, *own)))
 
 
@@ -480,6 +481,8 @@ class Snapshot:
         ]
         self.pools = [(m, _pool_settings(m)) for m in self.modules if type(m) in _POOLS]
         self.synchronised = [(m, _sync_settings(m)) for m in self.modules if type(m) is nn.SyncBatchNorm]
+        # A forward may read the names of a ModuleDict's children.
+        self.named = [(m._modules, tuple(m._modules)) for m in self.modules if isinstance(m, nn.ModuleDict)]
         self.dropping = [(m.__dict__, m.drop_rate) for m in top if hasattr(m, "drop_rate")]
         self.drops = any(rate for _, rate in self.dropping)
         self.methods = [
@@ -501,6 +504,7 @@ class Snapshot:
                 and self._flat() == self.modules
                 and list(map(type, self.modules)) == self.types
                 and list(map(len, self.attributes)) == self.lengths
+                and all([tuple(children) == names for children, names in self.named])  # noqa: C419  # faster
                 and self._no_hooks()
                 and self._same_settings()
                 and _unchanged(self.methods)

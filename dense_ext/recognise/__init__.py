@@ -149,5 +149,5 @@ def recognise(module: nn.Module) -> Plan:
             raise RefusedError("it is a single layer")
         if (reason := changes(module, kinds_of(module), plan) or unsupported(module, plan)) is not None:
             raise RefusedError(reason)
-        prove(module, plan)
+        prove(module, plan, traced=layers is None)
     return plan

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +117,8 @@ class Rewriting:
             module again.
         called: the names of the dense parts that it calls as a whole.
         entered: the names of the modules whose own forward was traced, so that they are no longer called.
-        children: the names of the modules that a forward may iterate over, each with its children's names.
+        children: the names of the modules that a forward may iterate over, each with its children: the name
+            of each there, and its first dotted name.
         guards: the values that the forward reads.
     """
 
@@ -125,7 +126,7 @@ class Rewriting:
     code: tuple[Code, Code]
     called: tuple[str, ...]
     entered: tuple[str, ...]
-    children: tuple[tuple[str, tuple[str, ...]], ...]
+    children: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
     guards: Guards
 
     @property
@@ -146,17 +147,9 @@ def rewrite(model: nn.Module, parts: set[nn.Module], run: Callable[..., Any]) ->
     Raises:
         RefusedError: the forward cannot be traced, takes several inputs, or has nothing to rewrite.
     """
-
-    @functools.cache
-    def is_leaf(module: nn.Module) -> bool:
-        if module in parts or _is_container(module):
-            return module in parts
-        # A module of its own may hold the stem.
-        return not any(inner in parts or isinstance(inner, MAXIMA) for inner in module.modules())
-
     found: dict[bool, tuple[Any, ...]] = {}
     guards = Guards()
-    for training, graph, read in traces(model, is_leaf):
+    for training, graph, read in traces(model, leaves_around(parts)):
         chains = list(_chains(model, graph, parts))
         names = dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "call_module")
         called = tuple(name for name in names if model.get_submodule(name) in parts)
@@ -174,8 +167,21 @@ def rewrite(model: nn.Module, parts: set[nn.Module], run: Callable[..., Any]) ->
     if len(set(inner)) < len(inner):
         raise RefusedError("a norm or convolution is used more than once")
     called, entered = called_and_entered
-    code_of_modes, children = (code_in_eval, code), tuple(_children(model, called))
+    code_of_modes, children = (code_in_eval, code), children_of(model, called)
     return Rewriting(links, code_of_modes, called, entered, children, guards | settings(model, inner))
+
+
+def leaves_around(parts: Container[nn.Module]) -> Callable[[nn.Module], bool]:
+    """Which modules are not traced where a forward is rewritten: parts, and modules without part or stem."""
+
+    @functools.cache
+    def is_leaf(module: nn.Module) -> bool:
+        if module in parts or _is_container(module):
+            return module in parts
+        # A module of its own may hold the stem.
+        return not any(inner in parts or isinstance(inner, MAXIMA) for inner in module.modules())
+
+    return is_leaf
 
 
 def _is_container(module: nn.Module) -> bool:
@@ -189,12 +195,18 @@ def _entered(model: nn.Module, graph: fx.Graph) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for stack in stacks for name, _ in stack if name and name not in called))
 
 
-def _children(model: nn.Module, called: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+def children_of(
+    model: nn.Module, called: Sequence[str]
+) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
     """The names of a module and of those inside it, but not inside called parts, with their children's."""
     inside = {inner for name in called for inner in model.get_submodule(name).modules()}
-    for name, module in model.named_modules():
-        if module not in inside and not is_torchs(module):
-            yield name, tuple(module._modules)
+    first: dict[Any, str] = {module: name for name, module in model.named_modules()}
+    first[None] = ""  # a child that was set to None
+    return tuple(
+        (name, tuple((n, first[child]) for n, child in module._modules.items()))
+        for module, name in first.items()
+        if module is not None and module not in inside and not is_torchs(module)
+    )
 
 
 # --- chains of a graph ---------------------------------------------------------------------------------

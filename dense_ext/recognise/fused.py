@@ -35,11 +35,11 @@ class Traced(Fused):
 
     Attributes:
         plan: what the module computes; it has ``guards``.
-        kinds: the classes of submodules at that time, by dotted name.
+        kinds: the submodules' classes and first names at that time, by dotted name.
     """
 
     plan: Any
-    kinds: dict[str, type[nn.Module]]
+    kinds: dict[str, tuple[type[nn.Module], str]]
     training: bool
 
     # Without a return type, which TorchScript then infers.
@@ -57,6 +57,14 @@ class Traced(Fused):
     def computed(self, x: Tensor) -> Any:
         """The module's output, from the fused operators."""
         raise NotImplementedError
+
+    def unfusable(self) -> str | None:
+        reason = super().unfusable()
+        if reason is None and not torch.compiler.is_compiling():
+            # Tracing has followed these too; `interference` looks for them in submodules.
+            own = self.__dict__.keys() & known_methods(original_class(type(self))).keys()
+            return f"carries a {min(own)} of its own" if own else None
+        return reason
 
     def __getitem__(self, idx: Any) -> Any:
         """Index like a Sequential; a slice is another module, with the original's class."""
@@ -247,12 +255,14 @@ def _run_newest_first(
 # --- checks -------------------------------------------------------------------------------------------
 
 
-def kinds_of(module: Any) -> dict[str, type[nn.Module]]:
-    """The class of every submodule, by dotted name."""
-    return {name: type(m) for name, m in module.named_modules() if m is not module}
+def kinds_of(module: Any) -> dict[str, tuple[type[nn.Module], str]]:
+    """The class of every submodule by dotted name, and the first name of a submodule that has several."""
+    first = {m: name for name, m in reversed(list(module.named_modules()))}
+    named = module.named_modules(remove_duplicate=False)
+    return {name: (type(m), first[m]) for name, m in named if m is not module}
 
 
-def changes(module: Any, kinds: dict[str, type], plan: Plan) -> str | None:
+def changes(module: Any, kinds: dict[str, tuple[type[nn.Module], str]], plan: Plan) -> str | None:
     """What has changed since the module was recognised, or None."""
     if list(kinds_of(module).items()) != list(kinds.items()):  # their order too: a Sequential runs in it
         return "its modules have changed since it was recognised"

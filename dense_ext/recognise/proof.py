@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 from ..batch_norm import num_features
 from ..supported import NORM_TYPES, dims_of
+from .chains import leaves_around
 from .description import Dropout, Plan, Transition, without_dropout
 from .fused import Traced, install
-from .tracing import RefusedError
+from .tracing import RefusedError, graph_of
 
 # The relative error allowed: far above rounding in float64, far below any mistake.
 TOLERANCE = 1e-9
@@ -55,10 +56,24 @@ class _WithoutDropout(TorchFunctionMode):
         return x
 
 
-def prove(module: nn.Module, plan: Plan) -> None:
+class _Calls(TorchFunctionMode):
+    """Records which of PyTorch's functions are called, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func != Tensor.requires_grad.__get__:  # a proxy has it too, and forwards are traced for both values
+            self.functions.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def prove(module: nn.Module, plan: Plan, traced: bool = True) -> None:
     """Compare a module with its plan, which the operators run, on random parameters and inputs.
 
-    Compares outputs, gradients of input and parameters, and buffers, in training and eval mode.
+    Compares outputs, gradients of input and parameters, and buffers, in training and eval mode. If the plan
+    comes from a trace, the forward must also call the same functions for a tensor as when it was traced.
 
     Raises:
         RefusedError: they differ, or cannot be compared.
@@ -71,7 +86,7 @@ def prove(module: nn.Module, plan: Plan) -> None:
     poolings = sum(isinstance(step, Transition) for step in plan.steps)
     sizes = [size * 2**poolings for size in (4, 3, 2)[:dims]]
     channels = num_features(module.get_submodule(plan.norms[0]))
-    _prove(module, fuse, (2, channels, *sizes), lambda eager: _expected_dropout(eager, plan))
+    _prove(module, fuse, (2, channels, *sizes), lambda eager: _expected_dropout(eager, plan), traced)
 
 
 def prove_same(module: nn.Module, parts: Iterable[nn.Module], change: Callable[[nn.Module], None]) -> None:
@@ -96,8 +111,8 @@ def prove_same(module: nn.Module, parts: Iterable[nn.Module], change: Callable[[
     *sizes, last = _SIZES[dims]
     for size in sizes:
         with contextlib.suppress(RefusedError):  # a linear layer may want another size
-            return _prove(module, change, (2, convs[0].in_channels, *[size] * dims), None, places)
-    return _prove(module, change, (2, convs[0].in_channels, *[last] * dims), None, places)
+            return _prove(module, change, (2, convs[0].in_channels, *[size] * dims), None, True, places)
+    return _prove(module, change, (2, convs[0].in_channels, *[last] * dims), None, True, places)
 
 
 # The sizes of images with which a whole network is compared, by their dimensions.
@@ -129,6 +144,7 @@ def _prove(
     change: Callable[[nn.Module], None],
     shape: tuple[int, ...],
     dropout: Callable[[nn.Module], Any] | None,
+    traced: bool,
     places: Mapping[int, nn.Module] | None = None,
 ) -> None:
     """Compare a copy of a module before and after a change.
@@ -138,6 +154,7 @@ def _prove(
         change: changes the copy.
         shape: of the input.
         dropout: returns what dropout there should be, if it is not what the changed module calls.
+        traced: whether the change follows from a trace.
         places: modules to put into the copy, by the id of those whose places they take.
     """
     try:
@@ -150,6 +167,10 @@ def _prove(
     expected = None if dropout is None else dropout(copied)
     x = torch.randn(shape, dtype=torch.float64, device="cpu", generator=generator)
     before = _results(copied, x, generator)
+    if traced:
+        stand_ins = {m for m in copied.modules() if isinstance(m, _StandIn)}
+        with _kept_buffers(copied):
+            _check_trace(copied, x, leaves_around(stand_ins) if places is not None else lambda _: False)
     change(copied)
     after = _results(copied, x, generator)
     for training, eager, ours in zip((True, False), before, after, strict=True):
@@ -181,17 +202,42 @@ def _on_cpu(module: nn.Module, places: Mapping[int, nn.Module] | None = None) ->
 
 def _results(module: nn.Module, x: Tensor, generator: torch.Generator) -> list[_Results]:
     """What a module computes in training and in eval mode; its buffers are as before afterwards."""
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        with _kept_buffers(module), torch.random.fork_rng(devices=[]):
             return [_Results(module.train(mode), x, generator.clone_state()) for mode in (True, False)]
     except RefusedError:
         raise
     except Exception as error:
         raise RefusedError(f"it cannot be compared: {type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
+def _kept_buffers(module: nn.Module) -> Iterator[None]:
+    """With gradients; at the end, buffers have the values that they had at the beginning."""
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
     finally:
         for buffer, value in buffers:
             buffer.copy_(value)
+
+
+def _check_trace(module: Any, x: Tensor, leaves: Callable[[nn.Module], bool]) -> None:
+    """Refuse a forward that calls other functions for a tensor than for the proxy that traces it.
+
+    For example one that asks ``type(x) is Tensor``, or that catches the error of a branch on a proxy's value.
+    """
+    leaf = x.clone().requires_grad_()
+    for mode in (True, False):
+        graph = graph_of(module.train(mode), leaves)
+        runs = []
+        for run in (module.forward, fx.Interpreter(module, graph=graph).run):
+            with torch.autocast("cpu", enabled=False), _WithoutDropout(), _Calls() as calls:
+                run(leaf)
+            runs.append(calls.functions)
+        if runs[0] != runs[1]:
+            raise RefusedError("its forward calls other functions than when it is traced")
 
 
 def _keep_to_this_process(module: nn.Module, dims: int) -> None:

@@ -6,14 +6,15 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..eligibility import Fused, interference
+from ..eligibility import Fused, interference, patched_method
 from ..modules import FusedDenseBlock, FusedTransition, own_memory, run_stem, run_transition, runs_fused
 from ..supported import NORM_TYPES, transition_reason
-from .chains import Chain, Part, Pieces, Rewriting, rewrite
-from .fused import Recognised, Traced, changed_guards, submodule, traced_class
+from .chains import Chain, Part, Pieces, Rewriting, children_of, rewrite
+from .fused import Recognised, Traced, changed_guards, original_class, submodule, traced_class
 from .proof import prove_same
 from .tracing import RefusedError, transparent_checkpoints
 
@@ -59,10 +60,11 @@ class Rewritten(Traced):
 
     @classmethod
     def why_not(cls, module: Any) -> str | None:
-        for name, children in module.plan.children:
-            if tuple(submodule(module, name)._modules) != children:
-                return f"{name or 'its'} children have changed since the forward was traced"
-        for name, kind in module.kinds.items():
+        if not torch.compiler.is_compiling() and (name := patched_method(original_class(type(module)))):
+            return f"its class's {name} has been replaced"
+        if children_of(module, module.plan.called) != module.plan.children:
+            return "its modules have changed since the forward was traced"
+        for name, (kind, _) in module.kinds.items():
             found = submodule(module, name)
             if type(found) is not kind:
                 return f"{name} has changed since the forward was traced"
@@ -139,7 +141,7 @@ def _has_forward(module: nn.Module) -> bool:
 def install_calls(module: Any, rewriting: Rewriting, backend: str = "auto", name: str = "") -> None:
     """Make a module run its rewritten forward, in place."""
     pieces = [name for pieces in rewriting.pieces for name in pieces.modules]
-    kinds = {name: type(submodule(module, name)) for name in (*rewriting.entered, *pieces)}
+    kinds = {name: (type(submodule(module, name)), name) for name in (*rewriting.entered, *pieces)}
     checked = {name for p in rewriting.pieces for name in (p.norm, p.conv)}
     module.__class__ = traced_class(type(module), Rewritten)
     module.plan, module.functions = rewriting, _functions(rewriting)

@@ -12,6 +12,7 @@ import enum
 import functools
 import gc
 import os
+import pickle
 import random
 import sys
 import types
@@ -34,9 +35,23 @@ _PARALLEL = ("torch.distributed.", "torch.nn.parallel.")  # where wrappers such 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _LIBRARY = os.path.dirname(os.__file__) + os.sep
 _SITE = os.path.dirname(os.path.dirname(torch.__file__)) + os.sep
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.Size, enum.Enum)
+_PLAIN = {bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, Absence}
 # Attributes that every module has: the tracer reads these itself, and none is state of the forward.
 _OF_EVERY_MODULE = frozenset([*dir(nn.Module()), "__class__", "__dict__"])
+# Those of them that give a forward values which no guard covers.
+_VALUES = frozenset([
+    "__dict__", "_parameters", "_buffers", "parameters", "named_parameters", "buffers", "named_buffers",
+    "get_parameter", "get_buffer", "state_dict",
+])  # fmt: skip
+# Builtins by which code reads variables that its instructions do not name.
+_REFLECTION = ("__import__", "eval", "exec", "globals", "locals", "vars")
+# What torch.NAME says of PyTorch's own state; gradient mode and autocast are traced in both states.
+_STATE_OF_TORCH = frozenset([
+    "are_deterministic_algorithms_enabled", "backends", "distributed", "get_autocast_cpu_dtype",
+    "get_autocast_dtype", "get_autocast_gpu_dtype", "get_default_device", "get_default_dtype",
+    "get_float32_matmul_precision", "get_num_threads", "initial_seed", "is_autocast_cache_enabled",
+    "is_inference_mode_enabled",
+])  # fmt: skip
 
 
 class RefusedError(Exception):
@@ -69,6 +84,7 @@ class _Tracer(fx.Tracer):
         self.kind = type("_Proxy", (fx.Proxy,), {"requires_grad": needs_grad})
         self.leaves = leaves
         self.ambient = _ambient()
+        self.branches = False  # whether the forward has asked for a proxy's truth value
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return self.kind(node, self)
@@ -77,6 +93,10 @@ class _Tracer(fx.Tracer):
         if _ambient() != self.ambient:
             raise RefusedError("it changes gradient mode or autocast")
         return super().create_node(*args, **kwargs)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        self.branches = True
+        return super().to_bool(obj)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return self.leaves(m) or is_torchs(m)
@@ -106,8 +126,12 @@ def graph_of(module: nn.Module, leaves: Callable[[nn.Module], bool], needs_grad:
         RefusedError: the forward cannot be traced.
     """
     try:
+        tracer = _Tracer(needs_grad, leaves)
         with _proxies_as_tensors(module):
-            return _Tracer(needs_grad, leaves).trace(module)
+            graph = tracer.trace(module)
+        if tracer.branches:
+            raise RefusedError("it branches on values or sizes of its input, and catches the tracer's error")
+        return graph
     except RefusedError:
         raise
     except Exception as error:
@@ -159,6 +183,8 @@ def traces(
                 code = stack.enter_context(_recorded_code())
                 graph = graph_of(module, leaves, grad)
             attributes = _attribute_guards(module, read) + _uncalled_guards(module, modules, graph)
+            if any("type" in c.co_names or "__class__" in c.co_names for c in code):
+                _check_classes(classes)
             _check_defaults((f for c in classes for f in vars(c).values()), code)
             yield training, graph, Guards(attributes, _variable_guards(code) + of_classes)
     finally:
@@ -264,7 +290,7 @@ def _has(module: Any, name: str, value: Any) -> bool:
 
 @contextmanager
 def _recorded_reads(modules: Sequence[nn.Module]) -> Iterator[list[tuple[nn.Module, str, Any]]]:
-    """Records the attributes of user-written modules that are read inside the context, with their values."""
+    """Records the attributes of modules that are read inside the context, with their values."""
     read: list[tuple[nn.Module, str, Any]] = []
 
     def recording(kind: Any) -> Any:
@@ -272,32 +298,37 @@ def _recorded_reads(modules: Sequence[nn.Module]) -> Iterator[list[tuple[nn.Modu
             value = kind.__getattribute__(self, name)
             if name not in _OF_EVERY_MODULE:
                 read.append((self, name, value))
+            elif name in _VALUES and not _passed_over(sys._getframe(1).f_code.co_filename):
+                raise RefusedError(f"its forward reads {kind.__name__}.{name}")
             return value
 
         def find_attribute(self: nn.Module, name: str) -> Any:
             try:
-                return kind.__getattr__(self, name)
+                value = kind.__getattr__(self, name)
             except AttributeError:
                 read.append((self, name, Absence.ABSENT))
                 raise
+            if not isinstance(value, (fx.Proxy, nn.Module)):  # from a __getattr__ of the class's own
+                read.append((self, name, value))
+            return value
 
         own = {
             "__getattribute__": read_attribute, "__getattr__": find_attribute, "__module__": kind.__module__
         }  # fmt: skip
         return type(kind.__name__, (kind,), own)
 
-    written = [(m, type(m)) for m in modules if not type(m).__module__.startswith("torch.nn.")]
-    for m, kind in written:
+    classes = [(m, type(m)) for m in modules]
+    for m, kind in classes:
         if m.__class__ is not kind:  # a wrapper; its class cannot be changed
             raise RefusedError(f"{kind.__name__} passes for {m.__class__.__name__}")
-    kinds = {kind: recording(kind) for kind in dict.fromkeys(kind for _, kind in written)}
+    kinds = {kind: recording(kind) for kind in dict.fromkeys(kind for _, kind in classes)}
     before = {kind: set(vars(recorder)) for kind, recorder in kinds.items()}
     try:
-        for m, kind in written:
+        for m, kind in classes:
             m.__class__ = kinds[kind]
         yield read
     finally:
-        for m, kind in written:
+        for m, kind in classes:
             m.__class__ = kind
     for kind, recorder in kinds.items():
         if names := set(vars(recorder)) - before[kind]:
@@ -310,9 +341,11 @@ def _attribute_guards(
     names = {m: name for name, m in module.named_modules()}
     found: dict[tuple[str, str, Any], None] = {}
     for m, name, value in read:
-        if isinstance(value, nn.Module) or _is_function(value) or _is_torchs_class(value):
+        if isinstance(value, nn.Module) or (_is_function(value) and name not in m.__dict__):
             continue  # modules are in the graph; changes of methods are checked by class
-        if not is_plain(value):
+        of = getattr(value, "__self__", None)  # of a bound method
+        stateful = not (of is None or isinstance(of, (nn.Module, type, types.ModuleType)))
+        if stateful or not (is_plain(value) or _is_function(value) or _is_torchs_class(value)):
             raise RefusedError(f"its forward reads {type(m).__name__}.{name}, a {type(value).__name__}")
         found[names[m], name, value] = None
     return tuple(found)
@@ -335,7 +368,10 @@ def _uncalled_guards(
 
 def is_plain(value: Any) -> bool:
     """Whether a value is immutable, so that comparing it is enough for a guard."""
-    return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(map(is_plain, value)))
+    if isinstance(value, enum.Enum):
+        return is_plain(value.value)
+    # A class derived from these may have attributes.
+    return type(value) in _PLAIN or (isinstance(value, tuple) and all(map(is_plain, value)))
 
 
 def _is_function(value: Any) -> bool:
@@ -349,6 +385,17 @@ def _is_code(value: Any) -> bool:
 
 def _is_torchs_class(value: Any) -> bool:
     return isinstance(value, type) and str(value.__module__).partition(".")[0] in ("torch", "builtins")
+
+
+def _check_classes(classes: Iterable[type]) -> None:
+    """Refuse classes with values that no guard covers, for a forward that may read them by ``type(self)``."""
+    methods = (staticmethod, classmethod, property)
+    for c in classes:
+        for name, value in vars(c).items():
+            if name.startswith("__") or isinstance(value, methods) or _is_code(value):
+                continue
+            if "<locals>" in c.__qualname__ or not is_plain(value):
+                raise RefusedError(f"its forward may read {c.__name__}.{name} by its class")
 
 
 def _check_function(code: types.CodeType, path: str, value: Any) -> None:
@@ -428,30 +475,57 @@ def _variable_guards(seen: dict[types.CodeType, Any]) -> tuple[tuple[str, str, A
             elif _is_function(value):
                 _check_function(code, path, value)
                 _check_defaults([value], seen)
-            elif not _is_code(value):
+                # A namedtuple's constructor, which the tracer calls, is in no module.
+                if variables["__name__"] in sys.modules and not _is_stand_in(value):
+                    _check_name(code, path, value)
+                    found[variables["__name__"], path, value] = None
+            elif isinstance(value, type):  # it may be read by a local name
+                found |= dict.fromkeys(_class_guards(c for c in value.__mro__ if not _is_torchs_class(c)))
+            else:
                 if not is_plain(value):
                     raise RefusedError(f"{code.co_name} reads the global {path}, a {type(value).__name__}")
                 found[variables["__name__"], path, value] = None
     return tuple(found)
 
 
+def _is_stand_in(function: Any) -> bool:
+    """Whether a function is one of this package's, which stands for another while a forward is traced."""
+    code = getattr(function, "__code__", None)
+    return code is not None and code.co_filename.startswith(os.path.dirname(__file__) + os.sep)
+
+
+def _check_name(code: types.CodeType, path: str, function: Any) -> None:
+    """Refuse a function that another process would not find, since a pickled module has it in its guards."""
+    try:
+        pickle.dumps(function)
+    except Exception as error:
+        raise RefusedError(f"{code.co_name} calls {path}, which has no name to import it by") from error
+
+
 def _globals_read(code: types.CodeType, variables: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """The globals that code reads, and the attributes that it reads from modules and classes among them."""
     path, value = "", None
     for instruction in dis.get_instructions(code):
-        name = instruction.argval
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME") and name in variables:
-            path, value = name, variables[name]
-        elif instruction.opname in ("COPY", "DUP_TOP"):  # as in an augmented assignment
+        name, opname = instruction.argval, instruction.opname
+        if opname in ("COPY", "DUP_TOP", "EXTENDED_ARG"):  # the first two as in an augmented assignment
             continue
-        elif instruction.opname == "STORE_ATTR" and value is not None:
+        reads_attribute = opname in ("LOAD_ATTR", "LOAD_METHOD")
+        if isinstance(value, types.ModuleType) and not reads_attribute and not _is_torchs(value):
+            raise RefusedError(f"{code.co_name} uses the module {path} as a value")
+        if opname in ("LOAD_GLOBAL", "LOAD_NAME") and name in variables:
+            path, value = name, variables[name]
+        elif opname in ("LOAD_GLOBAL", "LOAD_NAME") and name in _REFLECTION:
+            raise RefusedError(f"{code.co_name} calls {name}()")
+        elif opname == "IMPORT_NAME" and name.partition(".")[0] not in (_HARMLESS | {"torch"}):
+            raise RefusedError(f"{code.co_name} imports {name}")
+        elif opname == "STORE_ATTR" and value is not None:
             raise RefusedError(f"{code.co_name} writes {path}.{name}")
-        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(value, types.FunctionType):
+        elif reads_attribute and isinstance(value, types.FunctionType):
             raise RefusedError(f"{code.co_name} reads {path}.{name}, of a function")
-        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(
-            value, (types.ModuleType, type)
-        ):
-            if str(getattr(value, "__module__", None) or value.__name__).partition(".")[0] == "torch":
+        elif reads_attribute and isinstance(value, (types.ModuleType, type)):
+            if _is_torchs(value):
+                if name in _STATE_OF_TORCH:
+                    raise RefusedError(f"{code.co_name} reads {path}.{name}")
                 value = None  # torch's functions and constants; the gate checks those that tools replace
                 continue
             try:
@@ -463,6 +537,11 @@ def _globals_read(code: types.CodeType, variables: dict[str, Any]) -> Iterator[t
             value = None
             continue
         yield path, value
+
+
+def _is_torchs(value: Any) -> bool:
+    """Whether a module or class is PyTorch's."""
+    return str(getattr(value, "__module__", None) or value.__name__).partition(".")[0] == "torch"
 
 
 # --- side effects -------------------------------------------------------------------------------------

@@ -470,7 +470,7 @@ def test_a_child_put_into_a_sequential_runs() -> None:
     for model in (ours, eager):
         model.features.insert(4, nn.Softplus())
     x = images()
-    with pytest.warns(UserWarning, match="runs its original forward: its children have changed"):
+    with pytest.warns(UserWarning, match="runs its original forward: its modules have changed"):
         assert_equal(ours(x), eager(x), "output")
 
 
