@@ -64,7 +64,8 @@ class _Calls(TorchFunctionMode):
         self.functions: list[Any] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func != Tensor.requires_grad.__get__:  # a proxy has it too, and forwards are traced for both values
+        # A proxy has this attribute too, and forwards are traced for both values.
+        if func != Tensor.requires_grad.__get__:  # type: ignore[attr-defined]
             self.functions.append(func)
         return func(*args, **(kwargs or {}))
 

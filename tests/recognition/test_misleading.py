@@ -120,6 +120,40 @@ class LooksForTensors(Plain):
 
 
 @refused
+class AsksWhetherItIsATensor(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x.clamp(-100, 100) if torch.is_tensor(x) else x)
+
+
+@refused
+class AsksForTheType(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x.clamp(-100, 100) if type(x) is Tensor else x)
+
+
+@refused
+class CatchesTheTracersError(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            odd = bool(x.shape[-1] % 2)
+        except Exception:
+            odd = False
+        return self.layers(F.pad(x, (0, 1)) if odd else x)
+
+
+@refused
+class AsksForInferenceMode(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x * 1.5 if torch.is_inference_mode_enabled() else x)
+
+
+@refused
+class AsksForADefault(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x * 1.5 if torch.get_default_dtype() == torch.float16 else x)
+
+
+@refused
 class LooksForGradients(Plain):
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x if torch.is_grad_enabled() else x * 1.5)
@@ -271,6 +305,56 @@ class CountsInABoundMethod(Layer):
     def forward(self, x: Tensor) -> Tensor:
         y = self.new(x)
         return torch.cat([x, y if count() >= 0 else -y], 1)
+
+
+@refused
+class ImportsInside(Layer):
+    def new(self, x: Tensor) -> Tensor:
+        import os
+
+        return super().new(x) * (1 if os.environ.get("DENSE_EXT_TEST_SCALE") is None else 2)
+
+
+@refused
+class ModuleByALocalName(Layer):
+    def new(self, x: Tensor) -> Tensor:
+        own = np
+        return super().new(x) * own.pi
+
+
+@refused
+class GlobalsByName(Layer):
+    def new(self, x: Tensor) -> Tensor:
+        return super().new(x) * (2 if globals()["FLAG"] else 1)
+
+
+@refused
+class ReadsItsDict(Layer):
+    def new(self, x: Tensor) -> Tensor:
+        return super().new(x) * (2 if self.__dict__.get("scale") else 1)
+
+
+@refused
+class ReadsItsParameters(Layer):
+    def new(self, x: Tensor) -> Tensor:
+        return super().new(x) * (1 if any(p.requires_grad for p in self.parameters()) else 2)
+
+
+@refused
+class MutableValueOfItsClass(Layer):
+    scales = {"scale": 1}  # noqa: RUF012
+
+    def new(self, x: Tensor) -> Tensor:
+        return super().new(x) * type(self).scales["scale"]
+
+
+@refused
+class NamelessFunction(Layer):
+    def new(self, x: Tensor) -> Tensor:
+        return nameless(super().new(x))
+
+
+nameless = lambda x: x  # noqa: E731
 
 
 @refused
@@ -577,6 +661,103 @@ CHANGES: dict[str, Callable[[Any, Any], None]] = {
         model, "layers", nn.Sequential(*list(model.layers)[:2])
     ),
 }
+
+
+def activate(x: Tensor) -> Tensor:
+    return F.relu(x)
+
+
+class Helper:
+    activate = staticmethod(F.relu)
+    factor = 1
+
+
+class Functions(Plain):
+    """Gets functions, modules and values in many ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.activation, self.kind, self.switch = F.relu, nn.BatchNorm2d, self.layers[0].norm1
+        self.other = nn.BatchNorm2d(C)
+        self.layers.reverse = False
+        self.named = nn.ModuleDict({"first": nn.Identity()})
+
+    @staticmethod
+    def activated(x: Tensor) -> Tensor:
+        return F.relu(x)
+
+    def __getattr__(self, name: str) -> Any:
+        return self.__dict__["_sign"] if name == "sign" else super().__getattr__(name)
+
+    _sign = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = Helper
+        for layer in self.layers:
+            norm = self.switch if layer is self.layers[0] else layer.norm1
+            z = layer.norm2(layer.conv1(self.activation(norm(x))))
+            x = torch.cat([x, layer.conv2(activate(z))], 1)
+        if self.layers.reverse or self.kind is not nn.BatchNorm2d or own.factor != 1:
+            return -x
+        return x if "first" in self.named and self.layers[0].conv1.padding_mode == "zeros" else -x
+
+
+class HelperFunctions(Functions):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            z = layer.norm2(layer.conv1(Helper.activate(layer.norm1(x))))
+            x = torch.cat([x, layer.conv2(self.activated(z))], 1)
+        return x
+
+
+def _rename(model: Any, patch: Any) -> None:
+    model.named["second"] = model.named.pop("first")
+
+
+OTHER_VALUES: dict[str, tuple[type[Plain], Callable[[Any, Any], Any]]] = {
+    "a function of the module": (Functions, _set("activation", F.silu)),
+    "a class of the module": (Functions, _set("kind", nn.GroupNorm)),
+    "a second name of a module": (Functions, lambda model, patch: setattr(model, "switch", model.other)),
+    "an attribute of a Sequential": (Functions, _set("layers.reverse", True)),
+    "a name in a ModuleDict": (Functions, _rename),
+    "a method on the module": (Guarded, lambda model, patch: setattr(model, "_result", torch.neg)),
+    "a global function": (
+        Functions,
+        lambda model, patch: patch.setattr(sys.modules[__name__], "activate", F.silu),
+    ),
+    "a value of a class with a local name": (
+        Functions,
+        lambda model, patch: patch.setattr(Helper, "factor", 2),
+    ),
+    "a function of a class": (
+        HelperFunctions,
+        lambda model, patch: patch.setattr(Helper, "activate", staticmethod(F.silu)),
+    ),
+    "a static method": (
+        HelperFunctions,
+        lambda model, patch: patch.setattr(HelperFunctions, "activated", staticmethod(F.silu)),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_VALUES)
+def test_other_values_that_change_are_noticed(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, apply = OTHER_VALUES[change]
+    torch.manual_seed(0)
+    ours, eager = twin(randomize(kind()).double(), lambda m: dense_ext.swap(m, strict=True))
+    x = torch.randn(2, C, 6, 5, dtype=torch.float64)
+    with Calls() as calls:
+        before = ours(x)
+        assert_equal(before, eager(x), "before")
+    assert calls.names == ["dense_block"]
+    for model in (ours, eager):
+        apply(model, monkeypatch)
+    with Calls() as calls, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        after = eager(x)
+        assert_equal(ours(x), after, "after")
+    assert calls.names == []
+    assert not torch.equal(before, after)
 
 
 SETTINGS: dict[str, tuple[str, str, Any]] = {
