@@ -312,40 +312,45 @@ class ImportsInside(Layer):
     def new(self, x: Tensor) -> Tensor:
         import os
 
-        return super().new(x) * (1 if os.environ.get("DENSE_EXT_TEST_SCALE") is None else 2)
+        y = super().new(x)
+        return y if os.environ.get("DENSE_EXT_TEST_SIGN") is None else -y
 
 
 @refused
 class ModuleByALocalName(Layer):
     def new(self, x: Tensor) -> Tensor:
-        own = np
-        return super().new(x) * own.pi
+        own, y = sys, super().new(x)
+        return y if own.maxsize > 0 else -y
 
 
 @refused
 class GlobalsByName(Layer):
     def new(self, x: Tensor) -> Tensor:
-        return super().new(x) * (2 if globals()["FLAG"] else 1)
+        y = super().new(x)
+        return -y if globals()["FLAG"] else y
 
 
 @refused
 class ReadsItsDict(Layer):
     def new(self, x: Tensor) -> Tensor:
-        return super().new(x) * (2 if self.__dict__.get("scale") else 1)
+        y = super().new(x)
+        return -y if self.__dict__.get("negative") else y
 
 
 @refused
 class ReadsItsParameters(Layer):
     def new(self, x: Tensor) -> Tensor:
-        return super().new(x) * (1 if any(p.requires_grad for p in self.parameters()) else 2)
+        y = super().new(x)
+        return y if any(p.requires_grad for p in self.parameters()) else -y
 
 
 @refused
 class MutableValueOfItsClass(Layer):
-    scales = {"scale": 1}  # noqa: RUF012
+    signs = {"sign": 1}  # noqa: RUF012
 
     def new(self, x: Tensor) -> Tensor:
-        return super().new(x) * type(self).scales["scale"]
+        y = super().new(x)
+        return y if type(self).signs["sign"] == 1 else -y
 
 
 @refused
@@ -677,8 +682,8 @@ class Functions(Plain):
 
     def __init__(self) -> None:
         super().__init__()
-        self.activation, self.kind, self.switch = F.relu, nn.BatchNorm2d, self.layers[0].norm1
-        self.other = nn.BatchNorm2d(C)
+        self.activation, self.kind = F.relu, nn.BatchNorm2d
+        self.other, self.switch = nn.BatchNorm2d(C), self.layers[0].norm1
         self.layers.reverse = False
         self.named = nn.ModuleDict({"first": nn.Identity()})
 
