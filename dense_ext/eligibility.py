@@ -153,7 +153,10 @@ def names_of(found: type, expected: type) -> tuple[str, str]:
 # --- classes -------------------------------------------------------------------------------------------
 
 # Methods that a module's call runs and that other tools replace on a class.
-_METHODS = ("forward", "_conv_forward", "bn_function", "call_checkpoint_bottleneck", "_check_input_dim")
+_METHODS = (
+    "forward", "_conv_forward", "bn_function", "call_checkpoint_bottleneck", "_check_input_dim", "__call__",
+    "_call_impl", "_compiled_call_impl", "__getattr__",
+)  # fmt: skip
 
 
 # The methods of each class when it was first checked; classes with replaced methods are not recorded.
@@ -520,6 +523,7 @@ class Snapshot:
                 or own["_forward_pre_hooks"]
                 or own["_backward_hooks"]
                 or own["_backward_pre_hooks"]
+                or "forward" in own  # in place of another attribute
             ):
                 return False
         return True

@@ -395,6 +395,17 @@ class _Recomputed:
 
     def __init__(self, saved: tuple[Any, ...], output: Tensor) -> None:
         self.value: tuple[tuple[Any, ...], Tensor] | None = (saved, output)
+        args, x, *_ = saved
+        self.loaded = [x, *(tensor for group in args.tensors for tensor in group)]
+        self.versions = [tensor._version for tensor in self.loaded]
+
+    def check(self) -> None:
+        """Raise autograd's error if a loaded tensor was modified since, as by an optimizer in a hook."""
+        if [tensor._version for tensor in self.loaded] != self.versions:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace "
+                "operation: a dense block's input, parameter or running statistic, during the backward pass"
+            )
 
     def keep(self) -> None:
         """Does nothing; the engine calls it when the pass ends, and holds this object until then."""
@@ -421,6 +432,8 @@ def recomputed_output(ctx: Any, last: bool = False) -> tuple[tuple[Any, ...], Te
         with contextlib.suppress(RuntimeError):
             torch.autograd.Variable._execution_engine.queue_callback(kept.keep)
             ctx.recomputed = weakref.ref(kept)
+    else:
+        kept.check()
     value = kept.value
     assert value is not None
     if last:

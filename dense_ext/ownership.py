@@ -4,8 +4,9 @@ The largest block's gradient is the largest tensor of a training step. Copying i
 would raise the step's peak memory by a quarter. Autograd does not report what else holds a gradient (a hook,
 the user, another node). But every holder shows in one of four counts: the references to the Python objects of
 the tensor and of its storage, to the tensor, and to the storage. They are compared with the counts of a
-gradient known to be exclusive, which are taken once on the same code path. If any differs, or this PyTorch
-lacks the counters, the gradient counts as shared and the caller copies it.
+gradient known to be exclusive, which are taken once on the same code path. If any differs, if the memory is
+not PyTorch's own, or if this PyTorch lacks the counters, the gradient counts as shared and the caller copies
+it.
 """
 
 from __future__ import annotations
@@ -70,4 +71,11 @@ def is_exclusive(grad: Tensor, probe: Callable[[], None]) -> bool:
                 _exclusive = executor.submit(_counts_of, probe).result()
         finally:
             _calibration.release()
-    return _counts(grad) == _exclusive
+    return _counts(grad) == _exclusive and _is_torchs_memory(grad)
+
+
+def _is_torchs_memory(tensor: Tensor) -> bool:
+    """Whether PyTorch has allocated the memory, for this process alone: NumPy and DLPack show in no count."""
+    storage = tensor.untyped_storage()
+    # Of CUDA's storages, all say that they are shared.
+    return storage.resizable() and not (storage.device.type == "cpu" and storage.is_shared())

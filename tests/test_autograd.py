@@ -162,6 +162,11 @@ class TestGradientsOthersHold:
         if capture == "given by the user":
             held.append(weight)
             y.backward(weight)
+        elif capture == "memory of NumPy's":
+            constant = weight.permute(0, 2, 3, 1).numpy().copy()
+            y.register_hook(lambda g: torch.from_numpy(constant.transpose(0, 3, 1, 2)))
+            y.sum().backward()
+            held.append(torch.from_numpy(constant.transpose(0, 3, 1, 2)))
         elif capture == "shared by an addition":
             z = torch.zeros_like(y, requires_grad=True)
             ((y + z) * weight).sum().backward()
@@ -184,6 +189,7 @@ class TestGradientsOthersHold:
             "module hook",
             "retain_grad",
             "given by the user",
+            "memory of NumPy's",
             "shared by an addition",
         ],
     )

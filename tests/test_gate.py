@@ -174,6 +174,7 @@ def test_replacements_on_a_class_or_in_functional_are_called(
         ("features.denseblock2.denselayer1", "bn_function"),
         ("features.denseblock2.denselayer1.relu1", "forward"),
         ("features.denseblock2.denselayer1.conv2", "_conv_forward"),
+        ("features.denseblock2.denselayer1.conv2", "_call_impl"),
         ("features.transition1", "forward"),
         ("features.transition1.pool", "forward"),
         ("features.pool0", "forward"),
@@ -410,6 +411,26 @@ def method_replaced(owner: Any, name: str) -> Callable[[nn.Module], Callable[[],
     return change
 
 
+def compiled(features: nn.Module) -> Callable[[], object]:
+    """What ``Module.compile`` with a backend of the user's does."""
+    conv = features.denseblock2.denselayer1.conv2
+    conv._compiled_call_impl = halved(conv._call_impl)
+    return lambda: delattr(conv, "_compiled_call_impl")
+
+
+def attribute_exchanged(features: nn.Module) -> Callable[[], object]:
+    """For a forward: there are as many attributes as before."""
+    conv = features.denseblock2.denselayer1.conv2
+    mode = conv.__dict__.pop("transposed")
+    conv.forward = halved(conv.forward)
+
+    def undo() -> None:
+        del conv.forward
+        conv.transposed = mode
+
+    return undo
+
+
 NOTICED: dict[str, Callable[[nn.Module], Callable[[], object]]] = {
     **{what: attribute_set(*where) for what, where in ATTRIBUTES.items()},
     **{
@@ -429,6 +450,9 @@ NOTICED: dict[str, Callable[[nn.Module], Callable[[], object]]] = {
     "another pool": child_exchanged("transition1.pool", nn.Identity),
     "another stem": child_exchanged("norm0", lambda: nn.GroupNorm(1, 8)),
     "no weight": weight_taken_away,
+    "a compiled call": compiled,
+    "an attribute for a forward": attribute_exchanged,
+    "a class's call": method_replaced(nn.Conv2d, "__call__"),
     "a buffer": bias_buffer_added,
     "a class's forward": method_replaced(_DenseLayer, "forward"),
     "a class's bn_function": method_replaced(_DenseLayer, "bn_function"),

@@ -79,6 +79,19 @@ def test_a_write_into_a_parameter_between_two_backwards_is_an_error(recompute: s
             loss.backward()
 
 
+def test_a_write_during_backward_is_an_error(recompute: str) -> None:
+    """By a hook that runs after the transition's backward and before that of the block in front of it."""
+    for model in pair(recompute):
+        weight = model.features.denseblock1.denselayer1.conv2.weight
+
+        def write(_: Tensor, weight: Tensor = weight) -> None:
+            weight.detach().mul_(2)
+
+        model.features.transition1.conv.weight.register_post_accumulate_grad_hook(write)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            model(images()).square().sum().backward()
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_a_write_into_the_input_is_an_error(recompute: str, training: bool) -> None:
     block = dense_ext.swap(small_densenet(), recompute=recompute).features.denseblock1.train(training)
