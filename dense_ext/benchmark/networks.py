@@ -98,14 +98,6 @@ def _shapes(network: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in network.state_dict(keep_vars=True).items()}
 
 
-def torchvision_block(layers: int, channels: int, growth_rate: int, memory_efficient: bool) -> nn.Module:
-    """One of torchvision's dense blocks, its bottleneck four growth rates wide."""
-    from torchvision.models.densenet import _DenseBlock
-
-    block: nn.Module = _DenseBlock(layers, channels, 4, growth_rate, 0.0, memory_efficient)
-    return block
-
-
 def checkpointed_twin(model: DenseNet) -> nn.Module:
     """Torchvision's DenseNet with torch.utils.checkpoint around each dense block."""
     from torchvision.models.densenet import _DenseBlock

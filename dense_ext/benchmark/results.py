@@ -126,6 +126,10 @@ class Results:
         """The rows with samples."""
         return [row for row in self.rows if row.seconds]
 
+    def timed_cases(self) -> list[Case]:
+        """What they are of, each once."""
+        return list({str(row.case): row.case for row in self.timed()}.values())
+
     def measured(self, measure: str) -> list[Measurement]:
         """The rows with a measure of this name."""
         return [row for row in self.rows if measure in row.measures]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...models import MODELS
 from ..errors import UnavailableError, UsageError
+from ..memory import step_bytes
 from ..networks import takes_small_images, with_weights
 from ..peers import Peer
 from ..results import Measurement, PeerLabel, Results, Tick, case_text
@@ -203,3 +204,10 @@ class Suite(Kind):
     def training_step(self, case: Case, peer: Peer) -> tuple[TrainStep, Tensor, Tensor]:
         """The peer's training step, and what to call it with."""
         return sgd_step(self.network(case, peer), DTYPES[case.dtype], self.device), *self.batch(case, peer)
+
+    def count(self, case: Case, peer: Peer) -> None:
+        """A row of what a training step keeps, at most holds, and what lasts from step to step."""
+        self.tick(f"{peer.name}: {case}")
+        row = self.row(case.as_json(), peer.name)
+        with failing(row):
+            row.measures |= step_bytes(*self.training_step(case, peer))

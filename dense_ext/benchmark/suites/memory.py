@@ -6,15 +6,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ...memory import largest
 from ..errors import UnavailableError, is_out_of_memory
-from ..memory import lasting_bytes, step_bytes, step_peaks
+from ..memory import lasting_bytes, step_peaks
 from ..networks import small_densenet
 from ..peers import Peer
 from ..results import Results, case_text
-from ..tables import EMPTY, Draw, Table, megabytes
+from ..tables import EMPTY, Draw, Table, megabytes, pivot
 from .base import Case, Options, Suite, failing, model_case, release
 
 _SIZE = 32
@@ -88,13 +88,6 @@ class _CountedSuite(Suite):
                 for peer in self.peers:
                     self.count(case, peer)
 
-    def count(self, case: Case, peer: Peer) -> None:
-        """A row of what a step keeps, at most holds, and what lasts from step to step."""
-        self.tick(f"{peer.name}: {case}")
-        row = self.row(case.as_json(), peer.name)
-        with failing(row):
-            row.measures = {**step_bytes(*self.training_step(case, peer))}
-
     def search(self, search: Search, peer: Peer) -> None:
         """A row of the largest number whose step fits the budget."""
         row = self.row({**search.as_json(), "budget_bytes": self.budget}, peer.name)
@@ -123,20 +116,7 @@ class _CountedSuite(Suite):
     @classmethod
     def tables(cls, results: Results) -> dict[str, Table]:
         found = {"batches": _fitting(results, "largest_batch"), "deepest": _fitting(results, "deepest")}
-        kinds = ("saved_bytes", "peak_bytes", "reserved_bytes", "lasting_bytes")
-        for vary in _varied(results):
-            rows = [
-                (
-                    results.label(row), case_text(row.case, "vary", vary), str(row.case[vary]),
-                    *(megabytes(row, name, ".2f") for name in kinds),
-                )
-                for row in results.measured("peak_bytes") if row.case["vary"] == vary
-            ]  # fmt: skip
-            what = vary.replace("_", " ")
-            header = ("peer", "network", what, "kept for backward", "peak", "reserved", "lasting")
-            title = f"memory of a training step in MB (1e6 bytes) against {what}"
-            found[vary] = Table(title, header, rows, left=2)
-        return found
+        return found | {vary: _against(results, vary) for vary in _varied(results)}
 
     @classmethod
     def figures(cls, results: Results) -> dict[str, Draw]:
@@ -150,24 +130,28 @@ def _varied(results: Results) -> list[str]:
     return list(dict.fromkeys(str(row.case["vary"]) for row in results.measured("peak_bytes")))
 
 
+def _against(results: Results, vary: str) -> Table:
+    """What a step keeps, at most holds, and what lasts, a row per peer and network."""
+    rows = [row for row in results.measured("peak_bytes") if row.case["vary"] == vary]
+    what = vary.replace("_", " ")
+    return Table.of(f"memory of a training step in MB (1e6 bytes) against {what}", rows, {
+        "peer": results.label, "network": lambda row: case_text(row.case, "vary", vary),
+        what: lambda row: str(row.case[vary]), "kept for backward": megabytes("saved_bytes", ".2f"),
+        "peak": megabytes("peak_bytes", ".2f"), "reserved": megabytes("reserved_bytes", ".2f"),
+        "lasting": megabytes("lasting_bytes", ".2f"),
+    }, left=2)  # fmt: skip
+
+
 def _fitting(results: Results, measure: str) -> Table:
-    """What fits, a row per peer; the network, where there are several, above its column."""
-    what, unit = _SEARCHES[measure]
-    columns: dict[str, dict[str, str]] = {}
-    rows: dict[str, Any] = {}
-    for row in results.measured(measure):
-        network = case_text(row.case, "budget_bytes")
-        columns.setdefault(network, {})[row.peer] = str(row.measures[measure])
-        rows[row.peer] = results.label(row)
-        heading = f"{unit} that train in {int(row.case['budget_bytes']) / 1e6:g} MB"
-    if not columns:
+    """What fits, a row per peer and a column per network."""
+    rows = results.measured(measure)
+    if not rows:
         return EMPTY
-    one = len(columns) == 1
-    cells = [(label, *(found.get(peer, "-") for found in columns.values())) for peer, label in rows.items()]
-    return Table(
-        f"{what} that fits", ("", *([heading] if one else columns)), cells,
-        caption=next(iter(columns)) if one else heading,
-    )  # fmt: skip
+    what, unit = _SEARCHES[measure]
+    found = {(results.label(r), case_text(r.case, "budget_bytes")): str(r.measures[measure]) for r in rows}
+    peers, columns = pivot(found)
+    caption = f"{unit} that train in {int(rows[0].case['budget_bytes']) / 1e6:g} MB"
+    return Table.of(f"{what} that fits", peers, {"": str, **columns}, caption=caption)
 
 
 class MemorySuite(_CountedSuite):

@@ -20,7 +20,7 @@ from ..peers import Peer
 from ..primitives import PrimitiveCase, model_cases
 from ..results import Measurement, PeerLabel, Results
 from ..step import DTYPES
-from ..tables import Draw, Table, number, spread
+from ..tables import Draw, Table, number, times
 from ..timing import ColdTimer
 from .base import Options, Suite, failing
 
@@ -211,21 +211,27 @@ class PrimitiveSuite(Suite):
     @classmethod
     def tables(cls, results: Results) -> dict[str, Table]:
         aten = {str(row.case): row.median for row in results.timed() if row.peer == next(iter(results.peers))}
-        cells = []
-        for row in results.timed():
-            case, measures, unfused = row.case, row.measures, aten.get(str(row.case))
-            bandwidth = measures["minimum_bytes"] / row.median
-            cells.append((
-                str(case["primitive"]), f"{case['where']}: {case['shape']}", str(case["dtype"]),
-                results.label(row), *spread(row, lambda seconds: f"{seconds * 1e6:.4g}"),
-                f"{unfused / row.median:.2f}" if unfused else "-",
-                f"{bandwidth / 1e9:.3g}", f"{bandwidth / results.work['copy_bytes_per_second']:.0%}",
-                f"{measures['flops'] / row.median / 1e9:.4g}", f"{results.matmul_share(row):.0%}",
-                number(measures["relative_error"], ".1e"),
-            ))  # fmt: skip
-        header = ("primitive", "where", "dtype", "by", "median us", "min to max us", "ATen = 1",
-                  "GB/s at least", "of copy", "GFLOP/s", "of matmul", "error")  # fmt: skip
-        return {"primitives": Table("primitives, from empty caches", header, cells, left=4)}
+
+        def speed(row: Measurement) -> str:
+            unfused = aten.get(str(row.case))
+            return f"{unfused / row.median:.2f}" if unfused else "-"
+
+        def bandwidth(row: Measurement) -> float:
+            return float(row.measures["minimum_bytes"]) / row.median
+
+        return {"primitives": Table.of("primitives, from empty caches", results.timed(), {
+            "primitive": lambda row: str(row.case["primitive"]),
+            "where": lambda row: f"{row.case['where']}: {row.case['shape']}",
+            "dtype": lambda row: str(row.case["dtype"]),
+            "by": results.label,
+            **times("us", lambda seconds: f"{seconds * 1e6:.4g}"),
+            "ATen = 1": speed,
+            "GB/s at least": lambda row: f"{bandwidth(row) / 1e9:.3g}",
+            "of copy": lambda row: f"{bandwidth(row) / results.work['copy_bytes_per_second']:.0%}",
+            "GFLOP/s": lambda row: f"{row.measures['flops'] / row.median / 1e9:.4g}",
+            "of matmul": lambda row: f"{results.matmul_share(row):.0%}",
+            "error": lambda row: number(row.measures["relative_error"], ".1e"),
+        }, left=4)}  # fmt: skip
 
     @classmethod
     def figures(cls, results: Results) -> dict[str, Draw]:

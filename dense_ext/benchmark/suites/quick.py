@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import nn
 
-from ...modules import DenseBlock
+from ...models import DenseNet
 from ..errors import UsageError
-from ..memory import saved_bytes, step_bytes
-from ..networks import torchvision_block, torchvision_twin
+from ..memory import saved_bytes
+from ..networks import torchvision_twin
 from ..peers import Peer
 from ..results import Measurement, Results
 from ..step import DTYPES
-from ..tables import EMPTY, Draw, Table, megabytes, ratio_cells, ratio_columns
+from ..tables import EMPTY, Columns, Draw, Table, images_per_second, megabytes, ratios, setting, sides
 from .base import Case, Options, failing, model_case, release
-from .speed import StepSuite, bytes_and_times
+from .speed import StepSuite
 
 # A block as in the CIFAR networks; a small image, so that 400 layers fit anywhere.
 GROWTH_RATE, IN_CHANNELS, SIZE = 12, 24, 8
@@ -70,10 +69,7 @@ class QuickSuite(StepSuite):
         case = self.memory_case()
         if case != self.cases()[0]:
             for peer in self.peers:
-                self.tick(f"memory of {peer.name}")
-                row = self.row(case.as_json(), peer.name)
-                with failing(row):
-                    row.measures |= step_bytes(*self.training_step(case, peer))
+                self.count(case, peer)
         super().measure()
         release()
         for peer in self.depth_peers():
@@ -94,11 +90,7 @@ class QuickSuite(StepSuite):
 
     @classmethod
     def short_tables(cls, results: Results) -> dict[str, Table]:
-        def setting(row: Measurement) -> str:
-            versions = f"PyTorch {results.versions['torch']}, timm {results.versions['timm']}"
-            return f"{row.case['model']}, {cls.setting(results, row)}; {versions}"
-
-        return {"summary": _summary(results), "peers": bytes_and_times(cls, results, 3, setting)}
+        return {"summary": _summary(results)}
 
     @classmethod
     def figures(cls, results: Results) -> dict[str, Draw]:
@@ -113,16 +105,9 @@ class QuickSuite(StepSuite):
 
 def block_bytes(peer: Peer, layers: int, device: torch.device, dtype: torch.dtype, backend: str) -> int:
     """Bytes that a block of ``layers`` layers keeps of an image, measured by a forward pass."""
-    with torch.device("meta"):
-        block: nn.Module
-        if peer.recompute is not None:
-            backend = peer.backend or backend
-            block = DenseBlock(layers, IN_CHANNELS, GROWTH_RATE, recompute=peer.recompute, backend=backend)
-        else:
-            block = torchvision_block(layers, IN_CHANNELS, GROWTH_RATE, peer.source == "memory-efficient")
-    block.to_empty(device=device).to(memory_format=peer.memory_format())  # type: ignore[call-overload]
-    for tensor in (*block.parameters(), *block.buffers()):
-        tensor.data.fill_(0.01)  # the bytes do not depend on the values
+    model = DenseNet(GROWTH_RATE, (layers,), IN_CHANNELS, small_inputs=True)
+    network = peer.build(model, model.state_dict(), device, backend)
+    block = network.get_submodule("features.denseblock1")
     # A block's input comes from a convolution, which under autocast gives ``dtype``.
     x = peer.images(torch.rand(1, IN_CHANNELS, SIZE, SIZE, device=device, dtype=dtype)).requires_grad_()
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -143,60 +128,69 @@ def _depth(results: Results) -> Table:
     by_peer: dict[str, list[Measurement]] = {}
     for row in _depth_rows(results):
         by_peer.setdefault(results.label(row), []).append(row)
-    lines = {label: rows for label, rows in by_peer.items() if len(rows) > 1}
-    cells = []
-    for label, rows in lines.items():
-        kept = [row.measures["saved_bytes"] for row in rows]
-        slope, r2 = straight_line([int(row.case["layers"]) for row in rows], kept)
-        cells.append((label, f"{kept[-1] / 1e6:.2f}", f"{slope / 1e3:.1f}", f"{r2:.6f}"))
-    if not cells:
+    by_peer = {label: rows for label, rows in by_peer.items() if len(rows) > 1}
+    if not by_peer:
         return EMPTY
-    case = max((rows[-1].case for rows in lines.values()), key=lambda case: case["layers"])
-    caption = (
-        f"growth rate {case['growth_rate']}, bottleneck of {case['bottleneck']} channels; "
-        f"{case['size']}x{case['size']} pixels, {case['dtype']}"
-    )
-    header = ("", f"MB at {case['layers']} layers", "line: kB a layer", "line: R²")
-    return Table("memory of one dense block against its depth", header, cells, caption=caption)
+
+    def line(label: str) -> tuple[float, float]:
+        layers = [int(row.case["layers"]) for row in by_peer[label]]
+        return straight_line(layers, [row.measures["saved_bytes"] for row in by_peer[label]])
+
+    case = max((rows[-1].case for rows in by_peer.values()), key=lambda case: case["layers"])
+    return Table.of("memory of one dense block against its depth", by_peer, {
+        "": str,
+        f"MB at {case['layers']} layers": lambda label: megabytes("saved_bytes", ".2f")(by_peer[label][-1]),
+        "line: kB a layer": lambda label: f"{line(label)[0] / 1e3:.1f}",
+        "line: R²": lambda label: f"{line(label)[1]:.6f}",
+    }, caption=f"growth rate {case['growth_rate']}, bottleneck of {case['bottleneck']} channels; "
+               f"{case['size']}x{case['size']} pixels, {case['dtype']}")  # fmt: skip
+
+
+def _counted(results: Results) -> list[Measurement]:
+    """The bytes of a step, on the first case they were counted on."""
+    rows = results.measured("peak_bytes")
+    return [row for row in rows if row.case == rows[0].case]
+
+
+def _kept(results: Results, rows: list[Measurement], unit: str = "") -> Columns:
+    """Columns of the bytes, also beside eager's; beside the most where eager was not counted."""
+    most = max(rows, key=lambda row: row.measures["saved_bytes"])
+    eager = next((row for row in rows if row.peer == "eager"), most)
+    of_peer = {row.peer: row for row in rows}
+
+    def megabytes_of(measure: str) -> Callable[[Measurement], str]:
+        return lambda row: megabytes(measure, per_image=True)(of_peer[row.peer])
+
+    def times_less(row: Measurement) -> str:
+        return f"{eager.measures['saved_bytes'] / of_peer[row.peer].measures['saved_bytes']:.1f}"
+
+    return {
+        f"kept for backward{unit}": megabytes_of("saved_bytes"),
+        f"times less than {results.label(eager)}": times_less,
+        f"peak{unit or ' of a step'}": megabytes_of("peak_bytes"),
+    }
 
 
 def _memory(results: Results) -> Table:
-    """Bytes kept for backward and the peak of a step, on the first case they were counted on."""
-    rows = results.measured("peak_bytes")
-    rows = [row for row in rows if row.case == rows[0].case]
-    largest = max(rows, key=lambda row: row.measures["saved_bytes"], default=None)
-    eager = next((row for row in rows if row.peer == "eager"), largest)
-    if eager is None:
+    """Bytes kept for backward and the peak of a step."""
+    rows = _counted(results)
+    if not rows:
         return EMPTY
-    cells = [
-        (
-            results.label(row), megabytes(row, "saved_bytes", share=int(row.case["batch"])),
-            f"{eager.measures['saved_bytes'] / row.measures['saved_bytes']:.1f}",
-            megabytes(row, "peak_bytes", share=int(row.case["batch"])),
-        )
-        for row in rows
-    ]  # fmt: skip
-    header = ("MB an image", "kept for backward", f"times less than {results.label(eager)}", "peak of a step")
-    caption = f"{eager.case['model']}, {QuickSuite.setting(results, eager)}"
-    return Table("memory of a training step in MB (1e6 bytes)", header, cells, caption=caption)
+    title, columns = "memory of a training step in MB (1e6 bytes)", _kept(results, rows)
+    caption = setting(results, rows[0].case)
+    return Table.of(title, rows, {"MB an image": results.label, **columns}, caption=caption)
 
 
 def _summary(results: Results) -> Table:
     """Memory and speed of a step by peer, each in its own setting."""
-    memory, timed = _memory(results), results.timed()
-    if not (memory.rows and timed):
+    rows = _counted(results)
+    timed = [row for row in results.timed() if row.peer in {row.peer for row in rows}]
+    if not timed:
         return EMPTY
-    in_memory = {label: cells for label, *cells in memory.rows}
-    rows = [
-        (label, *in_memory[label], f"{int(row.case['batch']) / row.median:.1f}", *ratio_cells(results, row))
-        for row in timed if (label := results.label(row)) in in_memory
-    ]  # fmt: skip
-    header = ("", "kept for backward, MB an image", memory.header[2], "peak, MB an image", "images/s",
-              *ratio_columns(results))  # fmt: skip
-    case, versions = timed[0].case, results.versions
-    speed = f"{case['batch']} images of {case['size']}x{case['size']}"
-    caption = (
-        f"memory: {memory.caption}; speed: {speed}, medians of {results.options['rounds']} rounds, "
-        f"PyTorch {versions['torch']}"
-    )
-    return Table("memory and speed of a training step", header, rows, caption=caption)
+    case = timed[0].case
+    return Table.of("memory and speed of a training step", timed, {
+        "": results.label, **_kept(results, rows, ", MB an image"), "images/s": images_per_second,
+        **ratios(results),
+    }, caption=f"memory: {setting(results, rows[0].case)}; speed: {case['batch']} images of {sides(case)}, "
+               f"medians of {results.options['rounds']} rounds, PyTorch {results.versions['torch']}"
+    )  # fmt: skip
