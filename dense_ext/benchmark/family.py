@@ -104,17 +104,18 @@ def ticks() -> int:
 
 
 def measure_family(size: int | None, results: Results, tick: Callable[[str], None]) -> None:
-    """Fill ``results["models"]`` with a row per network.
+    """Fill the results' content with a row per network.
 
     Args:
         size: height and width of the images in pixels; None for each network's own, 224 or 32.
         results: rows are added as they are counted.
         tick: told what is counted next.
     """
-    results["models"], results["step_batch"] = [], STEP_BATCH
-    results["accuracy_source"] = f"torchvision's weights {WEIGHTS}"
+    rows: list[dict[str, Any]] = []
+    source = f"torchvision's weights {WEIGHTS}"
+    results.content = {"models": rows, "step_batch": STEP_BATCH, "accuracy_source": source}
     for name in (*MODELS, *RESNETS):
-        results["models"].append(_row(name, size, tick))
+        rows.append(_row(name, size, tick))
 
 
 class Family(Kind):
@@ -133,13 +134,14 @@ class Family(Kind):
         title = (
             "kept for backward in MB (1e6 bytes) per image: eager, memory_efficient, dense_ext by recompute"
         )
-        models = Table.of(title, results["models"], {
+        models = Table.of(title, results.content["models"], {
             **names, "pixels": lambda network: str(network["size"]), **arithmetic,
             **{kind: _amount("saved_bytes_per_image", kind, 1e6, ".1f") for kind in MEMORY_KINDS},
         })  # fmt: skip
+        content, top1 = results.content, "ImageNet top-1 accuracy in %"
         title = (
-            f"ImageNet top-1 accuracy in % ({results['accuracy_source']}) beside what a training step of "
-            f"{results['step_batch']} images holds in GB (1e9 bytes): eager, dense_ext by recompute"
+            f"{top1} ({content['accuracy_source']}) beside what a training step of {content['step_batch']} "
+            "images holds in GB (1e9 bytes): eager, dense_ext by recompute"
         )
         accuracy = Table.of(title, _rated(results), {
             **names, "top-1 %": lambda network: f"{network['imagenet_top1_percent']:.2f}", **arithmetic,
@@ -152,13 +154,13 @@ class Family(Kind):
     def figures(cls, results: Results) -> dict[str, Draw]:
         from .figures import accuracy_lines, family_bars
 
-        found: dict[str, Draw] = {"models": family_bars} if results["models"] else {}
+        found: dict[str, Draw] = {"models": family_bars} if results.content["models"] else {}
         return found | ({"accuracy": accuracy_lines} if _rated(results) else {})
 
 
 def _rated(results: Results) -> list[dict[str, Any]]:
     """The networks whose accuracy is known, the most accurate first."""
-    known = [network for network in results["models"] if network["imagenet_top1_percent"] is not None]
+    known = [network for network in results.content["models"] if network["imagenet_top1_percent"] is not None]
     return sorted(known, key=lambda network: -network["imagenet_top1_percent"])
 
 

@@ -16,14 +16,14 @@ class Trainings(Kind):
 
     @classmethod
     def tables(cls, results: Results) -> dict[str, Table]:
-        histories = {name: run["history"] for name, run in results["runs"].items() if run["history"]}
-        options, images = results.options, results["images"]
+        histories = {name: run["history"] for name, run in results.content["runs"].items() if run["history"]}
+        options, images = results.options, results.content["images"]
         caption = (
             f"{options['model']}, {max(map(len, histories.values()), default=0)} epochs of "
             f"{images['training']} images of {options['size']}x{options['size']}, batches of "
             f"{options['batch']}; one of the {images['test']} test images is {1 / images['test']:.2%}"
         )
-        return {"accuracy": Table.of(f"training {options['model']} on {results['data']}", histories, {
+        return {"accuracy": Table.of(f"training {options['model']} on {results.content['data']}", histories, {
             "": str,
             "test accuracy": lambda name: f"{histories[name][-1]['test_accuracy']:.2%}",
             "test loss": lambda name: number(histories[name][-1]["test_loss"], ".3f"),
@@ -34,7 +34,8 @@ class Trainings(Kind):
     def figures(cls, results: Results) -> dict[str, Draw]:
         from .figures import training_curves
 
-        return {"curves": training_curves} if any(r["history"] for r in results["runs"].values()) else {}
+        trained = any(run["history"] for run in results.content["runs"].values())
+        return {"curves": training_curves} if trained else {}
 
 
 KINDS: dict[str, type[Kind]] = {**SUITES, Family.name: Family, Trainings.name: Trainings}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .results import Case, Measurement, Results, case_text
+from .results import Labels, Measurement, Results, case_text
 
 Draw = Callable[[Results, Path], None]  # writes a figure of a result into a file
 Columns = dict[str, Callable[[Any], str]]  # by heading: the text of a row's cell
@@ -63,7 +63,7 @@ class Kind:
 
 def failures(results: Results) -> Table:
     """Which peers were not measured, and why."""
-    grouped: dict[tuple[str, str], list[Case]] = {}
+    grouped: dict[tuple[str, str], list[Labels]] = {}
     for row in results.rows:
         if row.failure is not None:
             grouped.setdefault((results.label(row), row.failure), []).append(row.case)
@@ -80,12 +80,12 @@ def machine_name(results: Results) -> str:
     return machine["gpu"]["name"] if gpu else f"{machine['cpu']}, threads: {machine['threads']}"
 
 
-def sides(case: Case, dimensions: int = 2) -> str:
+def sides(case: Labels, dimensions: int = 2) -> str:
     """An image's or a volume's size in pixels."""
     return "x".join([str(case["size"])] * dimensions)
 
 
-def setting(results: Results, case: Case, dimensions: int = 2) -> str:
+def setting(results: Results, case: Labels, dimensions: int = 2) -> str:
     """Network, images and machine in a line."""
     what = f"{case['batch']} {'images' if dimensions == 2 else 'volumes'} of {sides(case, dimensions)}"
     return f"{case['model']}, {what}, {case['dtype']}, {machine_name(results)}"

@@ -109,7 +109,7 @@ def bench(
     check_new(path, overwrite)
     results = new_results(suite, options.as_json())
     run = SUITES[suite](options, chosen, results)
-    measure(run.run, run.ticks(), results, path)
+    results.interrupted = measure(run.run, run.ticks(), results, path)
     publish(results, path, partial(draw_all, stem=f"{suite}-"), None if json else print_tables)
     _judge(results)
 

@@ -34,5 +34,6 @@ def models(
     check(size is None or size >= _SMALLEST, f"--size must be at least {_SMALLEST}, got {size}")
     check_new(out / RESULT, overwrite)
     results = new_results("models", {"size": size})
-    measure(partial(family.measure_family, size, results), family.ticks(), results, out / RESULT)
+    run = partial(family.measure_family, size, results)
+    results.interrupted = measure(run, family.ticks(), results, out / RESULT)
     publish(results, out / RESULT, draw_all, None if json else print_tables)

@@ -34,8 +34,9 @@ def report(
         text = page(read, tick)
     write_atomically(out, lambda path: path.write_text(text, encoding="utf-8"))
     if json:
+        keys = ("kind", "date", "commit", "interrupted")
         sections = [
-            {"path": str(path), **{key: result[key] for key in ("kind", "date", "commit", "interrupted")}}
+            {"path": str(path), **{key: getattr(result, key) for key in keys}}
             for path, result in read.items()
         ]
         print_json({"page": str(out), "sections": sections})

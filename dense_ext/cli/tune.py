@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import torch
 import typer
@@ -105,7 +105,7 @@ def _tune_backends(options: Options, measured: list[Path], table: Path | None, j
         header = ("primitive", "dtype", "on", "backends, fastest first")
         print_table("order of the backends", header, cells, left=len(header))
     remark(f"{len(rows)} orders of backends; wrote {path if wrote else 'nothing'}")
-    end({"interrupted": interrupted})
+    end(interrupted)
 
 
 def _measure_primitives(options: Options) -> Results:
@@ -114,7 +114,7 @@ def _measure_primitives(options: Options) -> Results:
 
     results = new_results("primitives", options.as_json())
     suite = SUITES["primitives"](options, [], results)
-    measure(suite.run, suite.ticks(), results)
+    results.interrupted = measure(suite.run, suite.ticks())
     return results
 
 
@@ -142,24 +142,24 @@ def _tune_triton(
         if tuned.faster:
             write_rows(path, [tuned.row])
 
-    results: dict[str, Any] = {
-        "model": model, "batch": batch, "size": size, "dtype": dtype, "table": str(path), "interrupted": True
-    }  # fmt: skip
     with ExitStack() as stack:
         for row in rows:  # what candidates have to beat
             stack.enter_context(trying(*row.key, row.config))
         with progress(len(cases)) as tick:
             places = tuning.find_places(cases, *setting, tick)
-        measure(partial(tuning.tune, places, *setting, keep), tuning.ticks(places), results)
+        interrupted = measure(partial(tuning.tune, places, *setting, keep), tuning.ticks(places))
     forget_tables()
     if json:
-        print_json(results | {"rows": [tuned.as_json() for tuned in found.values()]})
+        print_json({
+            "model": model, "batch": batch, "size": size, "dtype": dtype, "table": str(path),
+            "interrupted": interrupted, "rows": [tuned.as_json() for tuned in found.values()],
+        })  # fmt: skip
     else:
         _print(list(found.values()))
     faster = sum(tuned.faster for tuned in found.values())
     wrote = f"wrote {path}" if faster else "wrote nothing"
     remark(f"{faster} of {len(found)} configurations measured got faster; {wrote}")
-    end(results)
+    end(interrupted)
 
 
 def _read(path: Path, read: Callable[[Path], T]) -> T:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -19,7 +19,7 @@ from ..errors import UnavailableError, UsageError
 from ..memory import step_bytes
 from ..networks import takes_small_images, with_weights
 from ..peers import Peer
-from ..results import Measurement, PeerLabel, Results, Tick, case_text
+from ..results import Labels, Measurement, PeerLabel, Results, Tick, case_text
 from ..step import DTYPES, TrainStep, sgd_step
 from ..tables import Kind
 from ..timing import copy_bandwidth, matmul_rate
@@ -58,7 +58,7 @@ class Case:
     batch: int
     size: int  # height and width in pixels
     dtype: str  # a name from step.DTYPES
-    labels: Mapping[str, str | int]  # what else tells it from other cases: the model's name, its depth
+    labels: Labels  # what else tells it from other cases: the model's name, its depth
     channels: int = 3  # of an image
 
     def as_json(self) -> dict[str, str | int]:
@@ -170,7 +170,7 @@ class Suite(Kind):
             small = takes_small_images(MODELS[model]())
         return _SMALL if small else large or (224 if self.gpu else 128)
 
-    def row(self, case: Mapping[str, str | int], peer: str) -> Measurement:
+    def row(self, case: Labels, peer: str) -> Measurement:
         """A new row of the results."""
         self.results.rows.append(Measurement(dict(case), peer))
         return self.results.rows[-1]

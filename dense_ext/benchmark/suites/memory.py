@@ -176,12 +176,9 @@ class MemorySuite(_CountedSuite):
         ]
 
     def searches(self, dtype: str) -> list[Search]:
-        found = []
-        for name in self.options.models or self.models:
-            size = self.pixels(name, 224)
-            sized = partial(model_case, name, size, dtype)
-            found.append(Search("largest_batch", sized, _FIRST_BATCH, _MOST_IMAGES))
-        return found
+        names = self.options.models or self.models
+        cases = [partial(model_case, name, self.pixels(name, 224), dtype) for name in names]
+        return [Search("largest_batch", case, _FIRST_BATCH, _MOST_IMAGES) for case in cases]
 
 
 class PaperSuite(_CountedSuite):

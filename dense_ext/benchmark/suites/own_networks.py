@@ -12,8 +12,7 @@ from ..errors import UnavailableError, UsageError
 from ..flops import flops_per_image
 from ..kernelbench import DENSENET_121, DENSENET_201, JoinedDenseNet, ListedBlock, PlainDenseNet, Shrink
 from ..peers import MODES, OTHERS, Peer
-from ..results import Case as Labels
-from ..results import Results
+from ..results import Labels, Results
 from ..tables import Table, machine_name, sides
 from .base import Case, Options
 from .speed import InferenceSuite, StepSuite, TimedSuite
@@ -175,10 +174,6 @@ class KernelBenchSuite(OwnNetworks, InferenceSuite):
     @classmethod
     def tables(cls, results: Results) -> dict[str, Table]:
         return {"problems": cls._by_problem(results), **super().tables(results)}
-
-    @classmethod
-    def short_tables(cls, results: Results) -> dict[str, Table]:
-        return {}
 
     @classmethod
     def _by_problem(cls, results: Results) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from ..flops import flops_per_image
 from ..memory import peaks, step_bytes
 from ..networks import plain
 from ..peers import Peer, for_inference
-from ..results import Measurement, PeerLabel, Results
+from ..results import Labels, Measurement, PeerLabel, Results
 from ..step import DTYPES, GraphedStep, InferenceStep, TrainStep
 from ..tables import (
     EMPTY,
@@ -147,7 +147,7 @@ class TimedSuite(Suite):
         }, left=1 + several, caption=cls._caption(results, cases)).without_empty_columns()}  # fmt: skip
 
     @classmethod
-    def _caption(cls, results: Results, cases: Sequence[Case]) -> str:
+    def _caption(cls, results: Results, cases: list[Labels]) -> str:
         """What was measured; of one case also what bounds it, where it comes near that bound."""
         one = len(cases) == 1
         where = setting(results, cases[0], cls.dimensions) if one else machine_name(results)
@@ -166,6 +166,10 @@ class TimedSuite(Suite):
         )
 
     @classmethod
+    def short_tables(cls, results: Results) -> dict[str, Table]:
+        return {"networks": _by_network(results)}
+
+    @classmethod
     def figures(cls, results: Results) -> dict[str, Draw]:
         from ..figures import speed_dots
 
@@ -173,7 +177,7 @@ class TimedSuite(Suite):
         return {"throughput": draw} if results.references() else {}
 
 
-def _by_network(results: Results, column: Callable[[Measurement], str]) -> Table:
+def _by_network(results: Results) -> Table:
     """How many times as fast as the fastest other network dense_ext is, a row a network and dtype.
 
     How far that network's samples spread says how far the ratios are to be trusted.
@@ -184,18 +188,22 @@ def _by_network(results: Results, column: Callable[[Measurement], str]) -> Table
     apart: dict[str, float] = {}
     reference, among = list(results.references().items())[-1]
     several = len(results.options["dtypes"]) > 1
+    batches = list(dict.fromkeys(str(row.case["batch"]) for row in results.rows))
     for row in results.timed():
         case, least = row.case, results.fastest(row.case, among)
         network = f"{case['model']}, {sides(case)}" + f", {case['dtype']}" * several
         if results.ours(row) and least:
-            speeds[network, column(row)] = f"{least / row.median:.2f}"
+            batch = f"images: {case['batch']}" if len(batches) > 1 else ""
+            how = results.label(row).removeprefix("dense_ext").removeprefix(", ")
+            column = ", ".join(filter(None, (how, batch))) or "dense_ext"
+            speeds[network, column] = f"{least / row.median:.2f}"
         elif row.median == least:
             apart[network] = max(apart.get(network, 0), max(row.seconds) / min(row.seconds))
     networks, columns = pivot(speeds)
-    batches = " and ".join(dict.fromkeys(str(row.case["batch"]) for row in results.rows))
+    options = results.options
     caption = (
-        f"images a call: {batches}; {', '.join(results.options['dtypes'])}, {machine_name(results)}, "
-        f"{results.options['rounds']} rounds"
+        f"images a call: {' and '.join(batches)}; {', '.join(options['dtypes'])}, {machine_name(results)}, "
+        f"{options['rounds']} rounds"
     )
     return Table.of("speed by network", networks, {
         f"{reference} = 1": str, **columns,
@@ -247,10 +255,6 @@ class StepSuite(TimedSuite):
         # Anew, as measuring took steps, which changed the weights.
         return self.training_step(case, peer)
 
-    @classmethod
-    def short_tables(cls, results: Results) -> dict[str, Table]:
-        return {"steps": _by_network(results, lambda row: row.peer.replace("dense_ext-", "recompute "))}
-
 
 class InferenceSuite(TimedSuite):
     """Forward passes in evaluation mode without gradients, of one image and of a batch.
@@ -280,11 +284,3 @@ class InferenceSuite(TimedSuite):
         if not (peer.graphed or peer.engine):  # whose memory PyTorch's allocator does not give
             row.measures |= peaks(lambda: step(images, labels), self.device)
         return step, images, labels
-
-    @classmethod
-    def short_tables(cls, results: Results) -> dict[str, Table]:
-        def column(row: Measurement) -> str:
-            compiled = results.peers[row.peer].mode == "aotinductor"
-            return "AOTInductor, " * compiled + f"images: {row.case['batch']}"
-
-        return {"inference": _by_network(results, column)}
