@@ -395,7 +395,7 @@ def test_primitives_beside_compiled_ones(tmp_path: Path, monkeypatch: pytest.Mon
         assert row["failure"] is None
         assert len(row["seconds"]) == 3
         assert row["measures"]["relative_error"] < 1e-5
-    assert compiled == ["modules"] * 4 + ["_reference_outputs"] * 2, "for its error and for its times"
+    assert compiled == ["modules"] * 4 + ["_outputs"] * 2, "for its error and for its times"
 
 
 def test_rows_that_disagree_have_no_speed(

@@ -50,7 +50,7 @@ def torchvision_twin(model: DenseNet, memory_efficient: bool = False, device: st
     return _twin(model, build, device, lambda lack: UsageError(f"torchvision has no DenseNet {lack}"))
 
 
-def timm_twin(model: DenseNet) -> nn.Module:
+def timm_twin(model: DenseNet, memory_efficient: bool = False) -> nn.Module:
     """The same of timm's, on the meta device.
 
     Raises:
@@ -62,7 +62,7 @@ def timm_twin(model: DenseNet) -> nn.Module:
         raise UnavailableError(f"timm is not installed: {error}") from error
 
     def build(init_features: int, in_channels: int, **shape: Any) -> nn.Module:
-        return Library(in_chans=in_channels, **shape)
+        return Library(in_chans=in_channels, memory_efficient=memory_efficient, **shape)
 
     return _twin(model, build, "meta", lambda lack: UnavailableError(f"timm has no DenseNet {lack}"))
 

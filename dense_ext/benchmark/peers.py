@@ -190,6 +190,12 @@ _register(
     forward="eager",
 )
 _register("timm", "timm", lambda model: timm_twin(model), ("eager", "compile", "autotune"))
+_register(
+    "timm-memory-efficient",
+    "timm, memory_efficient",
+    lambda model: timm_twin(model, memory_efficient=True),
+    forward="timm",
+)
 _register("checkpoint", "checkpointed blocks", checkpointed_twin, forward="eager")
 OTHERS = dict(PEERS)
 for _policy, _backend in itertools.product(RECOMPUTE, (None, *BACKENDS)):

@@ -213,11 +213,3 @@ def read_results(path: Path) -> Results:
     if missing := CONTENT.get(str(loaded["kind"]), _OF_A_SUITE) - loaded.keys():
         raise UsageError(f"{path} is a result of {loaded['kind']!r} without {', '.join(sorted(missing))}")
     return Results.from_json(loaded)
-
-
-def check_new(path: Path, overwrite: bool) -> None:
-    """Raise UsageError if ``path`` holds results that would be lost, or its folder cannot be one."""
-    if path.exists() and not overwrite:
-        raise UsageError(f"{path} exists; pass --overwrite or another --out")
-    if path.parent.exists() and not path.parent.is_dir():
-        raise UsageError(f"{path.parent} is not a folder")

@@ -23,6 +23,7 @@ from .options import (
     check_backend,
     check_choice,
     check_device,
+    check_new,
     check_positive,
     listed,
     option,
@@ -86,7 +87,7 @@ def bench(
 
     from ..benchmark.figures import draw_all
     from ..benchmark.networks import check_model_name
-    from ..benchmark.results import check_new, new_results
+    from ..benchmark.results import new_results
     from ..benchmark.step import DTYPES
 
     check_choice("--suite", suite, tuple(SUITES))

@@ -16,7 +16,7 @@ from ..networks import torchvision_twin
 from ..peers import Peer
 from ..results import Measurement, Results
 from ..step import DTYPES
-from ..tables import EMPTY, Columns, Draw, Table, images_per_second, megabytes, ratios, setting, sides
+from ..tables import EMPTY, Draw, Table, images_per_second, megabytes, ratios, setting, sides
 from .base import Case, Options, failing, model_case, release
 from .speed import StepSuite
 
@@ -86,11 +86,7 @@ class QuickSuite(StepSuite):
 
     @classmethod
     def tables(cls, results: Results) -> dict[str, Table]:
-        return {"memory": _memory(results), **super().tables(results), "depth": _depth(results)}
-
-    @classmethod
-    def short_tables(cls, results: Results) -> dict[str, Table]:
-        return {"summary": _summary(results)}
+        return {"summary": _summary(results), **super().tables(results), "depth": _depth(results)}
 
     @classmethod
     def figures(cls, results: Results) -> dict[str, Draw]:
@@ -128,69 +124,46 @@ def _depth(results: Results) -> Table:
     by_peer: dict[str, list[Measurement]] = {}
     for row in _depth_rows(results):
         by_peer.setdefault(results.label(row), []).append(row)
-    by_peer = {label: rows for label, rows in by_peer.items() if len(rows) > 1}
-    if not by_peer:
+    lines = {
+        label: straight_line(
+            [int(row.case["layers"]) for row in rows], [row.measures["saved_bytes"] for row in rows]
+        )
+        for label, rows in by_peer.items() if len(rows) > 1
+    }  # fmt: skip
+    if not lines:
         return EMPTY
-
-    def line(label: str) -> tuple[float, float]:
-        layers = [int(row.case["layers"]) for row in by_peer[label]]
-        return straight_line(layers, [row.measures["saved_bytes"] for row in by_peer[label]])
-
-    case = max((rows[-1].case for rows in by_peer.values()), key=lambda case: case["layers"])
-    return Table.of("memory of one dense block against its depth", by_peer, {
+    case = max((by_peer[label][-1].case for label in lines), key=lambda case: case["layers"])
+    return Table.of("memory of one dense block against its depth", lines, {
         "": str,
         f"MB at {case['layers']} layers": lambda label: megabytes("saved_bytes", ".2f")(by_peer[label][-1]),
-        "line: kB a layer": lambda label: f"{line(label)[0] / 1e3:.1f}",
-        "line: R²": lambda label: f"{line(label)[1]:.6f}",
+        "line: kB a layer": lambda label: f"{lines[label][0] / 1e3:.1f}",
+        "line: R²": lambda label: f"{lines[label][1]:.6f}",
     }, caption=f"growth rate {case['growth_rate']}, bottleneck of {case['bottleneck']} channels; "
                f"{case['size']}x{case['size']} pixels, {case['dtype']}")  # fmt: skip
 
 
-def _counted(results: Results) -> list[Measurement]:
-    """The bytes of a step, on the first case they were counted on."""
-    rows = results.measured("peak_bytes")
-    return [row for row in rows if row.case == rows[0].case]
-
-
-def _kept(results: Results, rows: list[Measurement], unit: str = "") -> Columns:
-    """Columns of the bytes, also beside eager's; beside the most where eager was not counted."""
-    most = max(rows, key=lambda row: row.measures["saved_bytes"])
-    eager = next((row for row in rows if row.peer == "eager"), most)
-    of_peer = {row.peer: row for row in rows}
-
-    def megabytes_of(measure: str) -> Callable[[Measurement], str]:
-        return lambda row: megabytes(measure, per_image=True)(of_peer[row.peer])
-
-    def times_less(row: Measurement) -> str:
-        return f"{eager.measures['saved_bytes'] / of_peer[row.peer].measures['saved_bytes']:.1f}"
-
-    return {
-        f"kept for backward{unit}": megabytes_of("saved_bytes"),
-        f"times less than {results.label(eager)}": times_less,
-        f"peak{unit or ' of a step'}": megabytes_of("peak_bytes"),
-    }
-
-
-def _memory(results: Results) -> Table:
-    """Bytes kept for backward and the peak of a step."""
-    rows = _counted(results)
-    if not rows:
-        return EMPTY
-    title, columns = "memory of a training step in MB (1e6 bytes)", _kept(results, rows)
-    caption = setting(results, rows[0].case)
-    return Table.of(title, rows, {"MB an image": results.label, **columns}, caption=caption)
-
-
 def _summary(results: Results) -> Table:
-    """Memory and speed of a step by peer, each in its own setting."""
-    rows = _counted(results)
-    timed = [row for row in results.timed() if row.peer in {row.peer for row in rows}]
-    if not timed:
+    """Memory of a step by peer, on the first case that it was counted on, and speed, in its own setting."""
+    rows = results.measured("peak_bytes")
+    rows = [row for row in rows if row.case == rows[0].case]
+    most = max(rows, key=lambda row: row.measures["saved_bytes"], default=None)
+    eager = next((row for row in rows if row.peer == "eager"), most)
+    if eager is None:
         return EMPTY
-    case = timed[0].case
-    return Table.of("memory and speed of a training step", timed, {
-        "": results.label, **_kept(results, rows, ", MB an image"), "images/s": images_per_second,
-        **ratios(results),
-    }, caption=f"memory: {setting(results, rows[0].case)}; speed: {case['batch']} images of {sides(case)}, "
-               f"medians of {results.options['rounds']} rounds, PyTorch {results.versions['torch']}"
-    )  # fmt: skip
+    kept, timed = eager.measures["saved_bytes"], {row.peer: row for row in results.timed()}
+
+    def of_timed(cell: Callable[[Measurement], str]) -> Callable[[Measurement], str]:
+        return lambda row: cell(timed[row.peer]) if row.peer in timed else "-"
+
+    caption = f"memory: {setting(results, eager.case)}"
+    if timed:
+        case = next(iter(timed.values())).case
+        caption += f"; speed: {case['batch']} images of {sides(case)}, medians of "
+        caption += f"{results.options['rounds']} rounds, PyTorch {results.versions['torch']}"
+    speed = {"images/s": images_per_second, **ratios(results)}
+    return Table.of("memory and speed of a training step", rows, {
+        "": results.label, "kept for backward, MB an image": megabytes("saved_bytes", per_image=True),
+        f"times less than {results.label(eager)}": lambda row: f"{kept / row.measures['saved_bytes']:.1f}",
+        "peak, MB an image": megabytes("peak_bytes", per_image=True),
+        **{name: of_timed(cell) for name, cell in speed.items()},
+    }, caption=caption).without_empty_columns()  # fmt: skip
