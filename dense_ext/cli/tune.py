@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..benchmark.primitives import PrimitiveCase
     from ..benchmark.results import Results
     from ..benchmark.suites import Options
-    from ..benchmark.tune import Tuned
+    from ..tuning.triton import Tuned
 
 T = TypeVar("T")
 
@@ -87,8 +87,8 @@ def tune(
 def _tune_backends(options: Options, measured: list[Path], table: Path | None, json: bool) -> None:
     """Write the order of the backends, as measured here or in result files."""
     from ..backends.preference import read_rows, user_table, write_rows
-    from ..benchmark.order import measured_rows
     from ..benchmark.results import read_results
+    from ..tuning.order import measured_rows
 
     path = table or user_table()
     _read(path, read_rows)
@@ -132,7 +132,7 @@ def _tune_triton(
     reason = unavailable_reasons(device, DTYPES[dtype])["triton"]
     check(reason is None, f"the Triton backend can't run here: {reason}")
 
-    from ..benchmark import tune as tuning
+    from ..tuning import triton as tuning
 
     setting = DTYPES[dtype], device
     found: dict[tuning.Key, Tuned] = {}
@@ -194,7 +194,7 @@ def _cases(model: str, batch: int, size: int) -> list[PrimitiveCase]:
 
 
 def _print(found: list[Tuned]) -> None:
-    from ..benchmark.tune import described
+    from ..tuning.triton import described
 
     rows = [
         (
