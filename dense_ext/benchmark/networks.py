@@ -122,8 +122,8 @@ def with_weights(network: nn.Module, weights: Mapping[str, Tensor], device: torc
     return network
 
 
-def plain(model: DenseNet) -> DenseNet:
-    """Make ``model`` run PyTorch's own modules one by one, in place; returns it."""
+def plain(model: nn.Module) -> nn.Module:
+    """Make dense_ext's modules in ``model`` run PyTorch's own one by one, in place; returns it."""
     for module in model.modules():
         module.__class__ = _PLAIN.get(type(module), type(module))
     return model

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ..errors import UnavailableError, UsageError
-from ..flops import flops_per_image
 from ..kernelbench import DENSENET_121, DENSENET_201, JoinedDenseNet, ListedBlock, PlainDenseNet, Shrink
 from ..peers import MODES, OTHERS, Peer
 from ..results import Labels, Results
@@ -55,7 +54,8 @@ class OwnNetworks(TimedSuite):
             known = [p.name for p in OTHERS.values() if p.mode in self.modes and p.source == "eager"]
             raise UsageError(f"of the peers, --suite {self.name} has {', '.join(known)}; got none of them")
         super().__init__(options, served, results)
-        self.operations = {case.labels["model"]: self._flops(case) for case in self.cases()}
+        for case in self.cases():
+            self.flops(case)
 
     def cases(self) -> list[Case]:
         options = self.options
@@ -64,17 +64,6 @@ class OwnNetworks(TimedSuite):
             for network in self.networks
             for dtype in options.dtypes
         ]
-
-    def _flops(self, case: Case) -> int:
-        shape = (case.channels, *[case.size] * self.dimensions)
-        try:
-            return flops_per_image(lambda: case.build(self.classes(case)), shape, self.training)
-        except (RuntimeError, ValueError) as error:
-            what = f"{self.per.split()[1]}s of side {case.size}"
-            raise UsageError(f"{what} are too small for {case.labels['model']}: {error}") from error
-
-    def flops(self, case: Case) -> int:
-        return self.operations[case.labels["model"]]
 
     def classes(self, case: Case) -> int:
         return 10

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...packing import pack_weights
 from ...swap import report
+from ..errors import UsageError
 from ..flops import flops_per_image
 from ..memory import peaks, step_bytes
 from ..networks import plain
@@ -90,8 +91,17 @@ class TimedSuite(Suite):
         self.measure_rates()
 
     def flops(self, case: Case) -> int:
-        """The call's operations for an image."""
-        return flops_per_image(lambda: plain(case.build(10)), (3, case.size, case.size), self.training)
+        """The call's operations for an image.
+
+        Raises:
+            UsageError: the images are too small for the network.
+        """
+        shape = (case.channels, *[case.size] * self.dimensions)
+        try:
+            return flops_per_image(lambda: plain(case.build(self.classes(case))), shape, self.training)
+        except (RuntimeError, ValueError) as error:
+            what = f"{self.per.split()[1]}s of side {case.size}"
+            raise UsageError(f"{what} are too small for {case.labels['model']}: {error}") from error
 
     def time(self, case: Case, peers: list[Peer], flops: int, rows: list[Measurement]) -> None:
         """Time some of a case's peers together; adds to ``rows``, its rows so far."""
