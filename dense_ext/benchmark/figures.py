@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -143,45 +143,33 @@ def throughput_bars(results: Results, path: Path) -> None:
         _horizontal(axes, [results.label(row) for row in rows])
 
 
-def depth_lines(results: Results, path: Path, rows: Sequence[Measurement]) -> None:
-    """Saved MB per image of one dense block against its number of layers."""
-    case = rows[0].case
-    channels = f"growth rate {case['growth_rate']}, bottleneck of {case['bottleneck']} channels"
-    fixed = f"{channels}, {case['size']}x{case['size']} pixels, {case['dtype']}"
-    with _drawing(path, 4.4, "Memory of one dense block against its depth", fixed) as figure:
-        every, linear = figure.subplots(1, 2)
-        for measured, look in _by_peer(results, rows):
-            look["label"] = look["label"].replace(", channels_last", "")
-            megabytes = [row.measures["saved_bytes"] / 1e6 / int(case["batch"]) for row in measured]
-            layers = [row.case["layers"] for row in measured]
-            for axes in (every,) if measured[0].peer in ("eager", "eager-cl") else (every, linear):
-                axes.plot(layers, megabytes, markersize=4, **look)
-        every.set_title("every peer")
-        linear.set_title("all but eager")
-        for axes in (every, linear):
-            axes.set(xlabel="layers in the block", ylabel="MB per image kept for backward", xlim=0)
-            axes.set_ylim(bottom=0)
-            if axes.lines:
-                axes.legend(loc="upper left")
+# By a panel's title: the measure it shows, and the peers that it leaves out.
+_Panels = Mapping[str, tuple[str, Sequence[str]]]
+_BYTES: _Panels = {"kept for backward": ("saved_bytes", ()), "peak of a step": ("peak_bytes", ())}
+KEPT: _Panels = {
+    "kept for backward": ("saved_bytes", ()),
+    "kept for backward, all but eager": ("saved_bytes", ("eager", "eager-cl")),
+}
 
 
-def memory_lines(results: Results, path: Path, vary: str) -> None:
-    """Bytes kept for backward and at peak against ``vary``, a line per peer; its first dtype."""
-    rows = [row for row in results.measured("peak_bytes") if row.case.get("vary") == vary]
-    case = rows[0].case
+def memory_lines(
+    results: Results, path: Path, vary: str, of: str = "a training step", panels: _Panels = _BYTES
+) -> None:
+    """Bytes against ``vary``, a line per peer; the first dtype."""
+    rows = [row for row in results.measured("saved_bytes") if row.case.get("vary") == vary]
+    case, what = rows[0].case, vary.replace("_", " ")
     by_peer = _by_peer(results, (row for row in rows if row.case["dtype"] == case["dtype"]))
-    what = vary.replace("_", " ")
-    title = f"Memory of a training step against {what}", case_text(case, "vary", vary)
+    title = f"Memory of {of} against {what}", case_text(case, "vary", vary)
     with _drawing(path, 4 + 0.12 * len(by_peer), *title) as figure:
-        panels = figure.subplots(1, 2)
-        measures = {"saved_bytes": "kept for backward", "peak_bytes": "peak of a step"}
-        for axes, (measure, panel) in zip(panels, measures.items(), strict=True):
+        every = figure.subplots(1, len(panels))
+        for axes, (panel, (measure, without)) in zip(every, panels.items(), strict=True):
             for measured, look in by_peer:
-                megabytes = [row.measures[measure] / 1e6 for row in measured]
-                axes.plot([row.case[vary] for row in measured], megabytes, markersize=4, **look)
+                if measured[0].peer not in without:
+                    megabytes = [row.measures[measure] / 1e6 for row in measured]
+                    axes.plot([row.case[vary] for row in measured], megabytes, markersize=4, **look)
             axes.set(title=panel, xlabel=what, ylabel="MB")
             axes.set_ylim(bottom=0)
-        _legend(figure, panels[0])
+        _legend(figure, every[0])
 
 
 def speed_dots(results: Results, path: Path, title: str, dimensions: int = 2) -> None:

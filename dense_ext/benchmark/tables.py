@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -96,6 +97,11 @@ def number(value: float | None, spec: str) -> str:
     return "not finite" if value is None else format(value, spec)
 
 
+def shown(value: float | None, spec: str) -> str:
+    """A number, or "-" where there is none."""
+    return "-" if value is None else format(value, spec)
+
+
 def megabytes(measure: str, spec: str = ".1f", per_image: bool = False) -> Callable[[Measurement], str]:
     """A column of a measure in MB, "-" where it was not measured."""
 
@@ -125,17 +131,17 @@ def images_per_second(row: Measurement) -> str:
 def ratios(results: Results) -> Columns:
     """Columns of how many times as fast as what speeds are set against."""
 
-    def column(name: str) -> Callable[[Measurement], str]:
-        return lambda row: "-" if (ratio := results.ratios(row)[name]) is None else f"{ratio:.2f}"
+    def cell(row: Measurement, name: str) -> str:
+        return shown(results.ratios(row)[name], ".2f")
 
-    return {f"{name} = 1": column(name) for name in results.references()}
+    return {f"{name} = 1": partial(cell, name=name) for name in results.references()}
 
 
 def pivot(cells: Mapping[tuple[str, str], str]) -> tuple[list[str], Columns]:
     """The names of the rows, and the columns, of cells by both names; "-" where there is none."""
 
-    def column(name: str) -> Callable[[str], str]:
-        return lambda row: cells.get((row, name), "-")
+    def cell(row: str, column: str) -> str:
+        return cells.get((row, column), "-")
 
     rows, columns = (dict.fromkeys(names) for names in zip(*cells, strict=True)) if cells else ({}, {})
-    return list(rows), {name: column(name) for name in columns}
+    return list(rows), {column: partial(cell, column=column) for column in columns}

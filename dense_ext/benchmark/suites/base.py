@@ -8,7 +8,6 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -70,11 +69,11 @@ class Case:
 
 def model_case(name: str, size: int, dtype: str, batch: int) -> Case:
     """A case of one of the family, by name."""
-    return Case(partial(_build, name), batch, size, dtype, {"model": name})
 
+    def build(classes: int) -> nn.Module:
+        return MODELS[name](num_classes=classes)
 
-def _build(name: str, classes: int) -> nn.Module:
-    return MODELS[name](num_classes=classes)
+    return Case(build, batch, size, dtype, {"model": name})
 
 
 def _collect() -> None:

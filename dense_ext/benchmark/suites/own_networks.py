@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import nn
@@ -12,7 +13,7 @@ from ..errors import UnavailableError, UsageError
 from ..kernelbench import DENSENET_121, DENSENET_201, JoinedDenseNet, ListedBlock, PlainDenseNet, Shrink
 from ..peers import MODES, OTHERS, Peer
 from ..results import Labels, Results
-from ..tables import Table, machine_name, sides
+from ..tables import Table, machine_name, shown, sides
 from .base import Case, Options
 from .speed import InferenceSuite, StepSuite, TimedSuite
 
@@ -170,19 +171,18 @@ class KernelBenchSuite(OwnNetworks, InferenceSuite):
         on_gpu = results.options["device"].startswith("cuda")
         published = {str(n.case("float32", gpu=True).as_json()): n.published for n in cls.networks if on_gpu}
         ours = [name for name, peer in results.peers.items() if peer.ours]
+        references = results.references().items()
 
-        def median(name: str) -> Callable[[Labels], str]:
-            return lambda case: "-" if (s := results.fastest(case, [name])) is None else f"{1e3 * s:.4g}"
+        def milliseconds(case: Labels, name: str) -> str:
+            seconds = results.fastest(case, [name])
+            return shown(seconds and 1e3 * seconds, ".4g")
 
-        def ratio(among: list[str]) -> Callable[[Labels], str]:
-            def cell(case: Labels) -> str:
-                least, other = results.fastest(case, ours), results.fastest(case, among)
-                return f"{other / least:.2f}" if least and other else "-"
+        def ratio(case: Labels, among: list[str]) -> str:
+            least, other = results.fastest(case, ours), results.fastest(case, among)
+            return shown(other / least if least and other else None, ".2f")
 
-            return cell
-
-        def known(mode: str) -> Callable[[Labels], str]:
-            return lambda case: f"{published[str(case)][mode]:g}" if str(case) in published else "-"
+        def known(case: Labels, mode: str) -> str:
+            return shown(published.get(str(case), {}).get(mode), "g")
 
         caption = (
             f"{', '.join(results.options['dtypes'])}, {machine_name(results)}; "
@@ -190,7 +190,7 @@ class KernelBenchSuite(OwnNetworks, InferenceSuite):
         )
         return Table.of("forward in training mode without gradients", results.timed_cases(), {
             "milliseconds": lambda case: f"{case['model']}, {case['batch']} x {sides(case)}",
-            **{peer.label: median(name) for name, peer in results.peers.items()},
-            **{f"dense_ext, {name} = 1": ratio(among) for name, among in results.references().items()},
-            **{label: known(mode) for mode, label in PUBLISHED_FOR.items()},
+            **{peer.label: partial(milliseconds, name=name) for name, peer in results.peers.items()},
+            **{f"dense_ext, {name} = 1": partial(ratio, among=among) for name, among in references},
+            **{label: partial(known, mode=mode) for mode, label in PUBLISHED_FOR.items()},
         }, caption=caption).without_empty_columns()  # fmt: skip

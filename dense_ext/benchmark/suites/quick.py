@@ -90,13 +90,14 @@ class QuickSuite(StepSuite):
 
     @classmethod
     def figures(cls, results: Results) -> dict[str, Draw]:
-        from ..figures import depth_lines, memory_bars, throughput_bars
+        from ..figures import KEPT, memory_bars, memory_lines, throughput_bars
 
         found: dict[str, Draw] = {"memory": memory_bars} if results.measured("peak_bytes") else {}
         if results.references():
             found["throughput"] = throughput_bars
-        rows = _depth_rows(results)
-        return found | {"depth": partial(depth_lines, rows=rows)} if rows else found
+        if _depth_rows(results):
+            found["depth"] = partial(memory_lines, vary="layers", of="one dense block", panels=KEPT)
+        return found
 
 
 def block_bytes(peer: Peer, layers: int, device: torch.device, dtype: torch.dtype, backend: str) -> int:

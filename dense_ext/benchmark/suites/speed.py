@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -48,8 +48,6 @@ WRONG = {
     DISAGREES: "dense_ext's results are not the eager network's",
     UNJUDGED: "dense_ext's results were compared with nothing, as no other peer ran",
 }
-
-Call = Callable[[], Any]
 
 
 class TimedSuite(Suite):
@@ -105,7 +103,7 @@ class TimedSuite(Suite):
 
     def time(self, case: Case, peers: list[Peer], flops: int, rows: list[Measurement]) -> None:
         """Time some of a case's peers together; adds to ``rows``, its rows so far."""
-        calls: dict[str, Call] = {}
+        calls: dict[str, Callable[[], Tensor]] = {}
         count = 0
         for peer in peers:
             self.tick(f"{peer.name}: {case}")
@@ -177,7 +175,7 @@ class TimedSuite(Suite):
 
     @classmethod
     def short_tables(cls, results: Results) -> dict[str, Table]:
-        return {"networks": _by_network(results)}
+        return {"networks": _by_network(results, cls.dimensions)}
 
     @classmethod
     def figures(cls, results: Results) -> dict[str, Draw]:
@@ -187,7 +185,7 @@ class TimedSuite(Suite):
         return {"throughput": draw} if results.references() else {}
 
 
-def _by_network(results: Results) -> Table:
+def _by_network(results: Results, dimensions: int) -> Table:
     """How many times as fast as the fastest other network dense_ext is, a row a network and dtype.
 
     How far that network's samples spread says how far the ratios are to be trusted.
@@ -201,7 +199,7 @@ def _by_network(results: Results) -> Table:
     batches = list(dict.fromkeys(str(row.case["batch"]) for row in results.rows))
     for row in results.timed():
         case, least = row.case, results.fastest(row.case, among)
-        network = f"{case['model']}, {sides(case)}" + f", {case['dtype']}" * several
+        network = f"{case['model']}, {sides(case, dimensions)}" + f", {case['dtype']}" * several
         if results.ours(row) and least:
             batch = f"images: {case['batch']}" if len(batches) > 1 else ""
             how = results.label(row).removeprefix("dense_ext").removeprefix(", ")
