@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...models import MODELS
+from ...models import MODELS, DenseNet
 from ..errors import UnavailableError, UsageError
 from ..memory import step_bytes
 from ..networks import takes_small_images, with_weights
@@ -59,6 +59,7 @@ class Case:
     dtype: str  # a name from step.DTYPES
     labels: Labels  # what else tells it from other cases: the model's name, its depth
     channels: int = 3  # of an image
+    classes: int = 10
 
     def as_json(self) -> dict[str, str | int]:
         return {**self.labels, "batch": self.batch, "size": self.size, "dtype": self.dtype}
@@ -73,7 +74,8 @@ def model_case(name: str, size: int, dtype: str, batch: int) -> Case:
     def build(classes: int) -> nn.Module:
         return MODELS[name](num_classes=classes)
 
-    return Case(build, batch, size, dtype, {"model": name})
+    classes = 10 if size <= _SMALL else 1000
+    return Case(build, batch, size, dtype, {"model": name}, classes=classes)
 
 
 def _collect() -> None:
@@ -174,9 +176,6 @@ class Suite(Kind):
         self.results.rows.append(Measurement(dict(case), peer))
         return self.results.rows[-1]
 
-    def classes(self, case: Case) -> int:
-        return 10 if case.size <= _SMALL else 1000
-
     def network(self, case: Case, peer: Peer, training: bool = True) -> nn.Module:
         """The peer's network with the case's weights.
 
@@ -186,18 +185,16 @@ class Suite(Kind):
         peer.check(self.device, DTYPES[case.dtype])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
-            model = case.build(self.classes(case))
-        return peer.prepare(self.twin(model, peer), self.options.backend, training, self.dimensions)
-
-    def twin(self, model: Any, peer: Peer) -> nn.Module:
-        """The peer's network of the model's shape and weights, on the device."""
-        return with_weights(peer.twin(model), model.state_dict(), self.device)
+            network = case.build(case.classes)
+        if isinstance(network, DenseNet):  # of the family; peers run any other network itself
+            network = with_weights(peer.twin(network), network.state_dict(), self.device)
+        return peer.prepare(network.to(self.device), self.options.backend, training, self.dimensions)
 
     def batch(self, case: Case, peer: Peer) -> tuple[Tensor, Tensor]:
         """Noise, the same for every peer, and labels; speed and memory do not depend on what images show."""
         generator = torch.Generator().manual_seed(SEED)
         images = torch.randn(case.batch, case.channels, *[case.size] * self.dimensions, generator=generator)
-        labels = torch.arange(case.batch, device=self.device) % self.classes(case)
+        labels = torch.arange(case.batch, device=self.device) % case.classes
         return peer.images(images.to(self.device)), labels
 
     def training_step(self, case: Case, peer: Peer) -> tuple[TrainStep, Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
@@ -65,13 +65,6 @@ class OwnNetworks(TimedSuite):
             for network in self.networks
             for dtype in options.dtypes
         ]
-
-    def classes(self, case: Case) -> int:
-        return 10
-
-    def twin(self, model: Any, peer: Peer) -> nn.Module:
-        network: nn.Module = model.to(self.device)
-        return network
 
 
 class RecognisedSuite(OwnNetworks, StepSuite):

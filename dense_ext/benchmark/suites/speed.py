@@ -96,7 +96,7 @@ class TimedSuite(Suite):
         """
         shape = (case.channels, *[case.size] * self.dimensions)
         try:
-            return flops_per_image(lambda: plain(case.build(self.classes(case))), shape, self.training)
+            return flops_per_image(lambda: plain(case.build(case.classes)), shape, self.training)
         except (RuntimeError, ValueError) as error:
             what = f"{self.per.split()[1]}s of side {case.size}"
             raise UsageError(f"{what} are too small for {case.labels['model']}: {error}") from error
