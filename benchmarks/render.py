@@ -26,8 +26,8 @@ PAGES = (HERE.parent / "README.md", HERE.parent / "docs" / "benchmarks.md")
 def markdown(table: Table, results: Results) -> str:
     """The table with what was measured below it; dense_ext's rows are bold."""
     ours = {peer.label for peer in results.peers.values() if peer.ours}
-    rows = [(f"**{first}**" if first in ours else first, *rest) for first, *rest in table.rows]
-    lines = [table.header, ["---", *["---:"] * (len(table.header) - 1)], *rows]
+    rows = [[f"**{cell}**" if cell in ours else cell for cell in row] for row in table.rows]
+    lines = [table.header, ["---" if i < table.left else "---:" for i in range(len(table.header))], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{table.caption}."
 
 

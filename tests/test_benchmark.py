@@ -157,7 +157,7 @@ def test_ours_keeps_an_eighth_of_eager() -> None:
 
 
 def test_the_family_is_what_torchvision_says_of_its_weights() -> None:
-    committed = results.read_results(ROOT / "benchmarks" / "results" / "family.json")["models"]
+    committed = results.read_results(ROOT / "benchmarks" / "results" / "family.json").content["models"]
     known = {row["name"]: row for row in committed if row["imagenet_top1_percent"] is not None}
     assert sorted(known) == sorted([*family.RESNETS, *(f"densenet{n}" for n in (121, 161, 169, 201))])
     for name, row in known.items():

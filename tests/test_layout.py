@@ -17,7 +17,7 @@ PACKAGE = ROOT / "dense_ext"
 # Lower layers first; a module may import from its own layer and lower ones.
 LAYERS = ["files", "backends", "batch_norm", "ownership", "schedule", "transition", "arguments",
           "differentiable", "flops", "ops", "checks", "eligibility", "packing", "modules", "functional",
-          "models", "recognise", "memory", "swap", "benchmark", "training", "cli"]  # fmt: skip
+          "models", "recognise", "memory", "swap", "benchmark", "tuning", "training", "cli"]  # fmt: skip
 
 
 def registered(path: Path) -> list[str]:

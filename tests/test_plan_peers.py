@@ -48,7 +48,7 @@ def test_peers(capsys: pytest.CaptureFixture[str], shown: list[int | str]) -> No
 def test_a_peer_that_fails_is_a_row_that_says_why(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_timm(model: object) -> None:
+    def no_timm(model: object, memory_efficient: bool = False) -> None:
         raise UnavailableError("timm is not installed")
 
     monkeypatch.setattr(peers, "timm_twin", no_timm)

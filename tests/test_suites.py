@@ -27,13 +27,12 @@ import jsonschema
 
 from dense_ext.backends.table import primitive_of
 from dense_ext.benchmark import kernelbench, peers, suites
-from dense_ext.benchmark.cuda_graph import GraphedStep
 from dense_ext.benchmark.errors import UnavailableError
 from dense_ext.benchmark.memory import saved_bytes, step_peaks
 from dense_ext.benchmark.networks import small_densenet
 from dense_ext.benchmark.primitives import model_cases
 from dense_ext.benchmark.results import Measurement, PeerLabel, new_results, read_results
-from dense_ext.benchmark.step import sgd_step
+from dense_ext.benchmark.step import GraphedStep, sgd_step
 from dense_ext.benchmark.suites.speed import mark_disagreement
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,7 +136,8 @@ def test_volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     def shallow(classes: int) -> torch.nn.Module:
         return DenseNet(3, 1, classes, init_features=16, growth_rate=8, block_config=(4, 3))
 
-    monkeypatch.setattr(suites.volumes, "monai_densenet121", shallow)
+    (network,) = suites.own_networks.VolumeSuite.networks
+    monkeypatch.setattr(suites.own_networks.VolumeSuite, "networks", (replace(network, build=shallow),))
     arguments = ("--size", "24", "--peers", "eager-cl,memory-efficient,compile")
     rows = by_peer(run("volumes", tmp_path, *arguments))
     assert list(rows) == ["eager-cl", "dense_ext-bottleneck"], "what MONAI's network has"
@@ -178,13 +178,13 @@ def test_volumes_without_monai(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_kernelbench(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    problem = suites.kernelbench.Problem
+    problem, sizes = suites.own_networks.Network, ((3, 3), (8, 8))
     problems = (
-        problem("transition", lambda _: kernelbench.Shrink(4, 8), 3, 4, 8, {}),
-        problem("block", lambda _: kernelbench.ListedBlock(2, 4, 4), 3, 4, 8, {}),
-        problem("network", lambda classes: kernelbench.PlainDenseNet((2, 2), 4, classes), 3, 3, 8, {}),
+        problem("transition", lambda _: kernelbench.Shrink(4, 8), *sizes, channels=4),
+        problem("block", lambda _: kernelbench.ListedBlock(2, 4, 4), *sizes, channels=4),
+        problem("network", lambda classes: kernelbench.PlainDenseNet((2, 2), 4, classes), *sizes),
     )
-    monkeypatch.setattr(suites.kernelbench, "PROBLEMS", problems)
+    monkeypatch.setattr(suites.own_networks.KernelBenchSuite, "networks", problems)
     results = run("kernelbench", tmp_path, "--size", "16", "--peers", "eager,eager-cl,memory-efficient")
     rows = by_peer(results)
     assert list(rows) == ["eager", "eager-cl", "dense_ext-bottleneck"], "what runs such networks"
@@ -215,13 +215,13 @@ def test_published_times_stand_beside_what_a_gpu_was_measured_on(
     results = new_results("kernelbench", {"device": device, "dtypes": [dtype], "rounds": 1})
     results.machine["gpu"] = {"name": "a GPU"}
     results.peers, results.work = KNOWN, {"matmul_flops_per_second": {dtype: 1e12}}
-    for problem in suites.kernelbench.PROBLEMS:
-        case = problem.case(dtype, batch).as_json()
+    for problem in suites.own_networks.KernelBenchSuite.networks:
+        case = problem.case(dtype, gpu=True, batch=batch).as_json()
         results.rows += [
             Measurement(case, peer, measures={"flops": 1e9}, seconds=[seconds])
             for peer, seconds in (("eager", 0.006), ("ours", 0.003))
         ]
-    table = suites.kernelbench.KernelBenchSuite.tables(results)["problems"]
+    table = suites.own_networks.KernelBenchSuite.tables(results)["problems"]
     published = [(row[1:4], row[4:]) for row in table.rows]
     assert all(measured == ["3", "6", "2.00"] for measured, _ in published)
     expected = [["7.33", "3.15"], ["7.47", "4.62"], ["6.68", "8.93"], ["10.4", "21.8"]]
@@ -231,18 +231,19 @@ def test_published_times_stand_beside_what_a_gpu_was_measured_on(
 
 def test_kernelbenchs_networks_have_its_size() -> None:
     """On the meta device: parameters, counted by hand, and what comes out."""
-    for problem, outputs in zip(suites.kernelbench.PROBLEMS, [
+    for problem, outputs in zip(suites.own_networks.KernelBenchSuite.networks, [
         (128, 64, 128, 128), (10, 224, 224, 224), (10, 10), (10, 10),
     ], strict=True):  # fmt: skip
         with torch.device("meta"):
             network = problem.build(10)
-            images = torch.empty(problem.batch, problem.channels, problem.size, problem.size)
+            (_, batch), (_, size) = problem.batch, problem.size
+            images = torch.empty(batch, problem.channels, size, size)
             assert network(images).shape == outputs
     for name, blocks, convolutions in (
         ("15", kernelbench.DENSENET_121, 62),
         ("16", kernelbench.DENSENET_201, 102),
     ):
-        (problem,) = (p for p in suites.kernelbench.PROBLEMS if p.label.startswith(name))
+        (problem,) = (p for p in suites.own_networks.KernelBenchSuite.networks if p.label.startswith(name))
         with torch.device("meta"):
             network = problem.build(10)
         kinds = [type(module) for module in network.modules()]
@@ -261,14 +262,15 @@ def test_recognition_alone_serves_kernelbenchs_networks(build: Callable[[], torc
 
 
 def test_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {
-        "plain": lambda classes: kernelbench.PlainDenseNet((5, 3), 8, classes),
-        "joined": lambda classes: kernelbench.JoinedDenseNet(3, 8, classes),
-    }
-    networks = {
-        name: replace(network, build=small[name]) for name, network in suites.recognised.NETWORKS.items()
-    }
-    monkeypatch.setattr(suites.recognised, "NETWORKS", networks)
+    small = (
+        lambda classes: kernelbench.PlainDenseNet((5, 3), 8, classes),
+        lambda classes: kernelbench.JoinedDenseNet(3, 8, classes),
+    )
+    suite = suites.own_networks.RecognisedSuite
+    networks = tuple(
+        replace(network, build=build) for network, build in zip(suite.networks, small, strict=True)
+    )
+    monkeypatch.setattr(suite, "networks", networks)
     results = run("recognised", tmp_path, "--size", "32", "--batch", "4", "--peers", "eager-cl")
     rows = by_peer(results)
     assert list(rows) == ["eager-cl", "dense_ext-bottleneck"]
@@ -276,9 +278,10 @@ def test_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert ours["served_by"] == ["cpu"]
         assert len(ours["seconds"]) == 3
         assert eager["measures"]["saved_bytes"] > 1.5 * ours["measures"]["saved_bytes"]
-    tables = suites.recognised.RecognisedSuite.short_tables(read_results(tmp_path / "recognised.json"))
-    assert {name: len(table.rows) for name, table in tables.items()} == {"plain": 2, "joined": 2}
-    assert tables["joined"].caption.startswith("DenseNet-BC-40-12, 4 images of 32x32")
+    table = suite.tables(read_results(tmp_path / "recognised.json"))["speed"]
+    assert [row[0] for row in table.rows[::2]] == ["DenseNet-121 of plain layers, 4 x 32x32, float32",
+                                                   "DenseNet-BC-40-12, 4 x 32x32, float32"]  # fmt: skip
+    assert "PyTorch" in table.caption
 
 
 def test_inference(tmp_path: Path) -> None:
@@ -392,7 +395,7 @@ def test_primitives_beside_compiled_ones(tmp_path: Path, monkeypatch: pytest.Mon
         assert row["failure"] is None
         assert len(row["seconds"]) == 3
         assert row["measures"]["relative_error"] < 1e-5
-    assert compiled == ["modules"] * 4 + ["_reference_outputs"] * 2, "for its error and for its times"
+    assert compiled == ["modules"] * 4 + ["_outputs"] * 2, "for its error and for its times"
 
 
 def test_rows_that_disagree_have_no_speed(

@@ -14,9 +14,9 @@ from dense_ext.backends.cpu import instruction_set
 from dense_ext.backends.table import PRIMITIVES
 from dense_ext.benchmark import timing
 from dense_ext.benchmark.errors import UsageError
-from dense_ext.benchmark.order import measured_rows
 from dense_ext.benchmark.results import Measurement, Results, write_json
 from dense_ext.cli import main
+from dense_ext.tuning.order import measured_rows
 
 
 def results(times: dict[str, list[float]], gpu: str | None = "a GPU") -> Results:

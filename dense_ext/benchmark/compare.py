@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from .errors import UsageError
 from .results import CONTENT, Measurement, Results, case_text
@@ -68,9 +67,6 @@ class Comparison:
     @property
     def regressions(self) -> list[Change]:
         return [change for change in self.changes if change.worse]
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def compare(old: Results, new: Results, threshold: float = THRESHOLD) -> Comparison:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from ..files import write_atomically
 from ..schedule import RECOMPUTE
 from .family import MEMORY_KINDS
 from .kinds import KINDS
-from .results import Case, Measurement, Results, case_text
-from .tables import machine_name
+from .results import Measurement, Results, case_text
+from .tables import machine_name, setting, sides
 
 # Okabe and Ito's palette, told apart with any colour vision.
 BLUE, SKY, ORANGE, YELLOW, GREEN, RED, PURPLE = (
@@ -62,12 +62,6 @@ def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _setting(results: Results, case: Case) -> str:
-    """Network, images and machine in a line."""
-    images = f"{case['batch']} images of {case['size']}x{case['size']}"
-    return f"{case['model']}, {images}, {case['dtype']}, {machine_name(results)}"
-
-
 @contextmanager
 def _drawing(path: Path, height: float, *title: str, width: float = 9) -> Iterator[Figure]:
     """A figure to be filled, of this size in inches; its file's suffix says PNG or SVG."""
@@ -94,11 +88,13 @@ def _legend(figure: Figure, axes: Axes) -> None:
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=9)
 
 
-def _by_peer(rows: Iterable[Measurement]) -> dict[str, list[Measurement]]:
+def _by_peer(results: Results, rows: Iterable[Measurement]) -> list[tuple[list[Measurement], dict[str, Any]]]:
+    """Each peer's rows, and how they are drawn: label, colour and marker."""
     found: dict[str, list[Measurement]] = {}
     for row in rows:
         found.setdefault(row.peer, []).append(row)
-    return found
+    looks = zip(found.values(), styles(found).values(), strict=True)
+    return [(of_peer, {**style, "label": results.label(of_peer[0])}) for of_peer, style in looks]
 
 
 def memory_bars(results: Results, path: Path) -> None:
@@ -109,7 +105,7 @@ def memory_bars(results: Results, path: Path) -> None:
     labels = [results.label(row) for row in rows]
     colours = [style["color"] for style in styles(row.peer for row in rows).values()]
     with _drawing(
-        path, 1.6 + 0.36 * len(rows), "Memory of a training step", _setting(results, case)
+        path, 1.6 + 0.36 * len(rows), "Memory of a training step", setting(results, case)
     ) as figure:
         panels = {"saved_bytes": "kept for backward", "peak_bytes": "allocator's peak in a step"}
         for axes, (measure, what) in zip(figure.subplots(1, 2), panels.items(), strict=True):
@@ -129,7 +125,7 @@ def throughput_bars(results: Results, path: Path) -> None:
     medians = [least / row.median for row in rows]
     slowest, quickest = ([least / end(row.seconds) for row in rows] for end in (max, min))
     right = max(quickest)
-    title = "Training step: forward, backward, SGD", _setting(results, case)
+    title = "Training step: forward, backward, SGD", setting(results, case)
     with _drawing(path, 1.6 + 0.36 * len(rows), *title) as figure:
         axes = figure.subplots()
         axes.barh(
@@ -147,77 +143,57 @@ def throughput_bars(results: Results, path: Path) -> None:
         _horizontal(axes, [results.label(row) for row in rows])
 
 
-def depth_lines(results: Results, path: Path, rows: Sequence[Measurement]) -> None:
-    """Saved MB per image of one dense block against its number of layers."""
-    case, by_peer = rows[0].case, _by_peer(rows)
-    style = styles(by_peer)
-    channels = f"growth rate {case['growth_rate']}, bottleneck of {case['bottleneck']} channels"
-    fixed = f"{channels}, {case['size']}x{case['size']} pixels, {case['dtype']}"
-    with _drawing(path, 4.4, "Memory of one dense block against its depth", fixed) as figure:
-        every, linear = figure.subplots(1, 2)
-        for name, measured in by_peer.items():
-            label = results.label(measured[0]).replace(", channels_last", "")
-            megabytes = [row.measures["saved_bytes"] / 1e6 / int(case["batch"]) for row in measured]
-            layers = [row.case["layers"] for row in measured]
-            for axes in (every,) if name in ("eager", "eager-cl") else (every, linear):
-                axes.plot(layers, megabytes, label=label, markersize=4, **style[name])
-        every.set_title("every peer")
-        linear.set_title("all but eager")
-        for axes in (every, linear):
-            axes.set(xlabel="layers in the block", ylabel="MB per image kept for backward", xlim=0)
-            axes.set_ylim(bottom=0)
-            if axes.lines:
-                axes.legend(loc="upper left")
+# By a panel's title: the measure it shows, and the peers that it leaves out.
+_Panels = Mapping[str, tuple[str, Sequence[str]]]
+_BYTES: _Panels = {"kept for backward": ("saved_bytes", ()), "peak of a step": ("peak_bytes", ())}
+KEPT: _Panels = {
+    "kept for backward": ("saved_bytes", ()),
+    "kept for backward, all but eager": ("saved_bytes", ("eager", "eager-cl")),
+}
 
 
-def memory_lines(results: Results, path: Path, vary: str) -> None:
-    """Bytes kept for backward and at peak against ``vary``, a line per peer; its first dtype."""
-    rows = [row for row in results.measured("peak_bytes") if row.case.get("vary") == vary]
-    case = rows[0].case
-    by_peer = _by_peer(row for row in rows if row.case["dtype"] == case["dtype"])
-    style, what = styles(by_peer), vary.replace("_", " ")
-    title = f"Memory of a training step against {what}", case_text(case, "vary", vary)
+def memory_lines(
+    results: Results, path: Path, vary: str, of: str = "a training step", panels: _Panels = _BYTES
+) -> None:
+    """Bytes against ``vary``, a line per peer; the first dtype."""
+    rows = [row for row in results.measured("saved_bytes") if row.case.get("vary") == vary]
+    case, what = rows[0].case, vary.replace("_", " ")
+    by_peer = _by_peer(results, (row for row in rows if row.case["dtype"] == case["dtype"]))
+    title = f"Memory of {of} against {what}", case_text(case, "vary", vary)
     with _drawing(path, 4 + 0.12 * len(by_peer), *title) as figure:
-        panels = figure.subplots(1, 2)
-        for axes, (measure, panel) in zip(
-            panels, {"saved_bytes": "kept for backward", "peak_bytes": "peak of a step"}.items(), strict=True
-        ):
-            for name, measured in by_peer.items():
-                axes.plot(
-                    [row.case[vary] for row in measured], [row.measures[measure] / 1e6 for row in measured],
-                    label=results.label(measured[0]), markersize=4, **style[name],
-                )  # fmt: skip
+        every = figure.subplots(1, len(panels))
+        for axes, (panel, (measure, without)) in zip(every, panels.items(), strict=True):
+            for measured, look in by_peer:
+                if measured[0].peer not in without:
+                    megabytes = [row.measures[measure] / 1e6 for row in measured]
+                    axes.plot([row.case[vary] for row in measured], megabytes, markersize=4, **look)
             axes.set(title=panel, xlabel=what, ylabel="MB")
             axes.set_ylim(bottom=0)
-        _legend(figure, panels[0])
+        _legend(figure, every[0])
 
 
 def speed_dots(results: Results, path: Path, title: str, dimensions: int = 2) -> None:
     """Speed relative to the fastest other network, eager where one is, a row per case and a dot per peer."""
-    cases = list({str(row.case): row.case for row in results.timed()}.values())
-    by_peer = _by_peer(results.timed())
+    cases, by_peer = results.timed_cases(), _by_peer(results, results.timed())
     reference, among = next(iter(results.references().items()))
     # Within a case's band each peer has its own height, so that equal speeds do not cover each other.
     heights = np.linspace(-0.35, 0.35, len(by_peer)) if len(by_peer) > 1 else [0.0]
     height = 1.8 + (0.3 + 0.06 * len(by_peer)) * len(cases) + 0.12 * len(by_peer)
     with _drawing(path, height, title, machine_name(results)) as figure:
         axes = figure.subplots()
-        for at, rows, look in zip(heights, by_peer.values(), styles(by_peer).values(), strict=True):
+        for at, (rows, look) in zip(heights, by_peer, strict=True):
             points = [
                 (least / row.median, cases.index(row.case) + at)
                 for row in rows
                 if (least := results.fastest(row.case, among))
             ]
             if points:
-                axes.plot(*zip(*points, strict=True), label=results.label(rows[0]), linestyle="", **look)
+                axes.plot(*zip(*points, strict=True), linestyle="", **look)
         axes.grid(axis="y", visible=False)
         axes.axvline(1, color=INK, linewidth=1, linestyle=":")
         axes.set_xlim(left=0)
         axes.set_xlabel(f"speed, {reference} network = 1")
-        sides = ["x".join([str(case["size"])] * dimensions) for case in cases]
-        labels = [
-            f"{c['model']}\n{c['batch']} x {s}, {c['dtype']}" for c, s in zip(cases, sides, strict=True)
-        ]
+        labels = [f"{c['model']}\n{c['batch']} x {sides(c, dimensions)}, {c['dtype']}" for c in cases]
         axes.set_yticks(range(len(cases)), labels)
         axes.set_ylim(len(cases) - 0.5, -0.5)
         _legend(figure, axes)
@@ -227,7 +203,6 @@ def roofline(results: Results, path: Path, dtype: str) -> None:
     """Operations per second against operations per byte, under what the machine copies and multiplies."""
     copy, matmul = results.work["copy_bytes_per_second"], results.work["matmul_flops_per_second"][dtype]
     rows = [row for row in results.timed() if row.case["dtype"] == dtype and row.measures["flops"]]
-    by_peer = _by_peer(rows)
     ceilings = f"copies at {copy / 1e9:.4g} GB/s, multiplies at {matmul / 1e9:.4g} GFLOP/s"
     title = f"Primitives under the roofline, {dtype}", f"{machine_name(results)}: {ceilings}"
 
@@ -239,17 +214,16 @@ def roofline(results: Results, path: Path, dtype: str) -> None:
         found = [intensity(row) for row in rows]
         x = np.geomspace(min(found) / 2, max(*found, matmul / copy) * 2, 100)
         axes.plot(x, np.minimum(x * copy, matmul) / 1e9, color=INK, linewidth=1.5, label="measured ceilings")
-        for mine, look in zip(by_peer.values(), styles(by_peer).values(), strict=True):
+        for mine, look in _by_peer(results, rows):
             rates = [row.measures["flops"] / row.median / 1e9 for row in mine]
-            at, label = [intensity(row) for row in mine], results.label(mine[0])
-            axes.plot(at, rates, label=label, linestyle="", markersize=4, alpha=0.7, **look)
+            axes.plot(list(map(intensity, mine)), rates, linestyle="", markersize=4, alpha=0.7, **look)
         axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="GFLOP/s")
         _legend(figure, axes)
 
 
 def family_bars(results: Results, path: Path) -> None:
     """Saved MB per image of every network, by policy; a panel per image size, the largest on top."""
-    networks = results["models"]
+    networks = results.content["models"]
     sizes = sorted({network["size"] for network in networks}, reverse=True)
     groups = [[network for network in networks if network["size"] == size] for size in sizes]
     height = 1.2 + 0.6 * len(groups) + 0.68 * len(networks)
@@ -302,16 +276,16 @@ _FAMILIES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 
 def accuracy_lines(results: Results, path: Path) -> None:
     """Top-1 accuracy against parameters, operations and the memory of a training step, by family."""
-    known = [row for row in results["models"] if row["imagenet_top1_percent"] is not None]
+    known = [row for row in results.content["models"] if row["imagenet_top1_percent"] is not None]
     panels: dict[str, Callable[[dict[str, Any], str], float]] = {
         "million parameters": lambda row, kind: row["parameters"] / 1e6,
         "GFLOP in the forward of an image": lambda row, kind: row["forward_flops_per_image"] / 1e9,
-        f"GB held in a training step of {results['step_batch']} images": lambda row, kind: (
+        f"GB held in a training step of {results.content['step_batch']} images": lambda row, kind: (
             row["step_bytes"][kind] / 1e9
         ),
     }
 
-    setting = f"{results['accuracy_source']}; training in float32, SGD with momentum"
+    setting = f"{results.content['accuracy_source']}; training in float32, SGD with momentum"
     title = "What accuracy costs: DenseNets beside ResNets", setting
     with _drawing(path, 5.4, *title, width=11) as figure:
         every = figure.subplots(1, 3, sharey=True)
@@ -336,9 +310,9 @@ def accuracy_lines(results: Results, path: Path) -> None:
 
 def training_curves(results: Results, path: Path) -> None:
     """Loss and test accuracy by epoch, a line per network."""
-    with _drawing(path, 4, f"Training {results.options['model']} on {results['data']}") as figure:
+    with _drawing(path, 4, f"Training {results.options['model']} on {results.content['data']}") as figure:
         losses, accuracies = figure.subplots(1, 2)
-        for i, (name, run) in enumerate(results["runs"].items()):
+        for i, (name, run) in enumerate(results.content["runs"].items()):
             history = run["history"]
             epochs = [epoch["epoch"] for epoch in history]
             style: Any = {"color": (GREEN, BLUE)[i], "marker": "ox"[i], "markersize": 5 + 2 * i}

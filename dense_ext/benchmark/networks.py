@@ -50,7 +50,7 @@ def torchvision_twin(model: DenseNet, memory_efficient: bool = False, device: st
     return _twin(model, build, device, lambda lack: UsageError(f"torchvision has no DenseNet {lack}"))
 
 
-def timm_twin(model: DenseNet) -> nn.Module:
+def timm_twin(model: DenseNet, memory_efficient: bool = False) -> nn.Module:
     """The same of timm's, on the meta device.
 
     Raises:
@@ -62,7 +62,7 @@ def timm_twin(model: DenseNet) -> nn.Module:
         raise UnavailableError(f"timm is not installed: {error}") from error
 
     def build(init_features: int, in_channels: int, **shape: Any) -> nn.Module:
-        return Library(in_chans=in_channels, **shape)
+        return Library(in_chans=in_channels, memory_efficient=memory_efficient, **shape)
 
     return _twin(model, build, "meta", lambda lack: UnavailableError(f"timm has no DenseNet {lack}"))
 
@@ -98,14 +98,6 @@ def _shapes(network: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in network.state_dict(keep_vars=True).items()}
 
 
-def torchvision_block(layers: int, channels: int, growth_rate: int, memory_efficient: bool) -> nn.Module:
-    """One of torchvision's dense blocks, its bottleneck four growth rates wide."""
-    from torchvision.models.densenet import _DenseBlock
-
-    block: nn.Module = _DenseBlock(layers, channels, 4, growth_rate, 0.0, memory_efficient)
-    return block
-
-
 def checkpointed_twin(model: DenseNet) -> nn.Module:
     """Torchvision's DenseNet with torch.utils.checkpoint around each dense block."""
     from torchvision.models.densenet import _DenseBlock
@@ -130,8 +122,8 @@ def with_weights(network: nn.Module, weights: Mapping[str, Tensor], device: torc
     return network
 
 
-def plain(model: DenseNet) -> DenseNet:
-    """Make ``model`` run PyTorch's own modules one by one, in place; returns it."""
+def plain(model: nn.Module) -> nn.Module:
+    """Make dense_ext's modules in ``model`` run PyTorch's own one by one, in place; returns it."""
     for module in model.modules():
         module.__class__ = _PLAIN.get(type(module), type(module))
     return model

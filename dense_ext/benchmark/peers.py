@@ -171,13 +171,10 @@ def _register(
     for mode, channels_last in itertools.product(modes, (True,) if ours else (False, True)):
         if mode in ENGINES and channels_last and not ours:
             continue
-        named = source != "eager" or mode == "eager"
-        words = [source if named else "", mode if mode != "eager" else ""]
-        labels = [label if named else "", MODES[mode]]
-        if channels_last and not ours:
-            words.append("cl")
-            labels.append("channels_last")
-        name, text = "-".join(filter(None, words)), ", ".join(filter(None, labels))
+        words = [(source, label)] if source != "eager" or mode == "eager" else []
+        words += [(mode, MODES[mode])] if mode != "eager" else []
+        words += [("cl", "channels_last")] if channels_last and not ours else []
+        name, text = "-".join(word for word, _ in words), ", ".join(said for _, said in words)
         PEERS[name] = Peer(name, text, source, twin, channels_last, mode, forward or source, **ours)
 
 
@@ -190,6 +187,12 @@ _register(
     forward="eager",
 )
 _register("timm", "timm", lambda model: timm_twin(model), ("eager", "compile", "autotune"))
+_register(
+    "timm-memory-efficient",
+    "timm, memory_efficient",
+    lambda model: timm_twin(model, memory_efficient=True),
+    forward="timm",
+)
 _register("checkpoint", "checkpointed blocks", checkpointed_twin, forward="eager")
 OTHERS = dict(PEERS)
 for _policy, _backend in itertools.product(RECOMPUTE, (None, *BACKENDS)):

@@ -22,7 +22,7 @@ from .errors import UsageError, reason
 from .machine import commit, machine, versions
 
 Tick = Callable[[str], None]  # told what comes next
-Case = Mapping[str, str | int]
+Labels = Mapping[str, str | int]  # of a case
 
 # What every file has, and what one of its kind has beside that; kinds that are not named are suites.
 HEAD = {"kind", "date", "machine", "versions", "commit", "options", "interrupted"}
@@ -34,7 +34,7 @@ _OF_A_SUITE = {"peers", "rows"}
 class Measurement:
     """A row of a suite's result: what was measured of one peer on one case."""
 
-    case: Case  # network, batch, size and dtype, or primitive and shape
+    case: Labels  # network, batch, size and dtype, or primitive and shape
     peer: str
     failure: str | None = None  # why there is no measurement
     measures: dict[str, Any] = field(default_factory=dict)  # bytes or operations; None is not finite
@@ -102,19 +102,10 @@ class Results:
         return results
 
     def as_json(self) -> dict[str, Any]:
-        found = {name: getattr(self, name) for name in (*_HEAD_IN_ORDER, "peers", "work", "rows")}
-        found["peers"] = {name: asdict(peer) for name, peer in self.peers.items()}
-        found["rows"] = [row.as_json() for row in self.rows]
+        found = asdict(self) | {"rows": [row.as_json() for row in self.rows]}
+        content = found.pop("content")
         kept = HEAD if self.kind in CONTENT else HEAD | _OF_A_SUITE
-        return {name: v for name, v in found.items() if v or name in kept} | self.content
-
-    # `dense-ext models` and `train` fill a result by key, as `plan` and `tune` fill a dictionary.
-
-    def __getitem__(self, key: str) -> Any:
-        return getattr(self, key) if key in HEAD else self.content[key]
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        setattr(self, key, value) if key in HEAD else self.content.__setitem__(key, value)
+        return {name: v for name, v in found.items() if v or name in kept} | content
 
     def label(self, row: Measurement) -> str:
         return self.peers[row.peer].label
@@ -125,6 +116,10 @@ class Results:
     def timed(self) -> list[Measurement]:
         """The rows with samples."""
         return [row for row in self.rows if row.seconds]
+
+    def timed_cases(self) -> list[Labels]:
+        """What they are of, each once."""
+        return list({str(row.case): row.case for row in self.timed()}.values())
 
     def measured(self, measure: str) -> list[Measurement]:
         """The rows with a measure of this name."""
@@ -143,7 +138,7 @@ class Results:
         found = {"fastest eager": eager} if eager else {}
         return {**found, "fastest other": others} if len(others) > len(eager) else found
 
-    def fastest(self, case: Case, peers: list[str]) -> float | None:
+    def fastest(self, case: Labels, peers: list[str]) -> float | None:
         """The shortest median in seconds of a case among ``peers``, None if none has samples."""
         return min((r.median for r in self.timed() if r.case == case and r.peer in peers), default=None)
 
@@ -158,10 +153,7 @@ class Results:
         return float(row.measures["flops"]) / row.median / rate
 
 
-_HEAD_IN_ORDER = [f.name for f in fields(Results) if f.name in HEAD]
-
-
-def case_text(case: Case, *without: str) -> str:
+def case_text(case: Labels, *without: str) -> str:
     """A case in a line, some of its keys left out."""
     return ", ".join(f"{name.replace('_', ' ')} {v}" for name, v in case.items() if name not in without)
 
@@ -221,11 +213,3 @@ def read_results(path: Path) -> Results:
     if missing := CONTENT.get(str(loaded["kind"]), _OF_A_SUITE) - loaded.keys():
         raise UsageError(f"{path} is a result of {loaded['kind']!r} without {', '.join(sorted(missing))}")
     return Results.from_json(loaded)
-
-
-def check_new(path: Path, overwrite: bool) -> None:
-    """Raise UsageError if ``path`` holds results that would be lost, or its folder cannot be one."""
-    if path.exists() and not overwrite:
-        raise UsageError(f"{path} exists; pass --overwrite or another --out")
-    if path.parent.exists() and not path.parent.is_dir():
-        raise UsageError(f"{path.parent} is not a folder")

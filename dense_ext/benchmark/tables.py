@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from .results import Case, Measurement, Results, case_text
+from .results import Labels, Measurement, Results, case_text
 
 Draw = Callable[[Results, Path], None]  # writes a figure of a result into a file
+Columns = dict[str, Callable[[Any], str]]  # by heading: the text of a row's cell
 
 
 @dataclass(frozen=True)
@@ -22,13 +24,19 @@ class Table:
     left: int = 1
     caption: str = ""
 
+    @classmethod
+    def of(cls, title: str, rows: Iterable[Any], columns: Columns, left: int = 1, caption: str = "") -> Table:
+        """A line for each of ``rows``."""
+        cells = [[cell(row) for cell in columns.values()] for row in rows]
+        return cls(title, list(columns), cells, left, caption)
+
     def without_empty_columns(self) -> Table:
         """The table without number columns in which no row has a number."""
         kept = [
             i for i in range(len(self.header)) if i < self.left or any(row[i] != "-" for row in self.rows)
         ]
         rows = [[row[i] for i in kept] for row in self.rows]
-        return Table(self.title, [self.header[i] for i in kept], rows, self.left, self.caption)
+        return replace(self, header=[self.header[i] for i in kept], rows=rows)
 
 
 EMPTY = Table("", (), ())
@@ -56,7 +64,7 @@ class Kind:
 
 def failures(results: Results) -> Table:
     """Which peers were not measured, and why."""
-    grouped: dict[tuple[str, str], list[Case]] = {}
+    grouped: dict[tuple[str, str], list[Labels]] = {}
     for row in results.rows:
         if row.failure is not None:
             grouped.setdefault((results.label(row), row.failure), []).append(row.case)
@@ -73,30 +81,67 @@ def machine_name(results: Results) -> str:
     return machine["gpu"]["name"] if gpu else f"{machine['cpu']}, threads: {machine['threads']}"
 
 
+def sides(case: Labels, dimensions: int = 2) -> str:
+    """An image's or a volume's size in pixels."""
+    return "x".join([str(case["size"])] * dimensions)
+
+
+def setting(results: Results, case: Labels, dimensions: int = 2) -> str:
+    """Network, images and machine in a line."""
+    what = f"{case['batch']} {'images' if dimensions == 2 else 'volumes'} of {sides(case, dimensions)}"
+    return f"{case['model']}, {what}, {case['dtype']}, {machine_name(results)}"
+
+
 def number(value: float | None, spec: str) -> str:
     """A number, or that it was not finite."""
     return "not finite" if value is None else format(value, spec)
 
 
-def megabytes(row: Measurement, measure: str, spec: str = ".1f", share: float = 1) -> str:
-    """A measure in MB over ``share``, "-" where it was not measured."""
-    return format(row.measures[measure] / 1e6 / share, spec) if measure in row.measures else "-"
+def shown(value: float | None, spec: str) -> str:
+    """A number, or "-" where there is none."""
+    return "-" if value is None else format(value, spec)
+
+
+def megabytes(measure: str, spec: str = ".1f", per_image: bool = False) -> Callable[[Measurement], str]:
+    """A column of a measure in MB, "-" where it was not measured."""
+
+    def cell(row: Measurement) -> str:
+        share = int(row.case["batch"]) if per_image else 1
+        return format(row.measures[measure] / 1e6 / share, spec) if measure in row.measures else "-"
+
+    return cell
 
 
 def seconds(value: float) -> str:
     return f"{value:.3f}" if value >= 0.5 else f"{value:.4g}"
 
 
-def spread(row: Measurement, text: Callable[[float], str] = seconds) -> tuple[str, str]:
-    """Median, and fastest to slowest sample."""
-    return text(row.median), f"{text(min(row.seconds))} to {text(max(row.seconds))}"
+def times(unit: str = "s", text: Callable[[float], str] = seconds) -> Columns:
+    """Columns of the median, and of the fastest to the slowest sample."""
+    return {
+        f"median {unit}": lambda row: text(row.median),
+        "min to max": lambda row: f"{text(min(row.seconds))} to {text(max(row.seconds))}",
+    }
 
 
-def ratio_columns(results: Results) -> list[str]:
-    """The headings of what speeds are set against."""
-    return [f"{name} = 1" for name in results.references()]
+def images_per_second(row: Measurement) -> str:
+    return f"{int(row.case['batch']) / row.median:.1f}"
 
 
-def ratio_cells(results: Results, row: Measurement) -> list[str]:
-    """The cells below them."""
-    return ["-" if ratio is None else f"{ratio:.2f}" for ratio in results.ratios(row).values()]
+def ratios(results: Results) -> Columns:
+    """Columns of how many times as fast as what speeds are set against."""
+
+    def cell(row: Measurement, name: str) -> str:
+        return shown(results.ratios(row)[name], ".2f")
+
+    return {f"{name} = 1": partial(cell, name=name) for name in results.references()}
+
+
+def pivot(cells: Mapping[tuple[str, str], str]) -> tuple[list[str], Columns]:
+    """The names of the rows, and the columns, of cells by both names; "-" where there is none."""
+
+    def cell(row: str, column: str) -> str:
+        return cells.get((row, column), "-")
+
+    rows, columns = (dict.fromkeys(names) for names in zip(*cells, strict=True)) if cells else ({}, {})
+    return list(rows), {column: partial(cell, column=column) for column in columns}

@@ -103,9 +103,8 @@ class ColdTimer:
         """Seconds of each of ``count`` calls, after some to warm up."""
         for _ in range(_WARM_UP[self.device.type]):
             call()
-        return self._events(call, count) if self.device.type == "cuda" else self._clock(call, count)
-
-    def _clock(self, call: Callable[[], object], count: int) -> list[float]:
+        if self.device.type == "cuda":
+            return self._events(call, count)
         samples = []
         for _ in range(count):
             self.flushed.zero_()

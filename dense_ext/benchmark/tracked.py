@@ -24,14 +24,7 @@ def networks(model: DenseNet) -> dict[str, Callable[[], nn.Module]]:
     """
     weights, cpu = model.state_dict(), torch.device("cpu")
     plain = [peer for peer in OTHERS.values() if peer.mode == "eager" and not peer.channels_last]
-    make = {peer.name: functools.partial(peer.build, model, weights, cpu, backend="auto") for peer in plain}
-
-    def checkpointed_timm() -> nn.Module:
-        network: Any = make["timm"]()
-        network.set_grad_checkpointing()  # as timm's memory_efficient=True
-        return network
-
-    return {**make, "timm-memory-efficient": checkpointed_timm}
+    return {peer.name: functools.partial(peer.build, model, weights, cpu, backend="auto") for peer in plain}
 
 
 def ticks(model: DenseNet) -> int:

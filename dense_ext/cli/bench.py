@@ -23,6 +23,7 @@ from .options import (
     check_backend,
     check_choice,
     check_device,
+    check_new,
     check_positive,
     listed,
     option,
@@ -86,7 +87,7 @@ def bench(
 
     from ..benchmark.figures import draw_all
     from ..benchmark.networks import check_model_name
-    from ..benchmark.results import check_new, new_results
+    from ..benchmark.results import new_results
     from ..benchmark.step import DTYPES
 
     check_choice("--suite", suite, tuple(SUITES))
@@ -109,7 +110,7 @@ def bench(
     check_new(path, overwrite)
     results = new_results(suite, options.as_json())
     run = SUITES[suite](options, chosen, results)
-    measure(run.run, run.ticks(), results, path)
+    results.interrupted = measure(run.run, run.ticks(), results, path)
     publish(results, path, partial(draw_all, stem=f"{suite}-"), None if json else print_tables)
     _judge(results)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 from .console import print_json, print_table, remark
@@ -20,7 +21,7 @@ def compare_files(old: Path, new: Path, threshold: float, json: bool) -> None:
 
     found = compare(read_results(old), read_results(new), threshold)
     if json:
-        print_json(found.as_json())
+        print_json(asdict(found))
     elif found.changes:
         rows = [
             (

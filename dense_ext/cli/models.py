@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from .options import Json, Out, Overwrite, check, option
+from .options import Json, Out, Overwrite, check, check_new, option
 from .output import measure, print_tables, publish
 
 RESULT = "models.json"
@@ -29,10 +29,11 @@ def models(
     """
     from ..benchmark import family
     from ..benchmark.figures import draw_all
-    from ..benchmark.results import check_new, new_results
+    from ..benchmark.results import new_results
 
     check(size is None or size >= _SMALLEST, f"--size must be at least {_SMALLEST}, got {size}")
     check_new(out / RESULT, overwrite)
     results = new_results("models", {"size": size})
-    measure(partial(family.measure_family, size, results), family.ticks(), results, out / RESULT)
+    run = partial(family.measure_family, size, results)
+    results.interrupted = measure(run, family.ticks(), results, out / RESULT)
     publish(results, out / RESULT, draw_all, None if json else print_tables)

@@ -51,6 +51,11 @@ def check_writable(path: Path) -> None:
     check(os.access(folder, os.W_OK | os.X_OK), f"{folder} can't be written to")
 
 
+def check_new(path: Path, overwrite: bool) -> None:
+    """Raise UsageError if ``path`` holds results that would be lost."""
+    check(overwrite or not path.exists(), f"{path} exists; pass --overwrite or another --out")
+
+
 def default_size(model: str) -> int:
     """Height and width in pixels of the images that a network of ``dense-ext models`` is made for."""
     return 224 if network_of(model).pools else 32

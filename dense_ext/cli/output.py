@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -21,10 +21,10 @@ SAVED_EVERY = 60.0  # seconds
 def measure(
     run: Callable[[Callable[[str], None]], None],
     ticks: int,
-    results: Results | dict[str, Any],
+    results: Results | None = None,
     path: Path | None = None,
-) -> None:
-    """Let ``run`` fill ``results``, with a progress bar; Ctrl-C ends it and keeps what is there.
+) -> bool:
+    """Let ``run`` measure, with a progress bar; returns whether Ctrl-C ended it.
 
     Any other exception is raised again, after what is there was written to the file.
 
@@ -39,19 +39,19 @@ def measure(
     """
     from ..benchmark.results import saving, write_json
 
-    if path is not None:
+    if path:
         check_writable(path)
     try:
         with progress(ticks) as tick:
-            run(saving(tick, results, path, SAVED_EVERY) if path is not None else tick)
+            run(saving(tick, results, path, SAVED_EVERY) if results and path else tick)
     except KeyboardInterrupt:
-        return
+        return True
     except Exception:
-        if path is not None:
+        if results and path:
             write_json(path, results)
             remark(f"wrote {path}: what was measured until it failed")
         raise
-    results["interrupted"] = False
+    return False
 
 
 def print_tables(results: Results) -> None:
@@ -91,11 +91,11 @@ def publish(
     else:
         show(results)
     remark(f"wrote {', '.join(str(p) for p in (path, *figures))}")
-    end(results)
+    end(results.interrupted)
 
 
-def end(results: Results | dict[str, Any]) -> None:
+def end(interrupted: bool) -> None:
     """Say that results are not complete, where Ctrl-C ended them, and exit with code 130."""
-    if results["interrupted"]:
+    if interrupted:
         remark("interrupted: these are the results until then")
         raise typer.Exit(INTERRUPTED)

@@ -82,7 +82,7 @@ def plan(
         print_json(found)
     else:
         _print(found)
-    end(found)
+    end(found["interrupted"])
     if choice is None:
         remark(f"{batch} images do not fit into {_shown(budget)} under any policy")
         raise typer.Exit(_DOES_NOT_FIT)
@@ -110,8 +110,8 @@ def _track(found: dict[str, Any]) -> None:
 
     model, dtype = MODELS[found["model"]](), getattr(torch, found["dtype"])
     setting = found["batch"], found["size"], found["memory_bytes"], dtype, found["optimizer"]
-    found["interrupted"] = True
-    measure(partial(track_peers, model, *setting, found["peers"]), ticks(model), found)
+    track = partial(track_peers, model, *setting, found["peers"])
+    found["interrupted"] = measure(track, ticks(model))
 
 
 def _shown(nbytes: int) -> str:

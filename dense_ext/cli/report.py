@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .console import print_json, progress, remark
-from .options import Json, check, check_writable
+from .options import Json, check, check_new, check_writable
 
 
 def report(
@@ -26,7 +26,7 @@ def report(
     from ..files import write_atomically
 
     check(not out.is_dir(), f"--out {out} is a folder; name the page's file, as {out / 'report.html'}")
-    check(overwrite or not out.exists(), f"{out} exists; pass --overwrite or another --out")
+    check_new(out, overwrite)
     check(out.resolve() not in {path.resolve() for path in results}, f"--out {out} is one of the results")
     check_writable(out)
     read = {path: read_results(path) for path in results}
@@ -34,8 +34,9 @@ def report(
         text = page(read, tick)
     write_atomically(out, lambda path: path.write_text(text, encoding="utf-8"))
     if json:
+        keys = ("kind", "date", "commit", "interrupted")
         sections = [
-            {"path": str(path), **{key: result[key] for key in ("kind", "date", "commit", "interrupted")}}
+            {"path": str(path), **{key: getattr(result, key) for key in keys}}
             for path, result in read.items()
         ]
         print_json({"page": str(out), "sections": sections})

@@ -138,22 +138,21 @@ def _train(training: Training, options: dict[str, Any], out: Path, json: bool) -
     from ..files import write_atomically
 
     results = new_results("train", options)
-    results["data"] = training.data.source
-    results["images"] = {part: len(getattr(training.data, part)) for part in ("training", "test")}
-    results["interrupted"] = not training.run()
+    images = {part: len(getattr(training.data, part)) for part in ("training", "test")}
+    results.interrupted = not training.run()
     if not training.main_process:
         return
-    results["runs"] = training.histories()
-    if not results["interrupted"]:
+    results.content = {"data": training.data.source, "images": images, "runs": training.histories()}
+    if not results.interrupted:
         write_atomically(out / "weights.pt", lambda path: torch.save(training.weights(), path))
     publish(results, out / RESULT, draw_all, None if json else _print_accuracies)
 
 
 def _print_accuracies(results: Results) -> None:
-    for name, run in results["runs"].items():
+    for name, run in results.content["runs"].items():
         if history := run["history"]:
             seconds = sum(epoch["seconds"] for epoch in history)
             print(
                 f"{name}: test accuracy {history[-1]['test_accuracy']:.2%} "
-                f"after {len(history)} epochs of {results['options']['model']} in {seconds:.0f} s"
+                f"after {len(history)} epochs of {results.options['model']} in {seconds:.0f} s"
             )

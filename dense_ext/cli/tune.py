@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import torch
 import typer
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..benchmark.primitives import PrimitiveCase
     from ..benchmark.results import Results
     from ..benchmark.suites import Options
-    from ..benchmark.tune import Tuned
+    from ..tuning.triton import Tuned
 
 T = TypeVar("T")
 
@@ -87,8 +87,8 @@ def tune(
 def _tune_backends(options: Options, measured: list[Path], table: Path | None, json: bool) -> None:
     """Write the order of the backends, as measured here or in result files."""
     from ..backends.preference import read_rows, user_table, write_rows
-    from ..benchmark.order import measured_rows
     from ..benchmark.results import read_results
+    from ..tuning.order import measured_rows
 
     path = table or user_table()
     _read(path, read_rows)
@@ -105,7 +105,7 @@ def _tune_backends(options: Options, measured: list[Path], table: Path | None, j
         header = ("primitive", "dtype", "on", "backends, fastest first")
         print_table("order of the backends", header, cells, left=len(header))
     remark(f"{len(rows)} orders of backends; wrote {path if wrote else 'nothing'}")
-    end({"interrupted": interrupted})
+    end(interrupted)
 
 
 def _measure_primitives(options: Options) -> Results:
@@ -114,7 +114,7 @@ def _measure_primitives(options: Options) -> Results:
 
     results = new_results("primitives", options.as_json())
     suite = SUITES["primitives"](options, [], results)
-    measure(suite.run, suite.ticks(), results)
+    results.interrupted = measure(suite.run, suite.ticks())
     return results
 
 
@@ -132,7 +132,7 @@ def _tune_triton(
     reason = unavailable_reasons(device, DTYPES[dtype])["triton"]
     check(reason is None, f"the Triton backend can't run here: {reason}")
 
-    from ..benchmark import tune as tuning
+    from ..tuning import triton as tuning
 
     setting = DTYPES[dtype], device
     found: dict[tuning.Key, Tuned] = {}
@@ -142,24 +142,24 @@ def _tune_triton(
         if tuned.faster:
             write_rows(path, [tuned.row])
 
-    results: dict[str, Any] = {
-        "model": model, "batch": batch, "size": size, "dtype": dtype, "table": str(path), "interrupted": True
-    }  # fmt: skip
     with ExitStack() as stack:
         for row in rows:  # what candidates have to beat
             stack.enter_context(trying(*row.key, row.config))
         with progress(len(cases)) as tick:
             places = tuning.find_places(cases, *setting, tick)
-        measure(partial(tuning.tune, places, *setting, keep), tuning.ticks(places), results)
+        interrupted = measure(partial(tuning.tune, places, *setting, keep), tuning.ticks(places))
     forget_tables()
     if json:
-        print_json(results | {"rows": [tuned.as_json() for tuned in found.values()]})
+        print_json({
+            "model": model, "batch": batch, "size": size, "dtype": dtype, "table": str(path),
+            "interrupted": interrupted, "rows": [tuned.as_json() for tuned in found.values()],
+        })  # fmt: skip
     else:
         _print(list(found.values()))
     faster = sum(tuned.faster for tuned in found.values())
     wrote = f"wrote {path}" if faster else "wrote nothing"
     remark(f"{faster} of {len(found)} configurations measured got faster; {wrote}")
-    end(results)
+    end(interrupted)
 
 
 def _read(path: Path, read: Callable[[Path], T]) -> T:
@@ -194,7 +194,7 @@ def _cases(model: str, batch: int, size: int) -> list[PrimitiveCase]:
 
 
 def _print(found: list[Tuned]) -> None:
-    from ..benchmark.tune import described
+    from ..tuning.triton import described
 
     rows = [
         (

@@ -6,13 +6,11 @@ To add a suite, write its class and name it here.
 from __future__ import annotations
 
 from .base import Options, Suite
-from .kernelbench import KernelBenchSuite
 from .memory import MemorySuite, PaperSuite
+from .own_networks import KernelBenchSuite, RecognisedSuite, VolumeSuite
 from .primitives import PrimitiveSuite
 from .quick import QuickSuite
-from .recognised import RecognisedSuite
 from .speed import InferenceSuite, StepSuite
-from .volumes import VolumeSuite
 
 SUITES: dict[str, type[Suite]] = {
     suite.name: suite

@@ -5,20 +5,20 @@ from __future__ import annotations
 import gc
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ...models import MODELS
+from ...models import MODELS, DenseNet
 from ..errors import UnavailableError, UsageError
+from ..memory import step_bytes
 from ..networks import takes_small_images, with_weights
 from ..peers import Peer
-from ..results import Measurement, PeerLabel, Results, Tick, case_text
+from ..results import Labels, Measurement, PeerLabel, Results, Tick, case_text
 from ..step import DTYPES, TrainStep, sgd_step
 from ..tables import Kind
 from ..timing import copy_bandwidth, matmul_rate
@@ -57,8 +57,9 @@ class Case:
     batch: int
     size: int  # height and width in pixels
     dtype: str  # a name from step.DTYPES
-    labels: Mapping[str, str | int]  # what else tells it from other cases: the model's name, its depth
+    labels: Labels  # what else tells it from other cases: the model's name, its depth
     channels: int = 3  # of an image
+    classes: int = 10
 
     def as_json(self) -> dict[str, str | int]:
         return {**self.labels, "batch": self.batch, "size": self.size, "dtype": self.dtype}
@@ -69,11 +70,12 @@ class Case:
 
 def model_case(name: str, size: int, dtype: str, batch: int) -> Case:
     """A case of one of the family, by name."""
-    return Case(partial(_build, name), batch, size, dtype, {"model": name})
 
+    def build(classes: int) -> nn.Module:
+        return MODELS[name](num_classes=classes)
 
-def _build(name: str, classes: int) -> nn.Module:
-    return MODELS[name](num_classes=classes)
+    classes = 10 if size <= _SMALL else 1000
+    return Case(build, batch, size, dtype, {"model": name}, classes=classes)
 
 
 def _collect() -> None:
@@ -169,13 +171,10 @@ class Suite(Kind):
             small = takes_small_images(MODELS[model]())
         return _SMALL if small else large or (224 if self.gpu else 128)
 
-    def row(self, case: Mapping[str, str | int], peer: str) -> Measurement:
+    def row(self, case: Labels, peer: str) -> Measurement:
         """A new row of the results."""
         self.results.rows.append(Measurement(dict(case), peer))
         return self.results.rows[-1]
-
-    def classes(self, case: Case) -> int:
-        return 10 if case.size <= _SMALL else 1000
 
     def network(self, case: Case, peer: Peer, training: bool = True) -> nn.Module:
         """The peer's network with the case's weights.
@@ -186,20 +185,25 @@ class Suite(Kind):
         peer.check(self.device, DTYPES[case.dtype])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
-            model = case.build(self.classes(case))
-        return peer.prepare(self.twin(model, peer), self.options.backend, training, self.dimensions)
-
-    def twin(self, model: Any, peer: Peer) -> nn.Module:
-        """The peer's network of the model's shape and weights, on the device."""
-        return with_weights(peer.twin(model), model.state_dict(), self.device)
+            network = case.build(case.classes)
+        if isinstance(network, DenseNet):  # of the family; peers run any other network itself
+            network = with_weights(peer.twin(network), network.state_dict(), self.device)
+        return peer.prepare(network.to(self.device), self.options.backend, training, self.dimensions)
 
     def batch(self, case: Case, peer: Peer) -> tuple[Tensor, Tensor]:
         """Noise, the same for every peer, and labels; speed and memory do not depend on what images show."""
         generator = torch.Generator().manual_seed(SEED)
         images = torch.randn(case.batch, case.channels, *[case.size] * self.dimensions, generator=generator)
-        labels = torch.arange(case.batch, device=self.device) % self.classes(case)
+        labels = torch.arange(case.batch, device=self.device) % case.classes
         return peer.images(images.to(self.device)), labels
 
     def training_step(self, case: Case, peer: Peer) -> tuple[TrainStep, Tensor, Tensor]:
         """The peer's training step, and what to call it with."""
         return sgd_step(self.network(case, peer), DTYPES[case.dtype], self.device), *self.batch(case, peer)
+
+    def count(self, case: Case, peer: Peer) -> None:
+        """A row of what a training step keeps, at most holds, and what lasts from step to step."""
+        self.tick(f"{peer.name}: {case}")
+        row = self.row(case.as_json(), peer.name)
+        with failing(row):
+            row.measures |= step_bytes(*self.training_step(case, peer))

@@ -4,45 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ...memory import largest
 from ..errors import UnavailableError, is_out_of_memory
-from ..memory import lasting_bytes, step_bytes, step_peaks
+from ..memory import lasting_bytes, step_peaks
 from ..networks import small_densenet
 from ..peers import Peer
 from ..results import Results, case_text
-from ..tables import EMPTY, Draw, Table, megabytes
+from ..tables import EMPTY, Draw, Table, megabytes, pivot
 from .base import Case, Options, Suite, failing, model_case, release
 
 _SIZE = 32
 _LOOKS = 4  # of a search, about
-_MOST_IMAGES = 2**16  # a search for the largest batch ends here
-_MOST_LAYERS = 10_000  # and one for the deepest network at this many in a block
-_FIRST_BATCH = 2  # with which the one begins; one image may be one value a channel
-_FIRST_LAYERS = 20  # a block, with which the other does
 GROWTH_RATE = 12  # of the paper's networks
 
 # What is looked for: in a sentence, and as the heading of its column.
 _SEARCHES = {"largest_batch": ("largest batch", "images"), "deepest": ("deepest network", "layers")}
-
-
-@dataclass(frozen=True)
-class Search:
-    """The largest number with which a training step fits the budget."""
-
-    measure: str  # what is found: "largest_batch" or "deepest"
-    case: Callable[[int], Case]  # with a number of images, or of layers in a block
-    first: int  # where to begin
-    most: int  # and where to end
-    found: Callable[[int], int] = int  # the measure's value for a number
-
-    def as_json(self) -> dict[str, str | int]:
-        """The case without what is looked for."""
-        found = ("vary", "batch" if self.measure == "largest_batch" else "depth")
-        return {name: value for name, value in self.case(1).as_json().items() if name not in found}
 
 
 class _CountedSuite(Suite):
@@ -54,6 +33,10 @@ class _CountedSuite(Suite):
     timed = False
     cpu_budget: ClassVar[int]  # bytes, unless told otherwise
     gpu_budget = 8 * 10**9
+    sought: ClassVar[str]  # the measure that is looked for: a key of _SEARCHES
+    varied: ClassVar[str]  # and the label of a case that it is
+    first: ClassVar[int]  # the number a search begins with
+    most: ClassVar[int]  # and the one it ends at
 
     def __init__(self, options: Options, peers: list[Peer], results: Results) -> None:
         super().__init__(options, [peer for peer in peers if not peer.graphed], results)
@@ -64,8 +47,8 @@ class _CountedSuite(Suite):
         """What bytes are counted of."""
         raise NotImplementedError
 
-    def searches(self, dtype: str) -> list[Search]:
-        """What is looked for."""
+    def searches(self, dtype: str) -> list[Callable[[int], Case]]:
+        """A case of each network by a number, whose largest is looked for."""
         raise NotImplementedError
 
     def case(self, vary: str, depth: int, growth_rate: int, batch: int, dtype: str) -> Case:
@@ -88,27 +71,21 @@ class _CountedSuite(Suite):
                 for peer in self.peers:
                     self.count(case, peer)
 
-    def count(self, case: Case, peer: Peer) -> None:
-        """A row of what a step keeps, at most holds, and what lasts from step to step."""
-        self.tick(f"{peer.name}: {case}")
-        row = self.row(case.as_json(), peer.name)
-        with failing(row):
-            row.measures = {**step_bytes(*self.training_step(case, peer))}
-
-    def search(self, search: Search, peer: Peer) -> None:
+    def search(self, case_of: Callable[[int], Case], peer: Peer) -> None:
         """A row of the largest number whose step fits the budget."""
-        row = self.row({**search.as_json(), "budget_bytes": self.budget}, peer.name)
+        case = case_of(self.first).as_json()
+        fixed = {name: value for name, value in case.items() if name not in ("vary", self.varied)}
+        row = self.row({**fixed, "budget_bytes": self.budget}, peer.name)
         with failing(row):
-            needed = partial(self.needed, search, peer)
-            most = largest(needed, self.budget, search.first, search.most)
-            if most == search.most:
-                what = _SEARCHES[search.measure][1]
-                raise UnavailableError(f"{search.found(most)} {what} fit, and no more were tried")
-            row.measures[search.measure] = search.found(most)
+            number = largest(partial(self.needed, case_of, peer), self.budget, self.first, self.most)
+            found = int(case_of(number).as_json()[self.varied])
+            if number == self.most:
+                raise UnavailableError(f"{found} {_SEARCHES[self.sought][1]} fit, and no more were tried")
+            row.measures[self.sought] = found
 
-    def needed(self, search: Search, peer: Peer, number: int) -> float:
+    def needed(self, case_of: Callable[[int], Case], peer: Peer, number: int) -> float:
         """Bytes that training holds at most: a step's, what lasts, and the images; infinite if too many."""
-        case = search.case(number)
+        case = case_of(number)
         self.tick(f"{peer.name}: {case}")
         release()
         try:
@@ -123,20 +100,7 @@ class _CountedSuite(Suite):
     @classmethod
     def tables(cls, results: Results) -> dict[str, Table]:
         found = {"batches": _fitting(results, "largest_batch"), "deepest": _fitting(results, "deepest")}
-        kinds = ("saved_bytes", "peak_bytes", "reserved_bytes", "lasting_bytes")
-        for vary in _varied(results):
-            rows = [
-                (
-                    results.label(row), case_text(row.case, "vary", vary), str(row.case[vary]),
-                    *(megabytes(row, name, ".2f") for name in kinds),
-                )
-                for row in results.measured("peak_bytes") if row.case["vary"] == vary
-            ]  # fmt: skip
-            what = vary.replace("_", " ")
-            header = ("peer", "network", what, "kept for backward", "peak", "reserved", "lasting")
-            title = f"memory of a training step in MB (1e6 bytes) against {what}"
-            found[vary] = Table(title, header, rows, left=2)
-        return found
+        return found | {vary: _against(results, vary) for vary in _varied(results)}
 
     @classmethod
     def figures(cls, results: Results) -> dict[str, Draw]:
@@ -150,24 +114,28 @@ def _varied(results: Results) -> list[str]:
     return list(dict.fromkeys(str(row.case["vary"]) for row in results.measured("peak_bytes")))
 
 
+def _against(results: Results, vary: str) -> Table:
+    """What a step keeps, at most holds, and what lasts, a row per peer and network."""
+    rows = [row for row in results.measured("peak_bytes") if row.case["vary"] == vary]
+    what = vary.replace("_", " ")
+    return Table.of(f"memory of a training step in MB (1e6 bytes) against {what}", rows, {
+        "peer": results.label, "network": lambda row: case_text(row.case, "vary", vary),
+        what: lambda row: str(row.case[vary]), "kept for backward": megabytes("saved_bytes", ".2f"),
+        "peak": megabytes("peak_bytes", ".2f"), "reserved": megabytes("reserved_bytes", ".2f"),
+        "lasting": megabytes("lasting_bytes", ".2f"),
+    }, left=2)  # fmt: skip
+
+
 def _fitting(results: Results, measure: str) -> Table:
-    """What fits, a row per peer; the network, where there are several, above its column."""
-    what, unit = _SEARCHES[measure]
-    columns: dict[str, dict[str, str]] = {}
-    rows: dict[str, Any] = {}
-    for row in results.measured(measure):
-        network = case_text(row.case, "budget_bytes")
-        columns.setdefault(network, {})[row.peer] = str(row.measures[measure])
-        rows[row.peer] = results.label(row)
-        heading = f"{unit} that train in {int(row.case['budget_bytes']) / 1e6:g} MB"
-    if not columns:
+    """What fits, a row per peer and a column per network."""
+    rows = results.measured(measure)
+    if not rows:
         return EMPTY
-    one = len(columns) == 1
-    cells = [(label, *(found.get(peer, "-") for found in columns.values())) for peer, label in rows.items()]
-    return Table(
-        f"{what} that fits", ("", *([heading] if one else columns)), cells,
-        caption=next(iter(columns)) if one else heading,
-    )  # fmt: skip
+    what, unit = _SEARCHES[measure]
+    found = {(results.label(r), case_text(r.case, "budget_bytes")): str(r.measures[measure]) for r in rows}
+    peers, columns = pivot(found)
+    caption = f"{unit} that train in {int(rows[0].case['budget_bytes']) / 1e6:g} MB"
+    return Table.of(f"{what} that fits", peers, {"": str, **columns}, caption=caption)
 
 
 class MemorySuite(_CountedSuite):
@@ -180,6 +148,8 @@ class MemorySuite(_CountedSuite):
     title = "Memory"
     summary = "the largest batch that fits; bytes against depth, growth rate and batch"
     cpu_budget = 10**9
+    sought, varied = "largest_batch", "batch"
+    first, most = 2, 2**16  # one image may be one value a channel
 
     def cases(self, dtype: str) -> list[Case]:
         """One of depth, growth rate and batch varies at a time."""
@@ -191,13 +161,9 @@ class MemorySuite(_CountedSuite):
             *(self.case("batch", depth, 12, n * batch, dtype) for n in (1, 2, 4)),
         ]
 
-    def searches(self, dtype: str) -> list[Search]:
-        found = []
-        for name in self.options.models or self.models:
-            size = self.pixels(name, 224)
-            sized = partial(model_case, name, size, dtype)
-            found.append(Search("largest_batch", sized, _FIRST_BATCH, _MOST_IMAGES))
-        return found
+    def searches(self, dtype: str) -> list[Callable[[int], Case]]:
+        names = self.options.models or self.models
+        return [partial(model_case, name, self.pixels(name, 224), dtype) for name in names]
 
 
 class PaperSuite(_CountedSuite):
@@ -211,18 +177,15 @@ class PaperSuite(_CountedSuite):
     summary = "the comparison of arXiv 1707.06990: memory against depth, and the deepest network that fits"
     models = ()
     cpu_budget = 10**8
+    sought, varied = "deepest", "depth"
+    first, most = 20, 10_000  # layers in a block
 
     def cases(self, dtype: str) -> list[Case]:
         depths = (40, 100, 160, 220, 280, 340, 400) if self.gpu else (22, 40, 64, 88, 112)
         return [self.case("depth", depth, GROWTH_RATE, self.images, dtype) for depth in depths]
 
-    def searches(self, dtype: str) -> list[Search]:
-        def sized(layers: int) -> Case:
-            return self.case("budget", _depth(layers), GROWTH_RATE, self.images, dtype)
+    def searches(self, dtype: str) -> list[Callable[[int], Case]]:
+        def of_layers(layers: int) -> Case:
+            return self.case("budget", 6 * layers + 4, GROWTH_RATE, self.images, dtype)
 
-        return [Search("deepest", sized, _FIRST_LAYERS, _MOST_LAYERS, _depth)]
-
-
-def _depth(layers: int) -> int:
-    """Convolutions of a network of three blocks with so many layers."""
-    return 6 * layers + 4
+        return [of_layers]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...backends import BACKENDS
+from ...backends.base import Backend
 from ...backends.reference import ReferenceBackend
 from ...backends.table import TABLE, primitive_of
 from ...models import MODELS
@@ -20,7 +22,7 @@ from ..peers import Peer
 from ..primitives import PrimitiveCase, model_cases
 from ..results import Measurement, PeerLabel, Results
 from ..step import DTYPES
-from ..tables import Draw, Table, number, spread
+from ..tables import Draw, Table, number, times
 from ..timing import ColdTimer
 from .base import Options, Suite, failing
 
@@ -28,7 +30,6 @@ ATEN, COMPILED = "aten", "compile"
 _REFERENCE = ReferenceBackend()
 
 Arguments = dict[str, Any]
-Outputs = dict[str, Tensor]
 
 # What PyTorch's modules do after norm and ReLU, from the activation and the weight.
 _AFTER_ACTIVATION: dict[str, Callable[..., Tensor]] = {
@@ -45,7 +46,7 @@ def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def unfused(
     primitive: str, tensors: Arguments, through: Callable[..., Any] = _as_it_is
-) -> Callable[[], tuple[Tensor, ...]]:
+) -> Callable[[], Sequence[Tensor]]:
     """The primitive as PyTorch's modules do it one by one, batch norm over a dense input included.
 
     Backward is autograd's of input, norm and weight; its forward has run before. A primitive that
@@ -58,7 +59,7 @@ def unfused(
     """
     name, _, direction = primitive_of(primitive).rpartition("_")
     if name not in _AFTER_ACTIVATION:
-        return partial(through(_reference_outputs), primitive, tensors)
+        return partial(through(_outputs), _REFERENCE, primitive, tensors)
     backward = direction == "backward"
 
     def leaf(tensor: Tensor) -> Tensor:
@@ -81,28 +82,17 @@ def unfused(
     return lambda: torch.autograd.grad(y, [x, scale, shift, *weights], grad, retain_graph=True)
 
 
-def _reference_outputs(primitive: str, tensors: Arguments) -> tuple[Tensor, ...]:
-    getattr(_REFERENCE, primitive)(**tensors)
-    return tuple(_outputs(primitive, tensors).values())
+def _outputs(backend: Backend, primitive: str, tensors: Arguments) -> list[Tensor]:
+    """What the primitive writes, by a backend, into its arguments."""
+    getattr(backend, primitive)(**tensors)
+    return [tensors[name] for name in (*TABLE[primitive].writes, *TABLE[primitive].adds_to)]
 
 
-def _outputs(primitive: str, tensors: Arguments) -> Outputs:
-    return {name: tensors[name] for name in (*TABLE[primitive].writes, *TABLE[primitive].adds_to)}
+def _doubled(tensors: Arguments) -> Arguments:
+    return {name: v.double() if isinstance(v, Tensor) else v for name, v in tensors.items()}
 
 
-def _double(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) else value
-
-
-def _copied(value: Any) -> Any:
-    """With its strides, so that a slice stays one."""
-    if not isinstance(value, Tensor):
-        return value
-    copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-    return copy.copy_(value)
-
-
-def relative_error(got: list[Tensor], expected: list[Tensor]) -> float:
+def relative_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest relative L2 error of the tensors."""
     pairs = zip(got, expected, strict=True)
     errors = [(a.double() - b).norm() / b.norm().clamp_min(1e-300) for a, b in pairs]
@@ -111,19 +101,14 @@ def relative_error(got: list[Tensor], expected: list[Tensor]) -> float:
 
 def backend_error(backend: str, case: PrimitiveCase, tensors: Arguments) -> float:
     """The backend's error against the reference in float64 on the same numbers."""
-    exact = {name: _double(value) for name, value in tensors.items()}
-    mine = {name: _copied(value) for name, value in tensors.items()}
-    getattr(_REFERENCE, case.primitive)(**exact)
-    getattr(BACKENDS[backend], case.primitive)(**mine)
-    return relative_error(*(list(_outputs(case.primitive, t).values()) for t in (mine, exact)))
+    got = _outputs(BACKENDS[backend], case.primitive, copy.deepcopy(tensors))
+    return relative_error(got, _outputs(_REFERENCE, case.primitive, _doubled(tensors)))
 
 
 def unfused_error(case: PrimitiveCase, tensors: Arguments, through: Callable[..., Any] = _as_it_is) -> float:
     """The error of what PyTorch does, compiled or not, against its operators in float64."""
-    copies = {name: _copied(value) for name, value in tensors.items()}
-    exact = {name: _double(value) for name, value in tensors.items()}
-    got, expected = unfused(case.primitive, copies, through)(), unfused(case.primitive, exact)()
-    return relative_error(list(got), list(expected))
+    got = unfused(case.primitive, copy.deepcopy(tensors), through)()
+    return relative_error(got, unfused(case.primitive, _doubled(tensors))())
 
 
 class PrimitiveSuite(Suite):
@@ -211,21 +196,27 @@ class PrimitiveSuite(Suite):
     @classmethod
     def tables(cls, results: Results) -> dict[str, Table]:
         aten = {str(row.case): row.median for row in results.timed() if row.peer == next(iter(results.peers))}
-        cells = []
-        for row in results.timed():
-            case, measures, unfused = row.case, row.measures, aten.get(str(row.case))
-            bandwidth = measures["minimum_bytes"] / row.median
-            cells.append((
-                str(case["primitive"]), f"{case['where']}: {case['shape']}", str(case["dtype"]),
-                results.label(row), *spread(row, lambda seconds: f"{seconds * 1e6:.4g}"),
-                f"{unfused / row.median:.2f}" if unfused else "-",
-                f"{bandwidth / 1e9:.3g}", f"{bandwidth / results.work['copy_bytes_per_second']:.0%}",
-                f"{measures['flops'] / row.median / 1e9:.4g}", f"{results.matmul_share(row):.0%}",
-                number(measures["relative_error"], ".1e"),
-            ))  # fmt: skip
-        header = ("primitive", "where", "dtype", "by", "median us", "min to max us", "ATen = 1",
-                  "GB/s at least", "of copy", "GFLOP/s", "of matmul", "error")  # fmt: skip
-        return {"primitives": Table("primitives, from empty caches", header, cells, left=4)}
+
+        def speed(row: Measurement) -> str:
+            unfused = aten.get(str(row.case))
+            return f"{unfused / row.median:.2f}" if unfused else "-"
+
+        def bandwidth(row: Measurement) -> float:
+            return float(row.measures["minimum_bytes"]) / row.median
+
+        return {"primitives": Table.of("primitives, from empty caches", results.timed(), {
+            "primitive": lambda row: str(row.case["primitive"]),
+            "where": lambda row: f"{row.case['where']}: {row.case['shape']}",
+            "dtype": lambda row: str(row.case["dtype"]),
+            "by": results.label,
+            **times("us", lambda seconds: f"{seconds * 1e6:.4g}"),
+            "ATen = 1": speed,
+            "GB/s at least": lambda row: f"{bandwidth(row) / 1e9:.3g}",
+            "of copy": lambda row: f"{bandwidth(row) / results.work['copy_bytes_per_second']:.0%}",
+            "GFLOP/s": lambda row: f"{row.measures['flops'] / row.median / 1e9:.4g}",
+            "of matmul": lambda row: f"{results.matmul_share(row):.0%}",
+            "error": lambda row: number(row.measures["relative_error"], ".1e"),
+        }, left=4)}  # fmt: skip
 
     @classmethod
     def figures(cls, results: Results) -> dict[str, Draw]:

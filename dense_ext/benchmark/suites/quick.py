@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import nn
 
-from ...modules import DenseBlock
+from ...models import DenseNet
 from ..errors import UsageError
-from ..memory import saved_bytes, step_bytes
-from ..networks import torchvision_block, torchvision_twin
+from ..memory import saved_bytes
+from ..networks import torchvision_twin
 from ..peers import Peer
 from ..results import Measurement, Results
 from ..step import DTYPES
-from ..tables import EMPTY, Draw, Table, megabytes, ratio_cells, ratio_columns
+from ..tables import EMPTY, Draw, Table, images_per_second, megabytes, ratios, setting, sides
 from .base import Case, Options, failing, model_case, release
-from .speed import StepSuite, bytes_and_times
+from .speed import StepSuite
 
 # A block as in the CIFAR networks; a small image, so that 400 layers fit anywhere.
 GROWTH_RATE, IN_CHANNELS, SIZE = 12, 24, 8
@@ -70,10 +69,7 @@ class QuickSuite(StepSuite):
         case = self.memory_case()
         if case != self.cases()[0]:
             for peer in self.peers:
-                self.tick(f"memory of {peer.name}")
-                row = self.row(case.as_json(), peer.name)
-                with failing(row):
-                    row.measures |= step_bytes(*self.training_step(case, peer))
+                self.count(case, peer)
         super().measure()
         release()
         for peer in self.depth_peers():
@@ -90,39 +86,25 @@ class QuickSuite(StepSuite):
 
     @classmethod
     def tables(cls, results: Results) -> dict[str, Table]:
-        return {"memory": _memory(results), **super().tables(results), "depth": _depth(results)}
-
-    @classmethod
-    def short_tables(cls, results: Results) -> dict[str, Table]:
-        def setting(row: Measurement) -> str:
-            versions = f"PyTorch {results.versions['torch']}, timm {results.versions['timm']}"
-            return f"{row.case['model']}, {cls.setting(results, row)}; {versions}"
-
-        return {"summary": _summary(results), "peers": bytes_and_times(cls, results, 3, setting)}
+        return {"summary": _summary(results), **super().tables(results), "depth": _depth(results)}
 
     @classmethod
     def figures(cls, results: Results) -> dict[str, Draw]:
-        from ..figures import depth_lines, memory_bars, throughput_bars
+        from ..figures import KEPT, memory_bars, memory_lines, throughput_bars
 
         found: dict[str, Draw] = {"memory": memory_bars} if results.measured("peak_bytes") else {}
         if results.references():
             found["throughput"] = throughput_bars
-        rows = _depth_rows(results)
-        return found | {"depth": partial(depth_lines, rows=rows)} if rows else found
+        if _depth_rows(results):
+            found["depth"] = partial(memory_lines, vary="layers", of="one dense block", panels=KEPT)
+        return found
 
 
 def block_bytes(peer: Peer, layers: int, device: torch.device, dtype: torch.dtype, backend: str) -> int:
     """Bytes that a block of ``layers`` layers keeps of an image, measured by a forward pass."""
-    with torch.device("meta"):
-        block: nn.Module
-        if peer.recompute is not None:
-            backend = peer.backend or backend
-            block = DenseBlock(layers, IN_CHANNELS, GROWTH_RATE, recompute=peer.recompute, backend=backend)
-        else:
-            block = torchvision_block(layers, IN_CHANNELS, GROWTH_RATE, peer.source == "memory-efficient")
-    block.to_empty(device=device).to(memory_format=peer.memory_format())  # type: ignore[call-overload]
-    for tensor in (*block.parameters(), *block.buffers()):
-        tensor.data.fill_(0.01)  # the bytes do not depend on the values
+    model = DenseNet(GROWTH_RATE, (layers,), IN_CHANNELS, small_inputs=True)
+    network = peer.build(model, model.state_dict(), device, backend)
+    block = network.get_submodule("features.denseblock1")
     # A block's input comes from a convolution, which under autocast gives ``dtype``.
     x = peer.images(torch.rand(1, IN_CHANNELS, SIZE, SIZE, device=device, dtype=dtype)).requires_grad_()
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -143,60 +125,46 @@ def _depth(results: Results) -> Table:
     by_peer: dict[str, list[Measurement]] = {}
     for row in _depth_rows(results):
         by_peer.setdefault(results.label(row), []).append(row)
-    lines = {label: rows for label, rows in by_peer.items() if len(rows) > 1}
-    cells = []
-    for label, rows in lines.items():
-        kept = [row.measures["saved_bytes"] for row in rows]
-        slope, r2 = straight_line([int(row.case["layers"]) for row in rows], kept)
-        cells.append((label, f"{kept[-1] / 1e6:.2f}", f"{slope / 1e3:.1f}", f"{r2:.6f}"))
-    if not cells:
-        return EMPTY
-    case = max((rows[-1].case for rows in lines.values()), key=lambda case: case["layers"])
-    caption = (
-        f"growth rate {case['growth_rate']}, bottleneck of {case['bottleneck']} channels; "
-        f"{case['size']}x{case['size']} pixels, {case['dtype']}"
-    )
-    header = ("", f"MB at {case['layers']} layers", "line: kB a layer", "line: R²")
-    return Table("memory of one dense block against its depth", header, cells, caption=caption)
-
-
-def _memory(results: Results) -> Table:
-    """Bytes kept for backward and the peak of a step, on the first case they were counted on."""
-    rows = results.measured("peak_bytes")
-    rows = [row for row in rows if row.case == rows[0].case]
-    largest = max(rows, key=lambda row: row.measures["saved_bytes"], default=None)
-    eager = next((row for row in rows if row.peer == "eager"), largest)
-    if eager is None:
-        return EMPTY
-    cells = [
-        (
-            results.label(row), megabytes(row, "saved_bytes", share=int(row.case["batch"])),
-            f"{eager.measures['saved_bytes'] / row.measures['saved_bytes']:.1f}",
-            megabytes(row, "peak_bytes", share=int(row.case["batch"])),
+    lines = {
+        label: straight_line(
+            [int(row.case["layers"]) for row in rows], [row.measures["saved_bytes"] for row in rows]
         )
-        for row in rows
-    ]  # fmt: skip
-    header = ("MB an image", "kept for backward", f"times less than {results.label(eager)}", "peak of a step")
-    caption = f"{eager.case['model']}, {QuickSuite.setting(results, eager)}"
-    return Table("memory of a training step in MB (1e6 bytes)", header, cells, caption=caption)
+        for label, rows in by_peer.items() if len(rows) > 1
+    }  # fmt: skip
+    if not lines:
+        return EMPTY
+    case = max((by_peer[label][-1].case for label in lines), key=lambda case: case["layers"])
+    return Table.of("memory of one dense block against its depth", lines, {
+        "": str,
+        f"MB at {case['layers']} layers": lambda label: megabytes("saved_bytes", ".2f")(by_peer[label][-1]),
+        "line: kB a layer": lambda label: f"{lines[label][0] / 1e3:.1f}",
+        "line: R²": lambda label: f"{lines[label][1]:.6f}",
+    }, caption=f"growth rate {case['growth_rate']}, bottleneck of {case['bottleneck']} channels; "
+               f"{case['size']}x{case['size']} pixels, {case['dtype']}")  # fmt: skip
 
 
 def _summary(results: Results) -> Table:
-    """Memory and speed of a step by peer, each in its own setting."""
-    memory, timed = _memory(results), results.timed()
-    if not (memory.rows and timed):
+    """Memory of a step by peer, on the first case that it was counted on, and speed, in its own setting."""
+    rows = results.measured("peak_bytes")
+    rows = [row for row in rows if row.case == rows[0].case]
+    most = max(rows, key=lambda row: row.measures["saved_bytes"], default=None)
+    eager = next((row for row in rows if row.peer == "eager"), most)
+    if eager is None:
         return EMPTY
-    in_memory = {label: cells for label, *cells in memory.rows}
-    rows = [
-        (label, *in_memory[label], f"{int(row.case['batch']) / row.median:.1f}", *ratio_cells(results, row))
-        for row in timed if (label := results.label(row)) in in_memory
-    ]  # fmt: skip
-    header = ("", "kept for backward, MB an image", memory.header[2], "peak, MB an image", "images/s",
-              *ratio_columns(results))  # fmt: skip
-    case, versions = timed[0].case, results.versions
-    speed = f"{case['batch']} images of {case['size']}x{case['size']}"
-    caption = (
-        f"memory: {memory.caption}; speed: {speed}, medians of {results.options['rounds']} rounds, "
-        f"PyTorch {versions['torch']}"
-    )
-    return Table("memory and speed of a training step", header, rows, caption=caption)
+    kept, timed = eager.measures["saved_bytes"], {row.peer: row for row in results.timed()}
+
+    def of_timed(cell: Callable[[Measurement], str]) -> Callable[[Measurement], str]:
+        return lambda row: cell(timed[row.peer]) if row.peer in timed else "-"
+
+    caption = f"memory: {setting(results, eager.case)}"
+    if timed:
+        case = next(iter(timed.values())).case
+        caption += f"; speed: {case['batch']} images of {sides(case)}, medians of "
+        caption += f"{results.options['rounds']} rounds, PyTorch {results.versions['torch']}"
+    speed = {"images/s": images_per_second, **ratios(results)}
+    return Table.of("memory and speed of a training step", rows, {
+        "": results.label, "kept for backward, MB an image": megabytes("saved_bytes", per_image=True),
+        f"times less than {results.label(eager)}": lambda row: f"{kept / row.measures['saved_bytes']:.1f}",
+        "peak, MB an image": megabytes("peak_bytes", per_image=True),
+        **{name: of_timed(cell) for name, cell in speed.items()},
+    }, caption=caption).without_empty_columns()  # fmt: skip

@@ -5,21 +5,33 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
+from torch import Tensor
 
 from ...packing import pack_weights
 from ...swap import report
-from ..cuda_graph import GraphedStep
 from ..errors import UsageError
 from ..flops import flops_per_image
 from ..memory import peaks, step_bytes
 from ..networks import plain
-from ..peers import MODES, OTHERS, Peer, for_inference
-from ..results import Measurement, PeerLabel, Results
-from ..step import DTYPES, InferenceStep
-from ..tables import EMPTY, Draw, Table, machine_name, megabytes, ratio_cells, ratio_columns, spread
+from ..peers import Peer, for_inference
+from ..results import Labels, Measurement, PeerLabel, Results
+from ..step import DTYPES, GraphedStep, InferenceStep, TrainStep
+from ..tables import (
+    EMPTY,
+    Columns,
+    Draw,
+    Table,
+    images_per_second,
+    machine_name,
+    megabytes,
+    pivot,
+    ratios,
+    setting,
+    sides,
+    times,
+)
 from ..timing import calls_per_sample, interleave
 from .base import Case, Options, Suite, failing, model_case, release
 
@@ -36,8 +48,6 @@ WRONG = {
     DISAGREES: "dense_ext's results are not the eager network's",
     UNJUDGED: "dense_ext's results were compared with nothing, as no other peer ran",
 }
-
-Call = Callable[[], Any]
 
 
 class TimedSuite(Suite):
@@ -79,22 +89,35 @@ class TimedSuite(Suite):
         self.measure_rates()
 
     def flops(self, case: Case) -> int:
-        """The call's operations for an image."""
-        return flops_per_image(lambda: plain(case.build(10)), (3, case.size, case.size), self.training)
+        """The call's operations for an image.
+
+        Raises:
+            UsageError: the images are too small for the network.
+        """
+        shape = (case.channels, *[case.size] * self.dimensions)
+        try:
+            return flops_per_image(lambda: plain(case.build(case.classes)), shape, self.training)
+        except (RuntimeError, ValueError) as error:
+            what = f"{self.per.split()[1]}s of side {case.size}"
+            raise UsageError(f"{what} are too small for {case.labels['model']}: {error}") from error
 
     def time(self, case: Case, peers: list[Peer], flops: int, rows: list[Measurement]) -> None:
         """Time some of a case's peers together; adds to ``rows``, its rows so far."""
-        calls: dict[str, Call] = {}
+        calls: dict[str, Callable[[], Tensor]] = {}
         count = 0
         for peer in peers:
             self.tick(f"{peer.name}: {case}")
             row = self.row(case.as_json(), peer.name)
             rows.append(row)
             with failing(row):
-                call = self.prepare(case, peer, row)
+                step, *arguments = self.prepare(case, peer, row)
+                if peer.ours:
+                    row.served_by = list(dict.fromkeys(part.detail for part in report(step.model).rows))
+                call = partial(GraphedStep(step, self.device) if peer.graphed else step, *arguments)
                 # The others' are more than a graph's eager calls, and what torch.compile takes to be done.
                 plain_calls = peer.mode == "eager" and not self.gpu
-                values = [self.value(call) for _ in range(2 if plain_calls else 5)]
+                # A loss is its own norm; of logits the norm is compared.
+                values = [float(call().double().norm()) for _ in range(2 if plain_calls else 5)]
                 # The last call is the first that replays what a graph recorded in the one before.
                 row.values = [*values[:2], *(values[-1:] if self.gpu else [])]
                 row.measures["flops"] = flops
@@ -109,64 +132,50 @@ class TimedSuite(Suite):
         interleave(timed, self.device, self.options.rounds, self.tick, settles)
 
     @abstractmethod
-    def prepare(self, case: Case, peer: Peer, row: Measurement) -> Call:
-        """What to time; measures its memory on the way."""
-
-    @abstractmethod
-    def value(self, call: Call) -> float:
-        """A number the call computed, to compare between peers."""
-
-    def note_backends(self, peer: Peer, network: torch.nn.Module, row: Measurement) -> None:
-        if peer.ours:
-            row.served_by = list(dict.fromkeys(part.detail for part in report(network).rows))
-
-    @classmethod
-    def setting(cls, results: Results, row: Measurement) -> str:
-        """Images and machine of a row in a line."""
-        case, images = row.case, f"{row.case['batch']} {cls.per.split()[1]}s of {cls.sides(row)}"
-        return f"{images}, {case['dtype']}, {machine_name(results)}"
-
-    @classmethod
-    def sides(cls, row: Measurement) -> str:
-        """An image's or a volume's size in pixels."""
-        return "x".join([str(row.case["size"])] * cls.dimensions)
+    def prepare(
+        self, case: Case, peer: Peer, row: Measurement
+    ) -> tuple[TrainStep | InferenceStep, Tensor, Tensor]:
+        """The step to time and what to call it with; measures its memory on the way."""
 
     @classmethod
     def tables(cls, results: Results) -> dict[str, Table]:
         """Each row with samples; where there is one case, it stands below the table."""
-        rows = results.timed()
-        header = ["network", "", "median s", "min to max", "images/s", *ratio_columns(results),
-                  "of matmul rate", "kept, MB", "peak, MB"]  # fmt: skip
-        cells = [
-            [
-                f"{row.case['model']}, {row.case['batch']} x {cls.sides(row)}, {row.case['dtype']}",
-                results.label(row), *spread(row), f"{int(row.case['batch']) / row.median:.1f}",
-                *ratio_cells(results, row), f"{results.matmul_share(row):.0%}",
-                megabytes(row, "saved_bytes"), megabytes(row, "peak_bytes"),
-            ]
-            for row in rows
-        ]  # fmt: skip
-        one_case = len({str(row.case) for row in rows}) == 1
-        caption = cls._bound(results, rows[0]) if one_case else ""
-        if one_case:
-            header, cells = header[1:], [row[1:] for row in cells]
-        table = Table(f"speed: {cls.title.lower()}", header, cells, 1 if one_case else 2, caption)
-        return {"speed": table.without_empty_columns()}
+        rows, cases = results.timed(), results.timed_cases()
+        network: Columns = {
+            "network": lambda row: (
+                f"{row.case['model']}, {row.case['batch']} x {sides(row.case, cls.dimensions)}, "
+                f"{row.case['dtype']}"
+            )
+        }
+        several = len(cases) != 1
+        return {"speed": Table.of(f"speed: {cls.title.lower()}", rows, {
+            **(network if several else {}), "": results.label, **times(), "images/s": images_per_second,
+            **ratios(results), "of matmul rate": lambda row: f"{results.matmul_share(row):.0%}",
+            "kept, MB": megabytes("saved_bytes"), "peak, MB": megabytes("peak_bytes"),
+        }, left=1 + several, caption=cls._caption(results, cases)).without_empty_columns()}  # fmt: skip
 
     @classmethod
-    def _bound(cls, results: Results, row: Measurement) -> str:
-        """What was measured, and what bounds it where it comes near that bound."""
-        work, flops = results.work, row.measures["flops"] / int(row.case["batch"])
+    def _caption(cls, results: Results, cases: list[Labels]) -> str:
+        """What was measured; of one case also what bounds it, where it comes near that bound."""
+        one = len(cases) == 1
+        where = setting(results, cases[0], cls.dimensions) if one else machine_name(results)
+        text = f"{where}; PyTorch {results.versions['torch']}; {results.options['rounds']} rounds"
+        if not one:
+            return text
+        row, work = results.timed()[0], results.work
         what = "step" if cls.training else "call"
         near = max(results.matmul_share(other) for other in results.timed()) > 0.5
         begin = f"What bounds the {what} is arithmetic:" if near else f"A {what} takes"
+        flops = row.measures["flops"] / int(row.case["batch"])
         multiplies = work["matmul_flops_per_second"][row.case["dtype"]] / 1e9
         return (
-            f"{row.case['model']}, {cls.setting(results, row)}; PyTorch {results.versions['torch']}; "
-            f"{results.options['rounds']} rounds. {begin} {flops / 1e9:.2f} GFLOP {cls.per}, on a machine "
-            f"that multiplies matrices at {multiplies:.0f} GFLOP/s and copies at "
-            f"{work['copy_bytes_per_second'] / 1e9:.0f} GB/s"
+            f"{text}. {begin} {flops / 1e9:.2f} GFLOP {cls.per}, on a machine that multiplies matrices at "
+            f"{multiplies:.0f} GFLOP/s and copies at {work['copy_bytes_per_second'] / 1e9:.0f} GB/s"
         )
+
+    @classmethod
+    def short_tables(cls, results: Results) -> dict[str, Table]:
+        return {"networks": _by_network(results, cls.dimensions)}
 
     @classmethod
     def figures(cls, results: Results) -> dict[str, Draw]:
@@ -176,104 +185,38 @@ class TimedSuite(Suite):
         return {"throughput": draw} if results.references() else {}
 
 
-class OwnNetworks(TimedSuite):
-    """A suite of networks that are not of the family.
-
-    Of the peers, those that run the network itself: eager in both memory formats and dense_ext, in
-    :attr:`modes`.
-
-    Raises:
-        UsageError: none of the other peers is served, or the images are too small.
-    """
-
-    models = ()
-    modes: ClassVar[tuple[str, ...]] = tuple(MODES)
-
-    def __init__(self, options: Options, peers: list[Peer], results: Results) -> None:
-        served = [p for p in peers if p.mode in self.modes and (p.ours or p.source == "eager")]
-        if all(peer.ours for peer in served):
-            known = [p.name for p in OTHERS.values() if p.mode in self.modes and p.source == "eager"]
-            raise UsageError(f"of the peers, --suite {self.name} has {', '.join(known)}; got none of them")
-        super().__init__(options, served, results)
-        self.operations = {case.labels["model"]: self._flops(case) for case in self.cases()}
-
-    def _flops(self, case: Case) -> int:
-        shape = (case.channels, *[case.size] * self.dimensions)
-        try:
-            return flops_per_image(lambda: case.build(self.classes(case)), shape, self.training)
-        except (RuntimeError, ValueError) as error:
-            what = f"{self.per.split()[1]}s of side {case.size}"
-            raise UsageError(f"{what} are too small for {case.labels['model']}: {error}") from error
-
-    def flops(self, case: Case) -> int:
-        return self.operations[case.labels["model"]]
-
-    def classes(self, case: Case) -> int:
-        return 10
-
-    def twin(self, model: Any, peer: Peer) -> torch.nn.Module:
-        network: torch.nn.Module = model.to(self.device)
-        return network
-
-
-def bytes_and_times(
-    suite: type[TimedSuite],
-    results: Results,
-    decimals: int,
-    setting: Callable[[Measurement], str],
-    **of: str,
-) -> Table:
-    """A step's bytes and time by peer, on the first case that has both; ``of`` are labels of the case."""
-    rows = [row for row in results.timed() if "saved_bytes" in row.measures]
-    rows = [row for row in rows if of.items() <= row.case.items()]
-    rows = [row for row in rows if row.case == rows[0].case]
-    if not rows:
-        return EMPTY
-    cells = [
-        [
-            results.label(row),
-            *(megabytes(row, name, share=int(row.case["batch"])) for name in ("saved_bytes", "peak_bytes")),
-            *spread(row, lambda value: f"{value:.{decimals}f}"),
-            *ratio_cells(results, row),
-        ]
-        for row in rows
-    ]
-    header = (f"MB {suite.per}", "kept for backward", "peak of a step", "median s", "min to max",
-              *ratio_columns(results))  # fmt: skip
-    caption = f"{setting(rows[0])}; {results.options['rounds']} rounds"
-    return Table(f"memory and speed: {suite.title.lower()}", header, cells, caption=caption)
-
-
-def _by_network(results: Results, column: Callable[[Measurement], str]) -> Table:
+def _by_network(results: Results, dimensions: int) -> Table:
     """How many times as fast as the fastest other network dense_ext is, a row a network and dtype.
 
     How far that network's samples spread says how far the ratios are to be trusted.
     """
     if not results.references():
         return EMPTY
-    found: dict[str, dict[str, str]] = {}
+    speeds: dict[tuple[str, str], str] = {}
     apart: dict[str, float] = {}
     reference, among = list(results.references().items())[-1]
     several = len(results.options["dtypes"]) > 1
+    batches = list(dict.fromkeys(str(row.case["batch"]) for row in results.rows))
     for row in results.timed():
         case, least = row.case, results.fastest(row.case, among)
-        network = f"{case['model']}, {case['size']}x{case['size']}" + f", {case['dtype']}" * several
+        network = f"{case['model']}, {sides(case, dimensions)}" + f", {case['dtype']}" * several
         if results.ours(row) and least:
-            found.setdefault(network, {})[column(row)] = f"{least / row.median:.2f}"
+            batch = f"images: {case['batch']}" if len(batches) > 1 else ""
+            how = results.label(row).removeprefix("dense_ext").removeprefix(", ")
+            column = ", ".join(filter(None, (how, batch))) or "dense_ext"
+            speeds[network, column] = f"{least / row.median:.2f}"
         elif row.median == least:
             apart[network] = max(apart.get(network, 0), max(row.seconds) / min(row.seconds))
-    columns = list(dict.fromkeys(name for speeds in found.values() for name in speeds))
-    rows = [
-        (network, *(speeds.get(name, "-") for name in columns), f"{apart[network]:.2f}")
-        for network, speeds in found.items()
-    ]
-    header = (f"{reference} = 1", *columns, "its slowest / fastest sample")
-    batches = " and ".join(dict.fromkeys(str(row.case["batch"]) for row in results.rows))
+    networks, columns = pivot(speeds)
+    options = results.options
     caption = (
-        f"images a call: {batches}; {', '.join(results.options['dtypes'])}, {machine_name(results)}, "
-        f"{results.options['rounds']} rounds"
+        f"images a call: {' and '.join(batches)}; {', '.join(options['dtypes'])}, {machine_name(results)}, "
+        f"{options['rounds']} rounds"
     )
-    return Table("speed by network", header, rows, caption=caption)
+    return Table.of("speed by network", networks, {
+        f"{reference} = 1": str, **columns,
+        "its slowest / fastest sample": lambda network: f"{apart[network]:.2f}",
+    }, caption=caption)  # fmt: skip
 
 
 def mark_disagreement(rows: list[Measurement], peers: Mapping[str, PeerLabel], tolerance: float) -> None:
@@ -314,22 +257,11 @@ class StepSuite(TimedSuite):
     summary = "training steps over the family"
     training = True
 
-    def prepare(self, case: Case, peer: Peer, row: Measurement) -> Call:
-        step, images, labels = self.training_step(case, peer)
+    def prepare(self, case: Case, peer: Peer, row: Measurement) -> tuple[TrainStep, Tensor, Tensor]:
         if not peer.graphed:  # what a graph holds is its own, not what a step that runs allocates
-            row.measures |= step_bytes(step, images, labels)
-            # Measuring took steps, which changed the weights.
-            step, images, labels = self.training_step(case, peer)
-        self.note_backends(peer, step.model, row)
-        call = GraphedStep(step, self.device) if peer.graphed else step
-        return partial(call, images, labels)
-
-    def value(self, call: Call) -> float:
-        return float(call())
-
-    @classmethod
-    def short_tables(cls, results: Results) -> dict[str, Table]:
-        return {"steps": _by_network(results, lambda row: row.peer.replace("dense_ext-", "recompute "))}
+            row.measures |= step_bytes(*self.training_step(case, peer))
+        # Anew, as measuring took steps, which changed the weights.
+        return self.training_step(case, peer)
 
 
 class InferenceSuite(TimedSuite):
@@ -350,26 +282,13 @@ class InferenceSuite(TimedSuite):
     def batches(self) -> tuple[int, ...]:
         return (1, *super().batches())
 
-    def prepare(self, case: Case, peer: Peer, row: Measurement) -> Call:
+    def prepare(self, case: Case, peer: Peer, row: Measurement) -> tuple[InferenceStep, Tensor, Tensor]:
         images, labels = self.batch(case, peer)
         network = self.network(case, peer, self.batch_statistics)
         if peer.ours:
             pack_weights(network)
-        self.note_backends(peer, network, row)
         step = InferenceStep(network, DTYPES[case.dtype], self.device)
         step(images, labels)
         if not (peer.graphed or peer.engine):  # whose memory PyTorch's allocator does not give
             row.measures |= peaks(lambda: step(images, labels), self.device)
-        call = GraphedStep(step, self.device) if peer.graphed else step
-        return partial(call, images, labels)
-
-    def value(self, call: Call) -> float:
-        return float(call().double().norm())
-
-    @classmethod
-    def short_tables(cls, results: Results) -> dict[str, Table]:
-        def column(row: Measurement) -> str:
-            compiled = results.peers[row.peer].mode == "aotinductor"
-            return "AOTInductor, " * compiled + f"images: {row.case['batch']}"
-
-        return {"inference": _by_network(results, column)}
+        return step, images, labels

@@ -9,8 +9,8 @@ from typing import Any
 
 from ..backends import BACKENDS
 from ..backends.table import primitive_of
-from .errors import UsageError
-from .results import Results
+from ..benchmark.errors import UsageError
+from ..benchmark.results import Results
 
 
 def measured_rows(results: Sequence[Results]) -> list[dict[str, Any]]:
