@@ -52,5 +52,5 @@ def emulator() -> Emulator:
     """The emulator of this process, which is built first if necessary."""
     global _running
     if _running is None:
-        _running = Emulator(build(flags=("-O1",)))
+        _running = Emulator(build(flags=("-O2",)))
     return _running
