@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -39,17 +40,18 @@ def compile_source(
     source: Path,
     command: Sequence[str],
     namespace: str,
-    headers: Sequence[Path],
     folders: Sequence[Path],
     results: Path,
 ) -> Path:
     """Compile a source; returns the object file. Its name is a hash of its inputs, so that builds share it.
 
+    Its inputs are the source and the headers that it includes, not those beside it: a source that does not
+    read the header in which a test plants a fault is not compiled again.
+
     Args:
         source: a C++ file.
         command: the compiler with its options.
         namespace: the namespace of the ops, for a source that registers some.
-        headers: the headers that it may include.
         folders: the include folders, besides PyTorch's.
         results: the folder for object files.
     """
@@ -57,12 +59,26 @@ def compile_source(
     if b"DENSE_EXT_NAMESPACE" in source.read_bytes():
         options.append(f"-DDENSE_EXT_NAMESPACE={namespace}")
     key = hashlib.sha256(" ".join((*options, torch.__version__)).encode())
-    for path in (*headers, source):
+    for path in _with_headers(source, folders):
         key.update(path.read_bytes())
     target = results / f"{source.stem}-{key.hexdigest()[:16]}.o"
     including = [f"-I{folder}" for folder in (TORCH / "include", *folders)]
     _make(target, [*options, *including, "-x", "c++", "-c", str(source)])
     return target
+
+
+def _with_headers(source: Path, folders: Sequence[Path]) -> list[Path]:
+    """A source and the headers that it includes by a name in quotes, whatever the conditions around them."""
+    found = [source]
+    for path in found:  # which grows
+        for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.MULTILINE):
+            places = (folder / name for folder in (path.parent, *folders))
+            header = next((place.resolve() for place in places if place.exists()), None)
+            if header is None:
+                raise LookupError(f"{path.name} includes {name}, which is in none of the folders")
+            if header not in found:
+                found.append(header)
+    return found
 
 
 def link(name: str, objects: Sequence[Path], command: Sequence[str], results: Path) -> Path:

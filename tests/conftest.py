@@ -219,11 +219,16 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[int | str]:
 
 @pytest.fixture
 def compiled_fast() -> Iterator[None]:
-    """Inductor compiles without optimisation and vectors, in half the time or less."""
+    """Inductor compiles without optimisation and vectors, in half the time or less.
+
+    It takes the processor's word for its instructions. Otherwise it would first compile and load a program
+    for each kind of them, once per process.
+    """
     changes = {
         "aot_inductor.debug_compile": True,
         "aot_inductor.precompile_headers": False,
         "cpp.simdlen": 1,
+        "cpp.vec_isa_ok": True,
     }
     with torch._inductor.config.patch(changes):
         yield

@@ -115,7 +115,10 @@ def test_with_json_nothing_else_goes_to_stdout(
     for package in ("torchvision", "timm", "sklearn", "matplotlib", "jinja2"):
         pytest.importorskip(package)
     from dense_ext.benchmark import family
+    from dense_ext.memory import TrackedStep
 
+    # To track true steps takes seconds for each peer; test_plan_peers.py does.
+    monkeypatch.setattr(TrackedStep, "peak", lambda self, batch: 20_000 * batch)
     monkeypatch.setattr(family, "MODELS", {"tiny": MODELS["tiny"]})
     monkeypatch.setattr(family, "RESNETS", ())
     monkeypatch.chdir(tmp_path)

@@ -567,5 +567,5 @@ def _contents(value: Any) -> Any:
 
 def _generators() -> tuple[Any, ...]:
     numpy = sys.modules.get("numpy")
-    drawn = str(numpy.random.get_state(legacy=False)) if numpy else ""
+    drawn = pickle.dumps(numpy.random.get_state(legacy=False)) if numpy else b""
     return random.getstate(), torch.get_rng_state().numpy().tobytes(), drawn

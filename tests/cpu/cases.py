@@ -31,12 +31,9 @@ THREADS = 4
 def build(sanitizer: Sanitizer, csrc: Path = CSRC, kernels: str = "*.cpp") -> Path:
     """Compile these files of csrc/cpu under build/sanitized, if changed, with threads.cpp's threads."""
     command = compiler_with([*FLAGS, *sanitizer.flags])
-    headers = [*sorted(csrc.glob("*.h")), *sorted((csrc / "cpu").glob("*.h"))]
     results = ROOT / "build" / "sanitized"
     results.mkdir(parents=True, exist_ok=True)
-    compiled = partial(
-        compile_source, command=command, namespace=NAMESPACE, headers=headers, folders=(), results=results
-    )
+    compiled = partial(compile_source, command=command, namespace=NAMESPACE, folders=(), results=results)
     # All of csrc if all kernels are asked for: plain_block.cpp calls most of them.
     general = sorted(csrc.glob("*.cpp")) if kernels == "*.cpp" else [csrc / "ops.cpp"]
     sources = [*sorted((csrc / "cpu").glob(kernels)), *general, Path(__file__).parent / "threads.cpp"]

@@ -151,7 +151,7 @@ FAULTS = {
 }
 
 # The flags for the fastest build. Files without a fault are compiled only once.
-FAST = ("-O0",)
+FAST = ("-O0", "-g0")
 
 
 def planted(name: str, folder: Path) -> Emulator:

@@ -38,24 +38,25 @@ def build(
         The module ``_emulator``: a library of ops, with the emulator's settings and counters.
     """
     folders = [Path(sysconfig.get_paths()["include"]), HERE, cuda.parent]
-    headers = sorted(HERE.glob("*.h"))
-    kernel_headers = [*headers, *sorted(CSRC.glob("*.h")), *sorted(cuda.glob("*.cuh"))]
     results = ROOT / "build" / "emulator"
     results.mkdir(parents=True, exist_ok=True)
 
     def compiled(source: Path) -> Path:
         is_kernel = source.parent != HERE
-        command = [*compiler_with(flags), *(KERNEL_FLAGS if is_kernel else ())]
-        read = kernel_headers if is_kernel else headers
-        return compile_source(source, command, namespace, read, folders, results)
+        # The module only passes settings and counters on: all builds share one, compiled without their flags.
+        command = [
+            *compiler_with(() if source.name == "module.cpp" else flags),
+            *(KERNEL_FLAGS if is_kernel else ()),
+        ]
+        return compile_source(source, command, namespace, folders, results)
 
     sources = [
+        *sorted(HERE.glob("*.cpp"), reverse=True),  # the module first: it takes long
         *sorted(cuda.glob(kernels)),
         cuda / "reduce.cu",  # and the other files whose functions the kernels call
         cuda / "batch_norm.cu",
         CSRC / "ops.cpp",
         *([CSRC / "plain_block.cpp"] if kernels == "*.cu" else []),  # it calls most of the kernels
-        *HERE.glob("*.cpp"),
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, dict.fromkeys(sources)))

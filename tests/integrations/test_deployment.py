@@ -35,6 +35,9 @@ if what == "export":
 elif what == "script":
     served = torch.jit.load(model)
 elif what == "aoti":
+    import torch._inductor.config
+    # It compiles nothing. Otherwise it would compile and load a program for each kind of instructions first.
+    torch._inductor.config.cpp.vec_isa_ok = False
     served = torch._inductor.aoti_load_package(model)
 with torch.no_grad():
     error = (served(x) - y).abs().max() / y.abs().max()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 from collections.abc import Callable
 from typing import Any
@@ -200,12 +201,17 @@ def images(*size: int) -> Tensor:
     return torch.randn(*(size or (2, 3, 16, 18)), dtype=torch.float64)
 
 
-def pair(name: str) -> tuple[nn.Module, nn.Module]:
-    """A swapped network and its original, in float64."""
+@functools.cache
+def recognised(name: str) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
-    ours, eager = twin(randomize(NETWORKS[name]()).double(), lambda m: dense_ext.swap(m, strict=True))
+    return twin(randomize(NETWORKS[name]()).double(), lambda m: dense_ext.swap(m, strict=True))
+
+
+def pair(name: str) -> tuple[nn.Module, nn.Module]:
+    """A swapped network and its original, in float64; to recognise takes long, so tests copy them."""
+    pair = copy.deepcopy(recognised(name))
     torch.manual_seed(1)
-    return ours, eager
+    return pair
 
 
 def rewritten(model: nn.Module) -> list[Any]:

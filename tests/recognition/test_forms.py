@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 import dense_ext
 from dense_ext import schedule
+from dense_ext.swap.report import swapped_rows
 
 from ..helpers import Calls, assert_equal, assert_trains_alike, randomize, second_derivative, twin
 from .forms import DROPOUTS, FORMS, Form, Layer, Network
@@ -52,7 +53,8 @@ def test_trains_as_eager(pair_of: Callable[[Form, str], Pair], name: str, recomp
     ours.eval()
     eager.eval()
     assert_trains_alike(ours, eager, form.images(), steps=1)
-    assert [row.runs for row in dense_ext.report(ours).rows] == ["fused"] * 3
+    # The rows of a report, without its search for parts that are not swapped: ``strict`` has found none.
+    assert [row.runs for row in swapped_rows(ours)] == ["fused"] * 3
 
 
 @contextmanager
