@@ -42,6 +42,7 @@ from .synchronised import Sync, gather, resolve
 from .transition import Pooling
 
 _Run = TypeVar("_Run", FrozenBlocks, FrozenTransitions)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _LIBRARY = torch.library.Library("dense_ext", "FRAGMENT")
 # The dispatch key of the gradients that ``torch.autograd.grad(is_grads_batched=True)`` passes.
 _LEGACY_BATCHED = torch._C._dispatch_key_parse("Batched")
@@ -78,6 +79,16 @@ def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
 
 def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return torch.library.register_fake(f"dense_ext::{name}", lib=_LIBRARY)
+
+
+def constant_when_compiled(function: _Function) -> _Function:
+    """Let torch.compile call a function once, and take its result for a constant.
+
+    :func:`torch.compiler.assume_constant_result` does the same, but imports the compiler, which takes longer
+    than everything else in this package.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def autocast_enabled(x: Tensor) -> bool:
@@ -211,7 +222,7 @@ def _dense_block(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         return schedule.forward(_of_block(x, args, options), block, x, options.recompute == "none")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_compiled
 def takes_weights(device: str, dtype: torch.dtype, weights: torch.dtype, backend: str) -> bool:
     """Whether the operators take convolution weights of one dtype beside activations of another."""
     return select(requested(backend), device, dtype).takes_weights(dtype, weights)
@@ -220,7 +231,7 @@ def takes_weights(device: str, dtype: torch.dtype, weights: torch.dtype, backend
 # --- frozen parts with packed weights: (x) -> X or y, without a backward -------------------------------
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_compiled
 def packs(part: str, device: str, dtype: torch.dtype, backend: str) -> bool:
     """Whether a backend packs the weights of a part, the name of an attribute of :class:`Backend`."""
     return getattr(select(requested(backend), device, dtype), part) is not None

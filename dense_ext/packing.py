@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .batch_norm import VECTORS, constant
 from .eligibility import Fused
+from .ops import constant_when_compiled
 
 _BATCHES = "num_batches_tracked"
 _version, _training = attrgetter("_version"), attrgetter("training")
@@ -142,7 +143,7 @@ def _watch_optimizers() -> None:
     register_optimizer_step_post_hook(_count_step)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_compiled
 def _folds_constants() -> bool:
     """Whether the compiler computes once what depends on parameters alone."""
     return bool(torch._inductor.config.freezing)

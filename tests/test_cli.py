@@ -96,7 +96,8 @@ WITHOUT_PACKAGES = """
 import os, sys
 from dense_ext.cli import main
 main(["bench", "--help"])
-print(sorted({"torchvision", "matplotlib", "sklearn", "lightning"} & set(sys.modules)), flush=True)
+slow = {"torch._dynamo", "torchvision", "matplotlib", "sklearn", "lightning"}
+print(sorted(slow & set(sys.modules)), flush=True)
 out, *pairs = sys.argv[1:]
 for pair in pairs:
     package, command = pair.split("=")

@@ -132,6 +132,11 @@ def test_compiles_without_a_graph_break(recompute: str, compiler: str) -> None:
     assert_same_state(ours, eager)
 
 
+def test_constants_are_marked_as_pytorch_marks_them() -> None:
+    marked = dense_ext.ops.constant_when_compiled(lambda: 1), torch.compiler.assume_constant_result(lambda: 1)
+    assert vars(marked[0]) == vars(marked[1]) != {}
+
+
 def test_compiles_in_eval_and_with_dropout() -> None:
     torch._dynamo.reset()
     model = dense_ext.swap(small_densenet(drop_rate=0.2))
