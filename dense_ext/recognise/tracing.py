@@ -136,6 +136,8 @@ def traces(
     modules = list(_outside(module, leaves))
     if isinstance(module, fx.GraphModule):
         raise RefusedError("it is a GraphModule, whose class cannot be changed")
+    if any(isinstance(m, torch.jit.ScriptModule) for m in modules):
+        raise RefusedError("it has a module of TorchScript, which cannot be traced")
     if any(type(m).forward.__module__.startswith(_PARALLEL) for m in modules):
         raise RefusedError("it has modules wrapped for several processes, whose first call sets them up")
     for m in modules:  # tracing would run the hooks
