@@ -26,6 +26,7 @@ import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 
 from ..eligibility import Absence
+from .proxies import WritableProxy
 
 # The standard library's modules that a forward may use; results of others may differ from call to call.
 _HARMLESS = {"builtins", "collections", "contextlib", "functools", "itertools", "math", "operator", "typing"}
@@ -66,7 +67,7 @@ class _Tracer(fx.Tracer):
 
     def __init__(self, needs_grad: bool, leaves: Callable[[nn.Module], bool]) -> None:
         super().__init__()
-        self.kind = type("_Proxy", (fx.Proxy,), {"requires_grad": needs_grad})
+        self.kind = type("_Proxy", (WritableProxy,), {"requires_grad": needs_grad})
         self.leaves = leaves
         self.ambient = _ambient()
 

@@ -79,7 +79,7 @@ class Adapter:
                 reason = _why_not_swapped(module, original, fused)
             yield Candidate(name, kind, module, reason, swapped and reason is None)
 
-    def swap(self, candidate: Candidate, recompute: str, backend: str) -> None:
+    def swap(self, candidate: Candidate, recompute: str, backend: str, returns_copy: bool) -> None:
         """Swap a candidate: change its class, but keep the object.
 
         A candidate with a reason against swapping stays unchanged. But the Sequential around blocks and
@@ -92,6 +92,8 @@ class Adapter:
             return
         module.backend = backend
         module.part_name = candidate.name if candidate.reason is None else None
+        if not around:
+            module.returns_copy = returns_copy
         if kind == "dense block":
             module.recompute = recompute
         if isinstance(module, fused):
