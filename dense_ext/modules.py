@@ -162,10 +162,10 @@ def contiguous_in_eager(x: Tensor) -> bool:
 
 def finished(part: Any, out: Tensor, x: Tensor) -> Tensor:
     """What a call of a part with the input x returns, given what the fused operator has computed."""
-    if part.returns_copy:
+    if part.returns_copy or written_by_hooks(part):
         contiguous = contiguous_in_eager(x)
         return out.clone(memory_format=torch.contiguous_format if contiguous else torch.preserve_format)
-    return own_memory(out) if written_by_hooks(part) else out
+    return out
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -720,9 +720,9 @@ class FusedFeatures(Fused, nn.Sequential):
 
     @staticmethod
     def _may_need_layout(child: nn.Module) -> bool:
-        """Whether a child has code of its own, which may make views of its input or write into them."""
+        """Whether a child has code of its own, which may make views of images or write into them."""
         if isinstance(child, Fused):
-            return False
+            return written_by_hooks(child)  # then its result has the layout of its input
         return any([not type(m).__module__.startswith("torch.nn.") for m in child.modules()])  # noqa: C419  # compiled
 
     @classmethod

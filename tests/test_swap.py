@@ -325,3 +325,4 @@ class Scripted(nn.Module):
 def test_a_network_with_a_module_of_torchscript() -> None:
     ours, eager = twin(Scripted().double(), lambda m: dense_ext.swap(m, strict=True))
     assert_trains_alike(ours, eager, torch.randn(2, 6, 5, 4, dtype=torch.float64), steps=1)
+    assert ours.last.training

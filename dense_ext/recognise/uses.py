@@ -120,16 +120,18 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     Raises:
         RefusedError: something else than a plain value was written.
     """
-    own = [m.__dict__ for m in model.modules()]
+    modes = [(m, m.training) for m in model.modules()]  # not all keep it in their dict
+    own: list[Any] = [m.__dict__ for m, _ in modes]
     own += [value for attributes in own for value in attributes.values() if type(value) in (list, dict)]
     before = [value.copy() for value in own]
-    written = []
+    written: list[Any] = []
     try:
         yield
     finally:
+        for m, mode in modes:
+            m.training = mode
         for now, was in zip(own, before, strict=True):
-            values = list(was.values() if isinstance(was, dict) else was)
-            found = list(now.values() if isinstance(now, dict) else now)
+            values, found = (list(v.values() if isinstance(v, dict) else v) for v in (was, now))
             if len(now) == len(was) and all(map(operator.is_, found, values)):
                 continue
             written += [value for value in found if not any(value is v for v in values)]

@@ -425,6 +425,23 @@ def test_a_child_of_features_may_write_into_its_input(after: str) -> None:
         assert_equal(*outputs, "output")
 
 
+@pytest.mark.parametrize("name", ["denseblock1", "transition1", "denseblock2"])
+def test_a_hook_of_a_part_may_write_into_a_view(name: str) -> None:
+    torch.manual_seed(0)
+    eager = randomize(DenseNet(4, (2, 2), C, 2, num_classes=3)).double()
+    ours = dense_ext.swap(copy.deepcopy(eager))
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    outputs = []
+    for model in (ours, eager):
+        model.features.get_submodule(name).register_forward_hook(double_output)
+        outputs.append(model(x))
+    assert_equal(*outputs, "output")
+
+
+def double_output(module: nn.Module, args: Any, output: Tensor) -> None:
+    output.contiguous().mul_(2)
+
+
 class WritesItsView(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x.contiguous().mul_(2)
