@@ -38,17 +38,26 @@ _GLOBAL_HOOKS = (
     torch_module._global_backward_pre_hooks,
 )
 # The functions that a call of an eager module runs, as PyTorch defines them. Other tools replace them to
-# observe the call; then the original's forward has to run.
-_CALL_PATH = {
-    (owner, name): getattr(owner, name)
-    for owner, names in (
-        (nn.Module, ("__call__", "_call_impl")),
-        (F, ("batch_norm", "relu", "conv2d", "conv3d", "dropout")),
-        (F, ("avg_pool2d", "avg_pool3d", "max_pool2d", "max_pool3d")),
-    )
-    for name in names
-    if hasattr(owner, name)
-}
+# observe the call; then the original's forward has to run. For each owner, a module or class: the names of
+# its functions, a getter and what it reads them from, and the functions. To compare them takes a microsecond.
+_CALL_PATH: dict[Any, tuple[tuple[str, ...], Callable[[Any], Any], Any, tuple[Any, ...]]] = {}
+
+
+def watch(owner: Any, *names: str) -> None:
+    """Add two or more functions to those of which none may be replaced if fused operators are to run."""
+    before = _CALL_PATH[owner][0] if owner in _CALL_PATH else ()
+    names = tuple(dict.fromkeys((*before, *names)))
+    in_module = isinstance(owner, types.ModuleType)
+    get: Callable[[Any], Any] = itemgetter(*names) if in_module else attrgetter(*names)
+    holder = vars(owner) if in_module else owner  # a dict is faster to read
+    _CALL_PATH[owner] = names, get, holder, get(holder)
+
+
+watch(nn.Module, "__call__", "_call_impl")
+# Those of modules that no forward calls itself; recognition adds those that a forward may call.
+watch(F, "batch_norm", "conv1d", "conv2d", "conv3d")
+# What functions of F look up when they are called.
+watch(torch, "batch_norm", "max_pool1d", "max_pool2d", "max_pool3d")
 _export_fused = False
 
 
@@ -82,8 +91,9 @@ def mode_reason() -> str | None:
         return "make_fx records standard operators"
     if any(_GLOBAL_HOOKS):
         return "a global module hook is registered"
-    for (owner, name), function in _CALL_PATH.items():
-        if getattr(owner, name) is not function:
+    for owner, (names, get, holder, functions) in _CALL_PATH.items():
+        if (found := get(holder)) != functions:
+            name = next(name for name, now, was in zip(names, found, functions, strict=True) if now != was)
             return f"{owner.__name__}.{name} has been replaced"
     return None
 
@@ -245,6 +255,9 @@ class Fused:
     # although their stem can't be fused.
     part_name: str | None = ""
     backend: str
+    # Whether a call returns a copy, since the code around it writes into the result or relies on its layout.
+    # The copy is contiguous where eager's result is.
+    returns_copy: bool = False
     _modules: dict[str, Any]
     # TorchScript compiles the original's forward, which uses none of these.
     __jit_ignored_attributes__: ClassVar = [

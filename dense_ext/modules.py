@@ -6,7 +6,7 @@ operator. ``FusedFeatures`` is the Sequential around them and fuses the stem too
 
 A block's backward reads its output X, so nothing may write into X. Inside :class:`FusedFeatures`, the next
 transition gets X together with the block's information about it (:class:`ops.Carried`). Code that may write
-into X gets a copy.
+into X, or that relies on the memory layout of eager's result, gets a copy.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 from torch.jit import is_scripting  # type: ignore[attr-defined]  # absent from torch's stubs
 
 from . import ops, packing  # ops registers the operators
@@ -149,6 +150,22 @@ def _folds_stem(x: Any, norm: nn.Module) -> bool:
 def own_memory(x: Tensor) -> Tensor:
     """``x`` for code that may write into it: a copy if a backward will read x itself."""
     return x.clone() if x.requires_grad else x
+
+
+def contiguous_in_eager(x: Tensor) -> bool:
+    """Whether eager's results for x are contiguous; else they are in channels_last memory.
+
+    What matters is the order of x's strides: a slice of channels_last images counts as channels_last.
+    """
+    return x.is_contiguous() or suggest_memory_format(x) is torch.contiguous_format
+
+
+def finished(part: Any, out: Tensor, x: Tensor) -> Tensor:
+    """What a call of a part with the input x returns, given what the fused operator has computed."""
+    if part.returns_copy or written_by_hooks(part):
+        contiguous = contiguous_in_eager(x)
+        return out.clone(memory_format=torch.contiguous_format if contiguous else torch.preserve_format)
+    return out
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -484,8 +501,7 @@ class FusedDenseBlock(Fused):
         """The block's output, from the fused operator or the original's forward."""
         if self.why_eager(x) is not None:
             return self.run_original(x)
-        out, _ = self.run(x)
-        return own_memory(out) if written_by_hooks(self) else out  # type: ignore[arg-type]
+        return finished(self, self.run(x)[0], x)
 
     def run(self, init_features: Tensor) -> tuple[Tensor, ops.Carried]:
         """Run the fused operator: returns X [N, Ct, H, W], and the block's information about X."""
@@ -569,7 +585,7 @@ class FusedTransition(Fused):
 
     def run_or_fall_back(self, x: Tensor) -> Tensor:
         """The transition's output, from the fused operator or the original's forward."""
-        return self.run(x) if self.why_eager(x) is None else self.run_original(x)
+        return finished(self, self.run(x), x) if self.why_eager(x) is None else self.run_original(x)
 
     def run(self, input: Tensor, carried: ops.Carried = ops.NOTHING_CARRIED) -> Tensor:
         """Run the fused operator. ``carried`` comes from the block, if one has just made ``input``."""
@@ -687,7 +703,10 @@ class FusedFeatures(Fused, nn.Sequential):
             if carried is not None and runs_fused(child, FusedTransition, x):
                 x, carried = child.run(x, carried), None
             else:
-                if carried is not None and not self._only_reads(child):
+                before = x
+                if contiguous and isinstance(x, Tensor) and self._may_need_layout(child):
+                    x = x.contiguous()
+                if carried is not None and x is before and not self._only_reads(child):
                     x = own_memory(x)
                 carried = None
                 if runs_fused(child, FusedDenseBlock, x):
@@ -698,6 +717,13 @@ class FusedFeatures(Fused, nn.Sequential):
         if carried is not None:
             x = own_memory(x)
         return x.contiguous() if contiguous and isinstance(x, Tensor) else x
+
+    @staticmethod
+    def _may_need_layout(child: nn.Module) -> bool:
+        """Whether a child has code of its own, which may make views of images or write into them."""
+        if isinstance(child, Fused):
+            return written_by_hooks(child)  # then its result has the layout of its input
+        return any([not type(m).__module__.startswith("torch.nn.") for m in child.modules()])  # noqa: C419  # compiled
 
     @classmethod
     def _only_reads(cls, child: nn.Module) -> bool:

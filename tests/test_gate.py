@@ -21,7 +21,9 @@ from torchvision.models.densenet import _DenseBlock, _DenseLayer
 from torchvision.ops import FrozenBatchNorm2d
 
 import dense_ext
-from dense_ext.eligibility import _snapshots
+from dense_ext.activations import _NAMES
+from dense_ext.eligibility import _snapshots, mode_reason
+from dense_ext.recognise import description
 
 from .helpers import (
     Calls,
@@ -135,7 +137,8 @@ REPLACED = [
     (_DenseLayer, "bn_function"), (nn.ReLU, "forward"), (nn.BatchNorm2d, "forward"),
     (nn.Conv2d, "forward"), (nn.Conv2d, "_conv_forward"), (nn.AvgPool2d, "forward"),
     (nn.MaxPool2d, "forward"), (nn.Module, "__call__"), (F, "relu"), (F, "batch_norm"),
-    (F, "conv2d"), (F, "avg_pool2d"), (F, "max_pool2d"),
+    (F, "conv2d"), (F, "avg_pool2d"), (F, "max_pool2d"), (torch, "cat"), (torch, "relu_"),
+    (torch, "batch_norm"), (torch, "max_pool2d"),
 ]  # fmt: skip
 
 
@@ -164,6 +167,31 @@ def test_replacements_on_a_class_or_in_functional_are_called(
                 dense_ext.swap(ours)
             assert_steps_alike(ours, eager, x)
         assert_steps_alike(ours, eager, x)
+
+
+def accepted() -> set[tuple[Any, str]]:
+    """All names of the functions that a recognised forward may call, and those behind its modules."""
+    functions, methods = description._FUNCTIONS, description._METHODS
+    owners = (torch, F)
+    found = {(o, name) for o in owners for name, f in vars(o).items() if callable(f) and f in functions}
+    found |= {(Tensor, name) for name in methods}
+    kinds = (*description.NORMS, *description.CONVS, *description.AVERAGES, *description.MAXIMA)
+    for kind in (*kinds, *description._DROPOUTS, *_NAMES):
+        for method in (kind.forward, getattr(kind, "_conv_forward", kind.forward)):
+            names = [n for n in method.__code__.co_names if not n.startswith("_") and n != "pad"]
+            found |= {(F, n) for n in names if callable(getattr(F, n, None))}  # no accepted module pads
+    return found
+
+
+@pytest.mark.parametrize(("owner", "name"), sorted(accepted(), key=str))
+def test_every_function_that_recognition_accepts_is_watched(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
+) -> None:
+    assert mode_reason() is None
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, halved(getattr(owner, name)))
+        assert f"{name} has been replaced" in str(mode_reason())
+    assert mode_reason() is None
 
 
 @pytest.mark.parametrize(

@@ -308,3 +308,21 @@ def test_report_before_the_swap() -> None:
     assert {row.runs for row in report.rows} == {"eager"}
     assert {row.detail for row in report.rows} == {"not swapped"}
     assert "features.denseblock4" in str(report)
+
+
+class Scripted(nn.Module):
+    """A network with a module of TorchScript."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(_DenseBlock(2, 6, 2, 4, 0.0), nn.BatchNorm2d(14))
+        self.last = torch.jit.script(nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.features(x)).mean((2, 3))
+
+
+def test_a_network_with_a_module_of_torchscript() -> None:
+    ours, eager = twin(Scripted().double(), lambda m: dense_ext.swap(m, strict=True))
+    assert_trains_alike(ours, eager, torch.randn(2, 6, 5, 4, dtype=torch.float64), steps=1)
+    assert ours.last.training

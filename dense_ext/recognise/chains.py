@@ -21,10 +21,11 @@ from torch import Tensor, fx, nn
 
 from ..activations import name_of
 from ..backends.general import Form, transition_form
+from ..modules import contiguous_in_eager
 from ..supported import NORM_TYPES, dims_of, transition_reason
 from .description import AVERAGES, CONVS, MAXIMA, NORMS, options_of_call, options_of_pool, settings
 from .tracing import Guards, RefusedError, is_torchs, traces
-from .uses import needs_copy
+from .uses import Use, relying_calls, use_of
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,12 @@ class Chain:
 
     Attributes:
         links: the parts in the order they run.
-        contiguous: whether the last result has to be contiguous if the chain's input is, and so on for each
-            activation that is shown.
+        as_eager: whether the last result needs memory of its own, in the layout that it has in eager; and so
+            on for each activation that is shown.
     """
 
     links: tuple[Part | Pieces, ...]
-    contiguous: tuple[bool, ...]
+    as_eager: tuple[bool, ...]
 
     @property
     def pieces(self) -> list[Pieces]:
@@ -232,14 +233,24 @@ def _chains(model: nn.Module, graph: fx.Graph, parts: set[nn.Module]) -> Iterato
         raise RefusedError("it takes more than one input")
     order = {node: i for i, node in enumerate(graph.nodes)}
     links = [link for node in graph.nodes if (link := _link(model, node, parts, order)) is not None]
+    relying = relying_calls(graph, model, parts)
     while links:
         chain = [links.pop(0)]
         while links and _follows(chain[-1], links[0]):
             chain.append(links.pop(0))
         if len(chain) > 1 or isinstance(chain[0].link, Pieces):
             results = [chain[-1].last, *(link.activation for link in chain if link.activation is not None)]
-            contiguous = tuple(needs_copy(node, model, parts, returned=False) for node in results)
-            yield Chain(tuple(link.link for link in chain), contiguous), chain
+            uses = [use_of(node, model, parts, relying) for node in results]
+            # The new forward itself returns images in eager's layout, but not signals.
+            harmless = Use.READ if _takes_signals(model, chain[-1].link) else Use.LAYOUT_RETURNED
+            as_eager = tuple(use > harmless for use in uses)
+            yield Chain(tuple(link.link for link in chain), as_eager), chain
+
+
+def _takes_signals(model: nn.Module, link: Part | Pieces) -> bool:
+    if isinstance(link, Pieces):
+        return False
+    return any(isinstance(module, nn.Conv1d) for module in model.get_submodule(link.name).modules())
 
 
 def _follows(before: _Link, after: _Link) -> bool:
@@ -384,7 +395,7 @@ def _code(graph: fx.Graph, chains: list[tuple[Chain, list[_Link]]], run: Callabl
 
 def _in_format(result: Any, like: Tensor) -> Any:
     """A forward's result; for contiguous images a contiguous one, as eager's, not in channels_last memory."""
-    if isinstance(result, Tensor) and result.dim() in (4, 5) and like.is_contiguous():
+    if isinstance(result, Tensor) and result.dim() in (4, 5) and contiguous_in_eager(like):
         formats = {4: torch.channels_last, 5: torch.channels_last_3d}
         if result.is_contiguous(memory_format=formats[result.dim()]):
             return result.contiguous()

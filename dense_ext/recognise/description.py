@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ..activations import name_of, named
+from ..eligibility import watch
 from .tracing import Guards, RefusedError, is_plain, traces
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -345,19 +346,24 @@ class _Reading:
         handler = _FUNCTIONS.get(node.target)  # type: ignore[arg-type]
         if handler is None:
             raise RefusedError(f"it calls {getattr(node.target, '__name__', node.target)}")
-        self.values[node] = handler(self, *node.args, **node.kwargs)
+        self._handle(handler, node)
 
     def _call_method(self, node: fx.Node) -> None:
-        if node.target == "relu":
-            self.values[node] = self._activated(node.args[0], "relu")
-        elif node.target == "relu_":
-            self.values[node] = self._activated(node.args[0], "relu", True)
-        elif node.target == "contiguous" and len(node.args) == 1 and not node.kwargs:
-            self.values[node] = self._value(node.args[0])
-        elif node.target == "new_empty" and node.args[1:] in ((0,), ((0,),), ([0],)) and not node.kwargs:
+        handler = _METHODS.get(str(node.target))
+        if handler is None:
+            raise RefusedError(f"it calls Tensor.{node.target}")
+        self._handle(handler, node)
+
+    def _handle(self, handler: Callable[..., _Value | None], node: fx.Node) -> None:
+        try:
+            value = handler(self, *node.args, **node.kwargs)
+        except TypeError as error:  # the handler does not take these arguments
+            name = getattr(node.target, "__name__", node.target)
+            raise RefusedError(f"it calls {name} in another way: {error}") from error
+        if value is None:
             self.empty[node] = self._value(node.args[0])
         else:
-            raise RefusedError(f"it calls Tensor.{node.target}")
+            self.values[node] = value
 
     # --- handlers by operation
 
@@ -570,6 +576,15 @@ def _dropout(
     return reading._dropped(input, p, training if train is None else train, inplace, dims)
 
 
+def _contiguous(reading: _Reading, input: Any) -> _Value:
+    return reading._value(input)
+
+
+def _new_empty(reading: _Reading, input: Any, *size: Any) -> None:
+    if size not in ((0,), ((0,),), ([0],)):
+        raise RefusedError("it makes a tensor that is not empty")
+
+
 _POOL_OPTIONS = (
     "kernel_size", "stride", "padding", "dilation", "ceil_mode", "count_include_pad", "divisor_override",
     "return_indices",
@@ -602,6 +617,7 @@ def _max_pool(reading: _Reading, input: Any, *args: Any, **options: Any) -> _Val
     return reading._pooled(input, "max", **options_of_call("max", args, options))
 
 
+# What a forward may call, with what it means. None is a tensor of shape [0]. The gate watches all of these.
 _FUNCTIONS: dict[Callable[..., Any], Callable[..., _Value]] = {
     torch.cat: _cat, torch.concat: _cat, torch.concatenate: _cat,
     F.relu: _relu, torch.relu: _relu, F.relu_: _relu_, torch.relu_: _relu_,
@@ -613,3 +629,10 @@ _FUNCTIONS: dict[Callable[..., Any], Callable[..., _Value]] = {
     F.avg_pool1d: _avg_pool, F.avg_pool2d: _avg_pool, F.avg_pool3d: _avg_pool,
     F.max_pool1d: _max_pool, F.max_pool2d: _max_pool, F.max_pool3d: _max_pool,
 }  # fmt: skip
+_METHODS: dict[str, Callable[..., _Value | None]] = {
+    "relu": _relu, "relu_": _relu_, "contiguous": _contiguous, "new_empty": _new_empty,
+}  # fmt: skip
+_accepted = set(map(id, _FUNCTIONS))
+for _owner in (torch, F):  # under all their names
+    watch(_owner, *[name for name, value in vars(_owner).items() if id(value) in _accepted])
+watch(Tensor, *_METHODS)

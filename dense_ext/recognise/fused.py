@@ -20,10 +20,9 @@ from ..eligibility import Absence, Fused, interference, known_methods, patched_m
 from ..modules import (
     as_image,
     autocast_dtype,
-    own_memory,
+    finished,
     run_dense_block,
     run_transition,
-    written_by_hooks,
 )
 from ..supported import block_reason, dims_of, transition_reason
 from .description import Block, Dropout, Plan, Transition
@@ -93,25 +92,13 @@ class Traced(Fused):
 
 
 class Recognised(Traced):
-    """Mixin that runs a module's plan, as long as the module is unchanged since it was recognised.
-
-    Attributes:
-        returns_copy: whether to return a copy, for a network that relies on it; contiguous if the input is.
-    """
+    """Mixin that runs a module's plan, as long as the module is unchanged since it was recognised."""
 
     plan: Plan
     recompute: str
-    returns_copy: bool
 
     def computed(self, x: Tensor) -> Tensor:
-        return self.finished(self.run(x)[0], x)
-
-    def finished(self, out: Tensor, x: Tensor) -> Tensor:
-        """What a call with the input x returns, given what the fused operators have computed."""
-        if self.returns_copy:
-            contiguous = x.is_contiguous()
-            return out.clone(memory_format=torch.contiguous_format if contiguous else torch.preserve_format)
-        return own_memory(out) if written_by_hooks(self) else out  # type: ignore[arg-type]
+        return finished(self, self.run(x)[0], x)
 
     def unfusable(self) -> str | None:
         reason = super().unfusable()

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..eligibility import Fused, interference, patched_method
-from ..modules import FusedDenseBlock, FusedTransition, own_memory, run_stem, run_transition, runs_fused
+from ..modules import (
+    FusedDenseBlock,
+    FusedTransition,
+    contiguous_in_eager,
+    own_memory,
+    run_stem,
+    run_transition,
+    runs_fused,
+)
 from ..supported import NORM_TYPES, transition_reason
 from .chains import Chain, Part, Pieces, Rewriting, children_of, rewrite
 from .fused import Recognised, Traced, changed_guards, original_class, submodule, traced_class
@@ -158,37 +166,34 @@ def _functions(rewriting: Rewriting) -> tuple[Callable[..., Any], Callable[..., 
 
 
 def run_chain(module: Any, index: int, x: Tensor) -> tuple[Tensor, ...]:
-    """Run a chain of a rewritten module on x: its last result, then the activations that it shows.
-
-    Results that have to be as in eager are contiguous if x is.
-    """
+    """Run a chain of a rewritten module on x: its last result, then the activations that it shows."""
     chain: Chain = module.plan.chains[index]
-    contiguous = x.is_contiguous()
+    contiguous = contiguous_in_eager(x)
     carried, shown, last = ops.NOTHING_CARRIED, [], chain.links[-1]
     for link in chain.links:
         if isinstance(link, Part):
-            x, carried = _run_part(submodule(module, link.name), x, carried, link is last)
+            x, carried = _run_part(submodule(module, link.name), x, carried)
             continue
         x, activation = _run_pieces(module, link, x, carried)
         carried = ops.NOTHING_CARRIED
         if activation is not None:
             shown.append(activation)
-    results = (x, *shown)
+    results = [x, *shown]
     if contiguous:
-        return tuple([y.contiguous() if c else y for y, c in zip(results, chain.contiguous, strict=True)])
-    return results
+        results = [y.contiguous() if c else y for y, c in zip(results, chain.as_eager, strict=True)]
+    if results[0] is x and chain.as_eager[0] and isinstance(last, Part):
+        results[0] = own_memory(x)  # a block's backward reads x
+    return tuple(results)
 
 
-def _run_part(part: Any, x: Tensor, carried: ops.Carried, last: bool) -> tuple[Tensor, ops.Carried]:
-    """Run a part; its own call runs if it has to do more than the fused operator, as for the last part."""
-    if not last or carried is not ops.NOTHING_CARRIED:
-        if runs_fused(part, FusedDenseBlock, x):
-            return part.run(x)
-        if runs_fused(part, FusedTransition, x):
-            return part.run(x, carried), ops.NOTHING_CARRIED
-        if runs_fused(part, Recognised, x):
-            out, carried = part.run(x, carried)
-            return part.finished(out, x) if last else out, carried
+def _run_part(part: Any, x: Tensor, carried: ops.Carried) -> tuple[Tensor, ops.Carried]:
+    """Run a part; its own call runs if that does more than the fused operator."""
+    if runs_fused(part, FusedDenseBlock, x):
+        return part.run(x)
+    if runs_fused(part, FusedTransition, x):
+        return part.run(x, carried), ops.NOTHING_CARRIED
+    if runs_fused(part, Recognised, x):
+        return part.run(x, carried)
     x = x if carried is ops.NOTHING_CARRIED else own_memory(x)
     return part(x), ops.NOTHING_CARRIED
 

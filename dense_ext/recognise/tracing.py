@@ -27,6 +27,7 @@ import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 
 from ..eligibility import Absence
+from .proxies import WritableProxy
 
 # The standard library's modules that a forward may use; results of others may differ from call to call.
 _HARMLESS = {"builtins", "collections", "contextlib", "functools", "itertools", "math", "operator", "typing"}
@@ -81,7 +82,7 @@ class _Tracer(fx.Tracer):
 
     def __init__(self, needs_grad: bool, leaves: Callable[[nn.Module], bool]) -> None:
         super().__init__()
-        self.kind = type("_Proxy", (fx.Proxy,), {"requires_grad": needs_grad})
+        self.kind = type("_Proxy", (WritableProxy,), {"requires_grad": needs_grad})
         self.leaves = leaves
         self.ambient = _ambient()
         self.branches = False  # whether the forward has asked for a proxy's truth value
@@ -160,6 +161,8 @@ def traces(
     modules = list(_outside(module, leaves))
     if isinstance(module, fx.GraphModule):
         raise RefusedError("it is a GraphModule, whose class cannot be changed")
+    if any(isinstance(m, torch.jit.ScriptModule) for m in modules):
+        raise RefusedError("it has a module of TorchScript, which cannot be traced")
     if any(type(m).forward.__module__.startswith(_PARALLEL) for m in modules):
         raise RefusedError("it has modules wrapped for several processes, whose first call sets them up")
     for m in modules:  # tracing would run the hooks

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..checks import check_options
 from ..eligibility import Fused
+from ..recognise import Recognised, wants_copies
 from ..schedule import RECOMPUTE
 from .adapter import ADDED, Adapter, Candidate, adapters, called_one_by_one, outputs_kept_anyway
 from .automatic import policies_that_fit
@@ -63,6 +64,13 @@ def _candidates(
         *((adapter, c) for adapter, c in found if c.module not in recognised),
         *((recognition, c) for c in more if c.reason is None or not refused & set(c.module.modules())),
     ], served
+
+
+def _called_whole(by: Adapter | Recognition, candidate: Candidate) -> bool:
+    """Whether a candidate is a block or transition that is a module, not pieces that a forward calls."""
+    if isinstance(by, Recognition):
+        return candidate.module in by.plans or isinstance(candidate.module, Recognised)
+    return candidate.kind in ("dense block", "transition")
 
 
 def _reasons(candidates: Sequence[Candidate]) -> str:
@@ -147,9 +155,12 @@ def swap(
         warnings.warn(f"dense_ext.swap: {message}", stacklevel=2)
     policies = policies_that_fit(model, input_shape, memory, dtype, backend) if automatic else {}
     kept_anyway = outputs_kept_anyway(model, served) if recompute == "block" else set()
+    parts = {c.name: c.module for by, c in found if c.reason is None and _called_whole(by, c)}
+    copies = wants_copies(model, parts) if recognise else set(parts)
     for adapter, candidate in found:
         policy = "bottleneck" if candidate.module in kept_anyway else recompute
-        adapter.swap(candidate, policies.get(candidate.name, policy), backend)
+        returns_copy = candidate.name in copies
+        adapter.swap(candidate, policies.get(candidate.name, policy), backend, returns_copy)
     return model
 
 

@@ -79,7 +79,7 @@ class Adapter:
                 reason = _why_not_swapped(module, original, fused)
             yield Candidate(name, kind, module, reason, swapped and reason is None)
 
-    def swap(self, candidate: Candidate, recompute: str, backend: str) -> None:
+    def swap(self, candidate: Candidate, recompute: str, backend: str, returns_copy: bool) -> None:
         """Swap a candidate: change its class, but keep the object.
 
         A candidate with a reason against swapping stays unchanged. But the Sequential around blocks and
@@ -92,6 +92,8 @@ class Adapter:
             return
         module.backend = backend
         module.part_name = candidate.name if candidate.reason is None else None
+        if not around:
+            module.returns_copy = returns_copy
         if kind == "dense block":
             module.recompute = recompute
         if isinstance(module, fused):
@@ -199,10 +201,13 @@ def called_one_by_one(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     Encoders of U-Nets return the activations before each pool, so their forward calls these children by name.
     """
     for network in model.modules():
-        features = network._modules.get("features")
+        # A module of TorchScript has no Sequential, and its class's forward cannot even be read.
+        features = dict(network._modules.items()).get("features")
+        if not isinstance(features, nn.Sequential):
+            continue
         kind: Any = network.original if isinstance(network, Fused) else type(network)
         names = set(getattr(getattr(kind.forward, "__code__", None), "co_names", ()))
-        if not isinstance(features, nn.Sequential) or not names & features._modules.keys():
+        if not names & features._modules.keys():
             continue
         reason = f"{kind.__name__}.forward calls its modules one by one"
         if "pool0" in names:

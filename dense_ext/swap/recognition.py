@@ -21,7 +21,6 @@ from ..recognise import (
     original_class,
     rewritten_calls,
     traced_base,
-    wants_copies,
 )
 from .adapter import ADDED, Candidate, swapped_class
 
@@ -54,9 +53,6 @@ class Recognition:
         ]
         self.found = find(model, accepted | (in_pieces - around) | fused) if finds_blocks else []
         self.plans: dict[nn.Module, Plan] = {part.module: part.plan for part in self.found if part.plan}
-        parts: dict[str, Any] = {name: m for name, m in self.swapped if isinstance(m, Recognised)}
-        parts |= {part.name: part.module for part in self.found if part.plan}
-        self.copies = wants_copies(model, parts) if self.plans else set()
         whole = accepted | (around - in_pieces) | fused | set(self.plans)
         self.rewritten = rewritten_calls(model, whole, in_pieces)
         both: list[tuple[Any, Rewriting]] = [(m, plan) for m, (_, plan) in self.rewritten.items()]
@@ -76,19 +72,18 @@ class Recognition:
         for module, (name, rewriting) in self.rewritten.items():
             yield from _of_pieces(name, module, rewriting, False)
 
-    def swap(self, candidate: Candidate, recompute: str, backend: str) -> None:
+    def swap(self, candidate: Candidate, recompute: str, backend: str, returns_copy: bool) -> None:
         """Swap a part: change its class, but keep the object. Refused parts stay unchanged."""
         module = candidate.module
         if candidate.swapped or isinstance(module, Rewritten):
             module.backend = backend
             if isinstance(module, Recognised):
-                module.recompute = recompute
+                module.recompute, module.returns_copy = recompute, returns_copy
         elif module in self.rewritten:
             name, rewriting = self.rewritten[module]
             install_calls(module, rewriting, backend, name)
         elif candidate.reason is None:
-            copies = candidate.name in self.copies
-            install(module, self.plans[module], recompute, backend, candidate.name, copies)
+            install(module, self.plans[module], recompute, backend, candidate.name, returns_copy)
 
 
 def _of_pieces(name: str, module: Any, rewriting: Rewriting, swapped: bool) -> Iterator[Candidate]:

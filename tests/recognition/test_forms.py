@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -55,6 +56,32 @@ def test_trains_as_eager(pair_of: Callable[[Form, str], Pair], name: str, recomp
     assert_trains_alike(ours, eager, form.images(), steps=1)
     # The rows of a report, without its search for parts that are not swapped: ``strict`` has found none.
     assert [row.runs for row in swapped_rows(ours)] == ["fused"] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "owner", "function"),
+    [
+        ("signals", F, "conv1d"), ("signals", F, "avg_pool1d"), ("signals, plain, 5", F, "max_pool1d"),
+        ("SiLU, plain", F, "silu"), ("ELU", F, "elu"), ("GELU", F, "gelu"), ("leaky ReLU", F, "leaky_relu"),
+        ("biases", torch, "cat"),
+    ],
+)  # fmt: skip
+def test_replaced_functions_are_called(
+    pair_of: Callable[[Form, str], Pair],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    owner: Any,
+    function: str,
+) -> None:
+    """As tools do that observe a network, or change what it computes."""
+    models = pair_of(FORMS[name], "bottleneck")
+    images, real = FORMS[name].images(), getattr(owner, function)
+    before = models[1](images)
+    monkeypatch.setattr(owner, function, lambda *args, **kwargs: real(*args, **kwargs) * 0.5)
+    with warnings.catch_warnings(action="ignore"):
+        found, expected = (model(images) for model in models)
+    assert_equal(found, expected, "output")
+    assert not torch.equal(expected, before)
 
 
 @contextmanager

@@ -434,6 +434,31 @@ class InPlaceOnFeatures(Layer):
 
 
 @refused
+class ConcatenatesInto(Layer):
+    """Passes an argument that recognition does not know."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.new(x)], 1, out=None)
+
+
+@refused
+class AddsInPlace(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        x += 0
+        return torch.cat([x, self.new(x)], 1)
+
+
+@refused
+class EndsInTorchScript(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = torch.jit.script(nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.layers(x))
+
+
+@refused
 class NormUnused(Layer):
     def new(self, x: Tensor) -> Tensor:
         return self.conv2(self.relu(self.conv1(self.relu(self.norm1(x)))))
