@@ -191,6 +191,25 @@ def test_running_statistics_in_16_bits_are_rounded_once(momentum: float | None) 
     assert torch.equal(norm.running_var, expected[1])
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_value_that_is_not_finite_beside_frozen_norms(backend: str, recompute: str, value: float) -> None:
+    """The gradient of a frozen norm's input does not depend on that input, so only its ReLU sees it."""
+    if backend not in ("cpu", "reference"):
+        pytest.skip("on a GPU 0*x is added to the gradient")
+    ours, eager = twin(eager_block().eval(), lambda m: dense_ext.swap(m, recompute=recompute))
+    x = torch.randn(2, 6, 8, 6, dtype=torch.float64)
+    x[0, 0, 4, 2] = value
+    gradients = []
+    for model in (ours, eager):
+        leaf = x.clone().requires_grad_()
+        model(leaf).sum().backward()
+        gradients.append({"x": leaf.grad, **{name: p.grad for name, p in model.named_parameters()}})
+    for name, expected in gradients[1].items():
+        got = gradients[0][name]
+        assert torch.equal(got.isfinite(), expected.isfinite()), name
+        assert_equal(got.where(got.isfinite(), 0), expected.where(expected.isfinite(), 0), name)
+
+
 def replace_norms(model: nn.Module, **options: bool) -> nn.Module:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

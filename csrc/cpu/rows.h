@@ -59,6 +59,13 @@ void scale_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, Acc<T
   });
 }
 
+// u*y + v, and v where u is zero. Norms with fixed statistics have u = 0, and then a y that isn't
+// finite does not make the gradient NaN.
+template <class V>
+V affine(V u, V y, V v) {
+  return u != 0 ? u * y + v : v;
+}
+
 // out = p*grad + u*y + v, where p is 1 if null
 template <class T>
 void affine_rows(const T* grad, int64_t grad_stride, const T* y, int64_t y_stride, int64_t rows,
@@ -67,7 +74,7 @@ void affine_rows(const T* grad, int64_t grad_stride, const T* y, int64_t y_strid
   write_operand<Depth::kColumns, T>(rows, columns, out, ld, [&](int64_t r, int64_t j, auto count) {
     const Vector<T> loaded = load(grad + r * grad_stride + j, count);
     const Vector<T> g = p ? load(p + j) * loaded : loaded;
-    return g + (load(u + j) * load(y + r * y_stride + j, count) + load(v + j));
+    return g + affine(load(u + j), load(y + r * y_stride + j, count), load(v + j));
   });
 }
 
