@@ -105,9 +105,10 @@ def update_running_stats(
         raise ValueError(ONE_STATISTIC)
     steps = [norm._buffers["num_batches_tracked"] for norm, *_ in tracked]
     counters = [counter for counter in steps if counter is not None]
-    shared = len({norm for norm, *_ in tracked}) < len(tracked) or len(set(map(id, counters))) < len(counters)
-    if shared:
-        # A norm or counter that several layers share is updated once for each layer, in their order.
+    written = [t for _, mean, var, _ in tracked for t in (mean, var) if t is not None] + counters
+    shared = len({norm for norm, *_ in tracked}) < len(tracked) or len(set(map(id, written))) < len(written)
+    if shared and len(tracked) > 1:
+        # A norm or buffer that several layers share is updated once for each layer, in their order.
         for norm, _, _, start in tracked:
             update_running_stats([norm], stats, [start], count)
         return
@@ -119,21 +120,29 @@ def update_running_stats(
     means = stats[0]
     variances = stats[1] * (count / (others.clamp(min=1) if isinstance(others, Tensor) else max(others, 1)))
     by_momentum: dict[float | None, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
+    narrow: list[tuple[Tensor, Tensor]] = []
     for (norm, running_mean, running_var, start), step in zip(tracked, steps, strict=True):
         if running_mean is None or running_var is None or (step is None and norm.momentum is None):
             continue
         running, batch, counts = by_momentum.setdefault(norm.momentum, ([], [], []))
-        running += [running_mean, running_var]
         channels = slice(start, start + norm.num_features)
-        batch += [
-            in_dtype(means[channels], running_mean.dtype),
-            in_dtype(variances[channels], running_var.dtype),
-        ]
+        for old, new in ((running_mean, means[channels]), (running_var, variances[channels])):
+            # Statistics in 16 bits are updated in the wider type, so that they are rounded once.
+            wide = in_dtype(old, torch.promote_types(old.dtype, new.dtype))
+            running.append(wide)
+            batch.append(in_dtype(new, wide.dtype))
+            if wide is not old:
+                narrow.append((old, wide))
         counts += [step, step]  # type: ignore[list-item]  # not None where it is read, with momentum=None
+    # PyTorch's formula. That of lerp, running + momentum*(batch - running), makes an infinite statistic NaN.
     for momentum, (running, batch, counts) in by_momentum.items():
         if momentum is not None:
-            torch._foreach_lerp_(running, batch, float(momentum))
+            torch._foreach_mul_(running, 1 - float(momentum))
+            torch._foreach_add_(running, batch, alpha=float(momentum))
             continue
         # momentum=None means the cumulative average: the factor is one over the number of steps so far.
         for r, b, n in zip(running, batch, counts, strict=True):
-            r.lerp_(b, n.double().reciprocal().to(r.dtype))
+            factor = n.double().reciprocal()
+            r.mul_(1 - factor).add_(b * factor)
+    for old, wide in narrow:
+        old.copy_(wide)

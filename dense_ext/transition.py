@@ -220,10 +220,13 @@ def _activation_backward(
     u, v = torch.zeros_like(sums)
     count = values_per_channel(x) if pooling.sync is None else 1
     vectors = bound.gradient(ops, sums, count, u, v)
-    if pooling.sync is not None and pooling.norm.running is None:
-        pooling.sync.average(u, v)
+    dx = g * bound.scale
+    if pooling.norm.running is None:
+        if pooling.sync is not None:
+            pooling.sync.average(u, v)
+        dx += u * wide + v
     grad_x = torch.empty_like(x)
-    nhwc(grad_x).copy_(g * bound.scale + u * wide + v)
+    nhwc(grad_x).copy_(dx)
     return PoolingGradients(grad_x, *vectors)
 
 

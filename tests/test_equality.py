@@ -8,6 +8,7 @@ from torch import nn
 from torchvision.models.densenet import DenseNet
 
 import dense_ext
+from dense_ext.batch_norm import update_running_stats
 from dense_ext.modules import FusedDenseBlock
 
 from .helpers import (
@@ -117,16 +118,96 @@ def shared_counter(model: nn.Module) -> None:
             module.num_batches_tracked = counter
 
 
+def shared_statistics(model: nn.Module) -> None:
+    """Norms of as many channels share their running statistics, but not their counters."""
+    first: dict[int, nn.BatchNorm2d] = {}
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            other = first.setdefault(module.num_features, module)
+            module.running_mean, module.running_var = other.running_mean, other.running_var
+
+
 @pytest.mark.each_pair
 @pytest.mark.parametrize(
     "change",
-    [freeze_norms, freeze_some_norms, freeze_weights, cumulative_momentum, individual_norms, shared_counter],
+    [
+        freeze_norms,
+        freeze_some_norms,
+        freeze_weights,
+        cumulative_momentum,
+        individual_norms,
+        shared_counter,
+        shared_statistics,
+    ],
 )
 def test_settings_of_norms_and_weights(backend: str, recompute: str, change: object) -> None:
     model = small_densenet()
     change(model)  # type: ignore[operator]
     ours, eager = twin(model, lambda m: dense_ext.swap(m, recompute=recompute))
     assert_trains_alike(ours, eager, images())
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_infinite_running_variance_stays_infinite(momentum: float | None, dtype: torch.dtype) -> None:
+    """And the output in evaluation mode stays finite."""
+    block = eager_block().float()
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = momentum
+            module.num_batches_tracked.fill_(2)
+            module.running_var[0] = torch.inf
+            module.running_mean, module.running_var = (
+                statistic.to(dtype) for statistic in (module.running_mean, module.running_var)
+            )
+    ours, _ = twin(block, dense_ext.swap)
+    with torch.no_grad():
+        ours(torch.randn(2, 6, 8, 6))
+        for module in ours.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                assert module.running_var.dtype == dtype
+                assert module.running_var[0] == torch.inf
+                assert module.running_var[1:].isfinite().all()
+        assert ours.float().eval()(torch.randn(2, 6, 8, 6)).isfinite().all()
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.7, None])
+def test_running_statistics_in_16_bits_are_rounded_once(momentum: float | None) -> None:
+    norm = nn.BatchNorm2d(50, momentum=momentum)
+    stats = torch.rand(2, 50)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    norm.to(torch.bfloat16)
+    factor = 0.25 if momentum is None else momentum
+    norm.num_batches_tracked.fill_(3)
+    expected = [
+        (factor * new.double() + (1 - factor) * old.double()).to(torch.bfloat16)
+        for new, old in zip(
+            (stats[0], stats[1] * (9 / 8)), (norm.running_mean, norm.running_var), strict=True
+        )
+    ]
+    update_running_stats([norm], stats, [0], 9)
+    assert torch.equal(norm.running_mean, expected[0])
+    assert torch.equal(norm.running_var, expected[1])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_value_that_is_not_finite_beside_frozen_norms(backend: str, recompute: str, value: float) -> None:
+    """The gradient of a frozen norm's input does not depend on that input, so only its ReLU sees it."""
+    if backend not in ("cpu", "reference"):
+        pytest.skip("on a GPU 0*x is added to the gradient")
+    ours, eager = twin(eager_block().eval(), lambda m: dense_ext.swap(m, recompute=recompute))
+    x = torch.randn(2, 6, 8, 6, dtype=torch.float64)
+    x[0, 0, 4, 2] = value
+    gradients = []
+    for model in (ours, eager):
+        leaf = x.clone().requires_grad_()
+        model(leaf).sum().backward()
+        gradients.append({"x": leaf.grad, **{name: p.grad for name, p in model.named_parameters()}})
+    for name, expected in gradients[1].items():
+        got = gradients[0][name]
+        assert torch.equal(got.isfinite(), expected.isfinite()), name
+        assert_equal(got.where(got.isfinite(), 0), expected.where(expected.isfinite(), 0), name)
 
 
 def replace_norms(model: nn.Module, **options: bool) -> nn.Module:

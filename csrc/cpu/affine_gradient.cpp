@@ -1,5 +1,5 @@
 // Gradients without a convolution:
-//   affine_gradient:   out = grad + u*x + v
+//   affine_gradient:   out = grad + u*x + v, where u*x is 0 if u is
 //   scaled_accumulate: out += scale*grad
 //
 // grad, x, out [N, H, W, C], each with its own pixel stride (out may be grad itself); u, v,
@@ -32,7 +32,7 @@ void affine_gradient_kernel(const Pixels<const T>& grad, const Pixels<const T>& 
       for_vectors<T>(x.channels, [&](int64_t j, auto count) {
         store(out.at(r) + j,
               load(grad.at(r) + j, count) +
-                  (load(u + j, count) * load(x.at(r) + j, count) + load(v + j, count)),
+                  affine(load(u + j, count), load(x.at(r) + j, count), load(v + j, count)),
               count);
       });
     }

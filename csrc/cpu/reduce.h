@@ -28,8 +28,7 @@ class Moments {
   void clear(int64_t part) { std::fill(row(part), row(part + 1), 0.0); }
 
   // Adds `count` pixels with the given mean and m2 (sum of squared deviations).
-  template <class A>
-  void merge(int64_t part, double count, const A* mean, const A* m2) {
+  void merge(int64_t part, double count, const double* mean, const double* m2) {
     double* total = row(part);
     const double together = total[0] + count;
     const double fraction = count / together, weight = total[0] * fraction;
@@ -44,14 +43,18 @@ class Moments {
   }
 
   // Computes the moments of a tile's rows, which are in the cache, and adds them. T may be a
-  // storage type or the accumulation type of scratch.
+  // storage type or the accumulation type of scratch. The rows are taken as many at a time as
+  // moments_of_rows is exact for.
   template <class T>
   void add_rows(int64_t part, const T* x, int64_t stride, int64_t rows) {
-    using A = Acc<T>;
-    const int64_t padded = round_up(channels_, kPanel<A>);
-    A* mean = scratch<A>(Slot::kStatistics, 2 * padded);
-    moments_of_rows(x, stride, rows, channels_, mean, mean + padded);
-    merge(part, static_cast<double>(rows), mean, mean + padded);
+    constexpr int64_t kAtOnce = 1024;
+    const int64_t padded = round_up(channels_, kPanel<Acc<T>>);
+    double* mean = scratch<double>(Slot::kStatistics, 2 * padded);
+    for (int64_t r = 0; r < rows; r += kAtOnce) {
+      const int64_t count = std::min(kAtOnce, rows - r);
+      moments_of_rows(x + r * stride, stride, count, channels_, mean, mean + padded);
+      merge(part, static_cast<double>(count), mean, mean + padded);
+    }
   }
 
   template <class A>

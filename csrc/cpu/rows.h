@@ -6,7 +6,11 @@
 
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <limits>
 
 #include "vector.h"
 
@@ -55,6 +59,13 @@ void scale_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, Acc<T
   });
 }
 
+// u*y + v, and v where u is zero. Norms with fixed statistics have u = 0, and then a y that isn't
+// finite does not make the gradient NaN.
+template <class V>
+V affine(V u, V y, V v) {
+  return u != 0 ? u * y + v : v;
+}
+
 // out = p*grad + u*y + v, where p is 1 if null
 template <class T>
 void affine_rows(const T* grad, int64_t grad_stride, const T* y, int64_t y_stride, int64_t rows,
@@ -63,7 +74,7 @@ void affine_rows(const T* grad, int64_t grad_stride, const T* y, int64_t y_strid
   write_operand<Depth::kColumns, T>(rows, columns, out, ld, [&](int64_t r, int64_t j, auto count) {
     const Vector<T> loaded = load(grad + r * grad_stride + j, count);
     const Vector<T> g = p ? load(p + j) * loaded : loaded;
-    return g + (load(u + j) * load(y + r * y_stride + j, count) + load(v + j));
+    return g + affine(load(u + j), load(y + r * y_stride + j, count), load(v + j));
   });
 }
 
@@ -122,31 +133,80 @@ void round_rows(Acc<T>* values, int64_t ld, int64_t rows, int64_t columns) {
   }
 }
 
-// mean and m2 = sum (x - mean)^2 of each column, by two passes over rows that are in the cache.
+// The rows that are summed in the accumulation type before the sum is added in double. A serial sum
+// of so few float32 values is off by hardly more than its last bit.
+constexpr int64_t kRunRows = 16;
+
+// total[i] += sums[i], lane by lane
+template <class T, int kWidth>
+void add_lanes(const Vector<T> (&sums)[kWidth], double* total) {
+  alignas(64) Acc<T> flat[kWidth * kLanes<T>];
+  std::memcpy(flat, sums, sizeof flat);
+  for (int64_t i = 0; i < kWidth * kLanes<T>; i++) total[i] += flat[i];
+}
+
+// The moments of one column, in double alone.
 template <class T>
-void moments_of_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, Acc<T>* mean,
-                     Acc<T>* m2) {
+void moments_of_column(const T* x, int64_t stride, int64_t rows, double* mean, double* m2) {
+  const auto value = [&](int64_t r) -> double { return load(x + r * stride, int64_t{1})[0]; };
+  double sum = 0, square = 0;
+  for (int64_t r = 0; r < rows; r++) sum += value(r);
+  *mean = sum / rows;
+  for (int64_t r = 0; r < rows; r++) {
+    const double d = value(r) - *mean;
+    square += d * d;
+  }
+  *m2 = square;
+}
+
+// mean and m2 = sum (x - mean)^2 of each column, by two passes over rows that are in the cache. The
+// second pass also sums x - mean: were the first pass's mean exact, that would be zero. It corrects
+// both, as in Chan, Golub and LeVeque, "Algorithms for computing the sample variance" (1983). The
+// first pass's error must stay small: with a thousand rows it is some hundred roundings at most.
+// Whole vectors are written to mean and m2.
+template <class T>
+void moments_of_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, double* mean,
+                     double* m2) {
   using V = Vector<T>;
+  const double inverse = 1.0 / rows;
+  bool finite = true;
   for_blocks<T>(columns, [&](int64_t j, auto width, auto count) {
     constexpr int kWidth = decltype(width)::value;
-    V sum[kWidth] = {}, square[kWidth] = {};
+    constexpr int64_t kColumns = kWidth * kLanes<T>;
+    const auto value = [&](int64_t r, int i) {
+      return load(x + r * stride + j + i * kLanes<T>, count);
+    };
+    V mean_of[kWidth] = {};
     for (int64_t r = 0; r < rows; r++) {
-      DENSE_UNROLL for (int i = 0; i < kWidth; i++) {
-        sum[i] += load(x + r * stride + j + i * kLanes<T>, count);
-      }
+      DENSE_UNROLL for (int i = 0; i < kWidth; i++) mean_of[i] += value(r, i);
     }
-    DENSE_UNROLL for (int i = 0; i < kWidth; i++) sum[i] /= static_cast<Acc<T>>(rows);
-    for (int64_t r = 0; r < rows; r++) {
-      DENSE_UNROLL for (int i = 0; i < kWidth; i++) {
-        const V d = load(x + r * stride + j + i * kLanes<T>, count) - sum[i];
-        square[i] += d * d;
+    DENSE_UNROLL for (int i = 0; i < kWidth; i++) mean_of[i] *= static_cast<Acc<T>>(inverse);
+    alignas(64) double sums[kColumns] = {}, squares[kColumns] = {};
+    for (int64_t begin = 0; begin < rows; begin += kRunRows) {
+      V sum[kWidth] = {}, square[kWidth] = {};
+      for (int64_t r = begin; r < std::min(begin + kRunRows, rows); r++) {
+        DENSE_UNROLL for (int i = 0; i < kWidth; i++) {
+          const V d = value(r, i) - mean_of[i];
+          sum[i] += d;
+          square[i] += d * d;
+        }
       }
+      add_lanes<T>(sum, sums);
+      add_lanes<T>(square, squares);
     }
-    DENSE_UNROLL for (int i = 0; i < kWidth; i++) {
-      store(mean + j + i * kLanes<T>, sum[i]);
-      store(m2 + j + i * kLanes<T>, square[i]);
+    alignas(64) Acc<T> first[kColumns];
+    std::memcpy(first, mean_of, sizeof first);
+    for (int64_t i = 0; i < kColumns; i++) {
+      const double correction = sums[i] * inverse, corrected = squares[i] - sums[i] * correction;
+      mean[j + i] = first[i] + correction;
+      finite &= corrected <= std::numeric_limits<double>::max();
+      m2[j + i] = corrected < 0 ? 0 : corrected;  // NaN stays NaN
     }
   });
+  // A sum of large values may overflow float32 where the moments do not.
+  for (int64_t c = 0; c < columns && !finite; c++) {
+    if (!std::isfinite(m2[c])) moments_of_column(x + c, stride, rows, mean + c, m2 + c);
+  }
 }
 
 // How mask_rows writes g.
@@ -163,11 +223,9 @@ template <Output kOutput, int kShared, class T>
 void mask_rows(const Acc<T>* grad, int64_t ld, const T* x, int64_t x_stride, int64_t rows,
                int64_t columns, const Acc<T>* mean, const Acc<T>* scale, const Acc<T>* shift,
                T* out, int64_t out_stride, double* sums, int64_t sums_ld) {
-  using A = Acc<T>;
   using V = Vector<T>;
   for_blocks<T>(columns, [&](int64_t j0, auto width, auto count) {
     constexpr int kWidth = decltype(width)::value;
-    constexpr int64_t kColumns = kWidth * kLanes<T>;
     V sum_g[kWidth] = {}, sum_gx[kWidth] = {}, means[kWidth], scales[kWidth], shifts[kWidth];
     DENSE_UNROLL for (int i = 0; i < kWidth; i++) {
       means[i] = load(mean + j0 + i * kLanes<T>);
@@ -189,13 +247,8 @@ void mask_rows(const Acc<T>* grad, int64_t ld, const T* x, int64_t x_stride, int
         sum_gx[i] += g * (xv - means[i]);
       }
     }
-    alignas(64) A flat[2][kColumns];
-    std::memcpy(flat[0], sum_g, sizeof flat[0]);
-    std::memcpy(flat[1], sum_gx, sizeof flat[1]);
-    for (int64_t i = 0; i < kColumns; i++) {
-      sums[j0 + i] += flat[0][i];
-      sums[sums_ld + j0 + i] += flat[1][i];
-    }
+    add_lanes<T>(sum_g, sums + j0);
+    add_lanes<T>(sum_gx, sums + sums_ld + j0);
   });
 }
 

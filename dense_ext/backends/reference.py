@@ -25,6 +25,14 @@ def _pre_activation(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return torch.addcmul(shift, _widen(x), scale)
 
 
+def _product(u: Tensor, x: Tensor) -> Tensor:
+    """``u*x``, and zero where u is.
+
+    Norms with fixed statistics have u = 0, and then an x that isn't finite does not make the gradient NaN.
+    """
+    return (u * _widen(x)).masked_fill_(u == 0, 0)
+
+
 def _nchw(x: Tensor) -> Tensor:
     return x.movedim(-1, 1)
 
@@ -181,7 +189,7 @@ class ReferenceBackend(Backend):
             v -= scale * grad_bias / count + du * mean
 
     def affine_gradient(self, grad: Tensor, x: Tensor, u: Tensor, v: Tensor, out: Tensor) -> None:
-        out.copy_(_widen(grad) + u * _widen(x) + v)
+        out.copy_(_widen(grad) + _product(u, x) + v)
 
     def scaled_accumulate(self, grad: Tensor, scale: Tensor, out: Tensor) -> None:
         out.copy_(torch.addcmul(_widen(out), _widen(grad), scale))
@@ -217,7 +225,7 @@ class ReferenceBackend(Backend):
         sums: Tensor,
         grad_weight: Tensor | None,
     ) -> None:
-        dz = z_scale * _widen(grad_bn) + z_u * _widen(z) + z_v
+        dz = z_scale * _widen(grad_bn) + _product(z_u, z) + z_v
         pre = _pre_activation(x, scale, shift)
         a = self.activate(pre)
         if grad_weight is not None:
@@ -262,7 +270,7 @@ class ReferenceBackend(Backend):
         sums: Tensor,
         grad_weight: Tensor | None,
     ) -> None:
-        dy = _widen(grad) + u * _widen(y) + v
+        dy = _widen(grad) + _product(u, y) + v
         pre = _pre_activation(z, scale, shift)
         a = self.activate(pre)
         ones, zeros = [1] * _spatial(z), [0] * _spatial(z)
