@@ -126,6 +126,11 @@ def graph_of(module: nn.Module, leaves: Callable[[nn.Module], bool], needs_grad:
     Raises:
         RefusedError: the forward cannot be traced.
     """
+    modules = list(_outside(module, leaves))
+    if any(isinstance(m, torch.jit.ScriptModule) for m in modules):
+        raise RefusedError("it has a module of TorchScript, which cannot be traced")
+    if any(type(m).forward.__module__.startswith(_PARALLEL) for m in modules):
+        raise RefusedError("it has modules wrapped for several processes, whose first call sets them up")
     try:
         tracer = _Tracer(needs_grad, leaves)
         with _proxies_as_tensors(module):
@@ -161,10 +166,6 @@ def traces(
     modules = list(_outside(module, leaves))
     if isinstance(module, fx.GraphModule):
         raise RefusedError("it is a GraphModule, whose class cannot be changed")
-    if any(isinstance(m, torch.jit.ScriptModule) for m in modules):
-        raise RefusedError("it has a module of TorchScript, which cannot be traced")
-    if any(type(m).forward.__module__.startswith(_PARALLEL) for m in modules):
-        raise RefusedError("it has modules wrapped for several processes, whose first call sets them up")
     for m in modules:  # tracing would run the hooks
         if m is not module and not (leaves(m) or is_torchs(m)) and (m._forward_hooks or m._forward_pre_hooks):
             raise RefusedError("it has modules that carry hooks, which a fused call would skip")
