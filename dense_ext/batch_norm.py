@@ -68,15 +68,19 @@ def affine_parameters(
     """``norm``'s weight and bias, [C] each; ones and zeros of ``dtype`` where it has none."""
     weight, bias = constant(norm, "weight"), constant(norm, "bias")
     if weight is None:
-        weight = torch.ones(norm.num_features, dtype=dtype, device=device)
+        weight = torch.ones(num_features(norm), dtype=dtype, device=device)
     if bias is None:
-        bias = torch.zeros(norm.num_features, dtype=dtype, device=device)
+        bias = torch.zeros(num_features(norm), dtype=dtype, device=device)
     return weight, bias
 
 
 def num_features(norm: nn.Module) -> int:
-    """The number of channels of a norm, also of one without the attribute ``num_features``."""
-    return int(norm.__dict__.get("num_features") or len(constant(norm, "running_mean")))
+    """The number of channels of a norm, by its tensors: PyTorch does not read the attribute."""
+    for name in reversed(VECTORS):  # statistics first, which are whole where FSDP has sharded parameters
+        vector = constant(norm, name)
+        if vector is not None:
+            return len(vector)
+    return int(norm.__dict__["num_features"])
 
 
 @torch.no_grad()
@@ -95,15 +99,14 @@ def update_running_stats(
     Raises:
         ValueError: a norm has only one of the two running statistics.
     """
-    # Read _buffers directly: this runs in every step, and looking up a module's attributes is slow.
     tracked = [
-        (norm, norm._buffers["running_mean"], norm._buffers["running_var"], start)
+        (norm, constant(norm, "running_mean"), constant(norm, "running_var"), start)
         for norm, start in zip(norms, starts, strict=True)
         if norm.training and isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats
     ]
     if any([(mean is None) != (var is None) for _, mean, var, _ in tracked]):  # noqa: C419  # compiled
         raise ValueError(ONE_STATISTIC)
-    steps = [norm._buffers["num_batches_tracked"] for norm, *_ in tracked]
+    steps = [constant(norm, "num_batches_tracked") for norm, *_ in tracked]
     counters = [counter for counter in steps if counter is not None]
     written = [t for _, mean, var, _ in tracked for t in (mean, var) if t is not None] + counters
     shared = len({norm for norm, *_ in tracked}) < len(tracked) or len(set(map(id, written))) < len(written)
@@ -125,15 +128,15 @@ def update_running_stats(
         if running_mean is None or running_var is None or (step is None and norm.momentum is None):
             continue
         running, batch, counts = by_momentum.setdefault(norm.momentum, ([], [], []))
-        channels = slice(start, start + norm.num_features)
+        channels = slice(start, start + len(running_mean))
         for old, new in ((running_mean, means[channels]), (running_var, variances[channels])):
             # Statistics in 16 bits are updated in the wider type, so that they are rounded once.
-            wide = in_dtype(old, torch.promote_types(old.dtype, new.dtype))
+            wide = old if old.dtype == new.dtype else old.to(torch.promote_types(old.dtype, new.dtype))
             running.append(wide)
             batch.append(in_dtype(new, wide.dtype))
             if wide is not old:
                 narrow.append((old, wide))
-        counts += [step, step]  # type: ignore[list-item]  # not None where it is read, with momentum=None
+        counts += [step, step]  # not None where it is read, with momentum=None
     # PyTorch's formula. That of lerp, running + momentum*(batch - running), makes an infinite statistic NaN.
     for momentum, (running, batch, counts) in by_momentum.items():
         if momentum is not None:

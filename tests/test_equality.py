@@ -127,10 +127,28 @@ def shared_statistics(model: nn.Module) -> None:
             module.running_mean, module.running_var = other.running_mean, other.running_var
 
 
+def another_number_of_features(model: nn.Module) -> None:
+    """PyTorch does not read the attribute."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.num_features = 1
+
+
+def statistics_as_parameters(model: nn.Module, requires_grad: bool = False) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for name in ("running_mean", "running_var"):
+                value = module._buffers.pop(name)
+                assert value is not None
+                module.register_parameter(name, nn.Parameter(value, requires_grad))
+
+
 @pytest.mark.each_pair
 @pytest.mark.parametrize(
     "change",
     [
+        another_number_of_features,
+        statistics_as_parameters,
         freeze_norms,
         freeze_some_norms,
         freeze_weights,
@@ -247,6 +265,15 @@ def test_an_eps_that_is_not_positive_is_refused(eps: float, training: bool) -> N
                     module.eps = eps
             with pytest.raises(ValueError, match=r"eps .*must be (positive|non-negative)"):
                 model(torch.randn(2, 6, 4, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_running_statistics_that_require_a_gradient_are_refused(training: bool) -> None:
+    for part in (eager_block(), eager_transition()):
+        statistics_as_parameters(part, requires_grad=True)
+        for model in twin(part.train(training), dense_ext.swap):
+            with pytest.raises(RuntimeError, match="running"):
+                model(torch.randn(2, 6, 4, 4, dtype=torch.float64)).sum().backward()
 
 
 @pytest.mark.parametrize("training", [True, False])

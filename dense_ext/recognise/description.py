@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..activations import name_of, named
+from ..batch_norm import num_features
 from ..eligibility import watch
 from .tracing import Guards, RefusedError, is_plain, traces
 
@@ -386,7 +387,7 @@ class _Reading:
 
     def _normalised(self, source: Any, name: str, norm: Any) -> _Value:
         groups = self._features(source, "it takes a norm").groups
-        self._reads(groups, norm.num_features, name)
+        self._reads(groups, num_features(norm), name)
         self.used.append(name)
         return _Value(groups, norm=name)
 

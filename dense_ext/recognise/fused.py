@@ -15,7 +15,7 @@ from torch.jit import is_scripting  # type: ignore[attr-defined]  # absent from 
 from .. import ops
 from ..arguments import Arguments
 from ..backends.general import Form, block_form, transition_form
-from ..batch_norm import update_running_stats
+from ..batch_norm import num_features, update_running_stats
 from ..eligibility import Absence, Fused, interference, known_methods, patched_method
 from ..modules import (
     as_image,
@@ -229,10 +229,10 @@ def _run_newest_first(
     def update(stats: Tensor, starts: Sequence[int], count: Any) -> None:
         parts, new_starts = [], [0]
         for i, norm in enumerate(norms):
-            part = stats[:, starts[i] : starts[i] + norm.num_features]
+            part = stats[:, starts[i] : starts[i] + num_features(norm)]
             # The buffer begins with the input, so its sizes are the reversed ones.
             parts.append(_reversed(part, sizes[i][::-1], 1) if i in sizes else part)
-            new_starts.append(new_starts[-1] + norm.num_features)
+            new_starts.append(new_starts[-1] + num_features(norm))
         update_running_stats(norms, torch.cat(parts, 1), new_starts[:-1], count)
 
     out, _ = run_dense_block(x, norms, convs, recompute, backend, **options, reorder=reorder, update=update)
