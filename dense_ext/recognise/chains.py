@@ -165,7 +165,8 @@ def rewrite(model: nn.Module, parts: set[nn.Module], run: Callable[..., Any]) ->
     if not links:
         raise RefusedError("it has no stem or transition that is called module by module")
     inner = [name for chain in links for pieces in chain.pieces for name in pieces.modules]
-    if len(set(inner)) < len(inner):
+    own = [name for chain in links for pieces in chain.pieces for name in (pieces.norm, pieces.conv) if name]
+    if len(set(own)) < len(own):
         raise RefusedError("a norm or convolution is used more than once")
     called, entered = called_and_entered
     code_of_modes, children = (code_in_eval, code), children_of(model, called)

@@ -266,7 +266,10 @@ def changed_guards(module: Any, guards: Guards) -> str | None:
     """Which of the values that a forward reads has changed, or None."""
     for path, name, value in guards.attributes:
         holder = submodule(module, path)
-        if not equal(getattr(holder, name, Absence.ABSENT), value):
+        found = getattr(holder, name, Absence.ABSENT)
+        if isinstance(found, types.MethodType) and found.__self__ is holder:
+            found = found.__func__
+        if not equal(found, value):
             return f"{path or 'its'} {name} has changed since it was recognised"
     for path, name, value in guards.variables:
         holder, last = _holder(path, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -64,8 +65,9 @@ class _Calls(TorchFunctionMode):
         self.functions: list[Any] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # A proxy has this attribute too, and forwards are traced for both values.
-        if func != Tensor.requires_grad.__get__:  # type: ignore[attr-defined]
+        if (
+            getattr(func, "__name__", "") != "__get__"
+        ):  # a trace has an attribute where it is first used, if it is
             self.functions.append(func)
         return func(*args, **(kwargs or {}))
 
@@ -229,14 +231,17 @@ def _check_trace(module: Any, x: Tensor, leaves: Callable[[nn.Module], bool]) ->
 
     For example one that asks ``type(x) is Tensor``, or that catches the error of a branch on a proxy's value.
     """
-    leaf = x.clone().requires_grad_()
+    leaf, drawn = x.clone().requires_grad_(), random.getstate()
     for mode in (True, False):
         graph = graph_of(module.train(mode), leaves)
         runs = []
         for run in (module.forward, fx.Interpreter(module, graph=graph).run):
-            with torch.autocast("cpu", enabled=False), _WithoutDropout(), _Calls() as calls:
+            random.setstate(drawn)  # a module inside may draw random numbers, the same ones in both
+            calls, fork = _Calls(), torch.random.fork_rng(devices=[])
+            with fork, torch.autocast("cpu", enabled=False), _WithoutDropout(), calls:
                 run(leaf)
             runs.append(calls.functions)
+        random.setstate(drawn)
         if runs[0] != runs[1]:
             raise RefusedError("its forward calls other functions than when it is traced")
 

@@ -11,6 +11,7 @@ import dis
 import enum
 import functools
 import gc
+import operator
 import os
 import pickle
 import random
@@ -169,12 +170,12 @@ def traces(
     for m in modules:  # tracing would run the hooks
         if m is not module and not (leaves(m) or is_torchs(m)) and (m._forward_hooks or m._forward_pre_hooks):
             raise RefusedError("it has modules that carry hooks, which a fused call would skip")
-    was = {m: m.training for m in modules}
     before, drawn = _state(modules), _generators()
     classes = dict.fromkeys(c for m in modules for c in type(m).__mro__ if not _is_torchs_class(c))
     of_classes = _class_guards(classes)
-    try:
-        for training, grad, autocast in _MODES:
+    changed: list[tuple[nn.Module, str]] = []
+    for training, grad, autocast in _MODES:
+        with kept_attributes(modules):
             for m in modules:
                 m.training = training
             with ExitStack() as stack:
@@ -187,17 +188,12 @@ def traces(
                 code = stack.enter_context(_recorded_code())
                 graph = graph_of(module, leaves, grad)
             attributes = _attribute_guards(module, read) + _uncalled_guards(module, modules, graph)
-            if any("type" in c.co_names or "__class__" in c.co_names for c in code):
-                _check_classes(classes)
+            _check_classes(classes, {name for c in code for name in c.co_names})
             _check_defaults((f for c in classes for f in vars(c).values()), code)
-            yield training, graph, Guards(attributes, _variable_guards(code) + of_classes)
-    finally:
-        for m, mode in was.items():
-            m.training = mode
-        after = _state(modules)
-        changed = [key for key in before.keys() | after.keys() if before.get(key) != after.get(key)]
-        for m, name in after.keys() - before.keys():
-            m.__dict__.pop(name, None)
+            guards = Guards(attributes, _variable_guards(code) + of_classes)
+            after = _state(modules)
+            changed += [key for key in before.keys() | after.keys() if before.get(key) != after.get(key)]
+            yield training, graph, guards  # while the modules are in this mode
     if changed:
         raise RefusedError(f"its forward writes {type(changed[0][0]).__name__}.{changed[0][1]}")
     if _generators() != drawn:
@@ -214,6 +210,31 @@ def _outside(module: nn.Module, leaves: Callable[[nn.Module], bool]) -> Iterator
             yield found
             if found is module or not leaves(found):
                 waiting += found.children()
+
+
+@contextmanager
+def kept_attributes(modules: Sequence[nn.Module]) -> Iterator[list[Any]]:
+    """Undo changes of modules' attributes, and of lists and dicts among them.
+
+    At the end, the list that the context gives holds the values that were written.
+    """
+    modes = [(m, m.training) for m in modules]  # not all keep it in their dict
+    own: list[Any] = [m.__dict__ for m in modules]
+    own += [value for attributes in own for value in attributes.values() if type(value) in (list, dict)]
+    before = [value.copy() for value in own]
+    written: list[Any] = []
+    try:
+        yield written
+    finally:
+        for m, mode in modes:
+            m.training = mode
+        for now, was in zip(own, before, strict=True):
+            values, found = (list(v.values() if isinstance(v, dict) else v) for v in (was, now))
+            if len(now) == len(was) and all(map(operator.is_, found, values)):
+                continue
+            written += [value for value in found if not any(value is v for v in values)]
+            now.clear()
+            now.update(was) if isinstance(now, dict) else now.extend(was)
 
 
 @contextmanager
@@ -348,7 +369,9 @@ def _attribute_guards(
         if isinstance(value, nn.Module) or (_is_function(value) and name not in m.__dict__):
             continue  # modules are in the graph; changes of methods are checked by class
         of = getattr(value, "__self__", None)  # of a bound method
-        stateful = not (of is None or isinstance(of, (nn.Module, type, types.ModuleType)))
+        if of is m and isinstance(value, types.MethodType):
+            value = value.__func__  # a copy of the module has the method bound to itself
+        stateful = not (of is None or of is m or isinstance(of, (type, types.ModuleType)))
         if stateful or not (is_plain(value) or _is_function(value) or _is_torchs_class(value)):
             raise RefusedError(f"its forward reads {type(m).__name__}.{name}, a {type(value).__name__}")
         found[names[m], name, value] = None
@@ -391,12 +414,19 @@ def _is_torchs_class(value: Any) -> bool:
     return isinstance(value, type) and str(value.__module__).partition(".")[0] in ("torch", "builtins")
 
 
-def _check_classes(classes: Iterable[type]) -> None:
-    """Refuse classes with values that no guard covers, for a forward that may read them by ``type(self)``."""
+def _check_classes(classes: Iterable[type], read: set[str]) -> None:
+    """Refuse a forward that may read a value of a class that no guard covers, by ``type(self)``.
+
+    ``read`` are the names in the code that has run.
+    """
+    if not {"type", "__class__"} & read:
+        return
     methods = (staticmethod, classmethod, property)
     for c in classes:
         for name, value in vars(c).items():
             if name.startswith("__") or isinstance(value, methods) or _is_code(value):
+                continue
+            if name not in read and "getattr" not in read:
                 continue
             if "<locals>" in c.__qualname__ or not is_plain(value):
                 raise RefusedError(f"its forward may read {c.__name__}.{name} by its class")

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import enum
 import inspect
-import operator
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from .proxies import IN_PLACE
-from .tracing import RefusedError, graph_of, is_plain, transparent_checkpoints
+from .tracing import RefusedError, graph_of, is_plain, kept_attributes, transparent_checkpoints
 
 # Functions that need the memory layout of eager's result.
 _LAYOUT = {
@@ -105,40 +103,15 @@ def _graphs(model: nn.Module, leaves: Collection[nn.Module]) -> Iterator[fx.Grap
     """
     for training in (True, False):
         for grad in (True, False):
-            with _unchanged(model), transparent_checkpoints(), torch.inference_mode(False):
-                for m in model.modules():
+            modules = list(model.modules())
+            with kept_attributes(modules) as written, transparent_checkpoints(), torch.inference_mode(False):
+                for m in modules:
                     m.training = training
                 with torch.set_grad_enabled(grad), torch.random.fork_rng(devices=[]):
                     graph = graph_of(model, lambda m: m in leaves, grad)
+            if not all(map(is_plain, written)):
+                raise RefusedError("its forward keeps tensors as attributes")
             yield graph
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Undo changes of attributes, and of lists and dicts among them.
-
-    Raises:
-        RefusedError: something else than a plain value was written.
-    """
-    modes = [(m, m.training) for m in model.modules()]  # not all keep it in their dict
-    own: list[Any] = [m.__dict__ for m, _ in modes]
-    own += [value for attributes in own for value in attributes.values() if type(value) in (list, dict)]
-    before = [value.copy() for value in own]
-    written: list[Any] = []
-    try:
-        yield
-    finally:
-        for m, mode in modes:
-            m.training = mode
-        for now, was in zip(own, before, strict=True):
-            values, found = (list(v.values() if isinstance(v, dict) else v) for v in (was, now))
-            if len(now) == len(was) and all(map(operator.is_, found, values)):
-                continue
-            written += [value for value in found if not any(value is v for v in values)]
-            now.clear()
-            now.update(was) if isinstance(now, dict) else now.extend(was)
-    if not all(map(is_plain, written)):
-        raise RefusedError("its forward keeps tensors as attributes")
 
 
 class Use(enum.IntEnum):

@@ -115,6 +115,49 @@ class OfFixedSize(nn.Module):
         return self.classifier(self.features(x).flatten(1))
 
 
+class Repeats(nn.Module):
+    """Calls a random number of functions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(int(torch.randint(1, 6, ()))):
+            x = x + 0
+        return x
+
+
+class Caches(nn.Module):
+    """Keeps a tensor of its first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ramp: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.ramp is None:
+            self.ramp = torch.linspace(0, 1, x.shape[-1], dtype=x.dtype)
+        return x + self.ramp
+
+
+class ManyHabits(nn.Module):
+    """Reads attributes long before it uses them, shares a ReLU, and calls its own method by another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv0, self.norm0, self.relu = conv(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True)
+        self.pool0, self.repeats = nn.MaxPool2d(3, 2, 1), Repeats()
+        self.block1, self.norm1, self.conv1 = block(6), nn.BatchNorm2d(14), conv(14, 6, 1)
+        self.block2, self.body = block(6), self.features
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.block1(self.pool0(self.relu(self.norm0(self.conv0(x)))))
+        return self.block2(F.avg_pool2d(self.conv1(self.relu(self.norm1(x))), 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        size, device, _ = x.shape, x.device, x.dtype
+        y = self.repeats(self.body(x))
+        resized = F.interpolate(y, size=size[2:])
+        return resized.mean((2, 3)) + torch.ones(1, dtype=y.dtype, device=device)
+
+
 class Wrapper(nn.Module):
     """Passes for the class of what it wraps."""
 
@@ -190,11 +233,12 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "stem in a module": lambda: Classifier(nn.Sequential(Stem(6), block(6))),
     "fixed size": OfFixedSize,
     "in a wrapper": lambda: Wrapper(Classifier(nn.Sequential(Stem(6), block(6)))),
+    "many habits": ManyHabits,
 }
 # The stems and transitions that are called module by module.
 PIECES = {"encoder": 2, "shallow encoder": 1, "torchvision's blocks": 2, "functional stem": 1}
 PIECES |= {"stem in a Sequential": 1, "one Sequential": 1, "lists": 0}
-PIECES |= {"stem in a module": 1, "fixed size": 1, "in a wrapper": 1}
+PIECES |= {"stem in a module": 1, "fixed size": 1, "in a wrapper": 1, "many habits": 2}
 
 
 def images(*size: int) -> Tensor:
@@ -545,6 +589,13 @@ def test_a_slice_is_not_rewritten() -> None:
     x = images()
     assert_equal(ours.features[:4](x), eager.features[:4](x), "slice")
     assert type(ours.features[:4]) is nn.Sequential
+
+
+def test_tracing_leaves_nothing_in_the_modules() -> None:
+    model = Classifier(nn.Sequential(stem(6), block(6), Caches())).double()
+    dense_ext.swap(model)
+    assert model.features[2].ramp is None
+    model(images()).sum().backward()
 
 
 # --- forwards that are left as they are ---------------------------------------------------------------------
