@@ -406,13 +406,16 @@ class _Recomputed:
 
     def __init__(self, saved: tuple[Any, ...], output: Tensor) -> None:
         self.value: tuple[tuple[Any, ...], Tensor] | None = (saved, output)
+        self.versions = self._versions(saved)
+
+    @staticmethod
+    def _versions(saved: tuple[Any, ...]) -> list[int]:
         args, x, *_ = saved
-        self.loaded = [x, *(tensor for group in args.tensors for tensor in group)]
-        self.versions = [tensor._version for tensor in self.loaded]
+        return [tensor._version for tensor in (x, *itertools.chain.from_iterable(args.tensors))]
 
     def check(self) -> None:
         """Raise autograd's error if a loaded tensor was modified since, as by an optimizer in a hook."""
-        if [tensor._version for tensor in self.loaded] != self.versions:
+        if self.value is not None and self._versions(self.value[0]) != self.versions:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace "
                 "operation: a dense block's input, parameter or running statistic, during the backward pass"
