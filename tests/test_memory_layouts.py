@@ -94,7 +94,9 @@ def test_contiguous_images_are_converted_in_front_of_plain_convolutions(
     x = images()[:, :channels].contiguous()
     if dims == 3:
         features.pool0 = nn.MaxPool3d(3, 2, 1)
-        features, x = in_three_dimensions(features), x.unsqueeze(2).repeat(1, 1, 33, 1, 1)
+        features = in_three_dimensions(features)
+        # Equal slices would have channels of little variance, and training would magnify rounding.
+        x = torch.randn(*x.shape[:2], 33, *x.shape[2:], dtype=x.dtype)
     ours, eager = twin(change(features), dense_ext.swap)
     first = FirstConvolution()
     with first, torch.no_grad():

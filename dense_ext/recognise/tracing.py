@@ -130,7 +130,7 @@ def graph_of(module: nn.Module, leaves: Callable[[nn.Module], bool], needs_grad:
     modules = list(_outside(module, leaves))
     if any(isinstance(m, torch.jit.ScriptModule) for m in modules):
         raise RefusedError("it has a module of TorchScript, which cannot be traced")
-    if any(type(m).forward.__module__.startswith(_PARALLEL) for m in modules):
+    if any(str(type(m).forward.__module__).startswith(_PARALLEL) for m in modules):
         raise RefusedError("it has modules wrapped for several processes, whose first call sets them up")
     try:
         tracer = _Tracer(needs_grad, leaves)
@@ -366,8 +366,10 @@ def _attribute_guards(
     names = {m: name for name, m in module.named_modules()}
     found: dict[tuple[str, str, Any], None] = {}
     for m, name, value in read:
-        if isinstance(value, nn.Module) or (_is_function(value) and name not in m.__dict__):
-            continue  # modules are in the graph; changes of methods are checked by class
+        if m not in names or isinstance(value, nn.Module) or (_is_function(value) and name not in m.__dict__):
+            # A slice of a container is a module of its own, modules are in the graph, and changes of methods
+            # are checked by class.
+            continue
         of = getattr(value, "__self__", None)  # of a bound method
         if of is m and isinstance(value, types.MethodType):
             value = value.__func__  # a copy of the module has the method bound to itself
