@@ -230,11 +230,11 @@ def test_error_is_no_larger_than_eagers(
     """Both errors are against float64; eager runs in channels_last, like a swapped model.
 
     Single errors are random, since a ReLU mask that flips outweighs all rounding. So the median over a
-    model's tensors is averaged over four models. The averages of equally exact programs then differ by
+    model's tensors is averaged over eight models. The averages of equally exact programs then differ by
     about 5 %, and 15 % are allowed.
     """
     ratios = []
-    for seed in range(4):
+    for seed in range(8):
         torch.manual_seed(seed)
         exact = randomize(DenseNet(8, (3, 4), 16, 4, 0.0, num_classes=16)).double()
         # Start from values that the storage type represents, so that only the computation differs.

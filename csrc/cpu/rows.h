@@ -168,6 +168,7 @@ template <class T>
 void moments_of_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, double* mean,
                      double* m2) {
   using V = Vector<T>;
+  const double inverse = 1.0 / rows;
   bool finite = true;
   for_blocks<T>(columns, [&](int64_t j, auto width, auto count) {
     constexpr int kWidth = decltype(width)::value;
@@ -179,7 +180,7 @@ void moments_of_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, 
     for (int64_t r = 0; r < rows; r++) {
       DENSE_UNROLL for (int i = 0; i < kWidth; i++) mean_of[i] += value(r, i);
     }
-    DENSE_UNROLL for (int i = 0; i < kWidth; i++) mean_of[i] /= static_cast<Acc<T>>(rows);
+    DENSE_UNROLL for (int i = 0; i < kWidth; i++) mean_of[i] *= static_cast<Acc<T>>(inverse);
     alignas(64) double sums[kColumns] = {}, squares[kColumns] = {};
     for (int64_t begin = 0; begin < rows; begin += kRunRows) {
       V sum[kWidth] = {}, square[kWidth] = {};
@@ -196,7 +197,7 @@ void moments_of_rows(const T* x, int64_t stride, int64_t rows, int64_t columns, 
     alignas(64) Acc<T> first[kColumns];
     std::memcpy(first, mean_of, sizeof first);
     for (int64_t i = 0; i < kColumns; i++) {
-      const double correction = sums[i] / rows, corrected = squares[i] - sums[i] * correction;
+      const double correction = sums[i] * inverse, corrected = squares[i] - sums[i] * correction;
       mean[j + i] = first[i] + correction;
       finite &= corrected <= std::numeric_limits<double>::max();
       m2[j + i] = corrected < 0 ? 0 : corrected;  // NaN stays NaN
