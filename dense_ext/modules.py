@@ -74,11 +74,12 @@ def read_arguments(
     variances = [var for var in [constant(norm, "running_var") for norm in running] if var is not None]
     if not len(means) == len(variances) == len(running):
         raise ValueError(f"{where}: {ONE_STATISTIC}")
-    statistics = [constant(norm, name) for norm in norms for name in ("running_mean", "running_var")]
-    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in statistics]):  # noqa: C419
-        raise RuntimeError(
-            f"{where}: batch norm gives its running statistics no gradient, but one requires it"
-        )
+    if torch.is_grad_enabled():
+        statistics = [constant(norm, name) for norm in norms for name in ("running_mean", "running_var")]
+        if any([t is not None and t.requires_grad for t in statistics]):  # noqa: C419  # compiled
+            raise RuntimeError(
+                f"{where}: batch norm gives its running statistics no gradient, but one requires it"
+            )
     groups = (list(weights), list(biases), conv_weights, conv_biases, means, variances)
     names = (
         "norm weight", "norm bias", "convolution weight", "convolution bias", "running mean",

@@ -244,7 +244,7 @@ def _run_newest_first(
 
 def kinds_of(module: Any) -> dict[str, tuple[type[nn.Module], str]]:
     """The class of every submodule by dotted name, and the first name of a submodule that has several."""
-    first = {m: name for name, m in reversed(list(module.named_modules()))}
+    first = {m: name for name, m in module.named_modules()}
     named = module.named_modules(remove_duplicate=False)
     return {name: (type(m), first[m]) for name, m in named if m is not module}
 

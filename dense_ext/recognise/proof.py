@@ -65,9 +65,8 @@ class _Calls(TorchFunctionMode):
         self.functions: list[Any] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if (
-            getattr(func, "__name__", "") != "__get__"
-        ):  # a trace has an attribute where it is first used, if it is
+        # A trace has the reading of an attribute where it is first used, if it is used.
+        if getattr(func, "__name__", "") != "__get__":
             self.functions.append(func)
         return func(*args, **(kwargs or {}))
 

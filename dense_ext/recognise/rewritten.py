@@ -22,7 +22,7 @@ from ..modules import (
 )
 from ..supported import NORM_TYPES, transition_reason
 from .chains import Chain, Part, Pieces, Rewriting, children_of, rewrite
-from .fused import Recognised, Traced, changed_guards, original_class, submodule, traced_class
+from .fused import Recognised, Traced, changed_guards, kinds_of, original_class, submodule, traced_class
 from .proof import prove_same
 from .tracing import RefusedError, transparent_checkpoints
 
@@ -149,11 +149,11 @@ def _has_forward(module: nn.Module) -> bool:
 def install_calls(module: Any, rewriting: Rewriting, backend: str = "auto", name: str = "") -> None:
     """Make a module run its rewritten forward, in place."""
     pieces = [name for pieces in rewriting.pieces for name in pieces.modules]
-    kinds = {name: (type(submodule(module, name)), name) for name in (*rewriting.entered, *pieces)}
+    kinds = kinds_of(module)
     checked = {name for p in rewriting.pieces for name in (p.norm, p.conv)}
     module.__class__ = traced_class(type(module), Rewritten)
     module.plan, module.functions = rewriting, _functions(rewriting)
-    module.kinds = {name: kind for name, kind in kinds.items() if name not in checked}
+    module.kinds = {name: kinds[name] for name in (*rewriting.entered, *pieces) if name not in checked}
     module.backend, module.part_name = backend, name
 
 

@@ -413,7 +413,12 @@ def _is_code(value: Any) -> bool:
 
 
 def _is_torchs_class(value: Any) -> bool:
-    return isinstance(value, type) and str(value.__module__).partition(".")[0] in ("torch", "builtins")
+    return isinstance(value, type) and _package(value) in ("torch", "builtins")
+
+
+def _package(value: Any) -> str:
+    """The outermost package that a class belongs to, or that a Python module is in."""
+    return str(getattr(value, "__module__", None) or value.__name__).partition(".")[0]
 
 
 def _check_classes(classes: Iterable[type], read: set[str]) -> None:
@@ -546,7 +551,7 @@ def _globals_read(code: types.CodeType, variables: dict[str, Any]) -> Iterator[t
         if opname in ("COPY", "DUP_TOP", "EXTENDED_ARG"):  # the first two as in an augmented assignment
             continue
         reads_attribute = opname in ("LOAD_ATTR", "LOAD_METHOD")
-        if isinstance(value, types.ModuleType) and not reads_attribute and not _is_torchs(value):
+        if isinstance(value, types.ModuleType) and not reads_attribute and _package(value) != "torch":
             raise RefusedError(f"{code.co_name} uses the module {path} as a value")
         if opname in ("LOAD_GLOBAL", "LOAD_NAME") and name in variables:
             path, value = name, variables[name]
@@ -559,7 +564,7 @@ def _globals_read(code: types.CodeType, variables: dict[str, Any]) -> Iterator[t
         elif reads_attribute and isinstance(value, types.FunctionType):
             raise RefusedError(f"{code.co_name} reads {path}.{name}, of a function")
         elif reads_attribute and isinstance(value, (types.ModuleType, type)):
-            if _is_torchs(value):
+            if _package(value) == "torch":
                 if name in _STATE_OF_TORCH:
                     raise RefusedError(f"{code.co_name} reads {path}.{name}")
                 value = None  # torch's functions and constants; the gate checks those that tools replace
@@ -573,11 +578,6 @@ def _globals_read(code: types.CodeType, variables: dict[str, Any]) -> Iterator[t
             value = None
             continue
         yield path, value
-
-
-def _is_torchs(value: Any) -> bool:
-    """Whether a module or class is PyTorch's."""
-    return str(getattr(value, "__module__", None) or value.__name__).partition(".")[0] == "torch"
 
 
 # --- side effects -------------------------------------------------------------------------------------
