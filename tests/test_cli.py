@@ -282,15 +282,22 @@ def test_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     printed = capsys.readouterr().out
     assert "densenet_bc_100_12" in printed
     assert "ImageNet top-1 accuracy in % (torchvision's weights IMAGENET1K_V1)" in printed
-    rows = {row["name"]: row for row in read(tmp_path / "models.json")["models"]}
-    assert {name: row["size"] for name, row in rows.items()} == {**dict.fromkeys(some, 32), "resnet18": 224}
-    assert rows["densenet_bc_100_12"]["parameters"] == 769_162  # arXiv 1608.06993, table 2: 0.8 M
-    assert rows["densenet_40_12"]["parameters"] == 1_019_722  # 1.0 M
-    assert set(rows["densenet_40_12"]["saved_bytes_per_image"]) == {"default", "none", "bottleneck", "block"}
-    assert rows["resnet18"]["forward_flops_per_image"] == pytest.approx(2 * 1.814e9, rel=1e-3)
-    saved = rows["densenet_bc_100_12"]["saved_bytes_per_image"]
-    assert saved["default"] > 8 * saved["bottleneck"]
-    assert {name: row["imagenet_top1_percent"] for name, row in rows.items()} == {
+    rows = read(tmp_path / "models.json")["rows"]
+    sizes = {row["case"]["model"]: row["case"]["size"] for row in rows}
+    assert sizes == {**dict.fromkeys(some, 32), "resnet18": 224}
+    measures = {(row["case"]["model"], row["peer"]): row["measures"] for row in rows}
+    eager = {name: measures[name, "eager-cl"] for name in sizes}
+    assert eager["densenet_bc_100_12"]["parameters"] == 769_162  # arXiv 1608.06993, table 2: 0.8 M
+    assert eager["densenet_40_12"]["parameters"] == 1_019_722  # 1.0 M
+    counted = {peer for name, peer in measures if "saved_bytes_per_image" in measures[name, peer]
+               and name == "densenet_40_12"}  # fmt: skip
+    assert counted == {"eager-cl", "dense_ext-none", "dense_ext-bottleneck", "dense_ext-block"}
+    (failed,) = (row for row in rows if row["failure"])
+    assert failed["failure"] == "torchvision has no DenseNet without bottleneck layers"
+    assert eager["resnet18"]["forward_flops_per_image"] == pytest.approx(2 * 1.814e9, rel=1e-3)
+    saved = measures["densenet_bc_100_12", "dense_ext-bottleneck"]["saved_bytes_per_image"]
+    assert eager["densenet_bc_100_12"]["saved_bytes_per_image"] > 8 * saved
+    assert {name: row.get("imagenet_top1_percent") for name, row in eager.items()} == {
         **dict.fromkeys(some), "resnet18": 69.758
     }  # fmt: skip
     assert is_png(tmp_path / "models.png")
@@ -300,11 +307,14 @@ def test_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 # --- train --------------------------------------------------------------------------------------------
 
 
-def without_seconds(results: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: [{**epoch, "seconds": None} for epoch in run["history"]]
-        for name, run in results["runs"].items()
-    }
+def without_seconds(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """What each network reached in each epoch, in their order."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        epochs = found.setdefault(row["peer"], [])
+        epochs.append(row["measures"])
+        assert row["case"]["epoch"] == len(epochs)
+    return found
 
 
 @pytest.mark.parametrize("stop", [3, 9])  # in the second epoch of the first network, and of the second
@@ -417,7 +427,7 @@ def test_a_checkpoint_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["train", *TINY_TRAIN, "--batch", "32", "--epochs", "3", "--recompute", "none"]
     assert main([*arguments, "--out", str(tmp_path), "--json"]) == 0
-    history = json.loads(capsys.readouterr().out)["runs"]["dense_ext"]["history"]
+    history = without_seconds(json.loads(capsys.readouterr().out))["dense_ext"]
     assert history[2]["test_accuracy"] > 0.8
     assert history[2]["training_loss"] < history[0]["training_loss"]
     weights = torch.load(tmp_path / "weights.pt", weights_only=True)

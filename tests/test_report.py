@@ -26,6 +26,7 @@ from dense_ext.cli import main
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PHONE, DESK = 390, 1200
+OLD = json.dumps(dict.fromkeys(HEAD) | {"kind": "models", "models": [], "step_batch": 32}).encode()
 BARE = json.dumps(dict.fromkeys(HEAD) | {"kind": "step"}).encode()
 
 
@@ -176,6 +177,7 @@ def test_a_result_of_unknown_kind(
         ("list.json", b"[]", "list.json is no result file of dense-ext"),
         ("plan.json", b'{"kind": "step", "rows": []}', "plan.json is no result file of dense-ext"),
         ("bare.json", BARE, "bare.json is a result of 'step' without peers, rows"),
+        ("old.json", OLD, "a result of 'models' without peers, rows; an older version's is to be"),
     ],
 )
 def test_what_is_no_result(

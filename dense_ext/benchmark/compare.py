@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .errors import UsageError
-from .results import CONTENT, Measurement, Results, case_text
+from .results import Measurement, Results, case_text
 
 FALSE_DISCOVERY_RATE = 0.01
 THRESHOLD = 0.05  # of a median, unless told otherwise
@@ -27,6 +27,7 @@ NOISE = {
     "saved_bytes": 0.001, "lasting_bytes": 0.001, "peak_bytes": 0.02, "reserved_bytes": 0.05,
     "largest_batch": 0.02, "deepest": 0.02, "relative_error": 1.0,
 }  # fmt: skip
+_NO_BENCHMARKS = ("models", "train")
 _MORE_IS_BETTER = ("largest_batch", "deepest")
 
 Pair = tuple[Measurement, Measurement]  # the same row of the old and the new run
@@ -81,7 +82,7 @@ def compare(old: Results, new: Results, threshold: float = THRESHOLD) -> Compari
     """
     if old.kind != new.kind:
         raise UsageError(f"results of different kinds: {old.kind} and {new.kind}")
-    if old.kind in CONTENT:
+    if old.kind in _NO_BENCHMARKS:
         raise UsageError(f"a result of dense-ext {old.kind} has nothing to compare")
     before, now = ({f"{case_text(row.case)}: {row.peer}": row for row in run.rows} for run in (old, new))
     both = [(before[key], now[key]) for key in before if key in now]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -14,13 +13,12 @@ from torch import nn
 
 from ..memory import Planner
 from ..models import MODELS, DenseNet
-from ..schedule import RECOMPUTE
-from .errors import UsageError
 from .flops import flops_per_image, without_memory
 from .memory import saved_bytes
 from .networks import plain, takes_small_images, torchvision_twin
-from .results import Results
-from .tables import Columns, Draw, Kind, Table
+from .peers import EAGER, OURS
+from .results import Measurement, PeerLabel, Results
+from .tables import Columns, Draw, Kind, Table, shown
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 SIZE, SMALL_SIZE = 224, 32  # of the images that the networks for ImageNet and for CIFAR take
@@ -30,8 +28,9 @@ WEIGHTS = "IMAGENET1K_V1"
 _BATCH = 8
 _TRAINING_BYTES = 3 * 4  # of a parameter in float32: its value, gradient and momentum
 
-# What is counted for every DenseNet, in order.
-MEMORY_KINDS = ("default", "memory_efficient", *RECOMPUTE)
+# What is counted of every DenseNet, in order; of a ResNet the first. The images are in channels_last memory.
+_EAGER, _EFFICIENT = EAGER["eager-cl"], EAGER["memory-efficient-cl"]
+COUNTED = {peer.name: peer for peer in (_EAGER, _EFFICIENT, *OURS.values())}
 
 
 def _saved_per_image(build: Callable[[], nn.Module], size: int) -> float:
@@ -44,74 +43,69 @@ def _saved_per_image(build: Callable[[], nn.Module], size: int) -> float:
 
 
 def _dense_builders(name: str) -> dict[str, Callable[[], nn.Module]]:
-    """How to make the network of each kind of memory."""
+    """How to make a DenseNet as each of :data:`COUNTED`."""
     make = MODELS[name]
     return {
-        "default": lambda: plain(make()),
-        "memory_efficient": lambda: torchvision_twin(make(), True, "cpu"),
-        **{policy: partial(make, recompute=policy) for policy in RECOMPUTE},
+        _EAGER.name: lambda: plain(make()),
+        _EFFICIENT.name: lambda: torchvision_twin(make(), True, "cpu"),
+        **{peer.name: partial(make, recompute=policy) for policy, peer in OURS.items()},
     }
 
 
-def _top1(name: str, size: int) -> float | None:
-    """Top-1 accuracy on ImageNet in percent of torchvision's weights; None without, or at another size."""
+def _top1(name: str, size: int) -> dict[str, float]:
+    """Top-1 accuracy on ImageNet in percent of torchvision's weights; none without, or at another size."""
     if size != SIZE or name not in torchvision.models.list_models(torchvision.models):
-        return None
+        return {}
     weights: Any = torchvision.models.get_model_weights(name)
-    accuracy: float = weights[WEIGHTS].meta["_metrics"]["ImageNet-1K"]["acc@1"]
-    return accuracy
+    return {"imagenet_top1_percent": weights[WEIGHTS].meta["_metrics"]["ImageNet-1K"]["acc@1"]}
 
 
-def _step_bytes(name: str, size: int, saved: float, parameters: int) -> dict[str, int]:
-    """What a step of 32 images with SGD and momentum holds: eager at least, dense_ext at its planned peak."""
-    held = {"default": round(STEP_BATCH * saved) + _TRAINING_BYTES * parameters}
-    if name in MODELS:
-        planner = Planner(name, (3, size, size), device="cpu")
-        held |= {policy: planner.estimate(STEP_BATCH, policy).peak for policy in RECOMPUTE}
-    return held
-
-
-def _row(name: str, size: int | None, tick: Callable[[str], None]) -> dict[str, Any]:
-    builders = _dense_builders(name) if name in MODELS else {"default": getattr(torchvision.models, name)}
+def _rows(name: str, size: int | None, tick: Callable[[str], None]) -> Iterator[Measurement]:
+    """A row of each peer that there is of a network, as it is counted."""
+    builders = _dense_builders(name) if name in MODELS else {_EAGER.name: getattr(torchvision.models, name)}
     with torch.device("meta"):
-        network = builders["default"]()
+        network = builders[_EAGER.name]()
     small = isinstance(network, DenseNet) and takes_small_images(network)
     side = size or (SMALL_SIZE if small else SIZE)
-    saved = {}
-    for kind, build in builders.items():
-        tick(f"{name}, {kind}")
-        with suppress(UsageError):  # torchvision has no networks without bottleneck layers
-            saved[kind] = _saved_per_image(build, side)
     parameters = sum(p.numel() for p in network.parameters())
-    return {
-        "name": name,
-        "size": side,
-        "imagenet_top1_percent": _top1(name, side),
-        "parameters": parameters,
-        "forward_flops_per_image": flops_per_image(builders["default"], (3, side, side), backward=False),
-        "saved_bytes_per_image": saved,
-        "step_bytes": _step_bytes(name, side, saved["default"], parameters),
-    }
+    flops = flops_per_image(builders[_EAGER.name], (3, side, side), backward=False)
+    same = {**_top1(name, side), "parameters": parameters, "forward_flops_per_image": flops}
+    for peer, build in builders.items():
+        tick(f"{name}, {peer}")
+        row = Measurement({"model": name, "size": side, "dtype": "float32"}, peer, measures={**same})
+        with row.failing():  # torchvision has no networks without bottleneck layers
+            row.measures["saved_bytes_per_image"] = saved = _saved_per_image(build, side)
+            if peer == _EAGER.name:  # at least
+                row.measures["step_bytes"] = round(STEP_BATCH * saved) + _TRAINING_BYTES * parameters
+            elif policy := COUNTED[peer].recompute:
+                planner = Planner(name, (3, side, side), device="cpu")
+                row.measures["step_bytes"] = planner.estimate(STEP_BATCH, policy).peak
+        yield row
 
 
 def ticks() -> int:
     """How often :func:`measure_family` ticks at most."""
-    return len(MODELS) * len(MEMORY_KINDS) + len(RESNETS)
+    return len(MODELS) * len(COUNTED) + len(RESNETS)
+
+
+def options(size: int | None) -> dict[str, Any]:
+    """What the results say of how they were counted."""
+    return {"size": size, "step_batch": STEP_BATCH, "accuracy_source": f"torchvision's weights {WEIGHTS}"}
 
 
 def measure_family(size: int | None, results: Results, tick: Callable[[str], None]) -> None:
-    """Fill the results' content with a row per network.
+    """Fill the results with a row per network and peer.
 
     Args:
         size: height and width of the images in pixels; None for each network's own, 224 or 32.
         results: rows are added as they are counted.
         tick: told what is counted next.
     """
-    rows: list[dict[str, Any]] = []
-    source = f"torchvision's weights {WEIGHTS}"
-    results.content = {"models": rows, "step_batch": STEP_BATCH, "accuracy_source": source}
-    for name in (*MODELS, *RESNETS):
-        rows.append(_row(name, size, tick))
+    for name, peer in COUNTED.items():
+        results.peers[name] = PeerLabel(peer.label.removesuffix(", channels_last"), peer.ours)
+    for network in (*MODELS, *RESNETS):
+        for row in _rows(network, size, tick):
+            results.rows.append(row)
 
 
 class Family(Kind):
@@ -122,27 +116,29 @@ class Family(Kind):
 
     @classmethod
     def tables(cls, results: Results) -> dict[str, Table]:
-        names: Columns = {"network": lambda network: network["name"]}
+        eager = [row for row in results.rows if row.peer == _EAGER.name]
+        rated = [row for row in eager if "imagenet_top1_percent" in row.measures]
+        names: Columns = {"network": lambda row: str(row.case["model"])}
         arithmetic: Columns = {
-            "M parameters": lambda network: f"{network['parameters'] / 1e6:.2f}",
-            "GFLOP forward": lambda network: f"{network['forward_flops_per_image'] / 1e9:.3g}",
+            "M parameters": lambda row: f"{row.measures['parameters'] / 1e6:.2f}",
+            "GFLOP forward": lambda row: f"{row.measures['forward_flops_per_image'] / 1e9:.3g}",
         }
         title = (
             "kept for backward in MB (1e6 bytes) per image: eager, memory_efficient, dense_ext by recompute"
         )
-        models = Table.of(title, results.content["models"], {
-            **names, "pixels": lambda network: str(network["size"]), **arithmetic,
-            **{kind: _amount("saved_bytes_per_image", kind, 1e6, ".1f") for kind in MEMORY_KINDS},
+        models = Table.of(title, eager, {
+            **names, "pixels": lambda row: str(row.case["size"]), **arithmetic,
+            **_amounts(results, "saved_bytes_per_image", 1e6, ".1f"),
         })  # fmt: skip
-        content, top1 = results.content, "ImageNet top-1 accuracy in %"
+        source, batch = (results.options[name] for name in ("accuracy_source", "step_batch"))
         title = (
-            f"{top1} ({content['accuracy_source']}) beside what a training step of {content['step_batch']} "
-            "images holds in GB (1e9 bytes): eager, dense_ext by recompute"
+            f"ImageNet top-1 accuracy in % ({source}) beside what a training step of {batch} images holds in "
+            "GB (1e9 bytes): eager, dense_ext by recompute"
         )
-        accuracy = Table.of(title, _rated(results), {
-            **names, "top-1 %": lambda network: f"{network['imagenet_top1_percent']:.2f}", **arithmetic,
-            "eager": _amount("step_bytes", "default", 1e9, ".2f"),
-            **{policy: _amount("step_bytes", policy, 1e9, ".2f") for policy in RECOMPUTE},
+        rated.sort(key=lambda row: -row.measures["imagenet_top1_percent"])
+        accuracy = Table.of(title, rated, {
+            **names, "top-1 %": lambda row: f"{row.measures['imagenet_top1_percent']:.2f}", **arithmetic,
+            **_amounts(results, "step_bytes", 1e9, ".2f", without=_EFFICIENT.name),
         })  # fmt: skip
         return {"models": models, "accuracy": accuracy}
 
@@ -150,16 +146,20 @@ class Family(Kind):
     def figures(cls, results: Results) -> dict[str, Draw]:
         from .figures import accuracy_lines, family_bars
 
-        found: dict[str, Draw] = {"models": family_bars} if results.content["models"] else {}
-        return found | ({"accuracy": accuracy_lines} if _rated(results) else {})
+        found: dict[str, Draw] = {"models": family_bars} if results.rows else {}
+        return found | ({"accuracy": accuracy_lines} if results.measured("imagenet_top1_percent") else {})
 
 
-def _rated(results: Results) -> list[dict[str, Any]]:
-    """The networks whose accuracy is known, the most accurate first."""
-    known = [network for network in results.content["models"] if network["imagenet_top1_percent"] is not None]
-    return sorted(known, key=lambda network: -network["imagenet_top1_percent"])
+def _amounts(results: Results, measure: str, unit: float, spec: str, without: str = "") -> Columns:
+    """A column of each peer's bytes of a row's network, "-" where they were not counted; but of one peer."""
+    counted = {(row.peer, row.case["model"]): row.measures[measure] for row in results.measured(measure)}
 
+    def cell(row: Measurement, peer: str) -> str:
+        amount = counted.get((peer, row.case["model"]))
+        return shown(amount and amount / unit, spec)
 
-def _amount(what: str, kind: str, unit: float, spec: str) -> Callable[[dict[str, Any]], str]:
-    """A column of the bytes of one kind, "-" where they were not counted."""
-    return lambda network: format(network[what][kind] / unit, spec) if kind in network[what] else "-"
+    return {
+        peer.label.removeprefix("dense_ext, recompute "): partial(cell, peer=name)
+        for name, peer in results.peers.items()
+        if name != without
+    }

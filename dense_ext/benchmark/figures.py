@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,23 +19,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..files import write_atomically
-from ..schedule import RECOMPUTE
-from .family import MEMORY_KINDS
 from .kinds import KINDS
-from .results import Measurement, Results, case_text
+from .results import Measurement, Results, by_peer, case_text
 from .tables import machine_name, setting, sides
 
 # Okabe and Ito's palette, told apart with any colour vision.
 BLUE, SKY, ORANGE, YELLOW, GREEN, RED, PURPLE = (
     "#0072B2", "#56B4E9", "#E69F00", "#F0E442", "#009E73", "#D55E00", "#CC79A7",
 )  # fmt: skip
-# The peers of the default run and what `dense-ext models` counts; other peers take what these leave.
+# The peers of the default run; other peers take what these leave.
 COLOURS = {
     "eager": SKY, "eager-cl": BLUE, "memory-efficient": YELLOW, "memory-efficient-cl": ORANGE,
     "dense_ext-none": PURPLE, "dense_ext-bottleneck": GREEN, "dense_ext-block": RED,
-    "default": BLUE, "memory_efficient": ORANGE, "none": PURPLE, "bottleneck": GREEN, "block": RED,
 }  # fmt: skip
-MARKERS = dict(zip(COLOURS, "o^sDvPXo^vPX", strict=True))
+MARKERS = dict(zip(COLOURS, "o^sDvPX", strict=True))
 
 # What a page replaces by its own colours.
 INK, RULE, PAPER = "#333333", "#dddddd", "#ffffff"
@@ -88,11 +86,9 @@ def _legend(figure: Figure, axes: Axes) -> None:
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=9)
 
 
-def _by_peer(results: Results, rows: Iterable[Measurement]) -> list[tuple[list[Measurement], dict[str, Any]]]:
+def _looks(results: Results, rows: Iterable[Measurement]) -> list[tuple[list[Measurement], dict[str, Any]]]:
     """Each peer's rows, and how they are drawn: label, colour and marker."""
-    found: dict[str, list[Measurement]] = {}
-    for row in rows:
-        found.setdefault(row.peer, []).append(row)
+    found = by_peer(rows)
     looks = zip(found.values(), styles(found).values(), strict=True)
     return [(of_peer, {**style, "label": results.label(of_peer[0])}) for of_peer, style in looks]
 
@@ -158,12 +154,12 @@ def memory_lines(
     """Bytes against ``vary``, a line per peer; the first dtype."""
     rows = [row for row in results.measured("saved_bytes") if row.case.get("vary") == vary]
     case, what = rows[0].case, vary.replace("_", " ")
-    by_peer = _by_peer(results, (row for row in rows if row.case["dtype"] == case["dtype"]))
+    looks = _looks(results, (row for row in rows if row.case["dtype"] == case["dtype"]))
     title = f"Memory of {of} against {what}", case_text(case, "vary", vary)
-    with _drawing(path, 4 + 0.12 * len(by_peer), *title) as figure:
+    with _drawing(path, 4 + 0.12 * len(looks), *title) as figure:
         every = figure.subplots(1, len(panels))
         for axes, (panel, (measure, without)) in zip(every, panels.items(), strict=True):
-            for measured, look in by_peer:
+            for measured, look in looks:
                 if measured[0].peer not in without:
                     megabytes = [row.measures[measure] / 1e6 for row in measured]
                     axes.plot([row.case[vary] for row in measured], megabytes, markersize=4, **look)
@@ -174,14 +170,14 @@ def memory_lines(
 
 def speed_dots(results: Results, path: Path, title: str, dimensions: int = 2) -> None:
     """Speed relative to the fastest other network, eager where one is, a row per case and a dot per peer."""
-    cases, by_peer = results.timed_cases(), _by_peer(results, results.timed())
+    cases, looks = results.timed_cases(), _looks(results, results.timed())
     reference, among = next(iter(results.references().items()))
     # Within a case's band each peer has its own height, so that equal speeds do not cover each other.
-    heights = np.linspace(-0.35, 0.35, len(by_peer)) if len(by_peer) > 1 else [0.0]
-    height = 1.8 + (0.3 + 0.06 * len(by_peer)) * len(cases) + 0.12 * len(by_peer)
+    heights = np.linspace(-0.35, 0.35, len(looks)) if len(looks) > 1 else [0.0]
+    height = 1.8 + (0.3 + 0.06 * len(looks)) * len(cases) + 0.12 * len(looks)
     with _drawing(path, height, title, machine_name(results)) as figure:
         axes = figure.subplots()
-        for at, (rows, look) in zip(heights, by_peer, strict=True):
+        for at, (rows, look) in zip(heights, looks, strict=True):
             points = [
                 (least / row.median, cases.index(row.case) + at)
                 for row in rows
@@ -214,7 +210,7 @@ def roofline(results: Results, path: Path, dtype: str) -> None:
         found = [intensity(row) for row in rows]
         x = np.geomspace(min(found) / 2, max(*found, matmul / copy) * 2, 100)
         axes.plot(x, np.minimum(x * copy, matmul) / 1e9, color=INK, linewidth=1.5, label="measured ceilings")
-        for mine, look in _by_peer(results, rows):
+        for mine, look in _looks(results, rows):
             rates = [row.measures["flops"] / row.median / 1e9 for row in mine]
             axes.plot(list(map(intensity, mine)), rates, linestyle="", markersize=4, alpha=0.7, **look)
         axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="GFLOP/s")
@@ -223,37 +219,37 @@ def roofline(results: Results, path: Path, dtype: str) -> None:
 
 def family_bars(results: Results, path: Path) -> None:
     """Saved MB per image of every network, by policy; a panel per image size, the largest on top."""
-    networks = results.content["models"]
-    sizes = sorted({network["size"] for network in networks}, reverse=True)
-    groups = [[network for network in networks if network["size"] == size] for size in sizes]
-    height = 1.2 + 0.6 * len(groups) + 0.68 * len(networks)
+    by_size: dict[int, dict[str, list[Measurement]]] = defaultdict(lambda: defaultdict(list))
+    for row in results.measured("saved_bytes_per_image"):
+        by_size[int(row.case["size"])][str(row.case["model"])].append(row)
+    sizes = sorted(by_size, reverse=True)
+    heights = [len(by_size[size]) for size in sizes]
+    height = 1.2 + 0.6 * len(sizes) + 0.68 * sum(heights)
     with _drawing(path, height, "Memory that a training step keeps for backward, float32") as figure:
-        heights = [len(group) for group in groups]
-        panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
-        for axes, size, group in zip(panels, sizes, groups, strict=True):
-            _family_panel(axes, group)
+        panels = figure.subplots(len(sizes), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for axes, size in zip(panels, sizes, strict=True):
+            _family_panel(axes, results, list(by_size[size].values()))
             axes.set_title(f"images of {size}x{size}")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 
-def _family_panel(axes: Axes, networks: list[dict[str, Any]]) -> None:
-    """A group of bars per network, one bar per kind of memory it was counted for."""
-    height = 0.84 / len(MEMORY_KINDS)
-    counted = [list(network["saved_bytes_per_image"]) for network in networks]
-    for kind in MEMORY_KINDS:
-        at = [j for j, kinds in enumerate(counted) if kind in kinds]
-        values = [networks[j]["saved_bytes_per_image"][kind] / 1e6 for j in at]
-        places = [j + (counted[j].index(kind) - (len(counted[j]) - 1) / 2) * height for j in at]
-        label = f"dense_ext, recompute {kind}" if kind in RECOMPUTE else kind.replace("default", "eager")
-        bars = axes.barh(places, values, height, color=COLOURS[kind], label=label)
-        axes.bar_label(bars, [f"{v:.3g}" for v in values], padding=2, fontsize=7)
+def _family_panel(axes: Axes, results: Results, networks: list[list[Measurement]]) -> None:
+    """A group of bars per network, one bar per peer that it was counted for."""
+    height, looks = 0.84 / len(results.peers), styles(results.peers)
+    for name, peer in results.peers.items():
+        values = {
+            at + (i - (len(rows) - 1) / 2) * height: row.measures["saved_bytes_per_image"] / 1e6
+            for at, rows in enumerate(networks) for i, row in enumerate(rows) if row.peer == name
+        }  # fmt: skip
+        bars = axes.barh([*values], [*values.values()], height, color=looks[name]["color"], label=peer.label)
+        axes.bar_label(bars, [f"{v:.3g}" for v in values.values()], padding=2, fontsize=7)
     axes.set_xlabel("MB per image")
     axes.margins(x=0.1)
     axes.set_ylim(-0.5, len(networks) - 0.5)
     _horizontal(axes, [
-        f"{n['name']}\n{n['parameters'] / 1e6:.1f} M parameters\n"
-        f"{n['forward_flops_per_image'] / 1e9:.3g} GFLOP forward"
-        for n in networks
+        f"{row.case['model']}\n{row.measures['parameters'] / 1e6:.1f} M parameters\n"
+        f"{row.measures['forward_flops_per_image'] / 1e9:.3g} GFLOP forward"
+        for row, *_ in networks
     ])  # fmt: skip
 
 
@@ -264,38 +260,38 @@ def _label(x: float, y: float, ha: str, va: str) -> dict[str, Any]:
 
 # A line of networks: which, what runs them, how it is drawn, and where the labels do not overlap.
 _FAMILIES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
-    "ResNets, eager": ("resnet", "default", {"color": BLUE, "marker": "s"}, _label(5, -4, "left", "top")),
+    "ResNets, eager": ("resnet", "eager-cl", {"color": BLUE, "marker": "s"}, _label(5, -4, "left", "top")),
     "DenseNets, eager": (
-        "densenet", "default", {"color": RED, "marker": "o"}, _label(5, -5, "center", "top"),
+        "densenet", "eager-cl", {"color": RED, "marker": "o"}, _label(5, -5, "center", "top"),
     ),
     "DenseNets, dense_ext with recompute bottleneck": (
-        "densenet", "bottleneck", {"color": GREEN, "marker": "D"}, _label(8, -3, "left", "center"),
+        "densenet", "dense_ext-bottleneck", {"color": GREEN, "marker": "D"}, _label(8, -3, "left", "center"),
     ),
 }  # fmt: skip
 
 
 def accuracy_lines(results: Results, path: Path) -> None:
     """Top-1 accuracy against parameters, operations and the memory of a training step, by family."""
-    known = [row for row in results.content["models"] if row["imagenet_top1_percent"] is not None]
-    panels: dict[str, Callable[[dict[str, Any], str], float]] = {
-        "million parameters": lambda row, kind: row["parameters"] / 1e6,
-        "GFLOP in the forward of an image": lambda row, kind: row["forward_flops_per_image"] / 1e9,
-        f"GB held in a training step of {results.content['step_batch']} images": lambda row, kind: (
-            row["step_bytes"][kind] / 1e9
-        ),
+    known, options = results.measured("imagenet_top1_percent"), results.options
+    panels = {
+        "million parameters": ("parameters", 1e6),
+        "GFLOP in the forward of an image": ("forward_flops_per_image", 1e9),
+        f"GB held in a training step of {options['step_batch']} images": ("step_bytes", 1e9),
     }
-
-    setting = f"{results.content['accuracy_source']}; training in float32, SGD with momentum"
+    setting = f"{options['accuracy_source']}; training in float32, SGD with momentum"
     title = "What accuracy costs: DenseNets beside ResNets", setting
     with _drawing(path, 5.4, *title, width=11) as figure:
         every = figure.subplots(1, 3, sharey=True)
-        for axes, (what, cost) in zip(every, panels.items(), strict=True):
+        for axes, (what, (cost, unit)) in zip(every, panels.items(), strict=True):
             # What runs a network changes its memory alone.
-            for label, (family, kind, style, place) in _FAMILIES.items():
-                rows = [row for row in known if row["name"].startswith(family)]
-                if not rows or (kind != "default" and axes is not every[-1]):
+            for label, (family, peer, style, place) in _FAMILIES.items():
+                points = sorted(
+                    (row.measures[cost] / unit, row.measures["imagenet_top1_percent"], str(row.case["model"]))
+                    for row in known
+                    if row.peer == peer and str(row.case["model"]).startswith(family)
+                )
+                if not points or (peer != "eager-cl" and cost != "step_bytes"):
                     continue
-                points = sorted((cost(row, kind), row["imagenet_top1_percent"], row["name"]) for row in rows)
                 costs, accuracies, names = zip(*points, strict=True)
                 axes.plot(costs, accuracies, label=label, **style)
                 for name, *point in zip(names, costs, accuracies, strict=True):
@@ -310,17 +306,17 @@ def accuracy_lines(results: Results, path: Path) -> None:
 
 def training_curves(results: Results, path: Path) -> None:
     """Loss and test accuracy by epoch, a line per network."""
-    with _drawing(path, 4, f"Training {results.options['model']} on {results.content['data']}") as figure:
+    options = results.options
+    with _drawing(path, 4, f"Training {options['model']} on {options['data']}") as figure:
         losses, accuracies = figure.subplots(1, 2)
-        for i, (name, run) in enumerate(results.content["runs"].items()):
-            history = run["history"]
-            epochs = [epoch["epoch"] for epoch in history]
+        for i, (name, rows) in enumerate(by_peer(results.rows).items()):
+            epochs = [row.case["epoch"] for row in rows]
             style: Any = {"color": (GREEN, BLUE)[i], "marker": "ox"[i], "markersize": 5 + 2 * i}
             solid: Any = ("-", (0, (4, 3)))[i]
             for part, dashes in (("training", solid), ("test", ":")):
-                values = [epoch[f"{part}_loss"] for epoch in history]
+                values = [row.measures[f"{part}_loss"] for row in rows]
                 losses.plot(epochs, values, linestyle=dashes, label=f"{name}, {part}", **style)
-            values = [100 * epoch["test_accuracy"] for epoch in history]
+            values = [100 * row.measures["test_accuracy"] for row in rows]
             accuracies.plot(epochs, values, linestyle=solid, label=name, **style)
         losses.set(xlabel="epoch", ylabel="cross entropy", yscale="log")
         accuracies.set(xlabel="epoch", ylabel="test accuracy (%)")

@@ -3,39 +3,38 @@
 from __future__ import annotations
 
 from .family import Family
-from .results import Results
+from .results import Results, by_peer
 from .suites import SUITES
 from .tables import Draw, Kind, Table, failures, number
 
 
 class Trainings(Kind):
-    """Trainings with their loss and accuracy by epoch."""
+    """Trainings: a row per network and epoch."""
 
     name = "train"
     title = "Training"
 
     @classmethod
     def tables(cls, results: Results) -> dict[str, Table]:
-        histories = {name: run["history"] for name, run in results.content["runs"].items() if run["history"]}
-        options, images = results.options, results.content["images"]
+        runs, options = by_peer(results.rows), results.options
         caption = (
-            f"{options['model']}, {max(map(len, histories.values()), default=0)} epochs of "
-            f"{images['training']} images of {options['size']}x{options['size']}, batches of "
-            f"{options['batch']}; one of the {images['test']} test images is {1 / images['test']:.2%}"
+            f"{options['model']}, {max(map(len, runs.values()), default=0)} epochs of "
+            f"{options['training_images']} images of {options['size']}x{options['size']}, batches of "
+            f"{options['batch']}; one of the {options['test_images']} test images is "
+            f"{1 / options['test_images']:.2%}"
         )
-        return {"accuracy": Table.of(f"training {options['model']} on {results.content['data']}", histories, {
-            "": str,
-            "test accuracy": lambda name: f"{histories[name][-1]['test_accuracy']:.2%}",
-            "test loss": lambda name: number(histories[name][-1]["test_loss"], ".3f"),
-            "seconds": lambda name: f"{sum(epoch['seconds'] for epoch in histories[name]):.0f}",
+        return {"accuracy": Table.of(f"training {options['model']} on {options['data']}", runs.values(), {
+            "": lambda run: results.label(run[-1]),
+            "test accuracy": lambda run: f"{run[-1].measures['test_accuracy']:.2%}",
+            "test loss": lambda run: number(run[-1].measures["test_loss"], ".3f"),
+            "seconds": lambda run: f"{sum(epoch.median for epoch in run):.0f}",
         }, caption=caption)}  # fmt: skip
 
     @classmethod
     def figures(cls, results: Results) -> dict[str, Draw]:
         from .figures import training_curves
 
-        trained = any(run["history"] for run in results.content["runs"].values())
-        return {"curves": training_curves} if trained else {}
+        return {"curves": training_curves} if results.rows else {}
 
 
 KINDS: dict[str, type[Kind]] = {**SUITES, Family.name: Family, Trainings.name: Trainings}

@@ -11,7 +11,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -24,20 +24,19 @@ from .machine import commit, machine, versions
 Tick = Callable[[str], None]  # told what comes next
 Labels = Mapping[str, str | int]  # of a case
 
-# What every file has, and what one of its kind has beside that; kinds that are not named are suites.
+# What every file has. A file with the first is ours; the others were not there in older versions' files.
 HEAD = {"kind", "date", "machine", "versions", "commit", "options", "interrupted"}
-CONTENT = {"models": {"models"}, "train": {"runs"}}
-_OF_A_SUITE = {"peers", "rows"}
+_MEASURED = {"peers", "rows"}
 
 
 @dataclass
 class Measurement:
-    """A row of a suite's result: what was measured of one peer on one case."""
+    """A row of a result: what was measured of one peer on one case."""
 
-    case: Labels  # network, batch, size and dtype, or primitive and shape
+    case: Labels  # network, batch, size and dtype, or primitive and shape, or epoch
     peer: str
     failure: str | None = None  # why there is no measurement
-    measures: dict[str, Any] = field(default_factory=dict)  # bytes or operations; None is not finite
+    measures: dict[str, Any] = field(default_factory=dict)  # e.g. bytes or operations; None is not finite
     seconds: list[float] = field(default_factory=list)  # samples, in the order they were taken
     calls_per_sample: int = 1  # of which a sample is the mean
     served_by: list[str] = field(default_factory=list)  # the backends of dense_ext that ran
@@ -90,22 +89,17 @@ class Results:
     peers: dict[str, PeerLabel] = field(default_factory=dict)  # by name
     rows: list[Measurement] = field(default_factory=list)
     work: dict[str, Any] = field(default_factory=dict)  # the machine's rates of copying and of products
-    content: dict[str, Any] = field(default_factory=dict)  # what `dense-ext models` and `train` found
 
     @classmethod
     def from_json(cls, loaded: dict[str, Any]) -> Results:
-        known = {f.name for f in fields(cls)}
-        results = cls(**{name: value for name, value in loaded.items() if name in known})
-        results.peers = {name: PeerLabel(**peer) for name, peer in loaded.get("peers", {}).items()}
-        results.rows = [Measurement(**row) for row in loaded.get("rows", [])]
-        results.content = {name: value for name, value in loaded.items() if name not in known}
-        return results
+        peers = {name: PeerLabel(**peer) for name, peer in loaded["peers"].items()}
+        rows = [Measurement(**row) for row in loaded["rows"]]
+        known = {f.name: loaded[f.name] for f in fields(cls) if f.name in loaded}
+        return cls(**known | {"peers": peers, "rows": rows})
 
     def as_json(self) -> dict[str, Any]:
         found = asdict(self) | {"rows": [row.as_json() for row in self.rows]}
-        content = found.pop("content")
-        kept = HEAD if self.kind in CONTENT else HEAD | _OF_A_SUITE
-        return {name: v for name, v in found.items() if v or name in kept} | content
+        return {name: value for name, value in found.items() if value or name != "work"}
 
     def label(self, row: Measurement) -> str:
         return self.peers[row.peer].label
@@ -151,6 +145,14 @@ class Results:
         """The rate of a row's operations over that of the machine's matrix products."""
         rate: float = self.work["matmul_flops_per_second"][row.case["dtype"]]
         return float(row.measures["flops"]) / row.median / rate
+
+
+def by_peer(rows: Iterable[Measurement]) -> dict[str, list[Measurement]]:
+    """The rows of each peer."""
+    found: dict[str, list[Measurement]] = {}
+    for row in rows:
+        found.setdefault(row.peer, []).append(row)
+    return found
 
 
 def case_text(case: Labels, *without: str) -> str:
@@ -210,6 +212,7 @@ def read_results(path: Path) -> Results:
         raise UsageError(f"{path} is no result file: {error}") from error
     if not isinstance(loaded, dict) or not loaded.keys() >= HEAD:
         raise UsageError(f"{path} is no result file of dense-ext")
-    if missing := CONTENT.get(str(loaded["kind"]), _OF_A_SUITE) - loaded.keys():
-        raise UsageError(f"{path} is a result of {loaded['kind']!r} without {', '.join(sorted(missing))}")
+    if missing := _MEASURED - loaded.keys():
+        lacks = f"without {', '.join(sorted(missing))}; an older version's is to be measured anew"
+        raise UsageError(f"{path} is a result of {loaded['kind']!r} {lacks}")
     return Results.from_json(loaded)

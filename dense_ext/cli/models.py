@@ -33,7 +33,7 @@ def models(
 
     check(size is None or size >= _SMALLEST, f"--size must be at least {_SMALLEST}, got {size}")
     check_new(out / RESULT, overwrite)
-    results = new_results("models", {"size": size})
+    results = new_results("models", family.options(size))
     run = partial(family.measure_family, size, results)
     results.interrupted = measure(run, family.ticks(), results, out / RESULT)
     publish(results, out / RESULT, draw_all, None if json else print_tables)

@@ -137,22 +137,23 @@ def _train(training: Training, options: dict[str, Any], out: Path, json: bool) -
     from ..benchmark.results import new_results
     from ..files import write_atomically
 
-    results = new_results("train", options)
-    images = {part: len(getattr(training.data, part)) for part in ("training", "test")}
+    images = {f"{part}_images": len(getattr(training.data, part)) for part in ("training", "test")}
+    results = new_results("train", options | images)
     results.interrupted = not training.run()
     if not training.main_process:
         return
-    results.content = {"data": training.data.source, "images": images, "runs": training.histories()}
+    training.fill(results)
     if not results.interrupted:
         write_atomically(out / "weights.pt", lambda path: torch.save(training.weights(), path))
     publish(results, out / RESULT, draw_all, None if json else _print_accuracies)
 
 
 def _print_accuracies(results: Results) -> None:
-    for name, run in results.content["runs"].items():
-        if history := run["history"]:
-            seconds = sum(epoch["seconds"] for epoch in history)
-            print(
-                f"{name}: test accuracy {history[-1]['test_accuracy']:.2%} "
-                f"after {len(history)} epochs of {results.options['model']} in {seconds:.0f} s"
-            )
+    from ..benchmark.results import by_peer
+
+    for name, epochs in by_peer(results.rows).items():
+        seconds = sum(epoch.median for epoch in epochs)
+        print(
+            f"{name}: test accuracy {epochs[-1].measures['test_accuracy']:.2%} "
+            f"after {len(epochs)} epochs of {results.options['model']} in {seconds:.0f} s"
+        )

@@ -22,6 +22,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from ..benchmark.errors import UsageError
 from ..benchmark.peers import EAGER
+from ..benchmark.results import Measurement, PeerLabel, Results
 from ..models import MODELS
 from .images import DataSets
 
@@ -225,8 +226,14 @@ class Training:
                 return False
         return True
 
-    def histories(self) -> dict[str, Any]:
-        return {name: {"history": module.history} for name, module in self._modules.items()}
+    def fill(self, results: Results) -> None:
+        """Give the results a row of each network and epoch that it was trained for."""
+        for name, module in self._modules.items():
+            results.peers[name] = PeerLabel(name, ours=name == OURS)
+            for epoch in module.history:
+                measures = {of: value for of, value in epoch.items() if of not in ("epoch", "seconds")}
+                case, seconds = {"epoch": int(epoch["epoch"])}, [epoch["seconds"]]
+                results.rows.append(Measurement(case, name, measures=measures, seconds=seconds))
 
     def weights(self) -> dict[str, Tensor]:
         """dense_ext's network's values after its last epoch; torchvision's of the same shape loads them."""
