@@ -131,6 +131,8 @@ def _drift(others: list[Pair], threshold: float) -> Iterator[str]:
 
 def _samples(pair: Pair, others: list[Pair]) -> tuple[str, list[list[float]]]:
     """Old and new samples over the geometric mean of the others' in the same round, where there are some."""
+    from scipy.stats import gmean
+
     rounds = [len(row.seconds) for row in pair]
     beside = [
         other for other in others
@@ -139,10 +141,7 @@ def _samples(pair: Pair, others: list[Pair]) -> tuple[str, list[list[float]]]:
     if not beside:
         return "seconds", [row.seconds for row in pair]
     return "time beside others", [
-        [
-            seconds / statistics.geometric_mean(in_round)
-            for seconds, *in_round in zip(row.seconds, *(other.seconds for other in of_others), strict=True)
-        ]
+        (row.seconds / gmean([other.seconds for other in of_others])).tolist()
         for row, *of_others in zip(pair, *beside, strict=True)
     ]
 

@@ -44,10 +44,9 @@ def torchvision_twin(model: DenseNet, memory_efficient: bool = False, device: st
     """
     from torchvision.models import DenseNet as Library
 
-    def build(init_features: int, in_channels: int, **shape: Any) -> nn.Module:
-        return Library(num_init_features=init_features, memory_efficient=memory_efficient, **shape)
-
-    return _twin(model, build, device, lambda lack: UsageError(f"torchvision has no DenseNet {lack}"))
+    stem: Any = model.features.conv0
+    library = partial(Library, num_init_features=stem.out_channels, memory_efficient=memory_efficient)
+    return _twin(model, library, device, "torchvision", UsageError)
 
 
 def timm_twin(model: DenseNet, memory_efficient: bool = False) -> nn.Module:
@@ -61,36 +60,33 @@ def timm_twin(model: DenseNet, memory_efficient: bool = False) -> nn.Module:
     except ImportError as error:
         raise UnavailableError(f"timm is not installed: {error}") from error
 
-    def build(init_features: int, in_channels: int, **shape: Any) -> nn.Module:
-        return Library(in_chans=in_channels, memory_efficient=memory_efficient, **shape)
-
-    return _twin(model, build, "meta", lambda lack: UnavailableError(f"timm has no DenseNet {lack}"))
+    stem: Any = model.features.conv0
+    library = partial(Library, in_chans=stem.in_channels, memory_efficient=memory_efficient)
+    return _twin(model, library, "meta", "timm", UnavailableError)
 
 
 def _twin(
-    model: DenseNet, build: Callable[..., nn.Module], device: str, error: Callable[[str], Exception]
+    model: DenseNet, library: Callable[..., Any], device: str, name: str, error: type[Exception]
 ) -> nn.Module:
+    """A library's DenseNet of the model's shape; an error where it has none."""
     shapes = _shapes(model)
     if "features.denseblock1.denselayer1.conv2.weight" not in shapes:
-        raise error("without bottleneck layers")
+        raise error(f"{name} has no DenseNet without bottleneck layers")
     growth, bottleneck = shapes["features.denseblock1.denselayer1.conv2.weight"][:2]
-    init_features, in_channels = shapes["features.conv0.weight"][:2]
     with torch.device(device):
-        twin: Any = build(
-            init_features,
-            in_channels,
+        twin = library(
             growth_rate=growth,
             block_config=tuple(len(m) for m in model.features if isinstance(m, modules.DenseBlock)),
             bn_size=bottleneck // growth,
             num_classes=model.classifier.out_features,
         )
         if takes_small_images(model):
-            twin.features.conv0 = nn.Conv2d(in_channels, init_features, 3, padding=1, bias=False)
-            for name in ("norm0", "relu0", "pool0"):
-                if hasattr(twin.features, name):
-                    delattr(twin.features, name)
+            outputs, inputs, *_ = shapes["features.conv0.weight"]
+            twin.features.conv0 = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+            for part in {"norm0", "relu0", "pool0"} & set(dict(twin.features.named_children())):
+                delattr(twin.features, part)
     if _shapes(twin) != shapes:
-        raise error("of this shape")
+        raise error(f"{name} has no DenseNet of this shape")
     return twin
 
 

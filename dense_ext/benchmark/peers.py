@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -178,33 +179,23 @@ def _register(
         PEERS[name] = Peer(name, text, source, twin, channels_last, mode, forward or source, **ours)
 
 
+_PLAIN_OR_COMPILED = ("eager", "compile", "autotune")
 _register("eager", "eager", torchvision_twin, tuple(MODES))
+_efficient = partial(torchvision_twin, memory_efficient=True)
+_register("memory-efficient", "memory_efficient", _efficient, _PLAIN_OR_COMPILED, forward="eager")
+_register("timm", "timm", lambda model: timm_twin(model), _PLAIN_OR_COMPILED)
 _register(
-    "memory-efficient",
-    "memory_efficient",
-    lambda model: torchvision_twin(model, memory_efficient=True),
-    ("eager", "compile", "autotune"),
-    forward="eager",
-)
-_register("timm", "timm", lambda model: timm_twin(model), ("eager", "compile", "autotune"))
-_register(
-    "timm-memory-efficient",
-    "timm, memory_efficient",
-    lambda model: timm_twin(model, memory_efficient=True),
-    forward="timm",
-)
+    "timm-memory-efficient", "timm, memory_efficient",
+    lambda model: timm_twin(model, memory_efficient=True), forward="timm",
+)  # fmt: skip
 _register("checkpoint", "checkpointed blocks", checkpointed_twin, forward="eager")
 OTHERS = dict(PEERS)
 for _policy, _backend in itertools.product(RECOMPUTE, (None, *BACKENDS)):
     _register(
         "-".join(filter(None, ("dense_ext", _policy, _backend))),
         ", ".join(filter(None, (f"dense_ext, recompute {_policy}", _backend))),
-        torchvision_twin,
-        ("eager", "graph", "aotinductor"),
-        forward="dense_ext",
-        recompute=_policy,
-        backend=_backend,
-    )
+        torchvision_twin, ("eager", "graph", "aotinductor"), "dense_ext", recompute=_policy, backend=_backend,
+    )  # fmt: skip
 
 # The small set: what torchvision offers as it comes.
 EAGER = {name: PEERS[name] for name in ("eager", "eager-cl", "memory-efficient", "memory-efficient-cl")}

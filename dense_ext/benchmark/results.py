@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_atomically
-from .errors import UsageError, reason
+from .errors import UnavailableError, UsageError, reason
 from .machine import commit, machine, versions
+from .memory import collect
 
 Tick = Callable[[str], None]  # told what comes next
 Labels = Mapping[str, str | int]  # of a case
@@ -53,11 +54,14 @@ class Measurement:
 
     @contextmanager
     def failing(self) -> Iterator[None]:
-        """An exception inside becomes the row's failure."""
+        """An exception inside becomes the row's failure; the memory that it held is given back."""
         try:
             yield
+        except UnavailableError as error:
+            self.fail(reason(error))  # nothing ran
         except Exception as error:
             self.fail(reason(error))
+            collect()
 
     def as_json(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value or name in _REQUIRED}

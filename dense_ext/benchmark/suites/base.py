@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -14,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ...models import MODELS, DenseNet
-from ..errors import UnavailableError, UsageError
-from ..memory import step_bytes
+from ..errors import UsageError
+from ..memory import collect, step_bytes
 from ..networks import takes_small_images, with_weights
 from ..peers import Peer
 from ..results import Labels, Measurement, PeerLabel, Results, Tick, case_text
@@ -78,32 +76,10 @@ def model_case(name: str, size: int, dtype: str, batch: int) -> Case:
     return Case(build, batch, size, dtype, {"model": name}, classes=classes)
 
 
-def _collect() -> None:
-    """Give back the memory of what nobody refers to."""
-    gc.collect()
-    # A kernel that failed leaves the GPU to this process unusable: later rows say so, each for itself.
-    with suppress(RuntimeError):
-        torch.cuda.empty_cache()
-
-
 def release() -> None:
     """Give back what the networks so far hold, compiled ones too."""
     torch._dynamo.reset()
-    _collect()
-
-
-@contextmanager
-def failing(row: Measurement) -> Iterator[None]:
-    """An exception inside becomes the row's failure; the memory that it held is given back."""
-    ran = True
-    with row.failing():
-        try:
-            yield
-        except UnavailableError:
-            ran = False  # and holds nothing
-            raise
-    if row.failure is not None and ran:
-        _collect()
+    collect()
 
 
 class Suite(Kind):
@@ -205,5 +181,5 @@ class Suite(Kind):
         """A row of what a training step keeps, at most holds, and what lasts from step to step."""
         self.tick(f"{peer.name}: {case}")
         row = self.row(case.as_json(), peer.name)
-        with failing(row):
+        with row.failing():
             row.measures |= step_bytes(*self.training_step(case, peer))

@@ -14,7 +14,7 @@ from ..networks import small_densenet
 from ..peers import Peer
 from ..results import Results, case_text
 from ..tables import EMPTY, Draw, Table, megabytes, pivot
-from .base import Case, Options, Suite, failing, model_case, release
+from .base import Case, Options, Suite, model_case, release
 
 _SIZE = 32
 _LOOKS = 4  # of a search, about
@@ -76,7 +76,7 @@ class _CountedSuite(Suite):
         case = case_of(self.first).as_json()
         fixed = {name: value for name, value in case.items() if name not in ("vary", self.varied)}
         row = self.row({**fixed, "budget_bytes": self.budget}, peer.name)
-        with failing(row):
+        with row.failing():
             number = largest(partial(self.needed, case_of, peer), self.budget, self.first, self.most)
             found = int(case_of(number).as_json()[self.varied])
             if number == self.most:

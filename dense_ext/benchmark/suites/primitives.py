@@ -24,7 +24,7 @@ from ..results import Measurement, PeerLabel, Results
 from ..step import DTYPES
 from ..tables import Draw, Table, number, times
 from ..timing import ColdTimer
-from .base import Options, Suite, failing
+from .base import Options, Suite
 
 ATEN, COMPILED = "aten", "compile"
 _REFERENCE = ReferenceBackend()
@@ -157,7 +157,7 @@ class PrimitiveSuite(Suite):
                     row = next(rows) if i > 0 else self.new_row(case, dtype, peer)
                     # What was compiled is not to be compiled again.
                     if row.failure is None and not (peer == COMPILED and i > 0):
-                        with failing(row):
+                        with row.failing():
                             self.fill(row, case, tensors)
 
     def new_row(self, case: PrimitiveCase, dtype: str, peer: str) -> Measurement:

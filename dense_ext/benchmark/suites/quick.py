@@ -17,7 +17,7 @@ from ..peers import Peer
 from ..results import Measurement, Results
 from ..step import DTYPES
 from ..tables import EMPTY, Draw, Table, images_per_second, megabytes, ratios, setting, sides
-from .base import Case, Options, failing, model_case, release
+from .base import Case, Options, model_case, release
 from .speed import StepSuite
 
 # A block as in the CIFAR networks; a small image, so that 400 layers fit anywhere.
@@ -79,7 +79,7 @@ class QuickSuite(StepSuite):
                     "vary": "layers", "layers": layers, "growth_rate": GROWTH_RATE, "batch": 1, "size": SIZE,
                     "bottleneck": 4 * GROWTH_RATE, "dtype": self.options.dtypes[0],
                 }, peer.name)  # fmt: skip
-                with failing(row):
+                with row.failing():
                     dtype = DTYPES[self.options.dtypes[0]]
                     kept = block_bytes(peer, layers, self.device, dtype, self.options.backend)
                     row.measures["saved_bytes"] = kept

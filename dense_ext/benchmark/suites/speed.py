@@ -33,7 +33,7 @@ from ..tables import (
     times,
 )
 from ..timing import calls_per_sample, interleave
-from .base import Case, Options, Suite, failing, model_case, release
+from .base import Case, Options, Suite, model_case, release
 
 FAMILY = ("densenet121", "densenet169", "densenet201", "densenet161", "densenet264",
           "densenet_bc_100_12", "densenet_bc_250_24", "densenet_bc_190_40")  # fmt: skip
@@ -109,7 +109,7 @@ class TimedSuite(Suite):
             self.tick(f"{peer.name}: {case}")
             row = self.row(case.as_json(), peer.name)
             rows.append(row)
-            with failing(row):
+            with row.failing():
                 step, *arguments = self.prepare(case, peer, row)
                 if peer.ours:
                     row.served_by = list(dict.fromkeys(part.detail for part in report(step.model).rows))
