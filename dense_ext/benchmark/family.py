@@ -12,16 +12,16 @@ import torchvision
 from torch import nn
 
 from ..memory import Planner
-from ..models import MODELS, DenseNet
+from ..models import MODELS
 from .flops import flops_per_image, without_memory
 from .memory import saved_bytes
-from .networks import plain, takes_small_images, torchvision_twin
+from .networks import image_size, plain, torchvision_twin
 from .peers import EAGER, OURS
 from .results import Measurement, PeerLabel, Results
 from .tables import Columns, Draw, Kind, Table, shown
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-SIZE, SMALL_SIZE = 224, 32  # of the images that the networks for ImageNet and for CIFAR take
+SIZE = 224  # of the images that networks for ImageNet take
 STEP_BATCH = 32  # images of the training step whose memory is told
 # V2 of the ResNets' weights comes from another recipe, which the DenseNets' never had.
 WEIGHTS = "IMAGENET1K_V1"
@@ -65,8 +65,7 @@ def _rows(name: str, size: int | None, tick: Callable[[str], None]) -> Iterator[
     builders = _dense_builders(name) if name in MODELS else {_EAGER.name: getattr(torchvision.models, name)}
     with torch.device("meta"):
         network = builders[_EAGER.name]()
-    small = isinstance(network, DenseNet) and takes_small_images(network)
-    side = size or (SMALL_SIZE if small else SIZE)
+    side = size or (image_size(name) if name in MODELS else SIZE)
     parameters = sum(p.numel() for p in network.parameters())
     flops = flops_per_image(builders[_EAGER.name], (3, side, side), backward=False)
     same = {**_top1(name, side), "parameters": parameters, "forward_flops_per_image": flops}

@@ -253,19 +253,12 @@ def _family_panel(axes: Axes, results: Results, networks: list[list[Measurement]
     ])  # fmt: skip
 
 
-def _label(x: float, y: float, ha: str, va: str) -> dict[str, Any]:
-    """Where a point's label stands, in points of a font."""
-    return {"xytext": (x, y), "textcoords": "offset points", "ha": ha, "va": va}
-
-
-# A line of networks: which, what runs them, how it is drawn, and where the labels do not overlap.
-_FAMILIES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
-    "ResNets, eager": ("resnet", "eager-cl", {"color": BLUE, "marker": "s"}, _label(5, -4, "left", "top")),
-    "DenseNets, eager": (
-        "densenet", "eager-cl", {"color": RED, "marker": "o"}, _label(5, -5, "center", "top"),
-    ),
+# A line of networks: which, what runs them, colour, marker, and where labels stand, so that none overlap.
+_FAMILIES: dict[str, tuple[str, str, str, str, dict[str, Any]]] = {
+    "ResNets, eager": ("resnet", "eager-cl", BLUE, "s", {"xytext": (5, -4), "ha": "left", "va": "top"}),
+    "DenseNets, eager": ("densenet", "eager-cl", RED, "o", {"xytext": (5, -5), "ha": "center", "va": "top"}),
     "DenseNets, dense_ext with recompute bottleneck": (
-        "densenet", "dense_ext-bottleneck", {"color": GREEN, "marker": "D"}, _label(8, -3, "left", "center"),
+        "densenet", "dense_ext-bottleneck", GREEN, "D", {"xytext": (8, -3), "ha": "left", "va": "center"},
     ),
 }  # fmt: skip
 
@@ -284,7 +277,7 @@ def accuracy_lines(results: Results, path: Path) -> None:
         every = figure.subplots(1, 3, sharey=True)
         for axes, (what, (cost, unit)) in zip(every, panels.items(), strict=True):
             # What runs a network changes its memory alone.
-            for label, (family, peer, style, place) in _FAMILIES.items():
+            for label, (family, peer, color, marker, place) in _FAMILIES.items():
                 points = sorted(
                     (row.measures[cost] / unit, row.measures["imagenet_top1_percent"], str(row.case["model"]))
                     for row in known
@@ -293,11 +286,10 @@ def accuracy_lines(results: Results, path: Path) -> None:
                 if not points or (peer != "eager-cl" and cost != "step_bytes"):
                     continue
                 costs, accuracies, names = zip(*points, strict=True)
-                axes.plot(costs, accuracies, label=label, **style)
+                axes.plot(costs, accuracies, color=color, marker=marker, label=label)
+                style = {"color": color, "fontsize": 7.5, "textcoords": "offset points", **place}
                 for name, *point in zip(names, costs, accuracies, strict=True):
-                    axes.annotate(
-                        name.removeprefix(family), point, color=style["color"], fontsize=7.5, **place
-                    )
+                    axes.annotate(name.removeprefix(family), point, **style)
             axes.margins(0.12, 0.06)
             axes.set(xlabel=what, xlim=(0, None))
         every[0].set_ylabel("ImageNet top-1 accuracy (%)")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import modules
+from ..memory.network import network_of
 from ..models import MODELS, DenseNet
 from .errors import UnavailableError, UsageError
 
@@ -28,9 +29,9 @@ def check_model_name(name: str) -> None:
         raise UsageError(f"model must be one of {', '.join(MODELS)}; got {name!r}")
 
 
-def takes_small_images(model: DenseNet) -> bool:
-    """Whether the network has the stem for images of about 32x32."""
-    return not hasattr(model.features, "norm0")
+def image_size(name: str, large: int = 224) -> int:
+    """Height and width of the images that one of the family is made for: CIFAR's 32 pixels, or ``large``."""
+    return large if network_of(name).pools else 32
 
 
 def torchvision_twin(model: DenseNet, memory_efficient: bool = False, device: str = "meta") -> Any:
@@ -80,7 +81,7 @@ def _twin(
             bn_size=bottleneck // growth,
             num_classes=model.classifier.out_features,
         )
-        if takes_small_images(model):
+        if not hasattr(model.features, "norm0"):
             outputs, inputs, *_ = shapes["features.conv0.weight"]
             twin.features.conv0 = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
             for part in {"norm0", "relu0", "pool0"} & set(dict(twin.features.named_children())):

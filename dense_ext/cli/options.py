@@ -11,7 +11,6 @@ import typer
 
 from ..backends import check_backend_name, unavailable_reasons
 from ..benchmark.errors import UsageError
-from ..memory.network import network_of
 
 
 def option(help: str, default: str) -> typer.models.OptionInfo:
@@ -54,11 +53,6 @@ def check_writable(path: Path) -> None:
 def check_new(path: Path, overwrite: bool) -> None:
     """Raise UsageError if ``path`` holds results that would be lost."""
     check(overwrite or not path.exists(), f"{path} exists; pass --overwrite or another --out")
-
-
-def default_size(model: str) -> int:
-    """Height and width in pixels of the images that a network of ``dense-ext models`` is made for."""
-    return 224 if network_of(model).pools else 32
 
 
 def check_device(name: str | None) -> torch.device:

@@ -13,7 +13,7 @@ from ..memory.step import OPTIMIZERS, PARTS
 from ..models import MODELS
 from ..schedule import RECOMPUTE
 from .console import print_json, print_table, remark
-from .options import Backend, Json, check_choice, check_positive, default_size, option
+from .options import Backend, Json, check_choice, check_positive, option
 from .output import end, measure
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -48,10 +48,11 @@ def plan(
     memory, as on a CPU, some five times each: that a batch fits and one image more does not is tracked.
     """
     from ..benchmark.errors import UsageError
+    from ..benchmark.networks import image_size
 
     check_positive(batch=batch, size=size)
     check_choice("MODEL", model, tuple(MODELS))
-    size = size or default_size(model)
+    size = size or image_size(model)
     check_choice("--dtype", dtype, _DTYPES)
     check_choice("--optimizer", optimizer, tuple(OPTIMIZERS))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 
+from ..memory.network import network_of
 from ..schedule import RECOMPUTE
 from .options import (
     Backend,
@@ -102,13 +103,11 @@ def train(
 
 def _load(data: Path | None, model: str, size: int | None) -> tuple[DataSets, int]:
     """The images at the size asked for, or the one the model is made for."""
-    from ..benchmark.networks import check_model_name, takes_small_images
-    from ..models import MODELS
+    from ..benchmark.networks import check_model_name
     from ..training import digits_data, folder_data
 
     check_model_name(model)
-    with torch.device("meta"):
-        small = takes_small_images(MODELS[model]())
+    small = not network_of(model).pools
     if size is None:
         size = 16 if data is None and small else 32 if data is None or small else 224
     check(size >= (8 if small else 32), f"--size {size} is too small for {model}")

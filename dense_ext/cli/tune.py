@@ -20,7 +20,6 @@ from .options import (
     check_device,
     check_positive,
     check_writable,
-    default_size,
     listed,
     option,
 )
@@ -64,7 +63,7 @@ def tune(
     With --backends, measures each primitive in every backend that runs here, on a CPU too, and writes the
     order in which "auto" tries them from then on. Ctrl-C leaves that table as it was.
     """
-    from ..benchmark.networks import check_model_name
+    from ..benchmark.networks import check_model_name, image_size
     from ..benchmark.step import DTYPES
     from ..benchmark.suites import Options
 
@@ -74,7 +73,7 @@ def tune(
     for name in dtypes:
         check_choice("--dtype", name, tuple(DTYPES))
     where = check_device(device)
-    batch, size = batch or (64 if where.type == "cuda" else 2), size or default_size(model)
+    batch, size = batch or (64 if where.type == "cuda" else 2), size or image_size(model)
     if backends:
         options = Options(models=(model,), batch=batch, size=size, dtypes=tuple(dtypes), device=str(where))
         _tune_backends(options, measured or [], table, json)

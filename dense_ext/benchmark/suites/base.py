@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...models import MODELS, DenseNet
 from ..errors import UsageError
 from ..memory import collect, step_bytes
-from ..networks import takes_small_images, with_weights
+from ..networks import image_size, with_weights
 from ..peers import Peer
 from ..results import Labels, Measurement, PeerLabel, Results, Tick, case_text
 from ..step import DTYPES, TrainStep, sgd_step
@@ -141,11 +141,7 @@ class Suite(Kind):
             model: its name.
             large: what a network for ImageNet takes; None for what is timed.
         """
-        if self.options.size:
-            return self.options.size
-        with torch.device("meta"):
-            small = takes_small_images(MODELS[model]())
-        return _SMALL if small else large or (224 if self.gpu else 128)
+        return self.options.size or image_size(model, large or (224 if self.gpu else 128))
 
     def row(self, case: Labels, peer: str) -> Measurement:
         """A new row of the results."""

@@ -14,7 +14,7 @@ from ..errors import UsageError
 from ..memory import saved_bytes
 from ..networks import torchvision_twin
 from ..peers import Peer
-from ..results import Measurement, Results
+from ..results import Measurement, Results, by_peer
 from ..step import DTYPES
 from ..tables import EMPTY, Draw, Table, images_per_second, megabytes, ratios, setting, sides
 from .base import Case, Options, model_case, release
@@ -122,23 +122,20 @@ def _depth_rows(results: Results) -> list[Measurement]:
 
 def _depth(results: Results) -> Table:
     """The lines through memory against depth."""
-    by_peer: dict[str, list[Measurement]] = {}
-    for row in _depth_rows(results):
-        by_peer.setdefault(results.label(row), []).append(row)
-    lines = {
-        label: straight_line(
-            [int(row.case["layers"]) for row in rows], [row.measures["saved_bytes"] for row in rows]
-        )
-        for label, rows in by_peer.items() if len(rows) > 1
-    }  # fmt: skip
-    if not lines:
+    by_depth = [rows for rows in by_peer(_depth_rows(results)).values() if len(rows) > 1]
+    if not by_depth:
         return EMPTY
-    case = max((by_peer[label][-1].case for label in lines), key=lambda case: case["layers"])
-    return Table.of("memory of one dense block against its depth", lines, {
-        "": str,
-        f"MB at {case['layers']} layers": lambda label: megabytes("saved_bytes", ".2f")(by_peer[label][-1]),
-        "line: kB a layer": lambda label: f"{lines[label][0] / 1e3:.1f}",
-        "line: R²": lambda label: f"{lines[label][1]:.6f}",
+    case = max((rows[-1].case for rows in by_depth), key=lambda case: case["layers"])
+
+    def line(rows: list[Measurement]) -> tuple[float, float]:
+        layers = [int(row.case["layers"]) for row in rows]
+        return straight_line(layers, [row.measures["saved_bytes"] for row in rows])
+
+    return Table.of("memory of one dense block against its depth", by_depth, {
+        "": lambda rows: results.label(rows[-1]),
+        f"MB at {case['layers']} layers": lambda rows: megabytes("saved_bytes", ".2f")(rows[-1]),
+        "line: kB a layer": lambda rows: f"{line(rows)[0] / 1e3:.1f}",
+        "line: R²": lambda rows: f"{line(rows)[1]:.6f}",
     }, caption=f"growth rate {case['growth_rate']}, bottleneck of {case['bottleneck']} channels; "
                f"{case['size']}x{case['size']} pixels, {case['dtype']}")  # fmt: skip
 
