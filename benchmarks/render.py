@@ -44,8 +44,8 @@ def rendered(text: str) -> str:
     def replace(match: re.Match[str]) -> str:
         name, table = match.group("name", "table")
         result = read_results(results[name])
-        found = KINDS[result.kind].tables(result) | KINDS[result.kind].short_tables(result)
-        return f"<!-- {name}: {table} -->\n\n{markdown(found[table], result)}\n\n<!-- end -->"
+        found = KINDS[result.kind].tables(result)[table]
+        return f"<!-- {name}: {table} -->\n\n{markdown(found, result)}\n\n<!-- end -->"
 
     return re.sub(r"<!-- (?P<name>[\w-]+): (?P<table>\w+) -->.*?<!-- end -->", replace, text, flags=re.DOTALL)
 

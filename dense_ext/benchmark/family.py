@@ -74,7 +74,7 @@ def _rows(name: str, size: int | None, tick: Callable[[str], None]) -> Iterator[
         row = Measurement({"model": name, "size": side, "dtype": "float32"}, peer, measures={**same})
         with row.failing():  # torchvision has no networks without bottleneck layers
             row.measures["saved_bytes_per_image"] = saved = _saved_per_image(build, side)
-            if peer == _EAGER.name:  # at least
+            if peer == _EAGER.name:  # its backward may hold more
                 row.measures["step_bytes"] = round(STEP_BATCH * saved) + _TRAINING_BYTES * parameters
             elif policy := COUNTED[peer].recompute:
                 planner = Planner(name, (3, side, side), device="cpu")
@@ -145,8 +145,12 @@ class Family(Kind):
     def figures(cls, results: Results) -> dict[str, Draw]:
         from .figures import accuracy_lines, family_bars
 
-        found: dict[str, Draw] = {"models": family_bars} if results.rows else {}
-        return found | ({"accuracy": accuracy_lines} if results.measured("imagenet_top1_percent") else {})
+        found: dict[str, Draw] = {}
+        if results.measured("saved_bytes_per_image"):
+            found["models"] = family_bars
+        if results.measured("imagenet_top1_percent"):
+            found["accuracy"] = accuracy_lines
+        return found
 
 
 def _amounts(results: Results, measure: str, unit: float, spec: str, without: str = "") -> Columns:

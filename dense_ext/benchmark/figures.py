@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -93,24 +94,27 @@ def _looks(results: Results, rows: Iterable[Measurement]) -> list[tuple[list[Mea
     return [(of_peer, {**style, "label": results.label(of_peer[0])}) for of_peer, style in looks]
 
 
+def _bars(axes: Axes, results: Results, rows: list[Measurement], values: Any, **look: Any) -> BarContainer:
+    """A bar of each row in its peer's colour."""
+    colours = [style["color"] for style in styles(row.peer for row in rows).values()]
+    bars = axes.barh(range(len(rows)), values, color=colours, height=0.7, **look)
+    _horizontal(axes, [results.label(row) for row in rows])
+    return bars
+
+
 def memory_bars(results: Results, path: Path) -> None:
     """Saved and peak MB per image of each peer, on the first case that memory was counted on."""
     rows = results.measured("peak_bytes")
     case = rows[0].case
     rows = [row for row in rows if row.case == case]
-    labels = [results.label(row) for row in rows]
-    colours = [style["color"] for style in styles(row.peer for row in rows).values()]
-    with _drawing(
-        path, 1.6 + 0.36 * len(rows), "Memory of a training step", setting(results, case)
-    ) as figure:
+    title = "Memory of a training step", setting(results, case)
+    with _drawing(path, 1.6 + 0.36 * len(rows), *title) as figure:
         panels = {"saved_bytes": "kept for backward", "peak_bytes": "allocator's peak in a step"}
         for axes, (measure, what) in zip(figure.subplots(1, 2), panels.items(), strict=True):
             values = [row.measures[measure] / 1e6 / int(case["batch"]) for row in rows]
-            bars = axes.barh(range(len(values)), values, color=colours, height=0.7)
-            axes.bar_label(bars, [f"{v:.1f}" for v in values], padding=3)
-            axes.set_xlim(0, max(values) * 1.2)
-            axes.set(xlabel="MB per image", title=what)
-            _horizontal(axes, labels if measure == "saved_bytes" else [""] * len(labels))
+            axes.bar_label(_bars(axes, results, rows, values), [f"{v:.1f}" for v in values], padding=3)
+            axes.set(xlabel="MB per image", title=what, xlim=(0, max(values) * 1.2))
+            axes.label_outer()
 
 
 def throughput_bars(results: Results, path: Path) -> None:
@@ -118,17 +122,14 @@ def throughput_bars(results: Results, path: Path) -> None:
     rows = results.timed()
     case, (reference, among) = rows[0].case, next(iter(results.references().items()))
     least = results.fastest(case, among) or rows[0].median
-    medians = [least / row.median for row in rows]
-    slowest, quickest = ([least / end(row.seconds) for row in rows] for end in (max, min))
+    seconds = np.array([(row.median, max(row.seconds), min(row.seconds)) for row in rows])
+    medians, slowest, quickest = least / seconds.T
     right = max(quickest)
     title = "Training step: forward, backward, SGD", setting(results, case)
     with _drawing(path, 1.6 + 0.36 * len(rows), *title) as figure:
         axes = figure.subplots()
-        axes.barh(
-            range(len(rows)), medians, xerr=[np.subtract(medians, slowest), np.subtract(quickest, medians)],
-            color=[style["color"] for style in styles(row.peer for row in rows).values()], height=0.7,
-            error_kw={"ecolor": INK, "capsize": 3, "linewidth": 1},
-        )  # fmt: skip
+        spread, caps = [medians - slowest, quickest - medians], {"ecolor": INK, "capsize": 3, "linewidth": 1}
+        _bars(axes, results, rows, medians, xerr=spread, error_kw=caps)
         for i, (ratio, end, row) in enumerate(zip(medians, quickest, rows, strict=True)):
             text = f"{ratio:.2f}x   {int(case['batch']) / row.median:.3g} images/s"
             behind: Any = {"facecolor": PAPER, "edgecolor": "none", "pad": 1}
@@ -136,7 +137,6 @@ def throughput_bars(results: Results, path: Path) -> None:
         axes.axvline(1, color=INK, linewidth=1, linestyle=":")
         axes.set_xlim(0, right * 1.4)
         axes.set_xlabel(f"speed, {reference} network = 1: median, and slowest to fastest sample")
-        _horizontal(axes, [results.label(row) for row in rows])
 
 
 # By a panel's title: the measure it shows, and the peers that it leaves out.

@@ -43,4 +43,4 @@ KINDS: dict[str, type[Kind]] = {**SUITES, Family.name: Family, Trainings.name: T
 def tables_of(results: Results) -> list[Table]:
     """Every table that the results have data for; of an interrupted run what was measured until then."""
     found = [*KINDS[results.kind].tables(results).values(), failures(results)]
-    return [table for table in found if table.rows]
+    return [table for table in found if table.rows and not table.short]

@@ -23,12 +23,12 @@ class Table:
     rows: Sequence[Sequence[str]]
     left: int = 1
     caption: str = ""
+    short: bool = False  # for the README and the documentation, made of what other tables say
 
     @classmethod
-    def of(cls, title: str, rows: Iterable[Any], columns: Columns, left: int = 1, caption: str = "") -> Table:
-        """A line for each of ``rows``."""
-        cells = [[cell(row) for cell in columns.values()] for row in rows]
-        return cls(title, list(columns), cells, left, caption)
+    def of(cls, title: str, rows: Iterable[Any], columns: Columns, **how: Any) -> Table:
+        """A line for each of ``rows``; the other fields by name."""
+        return cls(title, list(columns), [[cell(row) for cell in columns.values()] for row in rows], **how)
 
     def without_empty_columns(self) -> Table:
         """The table without number columns in which no row has a number."""
@@ -51,11 +51,6 @@ class Kind:
     @classmethod
     def tables(cls, results: Results) -> dict[str, Table]:
         raise NotImplementedError
-
-    @classmethod
-    def short_tables(cls, results: Results) -> dict[str, Table]:
-        """Tables for the README and the documentation, made of what the others say."""
-        return {}
 
     @classmethod
     def figures(cls, results: Results) -> dict[str, Draw]:

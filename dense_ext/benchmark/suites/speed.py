@@ -148,11 +148,12 @@ class TimedSuite(Suite):
             )
         }
         several = len(cases) != 1
-        return {"speed": Table.of(f"speed: {cls.title.lower()}", rows, {
+        speed = Table.of(f"speed: {cls.title.lower()}", rows, {
             **(network if several else {}), "": results.label, **times(), "images/s": images_per_second,
             **ratios(results), "of matmul rate": lambda row: f"{results.matmul_share(row):.0%}",
             "kept, MB": megabytes("saved_bytes"), "peak, MB": megabytes("peak_bytes"),
-        }, left=1 + several, caption=cls._caption(results, cases)).without_empty_columns()}  # fmt: skip
+        }, left=1 + several, caption=cls._caption(results, cases))  # fmt: skip
+        return {"speed": speed.without_empty_columns(), "networks": _by_network(results, cls.dimensions)}
 
     @classmethod
     def _caption(cls, results: Results, cases: list[Labels]) -> str:
@@ -172,10 +173,6 @@ class TimedSuite(Suite):
             f"{text}. {begin} {flops / 1e9:.2f} GFLOP {cls.per}, on a machine that multiplies matrices at "
             f"{multiplies:.0f} GFLOP/s and copies at {work['copy_bytes_per_second'] / 1e9:.0f} GB/s"
         )
-
-    @classmethod
-    def short_tables(cls, results: Results) -> dict[str, Table]:
-        return {"networks": _by_network(results, cls.dimensions)}
 
     @classmethod
     def figures(cls, results: Results) -> dict[str, Draw]:
@@ -216,7 +213,7 @@ def _by_network(results: Results, dimensions: int) -> Table:
     return Table.of("speed by network", networks, {
         f"{reference} = 1": str, **columns,
         "its slowest / fastest sample": lambda network: f"{apart[network]:.2f}",
-    }, caption=caption)  # fmt: skip
+    }, caption=caption, short=True)  # fmt: skip
 
 
 def mark_disagreement(rows: list[Measurement], peers: Mapping[str, PeerLabel], tolerance: float) -> None:
