@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..backends.base import accumulate_dtype
 from ..backends.table import TABLE, Shape
@@ -100,27 +100,22 @@ def model_cases(build: Callable[[], DenseNet], batch: int, size: int) -> list[Pr
         build: makes the network, which is run on tensors without memory to see its shapes.
         batch, size: images, and their height and width in pixels.
     """
-    inputs: list[tuple[str, nn.Module, Shape]] = []
+    seen: dict[str, tuple[Tensor, Tensor]] = {}  # input and output
     with without_memory(), torch.no_grad():
         model = build()
         for name, module in model.features.named_children():
-            if isinstance(module, (DenseBlock, Transition)):
-                module.register_forward_pre_hook(
-                    lambda module, args, name=name: inputs.append((name, module, tuple(args[0].shape)))
-                )
-            elif name == "conv0" and isinstance(model.features, FusedFeatures):
-                module.register_forward_hook(
-                    lambda module, args, y: inputs.append(("stem", module, tuple(y.shape)))
-                )
+            if isinstance(module, DenseBlock | Transition) or name == "conv0":
+                module.register_forward_hook(lambda _, args, y, name=name: seen.update({name: (args[0], y)}))
         model(torch.empty(batch, 3, size, size))
     found: list[PrimitiveCase] = []
-    for name, module, shape in inputs:
-        where = name.replace("dense", "")
+    for name, (x, y) in seen.items():
+        module = model.features.get_submodule(name)
         if isinstance(module, DenseBlock):
-            found += _block_cases(where.replace("block", "block "), module, shape)
+            found += _block_cases(name.replace("denseblock", "block "), module, tuple(x.shape))
         elif isinstance(module, Transition):
             weight = next(p for p in module.parameters() if p.dim() == 4)
-            found += _pool_cases(where.replace("transition", "transition "), shape, weight.shape[0])
-        else:
-            found += _pool_cases(where, shape)
+            where = name.replace("transition", "transition ")
+            found += _pool_cases(where, tuple(x.shape), weight.shape[0])
+        elif name == "conv0" and isinstance(model.features, FusedFeatures):
+            found += _pool_cases("stem", tuple(y.shape))
     return found

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...models import MODELS, DenseNet
 from ..errors import UsageError
 from ..memory import collect, step_bytes
-from ..networks import image_size, with_weights
+from ..networks import image_size
 from ..peers import Peer
 from ..results import Labels, Measurement, PeerLabel, Results, Tick, case_text
 from ..step import DTYPES, TrainStep, sgd_step
@@ -158,9 +158,10 @@ class Suite(Kind):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
             network = case.build(case.classes)
+        backend = self.options.backend
         if isinstance(network, DenseNet):  # of the family; peers run any other network itself
-            network = with_weights(peer.twin(network), network.state_dict(), self.device)
-        return peer.prepare(network.to(self.device), self.options.backend, training, self.dimensions)
+            return peer.build(network, network.state_dict(), self.device, backend, training)
+        return peer.prepare(network.to(self.device), backend, training, self.dimensions)
 
     def batch(self, case: Case, peer: Peer) -> tuple[Tensor, Tensor]:
         """Noise, the same for every peer, and labels; speed and memory do not depend on what images show."""
