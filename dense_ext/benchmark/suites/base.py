@@ -68,12 +68,8 @@ class Case:
 
 def model_case(name: str, size: int, dtype: str, batch: int) -> Case:
     """A case of one of the family, by name."""
-
-    def build(classes: int) -> nn.Module:
-        return MODELS[name](num_classes=classes)
-
     classes = 10 if size <= _SMALL else 1000
-    return Case(build, batch, size, dtype, {"model": name}, classes=classes)
+    return Case(lambda n: MODELS[name](num_classes=n), batch, size, dtype, {"model": name}, classes=classes)
 
 
 def release() -> None:

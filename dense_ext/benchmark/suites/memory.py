@@ -185,7 +185,4 @@ class PaperSuite(_CountedSuite):
         return [self.case("depth", depth, GROWTH_RATE, self.images, dtype) for depth in depths]
 
     def searches(self, dtype: str) -> list[Callable[[int], Case]]:
-        def of_layers(layers: int) -> Case:
-            return self.case("budget", 6 * layers + 4, GROWTH_RATE, self.images, dtype)
-
-        return [of_layers]
+        return [lambda layers: self.case("budget", 6 * layers + 4, GROWTH_RATE, self.images, dtype)]
