@@ -35,10 +35,10 @@ struct Backward {
   template <bool kOther>
   using OfWidth = Backward<Math, kOut_, kOther>;
   static constexpr int kThreads = 256, kOut = kOut_, kIn = 64, kPixels = 32;
-  using OutLayout = Swizzled<T, kOut>;
-  using InLayout = Swizzled<T, kIn>;
+  using OutLayout = TileLayout<T, kOut>;
+  using InLayout = TileLayout<T, kIn>;
   // grad_bn and z; x, grad_x and the activated x.
-  static constexpr int kStageSize = kPixels * (2 * kOut + 3 * kIn);
+  static constexpr int kStageSize = kPixels * (2 * OutLayout::kLd + 3 * InLayout::kLd);
   // The blocks per multiprocessor for which the registers suffice.
   static constexpr int kBlocks = sizeof(T) == 2 && kOut <= 128 ? 2 : 1;
   using OutVector = UnitVector<T, kOut>;
@@ -65,8 +65,8 @@ struct BackwardBlock {
   static constexpr int kOut = Config::kOut, kIn = Config::kIn;
   using OutLayout = typename Config::OutLayout;
   using InLayout = typename Config::InLayout;
-  using OutFragments = SwizzledFragments<T, kOut>;
-  using InFragments = SwizzledFragments<T, kIn>;
+  using OutFragments = TileFragments<T, kOut>;
+  using InFragments = TileFragments<T, kIn>;
   static constexpr bool kWide = Config::kWide;
   // Fragments per warp.
   static constexpr int kDataColumns = 2, kWeightRows = kOut / 64, kWeightColumns = 4;
@@ -77,10 +77,10 @@ struct BackwardBlock {
     T *x, *grad_x, *activated;  // [kPixels][kIn]
     __device__ explicit Stage(T* begin)
         : dz(begin),
-          z(dz + kPixels * kOut),
-          x(z + kPixels * kOut),
-          grad_x(x + kPixels * kIn),
-          activated(grad_x + kPixels * kIn) {}
+          z(dz + kPixels * OutLayout::kLd),
+          x(z + kPixels * OutLayout::kLd),
+          grad_x(x + kPixels * InLayout::kLd),
+          activated(grad_x + kPixels * InLayout::kLd) {}
   };
 
   const BackwardArguments<T>& args;
@@ -149,7 +149,7 @@ struct BackwardBlock {
 
   // Loads W for the warp's columns of da, as fragments of b, through the memory of the tiles.
   __device__ __forceinline__ void load_weight() {
-    static_assert(kOut * kIn <= Config::kStageSize);
+    static_assert(kOut * InLayout::kLd <= Config::kStageSize);
     copy_tile<kOut, kIn, kThreads, kWide>(
         tiles, InLayout{}, ins, args.weight_bytes,
         Rows(args.weight.data + first_in, args.weight.out_stride, out));
@@ -175,7 +175,7 @@ struct BackwardBlock {
   __device__ __forceinline__ void copy(T* to, const Pixels<U>& from, int channel, int tile,
                                        int columns, int bytes) const {
     copy_tile<kPixels, kColumns, kThreads, kWide>(
-        to, Swizzled<T, kColumns>{}, columns, bytes,
+        to, TileLayout<T, kColumns>{}, columns, bytes,
         Tiles<kPixels, U>(from, channel)(tile, rows_of(tile)), this_thread());
   }
 
@@ -242,9 +242,9 @@ struct BackwardBlock {
     }
     const Position lane;
     const InLayout layout{in_register(data_column())};
-    T* const grad_x = at.grad_x + data_row() * kIn;
+    T* const grad_x = at.grad_x + data_row() * InLayout::kLd;
     Float2 x[2][2], before[2][2];
-    load_pairs(x, at.x + data_row() * kIn, layout);
+    load_pairs(x, at.x + data_row() * InLayout::kLd, layout);
     load_pairs(before, grad_x, layout);
     sync_warp();  // all lanes have read `before` when one overwrites it
     DENSE_EXT_UNROLL for (int j = 0; j < kDataColumns; j++) {
@@ -269,7 +269,7 @@ struct BackwardBlock {
   __device__ __forceinline__ void store(const Stage& at, int tile, int rows) const {
     sync_warp();
     store_tile<16, 8 * kDataColumns, kWarp, kWide>(
-        at.grad_x + data_row() * kIn, InLayout{data_column()}, ins - data_column(),
+        at.grad_x + data_row() * InLayout::kLd, InLayout{data_column()}, ins - data_column(),
         args.grad_x_bytes,
         // Tiles would take three registers more than there are on 8.0, 8.6 and 8.9.
         Rows(args.grad_x, int64_t{tile} * kPixels + data_row(), rows - data_row(),

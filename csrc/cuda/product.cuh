@@ -151,12 +151,13 @@ struct TransposedColumnFragments {
   }
 };
 
-// Fragments from a swizzled tile: of a, whose k or whose rows are contiguous, and two of b, from a
-// tile [k][column]. They begin `further` columns after a column that is a multiple of 128 bytes, or
-// of twice what `further` is: then the address changes in its bits only, which takes no register.
+// Fragments from a tile with TileLayout: of a, whose k or whose rows are contiguous, and two of b,
+// from a tile [k][column]. `further` is a number of columns known to the compiler. Added to `column`
+// it may change no bit that `column` has: then the address changes in its bits only, and further
+// fragments need no register.
 template <class T, int kColumns>
-struct SwizzledFragments {
-  using Layout = Swizzled<T, kColumns>;
+struct TileFragments {
+  using Layout = TileLayout<T, kColumns>;
 
   static __device__ __forceinline__ void load_rows(uint32_t (&r)[4], const T* tile, int row,
                                                    int column, int further) {
@@ -197,7 +198,7 @@ struct SwizzledFragments {
                                               int down, int further) {
     load_matrices<kTransposed>(r, tile + offset_in(Layout{}, row, column),
                                static_cast<uint32_t>(further % 64 * 2),
-                               static_cast<uint32_t>((down * kColumns + further / 64 * 64) * 2));
+                               static_cast<uint32_t>((down * Layout::kLd + further / 64 * 64) * 2));
   }
   // r[i] is i % 2 * rows further down and i / 2 * columns further right.
   static __device__ __forceinline__ void load(uint32_t (&r)[4], const T* tile, int row, int column,
@@ -323,10 +324,10 @@ struct Position {
 // fragments of c. pairs[j][half] belongs to c[j][2 * half] and c[j][2 * half + 1].
 template <class T, int kColumns>
 __device__ __forceinline__ void load_pairs(Float2 (&pairs)[2][2], const T* part,
-                                           const Swizzled<T, kColumns>& layout) {
+                                           const TileLayout<T, kColumns>& layout) {
   if constexpr (sizeof(T) == 2) {
     uint32_t r[4];
-    SwizzledFragments<T, kColumns>::load_rows(r, part, 0, layout.first, 0);
+    TileFragments<T, kColumns>::load_rows(r, part, 0, layout.first, 0);
     DENSE_EXT_UNROLL for (int i = 0; i < 4; i++) pairs[i / 2][i % 2] = unpack<T>(r[i]);
   } else {
     const Position at;

@@ -14,19 +14,27 @@
 
 namespace dense_ext {
 
-// Where an element of a tile lies. Its layout is the distance between rows in elements, or this:
-// rows without padding, whose units change places. Unit u of row r lies at u ^ (r % 8). So eight
-// rows at one column are in different banks, and each 32 bytes of a copy stay together.
+// Where the elements of a tile lie, so that eight rows at one column are in different banks.
+//
+// For 16-bit types, unit u of row r lies at u ^ (r % 8). Rows then need no padding, and the two units
+// of each 32 bytes stay together: a copy that splits them takes more passes. float's fragments are
+// loaded by the element, for which such addresses take too many instructions. Its rows are padded.
 template <class T, int kColumns>
-struct Swizzled {
-  static constexpr int kUnit = 16 / static_cast<int>(sizeof(T));
-  static_assert(kColumns % (8 * kUnit) == 0);
+struct TileLayout {
+  static constexpr int kElements = 16 / static_cast<int>(sizeof(T));
+  static constexpr bool kSwizzled = sizeof(T) == 2;
+  static constexpr int kLd = kSwizzled ? kColumns : kColumns + kElements;
+  static_assert(!kSwizzled || kColumns % (8 * kElements) == 0);
   int first = 0;  // the tile's column that is column 0
 };
+// An element's offset in a tile, whose layout may also be the distance between its rows.
 __device__ __forceinline__ int offset_in(int ld, int row, int column) { return row * ld + column; }
 template <class T, int kColumns>
-__device__ __forceinline__ int offset_in(const Swizzled<T, kColumns>& layout, int row, int column) {
-  return row * kColumns + ((layout.first + column) ^ (row & 7) * Swizzled<T, kColumns>::kUnit);
+__device__ __forceinline__ int offset_in(const TileLayout<T, kColumns>& layout, int row,
+                                         int column) {
+  using Layout = TileLayout<T, kColumns>;
+  const int swizzle = Layout::kSwizzled ? (row & 7) * Layout::kElements : 0;
+  return row * Layout::kLd + ((layout.first + column) ^ swizzle);
 }
 
 // Rows of 64 bytes are padded to 80 bytes. Neighbouring rows then share banks, but a row and the
