@@ -26,7 +26,7 @@ struct BackwardArguments {
 
 // A block takes kIn channels of x and all of B, at most kOut, and goes through tiles of kPixels. It
 // forms dz and activates x in shared memory. The warps divide da [kPixels, kIn] 2 x 4 and dW
-// [kOut, kIn] 4 x 2.
+// [kOut, kIn] 4 x 2, of whose rows each of the four takes every fourth 16.
 template <class Math_, int kOut_, bool kWide_>
 struct Backward {
   using Math = Math_;
@@ -157,8 +157,8 @@ struct BackwardBlock {
     copy_async_wait<0>();
     sync_threads();
     DENSE_EXT_UNROLL for (int k = 0; k < kOut / Math::kDepth; k++) {
-      InFragments::load_transposed_columns(w[k][0], w[k][1], tiles, k * Math::kDepth,
-                                           data_column(), 0);
+      InFragments::load_transposed_columns(w[k][0], w[k][1], tiles, k * Math::kDepth, data_column(),
+                                           0);
     }
     sync_threads();
   }

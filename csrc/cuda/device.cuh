@@ -247,8 +247,7 @@ __device__ __forceinline__ void copy_async_wait() {
 // matrix, or of each transposed matrix if kTransposed. The addresses first change in the bits of
 // `flip`, and then grow by `beyond` bytes.
 template <bool kTransposed>
-__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row,
-                                              uint32_t flip = 0,
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row, uint32_t flip = 0,
                                               uint32_t beyond = 0 DENSE_EXT_AT_PLACE) {
 #ifdef DENSE_EXT_EMULATOR
   row = reinterpret_cast<const void*>((reinterpret_cast<uintptr_t>(row) ^ flip) + beyond);

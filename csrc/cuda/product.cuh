@@ -152,9 +152,9 @@ struct TransposedColumnFragments {
 };
 
 // Fragments from a tile with TileLayout: of a, whose k or whose rows are contiguous, and two of b,
-// from a tile [k][column]. `further` is a number of columns known to the compiler. Added to `column`
-// it may change no bit that `column` has: then the address changes in its bits only, and further
-// fragments need no register.
+// from a tile [k][column]. `further` is a number of columns known to the compiler. Added to
+// `column` it may change no bit that `column` has: then the address changes in its bits only, and
+// further fragments need no register.
 template <class T, int kColumns>
 struct TileFragments {
   using Layout = TileLayout<T, kColumns>;
@@ -332,7 +332,8 @@ __device__ __forceinline__ void load_pairs(Float2 (&pairs)[2][2], const T* part,
   } else {
     const Position at;
     DENSE_EXT_UNROLL for (int i = 0; i < 4; i++) {
-      pairs[i / 2][i % 2] = load_pair(part + offset_in(layout, at.row + i % 2 * 8, i / 2 * 8 + at.column));
+      pairs[i / 2][i % 2] =
+          load_pair(part + offset_in(layout, at.row + i % 2 * 8, i / 2 * 8 + at.column));
     }
   }
 }

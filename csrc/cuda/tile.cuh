@@ -16,9 +16,10 @@ namespace dense_ext {
 
 // Where the elements of a tile lie, so that eight rows at one column are in different banks.
 //
-// For 16-bit types, unit u of row r lies at u ^ (r % 8). Rows then need no padding, and the two units
-// of each 32 bytes stay together: a copy that splits them takes more passes. float's fragments are
-// loaded by the element, for which such addresses take too many instructions. Its rows are padded.
+// For 16-bit types, unit u of row r lies at u ^ (r % 8). Rows then need no padding, and the two
+// units of each 32 bytes stay together: a copy that splits them takes more passes. float's
+// fragments are loaded by the element, for which such addresses take too many instructions. Its
+// rows are padded.
 template <class T, int kColumns>
 struct TileLayout {
   static constexpr int kElements = 16 / static_cast<int>(sizeof(T));
@@ -147,8 +148,9 @@ __device__ __forceinline__ void copy_units(T* tile, Layout layout, int columns, 
       Rows<U> from = rows.from(c);
       from.data = in_register(from.data);
       if (c >= columns) from.count = 0;
-      units.template for_rows<kRows>(
-          [&](int r, int) { copy_async<16>(tile + offset_in(layout, r, c), from.at(r), r < from.count); });
+      units.template for_rows<kRows>([&](int r, int) {
+        copy_async<16>(tile + offset_in(layout, r, c), from.at(r), r < from.count);
+      });
     });
   } else {
     units.template for_rows<kRows>([&](int r, int) {
@@ -170,8 +172,8 @@ __device__ __forceinline__ void copy_units(T* tile, Layout layout, int columns,
     const U* const data = in_register(rows.all.data + c);
     const int first = c < columns ? 0 : std::numeric_limits<int>::max();
     units.template for_rows<kRows>([&](int r, int i) {
-      copy_async<16>(tile + offset_in(layout, r, c), address_of_row(data, numbers[i], rows.all.stride),
-                     numbers[i] >= first);
+      copy_async<16>(tile + offset_in(layout, r, c),
+                     address_of_row(data, numbers[i], rows.all.stride), numbers[i] >= first);
     });
   });
 }
@@ -195,7 +197,8 @@ __device__ __forceinline__ void copy_tile(T* tile, Layout layout, int columns, i
             if constexpr (kBytes >= 4) {
               copy_async<kBytes>(tile + offset_in(layout, r, c), from.data + c, valid);
             } else {
-              store_shared(tile + offset_in(layout, r, c), valid ? load_global(from.data + c) : T{0});
+              store_shared(tile + offset_in(layout, r, c),
+                           valid ? load_global(from.data + c) : T{0});
             }
           },
           thread);
