@@ -26,7 +26,7 @@ struct BackwardArguments {
 
 // A block takes kIn channels of x and all of B, at most kOut, and goes through tiles of kPixels. It
 // forms dz and activates x in shared memory. The warps divide da [kPixels, kIn] 2 x 4 and dW
-// [kOut, kIn] 4 x 2.
+// [kOut, kIn] 4 x 2, of whose rows each of the four takes every fourth 16.
 template <class Math_, int kOut_, bool kWide_>
 struct Backward {
   using Math = Math_;
@@ -35,9 +35,10 @@ struct Backward {
   template <bool kOther>
   using OfWidth = Backward<Math, kOut_, kOther>;
   static constexpr int kThreads = 256, kOut = kOut_, kIn = 64, kPixels = 32;
-  static constexpr int kOutLd = padded<T>(kOut), kInLd = padded<T>(kIn);
+  using OutLayout = TileLayout<T, kOut>;
+  using InLayout = TileLayout<T, kIn>;
   // grad_bn and z; x, grad_x and the activated x.
-  static constexpr int kStageSize = kPixels * (2 * kOutLd + 3 * kInLd);
+  static constexpr int kStageSize = kPixels * (2 * OutLayout::kLd + 3 * InLayout::kLd);
   // The blocks per multiprocessor for which the registers suffice.
   static constexpr int kBlocks = sizeof(T) == 2 && kOut <= 128 ? 2 : 1;
   using OutVector = UnitVector<T, kOut>;
@@ -62,7 +63,10 @@ struct BackwardBlock {
   using InVector = typename Config::InVector;
   static constexpr int kThreads = Config::kThreads, kPixels = Config::kPixels;
   static constexpr int kOut = Config::kOut, kIn = Config::kIn;
-  static constexpr int kOutLd = Config::kOutLd, kInLd = Config::kInLd;
+  using OutLayout = typename Config::OutLayout;
+  using InLayout = typename Config::InLayout;
+  using OutFragments = TileFragments<T, kOut>;
+  using InFragments = TileFragments<T, kIn>;
   static constexpr bool kWide = Config::kWide;
   // Fragments per warp.
   static constexpr int kDataColumns = 2, kWeightRows = kOut / 64, kWeightColumns = 4;
@@ -73,10 +77,10 @@ struct BackwardBlock {
     T *x, *grad_x, *activated;  // [kPixels][kIn]
     __device__ explicit Stage(T* begin)
         : dz(begin),
-          z(dz + kPixels * kOutLd),
-          x(z + kPixels * kOutLd),
-          grad_x(x + kPixels * kInLd),
-          activated(grad_x + kPixels * kInLd) {}
+          z(dz + kPixels * OutLayout::kLd),
+          x(z + kPixels * OutLayout::kLd),
+          grad_x(x + kPixels * InLayout::kLd),
+          activated(grad_x + kPixels * InLayout::kLd) {}
   };
 
   const BackwardArguments<T>& args;
@@ -145,16 +149,16 @@ struct BackwardBlock {
 
   // Loads W for the warp's columns of da, as fragments of b, through the memory of the tiles.
   __device__ __forceinline__ void load_weight() {
-    static_assert(kOut * kInLd <= Config::kStageSize);
+    static_assert(kOut * InLayout::kLd <= Config::kStageSize);
     copy_tile<kOut, kIn, kThreads, kWide>(
-        tiles, kInLd, ins, args.weight_bytes,
+        tiles, InLayout{}, ins, args.weight_bytes,
         Rows(args.weight.data + first_in, args.weight.out_stride, out));
     copy_async_commit();
     copy_async_wait<0>();
     sync_threads();
-    const TransposedColumnFragments<T> columns(kInLd);
     DENSE_EXT_UNROLL for (int k = 0; k < kOut / Math::kDepth; k++) {
-      columns.load(w[k][0], w[k][1], tiles + k * Math::kDepth * kInLd + data_column(), kInLd);
+      InFragments::load_transposed_columns(w[k][0], w[k][1], tiles, k * Math::kDepth, data_column(),
+                                           0);
     }
     sync_threads();
   }
@@ -171,7 +175,7 @@ struct BackwardBlock {
   __device__ __forceinline__ void copy(T* to, const Pixels<U>& from, int channel, int tile,
                                        int columns, int bytes) const {
     copy_tile<kPixels, kColumns, kThreads, kWide>(
-        to, padded<T>(kColumns), columns, bytes,
+        to, TileLayout<T, kColumns>{}, columns, bytes,
         Tiles<kPixels, U>(from, channel)(tile, rows_of(tile)), this_thread());
   }
 
@@ -185,9 +189,10 @@ struct BackwardBlock {
       OutVector::load(u, z_u(), c);
       OutVector::load(v, z_v(), c);
       units.template for_rows<kPixels>([&](int r, int) {
-        auto* const to = unit_at(at.dz + r * kOutLd + c);
+        const int place = offset_in(OutLayout{}, r, c);
+        auto* const to = unit_at(at.dz + place);
         Vector<T, 16> dz(load_shared(to));
-        const Vector<T, 16> z(load_shared(unit_at(at.z + r * kOutLd + c)));
+        const Vector<T, 16> z(load_shared(unit_at(at.z + place)));
         DENSE_EXT_UNROLL for (int e = 0; e < OutVector::kElements; e++) {
           dz.value[e] = s[e] * dz.value[e] + (u[e] * z.value[e] + v[e]);
         }
@@ -204,35 +209,43 @@ struct BackwardBlock {
       InVector::load(s, scale(), c);
       InVector::load(t, shift(), c);
       units.template for_rows<kPixels>([&](int r, int) {
-        const auto x = load_shared(unit_at(at.x + r * kInLd + c));
-        store_shared(unit_at(at.activated + r * kInLd + c), activated<T>(x, s, t));
+        const int place = offset_in(InLayout{}, r, c);
+        const auto x = load_shared(unit_at(at.x + place));
+        store_shared(unit_at(at.activated + place), activated<T>(x, s, t));
       });
     });
   }
 
   // dW += dz^T @ the activated x.
   __device__ __forceinline__ void add_weight_gradient(const Stage& at) {
-    const TransposedRowFragment<T> dz_columns([](int k) { return k * kOutLd; });
-    const TransposedColumnFragments<T> columns(kInLd);
-    multiply_tiles<Math, kPixels, kOutLd, kInLd>(dw, dz_columns, at.dz + weight_row(), columns,
-                                                 at.activated + weight_column());
+    DENSE_EXT_UNROLL for (int k = 0; k < kPixels; k += Math::kDepth) {
+      uint32_t rows[kWeightRows][4], columns[kWeightColumns][2];
+      DENSE_EXT_UNROLL for (int i = 0; i < kWeightRows; i++) {
+        OutFragments::load_transposed_rows(rows[i], at.dz, k, weight_row(), 64 * i);
+      }
+      DENSE_EXT_UNROLL for (int j = 0; j < kWeightColumns; j += 2) {
+        InFragments::load_transposed_columns(columns[j], columns[j + 1], at.activated, k,
+                                             weight_column(), 8 * j);
+      }
+      multiply<Math>(dw, rows, columns);
+    }
   }
 
   // grad_x += scale*g in shared memory, and the sums. Pixels beyond the last have zeros in dz and
   // x, and add nothing.
   __device__ __forceinline__ void add_data_gradient(const Stage& at) {
-    const RowFragment<T> dz_rows([](int r) { return r * kOutLd; });
     float da[1][kDataColumns][4] = {};  // dz @ W
     DENSE_EXT_UNROLL for (int k = 0; k < kOut / Math::kDepth; k++) {
       uint32_t a[1][4];
-      dz_rows.load(a[0], at.dz + data_row() * kOutLd + k * Math::kDepth);
+      OutFragments::load_rows(a[0], at.dz, data_row(), 0, k * Math::kDepth);
       multiply<Math>(da, a, w[k]);
     }
     const Position lane;
-    const int begin = data_row() * kInLd + data_column();
+    const InLayout layout{in_register(data_column())};
+    T* const grad_x = at.grad_x + data_row() * InLayout::kLd;
     Float2 x[2][2], before[2][2];
-    load_pairs(x, at.x + begin, kInLd);
-    load_pairs(before, at.grad_x + begin, kInLd);
+    load_pairs(x, at.x + data_row() * InLayout::kLd, layout);
+    load_pairs(before, grad_x, layout);
     sync_warp();  // all lanes have read `before` when one overwrites it
     DENSE_EXT_UNROLL for (int j = 0; j < kDataColumns; j++) {
       const int column = InVector::place(data_column() + 8 * j + lane.column);
@@ -246,7 +259,7 @@ struct BackwardBlock {
         sum_g[j][1] += gy;
         sum_gx[j][0] += gx * (value.x - m.x);
         sum_gx[j][1] += gy * (value.y - m.y);
-        store_pair(at.grad_x + begin + (lane.row + 8 * half) * kInLd + 8 * j + lane.column,
+        store_pair(grad_x + offset_in(layout, lane.row + 8 * half, 8 * j + lane.column),
                    before[j][half].x + s.x * gx, before[j][half].y + s.y * gy);
       }
     }
@@ -256,7 +269,7 @@ struct BackwardBlock {
   __device__ __forceinline__ void store(const Stage& at, int tile, int rows) const {
     sync_warp();
     store_tile<16, 8 * kDataColumns, kWarp, kWide>(
-        at.grad_x + data_row() * kInLd + data_column(), kInLd, ins - data_column(),
+        at.grad_x + data_row() * InLayout::kLd, InLayout{data_column()}, ins - data_column(),
         args.grad_x_bytes,
         // Tiles would take three registers more than there are on 8.0, 8.6 and 8.9.
         Rows(args.grad_x, int64_t{tile} * kPixels + data_row(), rows - data_row(),
@@ -272,7 +285,7 @@ struct BackwardBlock {
   __device__ __forceinline__ void write_weight_gradient() const {
     float* row = args.rows + block_y() * args.row_size + 2 * args.x.channels + first_in;
     for_pairs(dw, [&](int r, int column, float left, float right) {
-      const int b = weight_row() + r, c = weight_column() + column;
+      const int b = weight_row() + r / 16 * 64 + r % 16, c = weight_column() + column;
       if (b < out && c < ins) store_global(row + b * args.x.channels + c, left);
       if (b < out && c + 1 < ins) store_global(row + b * args.x.channels + c + 1, right);
     });
@@ -281,13 +294,17 @@ struct BackwardBlock {
   __device__ int rows_of(int tile) const { return tile + 1 < tile_count ? kPixels : rows_of_last; }
   // The thread's index; what follows from it is computed again at every use, because there are no
   // registers to keep it.
-  __device__ __forceinline__ static int this_thread() { return in_register(thread_index()); }
+  __device__ __forceinline__ static int this_thread() {
+    const int thread = in_register(thread_index());
+    DENSE_EXT_ASSUME(thread >= 0);  // without it, dividing takes four instructions more
+    return thread;
+  }
   __device__ bool two_stages() const { return Config::kTwoFit || args.stages > 1; }
 
   // The warp's positions in da and dW.
   __device__ static int data_row() { return warp_index() / 4 * 16; }
   __device__ static int data_column() { return warp_index() % 4 * 16; }
-  __device__ static int weight_row() { return warp_index() / 2 * (kOut / 4); }
+  __device__ static int weight_row() { return warp_index() / 2 * 16; }
   __device__ static int weight_column() { return warp_index() % 2 * 32; }
 
   __device__ float* z_u() const { return z_scale + OutVector::kSize; }

@@ -22,9 +22,11 @@
 #ifdef __CUDACC__
 #define DENSE_EXT_UNROLL _Pragma("unroll")
 #define DENSE_EXT_NO_UNROLL _Pragma("unroll 1")
+#define DENSE_EXT_ASSUME(condition) __builtin_assume(condition)
 #else
 #define DENSE_EXT_UNROLL
 #define DENSE_EXT_NO_UNROLL
+#define DENSE_EXT_ASSUME(condition)
 #endif
 
 #include "types.cuh"  // uses the names defined above
@@ -242,14 +244,16 @@ __device__ __forceinline__ void copy_async_wait() {
 
 // Loads four 8x8 matrices of 16-bit elements from shared memory. Lane i passes the address of row
 // i % 8 of matrix i / 8. It gets elements (i / 4, 2 * (i % 4)) and (i / 4, 2 * (i % 4) + 1) of each
-// matrix, or of each transposed matrix if kTransposed.
+// matrix, or of each transposed matrix if kTransposed. The addresses first change in the bits of
+// `flip`, and then grow by `beyond` bytes.
 template <bool kTransposed>
-__device__ __forceinline__ void load_matrices(uint32_t (&r)[4],
-                                              const void* row DENSE_EXT_AT_PLACE) {
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row, uint32_t flip = 0,
+                                              uint32_t beyond = 0 DENSE_EXT_AT_PLACE) {
 #ifdef DENSE_EXT_EMULATOR
+  row = reinterpret_cast<const void*>((reinterpret_cast<uintptr_t>(row) ^ flip) + beyond);
   emulator::load_matrices(r, row, kTransposed, place);
 #else
-  const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  const uint32_t from = (static_cast<uint32_t>(__cvta_generic_to_shared(row)) ^ flip) + beyond;
   if constexpr (kTransposed) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

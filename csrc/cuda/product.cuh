@@ -151,6 +151,65 @@ struct TransposedColumnFragments {
   }
 };
 
+// Fragments from a tile with TileLayout: of a, whose k or whose rows are contiguous, and two of b,
+// from a tile [k][column]. `further` is a number of columns known to the compiler. Added to
+// `column` it may change no bit that `column` has: then the address changes in its bits only, and
+// further fragments need no register.
+template <class T, int kColumns>
+struct TileFragments {
+  using Layout = TileLayout<T, kColumns>;
+
+  static __device__ __forceinline__ void load_rows(uint32_t (&r)[4], const T* tile, int row,
+                                                   int column, int further) {
+    const int lane = lane_index();
+    if constexpr (sizeof(T) == 2) {
+      load<false>(r, tile, row + lane % 16, column + lane / 16 * 8, 0, further);
+    } else {
+      load(r, tile, row + lane / 4, column + further + lane % 4, 8, 4);
+    }
+  }
+  static __device__ __forceinline__ void load_transposed_rows(uint32_t (&r)[4], const T* tile,
+                                                              int k, int column, int further) {
+    const int lane = lane_index();
+    if constexpr (sizeof(T) == 2) {
+      load<true>(r, tile, lane % 8 + lane / 16 * 8, column + lane / 8 % 2 * 8, k, further);
+    } else {
+      load(r, tile, k + lane % 4, column + further + lane / 4, 4, 8);
+      const uint32_t second = r[1];
+      r[1] = r[2], r[2] = second;
+    }
+  }
+  static __device__ __forceinline__ void load_transposed_columns(uint32_t (&b0)[2],
+                                                                 uint32_t (&b1)[2], const T* tile,
+                                                                 int k, int column, int further) {
+    const int lane = lane_index();
+    uint32_t r[4];
+    if constexpr (sizeof(T) == 2) {
+      load<true>(r, tile, lane % 16, column + lane / 16 * 8, k, further);
+    } else {
+      load(r, tile, k + lane % 4, column + further + lane / 4, 4, 8);
+    }
+    b0[0] = r[0], b0[1] = r[1], b1[0] = r[2], b1[1] = r[3];
+  }
+
+ private:
+  template <bool kTransposed>
+  static __device__ __forceinline__ void load(uint32_t (&r)[4], const T* tile, int row, int column,
+                                              int down, int further) {
+    load_matrices<kTransposed>(r, tile + offset_in(Layout{}, row, column),
+                               static_cast<uint32_t>(further % 64 * 2),
+                               static_cast<uint32_t>((down * Layout::kLd + further / 64 * 64) * 2));
+  }
+  // r[i] is i % 2 * rows further down and i / 2 * columns further right.
+  static __device__ __forceinline__ void load(uint32_t (&r)[4], const T* tile, int row, int column,
+                                              int rows, int columns) {
+    DENSE_EXT_UNROLL for (int i = 0; i < 4; i++) {
+      const int at = offset_in(Layout{}, row + i % 2 * rows, column + i / 2 * columns);
+      r[i] = bits_of(load_shared(tile + at));
+    }
+  }
+};
+
 // --- batch norm and ReLU in registers --------------------------------------------------------
 
 // Applies batch norm and ReLU to a fragment of b, of which a lane holds values of one column only.
@@ -263,16 +322,18 @@ struct Position {
 
 // Loads a lane's values of a 16 x 16 part of a tile: those at the positions of its values of two
 // fragments of c. pairs[j][half] belongs to c[j][2 * half] and c[j][2 * half + 1].
-template <class T>
-__device__ __forceinline__ void load_pairs(Float2 (&pairs)[2][2], const T* part, int ld) {
+template <class T, int kColumns>
+__device__ __forceinline__ void load_pairs(Float2 (&pairs)[2][2], const T* part,
+                                           const TileLayout<T, kColumns>& layout) {
   if constexpr (sizeof(T) == 2) {
     uint32_t r[4];
-    RowFragment<T>([&](int row) { return row * ld; }).load(r, part);
+    TileFragments<T, kColumns>::load_rows(r, part, 0, layout.first, 0);
     DENSE_EXT_UNROLL for (int i = 0; i < 4; i++) pairs[i / 2][i % 2] = unpack<T>(r[i]);
   } else {
     const Position at;
     DENSE_EXT_UNROLL for (int i = 0; i < 4; i++) {
-      pairs[i / 2][i % 2] = load_pair(part + (at.row + i % 2 * 8) * ld + i / 2 * 8 + at.column);
+      pairs[i / 2][i % 2] =
+          load_pair(part + offset_in(layout, at.row + i % 2 * 8, i / 2 * 8 + at.column));
     }
   }
 }

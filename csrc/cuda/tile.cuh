@@ -14,6 +14,30 @@
 
 namespace dense_ext {
 
+// Where the elements of a tile lie, so that eight rows at one column are in different banks.
+//
+// For 16-bit types, unit u of row r lies at u ^ (r % 8). Rows then need no padding, and the two
+// units of each 32 bytes stay together: a copy that splits them takes more passes. float's
+// fragments are loaded by the element, for which such addresses take too many instructions. Its
+// rows are padded.
+template <class T, int kColumns>
+struct TileLayout {
+  static constexpr int kElements = 16 / static_cast<int>(sizeof(T));
+  static constexpr bool kSwizzled = sizeof(T) == 2;
+  static constexpr int kLd = kSwizzled ? kColumns : kColumns + kElements;
+  static_assert(!kSwizzled || kColumns % (8 * kElements) == 0);
+  int first = 0;  // the tile's column that is column 0
+};
+// An element's offset in a tile, whose layout may also be the distance between its rows.
+__device__ __forceinline__ int offset_in(int ld, int row, int column) { return row * ld + column; }
+template <class T, int kColumns>
+__device__ __forceinline__ int offset_in(const TileLayout<T, kColumns>& layout, int row,
+                                         int column) {
+  using Layout = TileLayout<T, kColumns>;
+  const int swizzle = Layout::kSwizzled ? (row & 7) * Layout::kElements : 0;
+  return row * Layout::kLd + ((layout.first + column) ^ swizzle);
+}
+
 // Rows of 64 bytes are padded to 80 bytes. Neighbouring rows then share banks, but a row and the
 // fourth after it do not. So threads take each eight rows in this order.
 __device__ __forceinline__ int spread(int row) { return row / 8 * 8 + row % 2 * 4 + row % 8 / 2; }
@@ -115,8 +139,8 @@ __device__ __forceinline__ auto* unit_at(T* at) {
 
 // Copies a thread's units of a tile into shared memory. For float, registers do not suffice to keep
 // the addresses.
-template <int kRows, class T, class U, class Units>
-__device__ __forceinline__ void copy_units(T* tile, int ld, int columns, Rows<U> rows,
+template <int kRows, class T, class Layout, class U, class Units>
+__device__ __forceinline__ void copy_units(T* tile, Layout layout, int columns, Rows<U> rows,
                                            const Units& units) {
   if constexpr (sizeof(T) == 2 && kRows > Units::kRowsAtOnce) {
     rows.stride = in_register(rows.stride);
@@ -124,22 +148,23 @@ __device__ __forceinline__ void copy_units(T* tile, int ld, int columns, Rows<U>
       Rows<U> from = rows.from(c);
       from.data = in_register(from.data);
       if (c >= columns) from.count = 0;
-      units.template for_rows<kRows>(
-          [&](int r, int) { copy_async<16>(tile + r * ld + c, from.at(r), r < from.count); });
+      units.template for_rows<kRows>([&](int r, int) {
+        copy_async<16>(tile + offset_in(layout, r, c), from.at(r), r < from.count);
+      });
     });
   } else {
     units.template for_rows<kRows>([&](int r, int) {
       const Row<U> from = rows(r);
       units.for_columns([&](int c, int) {
-        copy_async<16>(tile + r * ld + c, from.data + c, from.exists && c < columns);
+        copy_async<16>(tile + offset_in(layout, r, c), from.data + c, from.exists && c < columns);
       });
     });
   }
 }
 // Finds the numbers of all rows before the first copy. Otherwise the compiler would put waiting
 // instructions between each load of a number from shared memory and its copy.
-template <int kRows, class T, class U, class Numbers, class Units>
-__device__ __forceinline__ void copy_units(T* tile, int ld, int columns,
+template <int kRows, class T, class Layout, class U, class Numbers, class Units>
+__device__ __forceinline__ void copy_units(T* tile, Layout layout, int columns,
                                            const ChosenRows<U, Numbers>& rows, const Units& units) {
   int numbers[(kRows + Units::kRowsAtOnce - 1) / Units::kRowsAtOnce];
   units.template for_rows<kRows>([&](int r, int i) { numbers[i] = rows.numbers(r); });
@@ -147,8 +172,8 @@ __device__ __forceinline__ void copy_units(T* tile, int ld, int columns,
     const U* const data = in_register(rows.all.data + c);
     const int first = c < columns ? 0 : std::numeric_limits<int>::max();
     units.template for_rows<kRows>([&](int r, int i) {
-      copy_async<16>(tile + r * ld + c, address_of_row(data, numbers[i], rows.all.stride),
-                     numbers[i] >= first);
+      copy_async<16>(tile + offset_in(layout, r, c),
+                     address_of_row(data, numbers[i], rows.all.stride), numbers[i] >= first);
     });
   });
 }
@@ -156,11 +181,11 @@ __device__ __forceinline__ void copy_units(T* tile, int ld, int columns,
 // Copies a tile into shared memory, asynchronously except for single 16-bit elements. `rows(r)` is
 // row r in global memory. Columns from `columns` on, and rows that do not exist, become zeros. If
 // kWide, each thread copies its own units.
-template <int kRows, int kColumns, int kThreads, bool kWide, class T, class RowAt>
-__device__ __forceinline__ void copy_tile(T* tile, int ld, int columns, int bytes,
+template <int kRows, int kColumns, int kThreads, bool kWide, class T, class Layout, class RowAt>
+__device__ __forceinline__ void copy_tile(T* tile, Layout layout, int columns, int bytes,
                                           const RowAt& rows, int thread = thread_index()) {
   if constexpr (kWide) {
-    copy_units<kRows>(tile, ld, columns, rows, Units<T, kColumns, kThreads>(thread));
+    copy_units<kRows>(tile, layout, columns, rows, Units<T, kColumns, kThreads>(thread));
   } else {
     for_width<T>(bytes, [&](auto width) {
       constexpr int kBytes = decltype(width)::value;
@@ -170,9 +195,10 @@ __device__ __forceinline__ void copy_tile(T* tile, int ld, int columns, int byte
             const auto from = rows(r);
             valid = valid && from.exists;
             if constexpr (kBytes >= 4) {
-              copy_async<kBytes>(tile + r * ld + c, from.data + c, valid);
+              copy_async<kBytes>(tile + offset_in(layout, r, c), from.data + c, valid);
             } else {
-              store_shared(tile + r * ld + c, valid ? load_global(from.data + c) : T{0});
+              store_shared(tile + offset_in(layout, r, c),
+                           valid ? load_global(from.data + c) : T{0});
             }
           },
           thread);
@@ -182,8 +208,8 @@ __device__ __forceinline__ void copy_tile(T* tile, int ld, int columns, int byte
 
 // Writes the columns below `columns` of a tile's rows to global memory, except rows that do not
 // exist there.
-template <int kRows, int kColumns, int kThreads, bool kWide, class T, class RowAt>
-__device__ __forceinline__ void store_tile(const T* tile, int ld, int columns, int bytes,
+template <int kRows, int kColumns, int kThreads, bool kWide, class T, class Layout, class RowAt>
+__device__ __forceinline__ void store_tile(const T* tile, Layout layout, int columns, int bytes,
                                            const RowAt& row, int thread = thread_index()) {
   if constexpr (kWide) {
     const Units<T, kColumns, kThreads> units(thread);
@@ -191,7 +217,7 @@ __device__ __forceinline__ void store_tile(const T* tile, int ld, int columns, i
       const auto to = row(r);
       units.for_columns([&](int c, int) {
         if (to.exists && c < columns) {
-          store_global(unit_at(to.data + c), load_shared(unit_at(tile + r * ld + c)));
+          store_global(unit_at(to.data + c), load_shared(unit_at(tile + offset_in(layout, r, c))));
         }
       });
     });
@@ -205,7 +231,7 @@ __device__ __forceinline__ void store_tile(const T* tile, int ld, int columns, i
             const auto to = row(r);
             if (!valid || !to.exists) return;
             store_global(reinterpret_cast<V*>(to.data + c),
-                         load_shared(reinterpret_cast<const V*>(tile + r * ld + c)));
+                         load_shared(reinterpret_cast<const V*>(tile + offset_in(layout, r, c))));
           },
           thread);
     });

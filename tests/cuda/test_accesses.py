@@ -272,6 +272,8 @@ def conflicts(gpu: Emulator) -> Counter[str]:
 def test_conv1x1(gpu: Emulator, case: MakeCase) -> None:
     count(gpu, case, (2, 24, 16, 96, 128))
     assert conflicts(gpu) == {}
+    if case is conv1x1.backward_case:  # whose tiles are swizzled
+        assert gpu.counters.split_sectors == {}
 
 
 def weight_passes(blocks: int, channels: int) -> int:

@@ -125,8 +125,8 @@ FAULTS = {
     ),
     "a fragment's quarters exchanged": backward_1x1(
         "product.cuh",
-        "at[0] = offset(lane % 8 + lane / 16 * 8) + lane / 8 % 2 * 8;",
-        "at[0] = offset(lane % 8 + lane / 8 % 2 * 8) + lane / 16 * 8;",
+        "lane % 8 + lane / 16 * 8, column + lane / 8 % 2 * 8, k, further",
+        "lane % 16, column + lane / 16 * 8, k, further",
         WRONG_VALUES,
     ),
     "slots without a pixel added up": backward_3x3(

@@ -161,6 +161,16 @@ Passes passes_of(const std::vector<Access>& accesses) {
   return passes;
 }
 
+// The 32-byte sectors that accesses touch.
+int64_t sectors_of(const std::vector<Access>& accesses) {
+  std::unordered_set<uintptr_t> sectors;
+  for (const Access& access : accesses) {
+    const auto address = reinterpret_cast<uintptr_t>(access.p);
+    for (uintptr_t s = address / 32; s <= (address + access.bytes - 1) / 32; s++) sectors.insert(s);
+  }
+  return static_cast<int64_t>(sectors.size());
+}
+
 void count_requests(Warp& warp) {
   for (const auto& [request, accesses] : warp.requests) {
     const auto& [file, line, shared, time] = request;
@@ -169,16 +179,15 @@ void count_requests(Warp& warp) {
       counters().shared_requests++;
       counters().shared_passes[text({file, line})] += taken;
       if (taken > least) counters().bank_conflicts[text({file, line})] += taken - least;
+      const auto bytes = static_cast<int64_t>(accesses.size()) * accesses.front().bytes;
+      const int64_t split = sectors_of(accesses) - (bytes + 31) / 32;
+      if (accesses.front().bytes == 16 && split > 0) {
+        counters().split_sectors[text({file, line})] += split;
+      }
       continue;
     }
-    std::unordered_set<uintptr_t> sectors;
-    for (const Access& access : accesses) {
-      const auto address = reinterpret_cast<uintptr_t>(access.p);
-      for (uintptr_t s = address / 32; s <= (address + access.bytes - 1) / 32; s++)
-        sectors.insert(s);
-    }
     counters().global_requests++;
-    counters().global_sectors += static_cast<int64_t>(sectors.size());
+    counters().global_sectors += sectors_of(accesses);
   }
   warp.requests.clear();
   warp.times.clear();

@@ -132,6 +132,8 @@ struct Counters {
   int64_t shared_requests = 0;                      // per warp
   // The passes of 128 bytes of such requests, and those beyond the minimum, by place in the source.
   std::map<std::string, int64_t> shared_passes, bank_conflicts;
+  // The sectors of shared memory beyond the minimum that such requests of 16 bytes a lane touch.
+  std::map<std::string, int64_t> split_sectors;
   // For each launched kernel, by file and name: threads per block, and the maximum shared memory.
   std::map<std::pair<std::string, std::string>, std::pair<int, int>> kernels;
 };

@@ -31,6 +31,7 @@ PYBIND11_MODULE(_emulator, m) {
       .def_readonly("global_sectors", &emulator::Counters::global_sectors)
       .def_readonly("shared_requests", &emulator::Counters::shared_requests)
       .def_readonly("shared_passes", &emulator::Counters::shared_passes)
+      .def_readonly("split_sectors", &emulator::Counters::split_sectors)
       .def_readonly("bank_conflicts", &emulator::Counters::bank_conflicts)
       .def_readonly("kernels", &emulator::Counters::kernels);
   // References to the values in use.
