@@ -1,5 +1,8 @@
 """Every kernel compiles in every shipped configuration for its GPU, fits and spills nothing.
 
+By default each kernel is compiled for each GPU in one of its precisions, and all with ``--exhaustive``. The
+committed table has a line for every configuration, so a changed one has to be compiled to renew it.
+
 This needs no GPU. ``benchmarks/triton_resources.py`` writes the same figures as a table; the tests compare
 it.
 """
