@@ -10,7 +10,7 @@ SEED   ?= 0
 WHEELS ?= dist
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --constraint requirements-dev.txt
-FORMATTED := $(SOURCES) $(wildcard tests/emulator/*.cpp tests/emulator/*.h tests/cpu/*.cpp)
+FORMATTED := $(SOURCES) $(wildcard tests/emulator/*.cpp tests/emulator/*.h tests/cpu/*.cpp tests/*.h)
 
 .PHONY: help setup bench test test-all docs fuzz gpu wheel wheel-check lint format clean
 

@@ -81,7 +81,7 @@ def test_segmentation(example: Example) -> None:
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 def test_train_distributed() -> None:
-    printed = torchrun(EXAMPLES / "train_distributed.py", "--epochs", "2")
+    printed = torchrun(EXAMPLES / "train_distributed.py", "--epochs", "1")
     assert "2 processes hold the same parameters: True" in printed
     assert last("test accuracy", printed) > 50
 

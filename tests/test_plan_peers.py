@@ -25,7 +25,7 @@ TINY = ["plan", "tiny", "--size", "8", "--batch", "4", "--device", "cpu", "--pee
 
 def test_peers(capsys: pytest.CaptureFixture[str], shown: list[int | str]) -> None:
     """The largest batch equals the one found by trying every batch."""
-    budget = 1_100_000
+    budget = 900_000
     assert main([*TINY, "--memory", str(budget), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert not found["interrupted"]

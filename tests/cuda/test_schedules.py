@@ -17,8 +17,8 @@ from ..sanitizers import CPU
 CONVOLUTIONS = {
     "1x1 forward": (conv1x1.forward_case, (4, 15, 17, 72, 48)),
     "1x1 backward": (conv1x1.backward_case, (4, 15, 17, 72, 48)),
-    "3x3 forward": (conv3x3.forward_case, (3, 33, 17, 40, 32)),
-    "3x3 backward": (conv3x3.backward_case, (3, 33, 17, 40, 32)),
+    "3x3 forward": (conv3x3.forward_case, (2, 33, 17, 40, 32)),
+    "3x3 backward": (conv3x3.backward_case, (2, 33, 17, 40, 32)),
     "3x3 forward, large patches": (conv3x3.forward_case, (2, 33, 30, 40, 32)),
     "3x3 backward, large patches": (conv3x3.backward_case, (2, 30, 14, 40, 32)),
 }

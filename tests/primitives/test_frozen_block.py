@@ -29,10 +29,11 @@ SIZES = {
     "one column": (2, 5, 1, 4, [(4, 3), (6, 5)]),
     "ragged": (3, 13, 11, 30, [(48, 12), (20, 13), (129, 3)]),
     "many channels": (1, 6, 5, 300, [(130, 33)]),
-    "wide": (2, 9, 600, 5, [(128, 4), (64, 8)]),
-    "wider than a band": (2, 3, 2500, 3, [(128, 2)]),
+    "wide": (2, 7, 600, 5, [(128, 4), (64, 8)]),
+    "wider than a band": (1, 3, 2500, 3, [(128, 2)]),
     "many images": (40, 6, 5, 8, [(128, 8)]),
 }
+BANDED = ("wide", "wider than a band", "many images")
 
 
 @pytest.fixture(autouse=True)

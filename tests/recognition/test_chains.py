@@ -269,6 +269,7 @@ def operators(model: nn.Module, x: Tensor) -> list[str]:
     return calls.names
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "last"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_trains_alike(name: str, layout: torch.memory_format) -> None:

@@ -44,6 +44,7 @@ def pair_of() -> Callable[[Form, str], Pair]:
     return copies
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("name", FORMS)
 def test_trains_as_eager(pair_of: Callable[[Form, str], Pair], name: str, recompute: str) -> None:
     form = FORMS[name]

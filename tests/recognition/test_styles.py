@@ -51,6 +51,7 @@ def has_dropout(model: nn.Module) -> bool:
     return any(isinstance(m, nn.Dropout) or hasattr(m, "drop_rate") for m in model.modules())
 
 
+@pytest.mark.each_value
 def test_trains_as_eager(networks: Pair, recompute: str) -> None:
     ours, eager = copy.deepcopy(networks)
     if has_dropout(eager):

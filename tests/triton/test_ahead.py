@@ -1,11 +1,15 @@
 """Every kernel compiles in every shipped configuration for its GPU, fits and spills nothing.
 
+By default each kernel is compiled for each GPU in one of its precisions, and all with ``--exhaustive``. The
+committed table has a line for every configuration, so a changed one has to be compiled to renew it.
+
 This needs no GPU. ``benchmarks/triton_resources.py`` writes the same figures as a table; the tests compare
 it.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +17,13 @@ import pytest
 import torch
 
 from dense_ext.backends.triton import ahead
-from dense_ext.backends.triton.configs import SHIPPED, Row, read_rows
+from dense_ext.backends.triton.configs import SHIPPED, read_rows
 from dense_ext.backends.triton.launch import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
 ROWS = list(read_rows(SHIPPED))
+ROW_OF = {(row.kernel, row.architecture, row.precision): row for row in ROWS}
 RENEW = "run: python benchmarks/triton_resources.py"
 # The kernels that multiply matrices.
 PRODUCTS = ("conv1x1", "conv3x3")
@@ -30,17 +35,19 @@ def page(benchmark_script: Callable[[str], Any]) -> Any:
     return benchmark_script("triton_resources")
 
 
-def name(row: Row) -> str:
-    return f"{row.architecture}-{row.kernel}-{row.precision}"
-
-
-@pytest.mark.parametrize("row", ROWS, ids=name)
-def test_resources(row: Row, page: Any, pytestconfig: pytest.Config) -> None:
+@pytest.mark.each_pair
+@pytest.mark.parametrize(
+    ("kernel", "architecture", "precision"), [tuple(map(sys.intern, names)) for names in ROW_OF]
+)
+def test_resources(
+    kernel: str, architecture: str, precision: str, page: Any, pytestconfig: pytest.Config
+) -> None:
+    row = ROW_OF[kernel, architecture, precision]
     committed = page.RESULT.read_text()
     dtypes = ahead.dtypes_of(row.precision)
     first_of_width = {dtype.itemsize: dtype for dtype in reversed(dtypes)}.values()
     for dtype in dtypes if pytestconfig.getoption("--exhaustive") else first_of_width:
-        kernel, found = ahead.compile_row(row, dtype)
+        compiled, found = ahead.compile_row(row, dtype)
         if dtype == dtypes[0] and page.TITLE in committed:  # the table is from this version of Triton
             assert page.line(row, found) in committed.splitlines(), RENEW
         assert found.spilled == 0, f"{dtype}: {found.spilled} bytes spilled"
@@ -48,7 +55,7 @@ def test_resources(row: Row, page: Any, pytestconfig: pytest.Config) -> None:
         if any(product in row.kernel for product in PRODUCTS) and row.precision != "ieee":
             assert found.tensor_core_instructions > 0, f"{dtype}: no tensor cores"
         if row.architecture == "sm_90" and row.precision == "16bit" and "conv" in row.kernel:
-            assert "wgmma" in kernel.asm["ptx"], f"{dtype}: not Hopper's matrix instruction"
+            assert "wgmma" in compiled.asm["ptx"], f"{dtype}: not Hopper's matrix instruction"
         if not row.architecture.startswith("gfx") and dtype.itemsize == 2:
             # If rows are aligned, no access may move a single 16-bit element.
             assert "2" not in found.accesses, found.accesses
