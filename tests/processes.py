@@ -38,8 +38,7 @@ def run_in_processes(workers: Sequence[Callable[[int], None]], world: int, folde
 
     They are forks of one that has imported what takes seconds to import.
     """
-    modules = [getattr(worker, "func", worker).__module__ for worker in workers]
-    multiprocessing.set_forkserver_preload(["torchvision", "dense_ext", *modules])
+    multiprocessing.set_forkserver_preload(["torchvision", "dense_ext"])
     mp.start_processes(_work, (workers, world, str(folder)), world, start_method="forkserver")
     assert sorted(path.name for path in folder.glob("done-*")) == [f"done-{rank}" for rank in range(world)]
 
