@@ -615,24 +615,31 @@ def _run_without_saving(operator: Any, x: Tensor, rest: Sequence[Any], node: Any
     """Run an operator; if x is the output of a block that keeps only its input, the operator does not save x.
 
     Saving x would keep the very buffer that the block frees. Instead, the operator's backward makes the
-    block recompute x; the block's own backward, which runs next, uses the result too.
+    block recompute x; the block's own backward, which runs next, uses the result too. Hooks for saved tensors
+    that are active get all other tensors. Where such hooks are forbidden, x is saved.
 
     Args:
         operator: an operator that takes x and ``rest``.
         node: the block's node in the autograd graph; None if x is not the output of such a block.
     """
-    if node is None:
+    autograd: Any = torch._C._autograd  # these functions are absent from torch's stubs
+    if node is None or not autograd._saved_tensors_hooks_is_enabled():
         return operator(x, *rest)
+    others = autograd._top_saved_tensors_default_hooks(False)
     # The hooks live as long as the graph, so they must not hold x; `output` is cleared below.
     output = [x.detach()]
 
-    def pack(tensor: Tensor) -> tuple[Tensor, int] | None:
-        return None if tensor.is_set_to(output[0]) else (tensor, tensor._version)
+    def pack(tensor: Tensor) -> tuple[Any, int] | None:
+        if tensor.is_set_to(output[0]):
+            return None
+        return (others[0](tensor), 0) if others else (tensor, tensor._version)
 
-    def unpack(packed: tuple[Tensor, int] | None) -> Tensor:
+    def unpack(packed: tuple[Any, int] | None) -> Tensor:
         if packed is None:
             return recomputed_output(node)[1]
         tensor, version = packed
+        if others:
+            return others[1](tensor)
         if tensor._version != version:  # autograd checks only tensors that no hook has packed
             raise RuntimeError(
                 f"a tensor {tuple(tensor.shape)} of a transition, needed for gradient computation, has been "

@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.autograd.graph import (
+    allow_mutation_on_saved_tensors,
+    disable_saved_tensors_hooks,
+    save_on_cpu,
+    saved_tensors_hooks,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dense_ext
@@ -155,6 +160,33 @@ def test_saved_tensors_may_return_in_another_layout(
     eager(leaves[1]).square().sum().backward()
     assert_equal(leaves[0].grad, leaves[1].grad, "input gradient")
     assert_same_state(ours, eager)
+
+
+def test_saved_tensors_without_hooks(recompute: str) -> None:
+    ours, eager = twin(small_densenet(), lambda m: dense_ext.swap(m, recompute=recompute))
+    with disable_saved_tensors_hooks("not here"):
+        assert_trains_alike(ours, eager, images(), steps=1)
+
+
+def test_parameters_may_change_where_saved_tensors_are_cloned(recompute: str) -> None:
+    ours, eager = twin(small_densenet(), lambda m: dense_ext.swap(m, recompute=recompute))
+    x = images()
+    for model in (ours, eager):
+        with allow_mutation_on_saved_tensors(), torch.no_grad():
+            with torch.enable_grad():
+                loss = model(x).square().sum()
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+            loss.backward()
+    assert_same_state(ours, eager)
+
+
+def test_hooks_get_the_parameters_of_a_transition(recompute: str) -> None:
+    ours: Any = dense_ext.swap(small_densenet(), recompute=recompute)
+    seen: list[int] = []
+    with saved_tensors_hooks(lambda t: seen.append(t.data_ptr()) or t, lambda t: t):  # type: ignore[func-returns-value]
+        ours(images()).sum().backward()
+    assert ours.features.transition1.conv.weight.data_ptr() in seen
 
 
 def test_saved_tensors_of_volumes_in_another_layout(recompute: str, tmp_path: Path) -> None:

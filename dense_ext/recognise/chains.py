@@ -151,6 +151,8 @@ def rewrite(model: nn.Module, parts: set[nn.Module], run: Callable[..., Any]) ->
     found: dict[bool, tuple[Any, ...]] = {}
     guards = Guards()
     for training, graph, read in traces(model, leaves_around(parts)):
+        if any(node.meta["saved_otherwise"] for node in graph.nodes):
+            raise RefusedError("it calls checkpoint, or saves tensors for backward by hooks")
         chains = list(_chains(model, graph, parts))
         names = dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "call_module")
         called = tuple(name for name in names if model.get_submodule(name) in parts)

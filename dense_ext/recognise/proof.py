@@ -71,6 +71,7 @@ class _Calls(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@torch.inference_mode(False)
 def prove(module: nn.Module, plan: Plan, traced: bool = True) -> None:
     """Compare a module with its plan, which the operators run, on random parameters and inputs.
 
@@ -91,6 +92,7 @@ def prove(module: nn.Module, plan: Plan, traced: bool = True) -> None:
     _prove(module, fuse, (2, channels, *sizes), lambda eager: _expected_dropout(eager, plan), traced)
 
 
+@torch.inference_mode(False)
 def prove_same(module: nn.Module, parts: Iterable[nn.Module], change: Callable[[nn.Module], None]) -> None:
     """Compare a module that takes images with what it is after a change, as :func:`prove` does.
 
@@ -218,7 +220,7 @@ def _kept_buffers(module: nn.Module) -> Iterator[None]:
     """With gradients; at the end, buffers have the values that they had at the beginning."""
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.enable_grad():
             yield
     finally:
         for buffer, value in buffers:

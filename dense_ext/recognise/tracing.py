@@ -85,7 +85,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.kind = type("_Proxy", (WritableProxy,), {"requires_grad": needs_grad})
         self.leaves = leaves
-        self.ambient = _ambient()
+        self.ambient, self.hooks = _ambient(), _hooks()
         self.branches = False  # whether the forward has asked for a proxy's truth value
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -94,7 +94,10 @@ class _Tracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _ambient() != self.ambient:
             raise RefusedError("it changes gradient mode or autocast")
-        return super().create_node(*args, **kwargs)
+        node = super().create_node(*args, **kwargs)
+        # Hooks are active in a checkpoint that was called by another name, and inside `save_on_cpu`.
+        node.meta["saved_otherwise"] = bool(_checkpoints) or _hooks() != self.hooks
+        return node
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         self.branches = True
@@ -119,6 +122,11 @@ def _ambient() -> tuple[Any, ...]:
         *(torch.is_autocast_enabled(device) for device in devices),
         *(torch.get_autocast_dtype(device) for device in devices),
     )
+
+
+def _hooks() -> Any:
+    """The hooks for tensors that are saved for backward, None without any."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def graph_of(module: nn.Module, leaves: Callable[[nn.Module], bool], needs_grad: bool = True) -> fx.Graph:
@@ -280,11 +288,16 @@ def _proxies_as_tensors(module: nn.Module) -> Iterator[None]:
         yield
 
 
+# The functions whose checkpoints a forward is in while it is traced.
+_checkpoints: list[Callable[..., Any]] = []
+
+
 @contextmanager
 def transparent_checkpoints() -> Iterator[None]:
     """Make ``checkpoint(f, *args)`` call ``f(*args)``.
 
     It computes the same, but updates running statistics once; a checkpoint's backward updates them again.
+    Nodes made in it have ``meta["saved_otherwise"]``.
     """
 
     def checkpoint(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -296,7 +309,11 @@ def transparent_checkpoints() -> Iterator[None]:
             "debug",
             "early_stop",
         )
-        return function(*args, **{k: v for k, v in options.items() if k not in kept})
+        _checkpoints.append(function)
+        try:
+            return function(*args, **{k: v for k, v in options.items() if k not in kept})
+        finally:
+            _checkpoints.pop()
 
     real = torch.utils.checkpoint.checkpoint
     holders = [module for module in sys.modules.values() if _has(module, "checkpoint", real)]

@@ -18,21 +18,28 @@ _LAYOUT = {
     "as_strided", "as_strided_", "data_ptr", "dim_order", "is_contiguous", "numpy", "resize_", "set_",
     "storage", "storage_offset", "stride", "unfold", "untyped_storage", "view", "view_as",
 }  # fmt: skip
+# Functions that draw a random number for each element, in the order of their argument's memory.
+_RANDOM = {
+    "alpha_dropout", "alpha_dropout_", "bernoulli_", "cauchy_", "dropout", "dropout_", "exponential_",
+    "geometric_", "log_normal_", "native_dropout", "normal_", "rand_like", "randint_like", "randn_like",
+    "random_", "uniform_",
+}  # fmt: skip
+_RANDOM_BY_MODULES = (nn.AlphaDropout, nn.Dropout)
 # Functions and attributes that describe a tensor whatever its layout.
 _DESCRIBES = {
     "device", "dim", "dtype", "is_floating_point", "len", "ndim", "ndimension", "numel", "requires_grad",
     "shape", "size",
 }  # fmt: skip
 # Functions whose result is in new memory, and contiguous whatever the layout of what they take.
-_NEW_AND_CONTIGUOUS = {"linear", "mean"}
-# Functions whose result is in new memory. It has the layout of what they take.
+_NEW_AND_CONTIGUOUS = {"linear", "mean", "new_empty", "new_full", "new_ones", "new_zeros"}
+# Functions whose result is in new memory. It has the layout of what they take, and is all of its memory.
 _NEW = {
     "abs", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d",
     "adaptive_max_pool2d", "adaptive_max_pool3d", "add", "amax", "amin", "avg_pool1d", "avg_pool2d",
     "avg_pool3d", "batch_norm", "cat", "clone", "concat", "concatenate", "conv1d", "conv2d", "conv3d",
     "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "div", "elu", "exp", "gelu", "group_norm",
     "interpolate", "layer_norm", "leaky_relu", "log_softmax", "max_pool1d", "max_pool2d", "max_pool3d",
-    "mul", "neg", "pow", "relu", "sigmoid", "silu", "softmax", "sqrt", "stack", "sub", "sum", "tanh",
+    "mul", "neg", "pow", "relu", "sigmoid", "silu", "softmax", "sqrt", "sub", "sum", "tanh",
     "truediv",
 }  # fmt: skip
 _NEW_BY_MODULES = {
@@ -118,9 +125,9 @@ class Use(enum.IntEnum):
     """How a network uses a result, the most demanding use last."""
 
     READ = 0
-    LAYOUT_RETURNED = 1  # the network returns what is in the result's layout, but not in its memory
+    LAYOUT_RETURNED = 1  # the network returns an image in the result's layout, but not in its memory
     RETURNED = 2
-    RELIED_ON = 3  # it writes into the result, or needs the layout of eager's
+    RELIED_ON = 3  # it writes into the result, returns a view, or needs the layout of eager's
 
 
 def use_of(
@@ -129,8 +136,8 @@ def use_of(
     """How the users of a node's result use it.
 
     They rely on it if they make a view of it or write into it. They also do if they write into what is a view
-    in one memory layout and a copy in another, such as the result of ``contiguous()``. Values share memory
-    unless it is known that they do not.
+    in one memory layout and a copy in another, such as the result of ``contiguous()``, or if they fill memory
+    of its layout with random numbers. Values share memory unless it is known that they do not.
 
     Args:
         node: a call in the graph of ``model``.
@@ -141,11 +148,14 @@ def use_of(
     # The values whose layout follows from the result's, each with a number for the memory that it is in.
     memory = {node: 0}
     unsure: set[int] = set()  # memory of values that are views or copies, which depends on the layout
+    whole = {node}  # values that are all of their memory, and no view of it
     for user in _downstream(node):
         read = {memory[value] for value in user.all_input_nodes if value in memory}
         if not read:
             continue
         if user.op == "output":
+            if not whole.issuperset(value for value in user.all_input_nodes if value in memory):
+                return Use.RELIED_ON  # the strides of a view tell nobody which layout eager's would have
             return Use.RETURNED if 0 in read else Use.LAYOUT_RETURNED
         module = model.get_submodule(str(user.target)) if user.op == "call_module" else None
         if module in parts:
@@ -153,17 +163,20 @@ def use_of(
                 return Use.RELIED_ON
             continue
         name = _name(user)
-        if name in _LAYOUT or not _is_known(user, module):
+        if name in _LAYOUT or _draws(user, name, module) or not _is_known(user, module):
             return Use.RELIED_ON
-        if name in _DESCRIBES or name in _NEW_AND_CONTIGUOUS or _is_new_and_contiguous(module):
+        if name in _DESCRIBES or name in _NEW_AND_CONTIGUOUS or _is_new_and_contiguous(user, name, module):
             continue
         if written := _written(user, module):
             into = {memory[value] for value in written if value in memory}
             if 0 in into or into & unsure:
                 return Use.RELIED_ON
             read = into  # the result is what was written into
+            if whole.issuperset(written):
+                whole.add(user)
         elif _is_new(name, module):
             memory[user] = len(memory)
+            whole.add(user)
             continue
         elif unsure & read or not (name in _VIEWS or isinstance(module, _VIEWING)):
             unsure |= read
@@ -197,9 +210,28 @@ def _is_known(node: fx.Node, module: nn.Module | None) -> bool:
     return (getattr(node.target, "__module__", None) or "torch").partition(".")[0] in _KNOWN
 
 
-def _is_new_and_contiguous(module: nn.Module | None) -> bool:
+def _draws(node: fx.Node, name: str, module: nn.Module | None) -> bool:
+    """Whether a node may draw random numbers in an order that depends on the layout of what it takes.
+
+    Dropout does, unless its rate is zero; it does not if it drops whole channels. The graphs of training and
+    eval mode have to agree, so its mode does not count.
+    """
+    if module is not None:
+        return isinstance(module, _RANDOM_BY_MODULES) and module.p != 0
+    rate = _argument(node, 1, "p") if name.endswith("dropout") else None
+    return name in _RANDOM and rate != 0
+
+
+def _argument(node: fx.Node, position: int, name: str) -> Any:
+    """An argument of the function that a node calls, or None."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
+
+
+def _is_new_and_contiguous(node: fx.Node, name: str, module: nn.Module | None) -> bool:
     size = getattr(module, "output_size", None)
-    pools_all = set(size if isinstance(size, tuple) else (size,)) == {1}
+    if name.startswith("adaptive_"):
+        size = _argument(node, 1, "output_size")
+    pools_all = set(size if isinstance(size, (list, tuple)) else (size,)) == {1}
     return pools_all or isinstance(module, nn.Linear)
 
 

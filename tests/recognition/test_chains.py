@@ -12,6 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recomputed
 from torchvision.models.densenet import DenseNet
 
 import dense_ext
@@ -420,6 +423,16 @@ class TestModes:
             dense_ext.swap(model, recognise=False)
         assert not rewritten(model)
 
+    def test_swap_in_inference_mode(self) -> None:
+        torch.manual_seed(0)
+        eager = randomize(Encoder()).double().eval()
+        ours, x = copy.deepcopy(eager), images()
+        with torch.inference_mode():
+            dense_ext.swap(ours, strict=True)
+            assert rewritten(ours)
+            for a, b in zip(ours(x), eager(x), strict=True):
+                assert_equal(a, b, "feature")
+
     def test_autocast(self) -> None:
         ours, eager = (model.float() for model in pair("encoder"))
         x = images().float()
@@ -683,9 +696,34 @@ class OtherInEval(Encoder):
         return self.block1(self.pool0(x)).mean((2, 3))
 
 
+class Checkpoints(Encoder):
+    """Eager recomputes what follows the block."""
+
+    def last(self, x: Tensor) -> Tensor:
+        return F.elu(self.norm1(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block1(self.pool0(self.relu0(self.norm0(self.conv0(x)))))
+        return checkpoint(self.last, x, use_reentrant=False).mean((2, 3))
+
+
+class CheckpointsByAnotherName(Checkpoints):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block1(self.pool0(self.relu0(self.norm0(self.conv0(x)))))
+        return recomputed(self.last, x, use_reentrant=False).mean((2, 3))
+
+
+class SavesOnCpu(Checkpoints):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block1(self.pool0(self.relu0(self.norm0(self.conv0(x)))))
+        with save_on_cpu():
+            return self.last(x).mean((2, 3))
+
+
 LEFT = [
     WrittenInto, WrittenThroughAView, WrittenThroughAnAlias, ReadsTheNorm, UsesTheNormTwice, CeilingPool,
-    OtherPool, BranchesOnTheInput, CountsCalls, TakesTwoImages, OtherInEval,
+    OtherPool, BranchesOnTheInput, CountsCalls, TakesTwoImages, OtherInEval, Checkpoints,
+    CheckpointsByAnotherName, SavesOnCpu,
 ]  # fmt: skip
 
 

@@ -312,6 +312,56 @@ class ReturnsAChainsResult(AfterAStem):
         return self.block(self.stem(x))
 
 
+@network
+class ReturnsAViewOfNewMemory(AfterAStem):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.stem(x)).relu().flatten(2)
+
+
+@network
+class ReturnsAStack(AfterAStem):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(self.stem(x))
+        return torch.stack([y.relu(), y.neg()])
+
+
+@network
+class ReturnsAnImageOfTheSecondBlock(TwoBlocks):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.between(self.block(x))).relu()[0]
+
+
+# --- random numbers, which fill memory in its own order -----------------------------------------------
+
+
+@network
+class AddsNoise(Network):
+    def used(self, y: Tensor) -> Tensor:
+        return y + torch.randn_like(y)
+
+
+@network
+class Masks(AfterAStem):
+    def used(self, y: Tensor) -> Tensor:
+        return y * torch.empty_like(y).bernoulli_(0.5)
+
+
+@network
+class Drops(AfterAStem):
+    def used(self, y: Tensor) -> Tensor:
+        return F.dropout(y.relu(), 0.3, self.training)
+
+
+@network
+class DropsByAModule(TwoBlocks):
+    def __init__(self, of: nn.Module) -> None:
+        super().__init__(of)
+        self.drop = nn.Dropout(0.3)
+
+    def used(self, y: Tensor) -> Tensor:
+        return self.drop(y)
+
+
 # --- where the network's forward cannot be traced -----------------------------------------------------
 
 
@@ -350,6 +400,7 @@ class KeepsItsFeatures(Network):
 
 def step(model: Any, x: Tensor) -> list[Tensor | None]:
     """What a step computes: the output, and all gradients."""
+    torch.manual_seed(1)
     leaf = x.clone().requires_grad_()
     y = getattr(model, "features", model)(leaf)
     y.contiguous().data.mul_(2)  # what a caller may do
@@ -388,6 +439,19 @@ def test_uses_are_as_in_eager(kind: str, of: Callable[[], nn.Module]) -> None:
     assert isinstance(ours.block, Fused)
     assert ours.__dict__.keys() - set(ADDED) == eager.__dict__.keys()
     assert_steps_alike(ours, eager)
+
+
+class Head(AfterAStem):
+    """Drops numbers of a vector, which has the same layout for all images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = F.adaptive_avg_pool2d(self.block(self.stem(x)).relu(), (1, 1)).flatten(1)
+        return F.dropout(pooled, 0.3, self.training)
+
+
+def test_dropout_after_pooling_needs_no_copy() -> None:
+    model: Any = dense_ext.swap(Head(block()))
+    assert model.plan.chains[0].as_eager == (False,)
 
 
 @pytest.mark.parametrize("of", [block, known_block], ids=["own block", "torchvision's"])
