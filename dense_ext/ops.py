@@ -611,6 +611,16 @@ def run_activation(x: Tensor, args: Arguments, stats: Tensor, carried: Carried) 
     return _run_without_saving(torch.ops.dense_ext.activation, x, rest, carried.node)[0]
 
 
+def _is_same(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are the same elements; unlike ``is_set_to``, also of fake tensors."""
+    same_memory = x.untyped_storage()._cdata == y.untyped_storage()._cdata
+    return same_memory and (x.storage_offset(), x.shape, x.stride()) == (
+        y.storage_offset(),
+        y.shape,
+        y.stride(),
+    )
+
+
 def _run_without_saving(operator: Any, x: Tensor, rest: Sequence[Any], node: Any) -> tuple[Tensor, Tensor]:
     """Run an operator; if x is the output of a block that keeps only its input, the operator does not save x.
 
@@ -630,7 +640,7 @@ def _run_without_saving(operator: Any, x: Tensor, rest: Sequence[Any], node: Any
     output = [x.detach()]
 
     def pack(tensor: Tensor) -> tuple[Any, int] | None:
-        if tensor.is_set_to(output[0]):
+        if _is_same(tensor, output[0]):
             return None
         return (others[0](tensor), 0) if others else (tensor, tensor._version)
 
