@@ -28,15 +28,13 @@ import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 
 from ..eligibility import Absence
+from .kept import Kept, RefusedError, kept_generators, package, passed_over, recorded_code
 from .proxies import WritableProxy
 
 # The standard library's modules that a forward may use; results of others may differ from call to call.
 _HARMLESS = {"builtins", "collections", "contextlib", "functools", "itertools", "math", "operator", "typing"}
 _HARMLESS |= {"_collections", "_functools", "_operator"}  # as which C's functions of these say they are
 _PARALLEL = ("torch.distributed.", "torch.nn.parallel.")  # where wrappers such as FSDP have their forward
-_TORCH = os.path.dirname(torch.__file__) + os.sep
-_LIBRARY = os.path.dirname(os.__file__) + os.sep
-_SITE = os.path.dirname(os.path.dirname(torch.__file__)) + os.sep
 _PLAIN = {bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, Absence}
 # Attributes that every module has: the tracer reads these itself, and none is state of the forward.
 _OF_EVERY_MODULE = frozenset([*dir(nn.Module()), "__class__", "__dict__"])
@@ -54,10 +52,6 @@ _STATE_OF_TORCH = frozenset([
     "get_float32_matmul_precision", "get_num_threads", "initial_seed", "is_autocast_cache_enabled",
     "is_inference_mode_enabled",
 ])  # fmt: skip
-
-
-class RefusedError(Exception):
-    """A module is not recognised; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -170,12 +164,12 @@ def traces(
     for m in modules:  # tracing would run the hooks
         if m is not module and not (leaves(m) or is_torchs(m)) and (m._forward_hooks or m._forward_pre_hooks):
             raise RefusedError("it has modules that carry hooks, which a fused call would skip")
-    before, drawn = _state(modules), _generators()
+    before, drawn, kept = _state(modules), _generators(), Kept(modules)
     classes = dict.fromkeys(c for m in modules for c in type(m).__mro__ if not _is_torchs_class(c))
     of_classes = _class_guards(classes)
     changed: list[tuple[nn.Module, str]] = []
     for training, grad, autocast in _MODES:
-        with kept_attributes(modules):
+        with kept, kept_generators():
             for m in modules:
                 m.training = training
             with ExitStack() as stack:
@@ -185,8 +179,12 @@ def traces(
                     stack.enter_context(_autocast(device, autocast))
                 stack.enter_context(_without_collection())
                 read = stack.enter_context(_recorded_reads(modules))
-                code = stack.enter_context(_recorded_code())
+                code = stack.enter_context(recorded_code(kept))
                 graph = graph_of(module, leaves, grad)
+            if (written := kept.changed()) is not None:
+                raise RefusedError(f"its forward writes {written}")
+            if _generators() != drawn:
+                raise RefusedError("its forward draws random numbers")
             attributes = _attribute_guards(module, read) + _uncalled_guards(module, modules, graph)
             _check_classes(classes, {name for c in code for name in c.co_names})
             _check_defaults((f for c in classes for f in vars(c).values()), code)
@@ -196,8 +194,6 @@ def traces(
             yield training, graph, guards  # while the modules are in this mode
     if changed:
         raise RefusedError(f"its forward writes {type(changed[0][0]).__name__}.{changed[0][1]}")
-    if _generators() != drawn:
-        raise RefusedError("its forward draws random numbers")
 
 
 def _outside(module: nn.Module, leaves: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
@@ -210,31 +206,6 @@ def _outside(module: nn.Module, leaves: Callable[[nn.Module], bool]) -> Iterator
             yield found
             if found is module or not leaves(found):
                 waiting += found.children()
-
-
-@contextmanager
-def kept_attributes(modules: Sequence[nn.Module]) -> Iterator[list[Any]]:
-    """Undo changes of modules' attributes, and of lists and dicts among them.
-
-    At the end, the list that the context gives holds the values that were written.
-    """
-    modes = [(m, m.training) for m in modules]  # not all keep it in their dict
-    own: list[Any] = [m.__dict__ for m in modules]
-    own += [value for attributes in own for value in attributes.values() if type(value) in (list, dict)]
-    before = [value.copy() for value in own]
-    written: list[Any] = []
-    try:
-        yield written
-    finally:
-        for m, mode in modes:
-            m.training = mode
-        for now, was in zip(own, before, strict=True):
-            values, found = (list(v.values() if isinstance(v, dict) else v) for v in (was, now))
-            if len(now) == len(was) and all(map(operator.is_, found, values)):
-                continue
-            written += [value for value in found if not any(value is v for v in values)]
-            now.clear()
-            now.update(was) if isinstance(now, dict) else now.extend(was)
 
 
 @contextmanager
@@ -323,7 +294,7 @@ def _recorded_reads(modules: Sequence[nn.Module]) -> Iterator[list[tuple[nn.Modu
             value = kind.__getattribute__(self, name)
             if name not in _OF_EVERY_MODULE:
                 read.append((self, name, value))
-            elif name in _VALUES and not _passed_over(sys._getframe(1).f_code.co_filename):
+            elif name in _VALUES and not passed_over(sys._getframe(1).f_code.co_filename):
                 raise RefusedError(f"its forward reads {kind.__name__}.{name}")
             return value
 
@@ -413,12 +384,7 @@ def _is_code(value: Any) -> bool:
 
 
 def _is_torchs_class(value: Any) -> bool:
-    return isinstance(value, type) and _package(value) in ("torch", "builtins")
-
-
-def _package(value: Any) -> str:
-    """The outermost package that a class belongs to, or that a Python module is in."""
-    return str(getattr(value, "__module__", None) or value.__name__).partition(".")[0]
+    return isinstance(value, type) and package(value) in ("torch", "builtins")
 
 
 def _check_classes(classes: Iterable[type], read: set[str]) -> None:
@@ -445,10 +411,10 @@ def _check_function(code: types.CodeType, path: str, value: Any) -> None:
     if not (of is None or isinstance(of, (type, types.ModuleType))):
         raise RefusedError(f"{code.co_name} calls {path}, a method of a {type(of).__name__}")
     module = of.__name__ if isinstance(of, types.ModuleType) else getattr(value, "__module__", None)
-    _check_package(code, str(module))
+    _checkpackage(code, str(module))
 
 
-def _check_package(code: types.CodeType, module: str) -> None:
+def _checkpackage(code: types.CodeType, module: str) -> None:
     """Refuse a module of the standard library or of NumPy whose functions may differ from call to call."""
     package = module.partition(".")[0]
     if package == "numpy" or (package in sys.stdlib_module_names and package not in _HARMLESS):
@@ -475,33 +441,6 @@ def _class_guards(classes: Iterable[type]) -> tuple[tuple[str, str, Any], ...]:
     )
 
 
-@contextmanager
-def _recorded_code() -> Iterator[dict[types.CodeType, types.FrameType]]:
-    """Records the code outside PyTorch and the standard library that runs inside the context."""
-    seen: dict[types.CodeType, Any] = {}
-
-    def record(frame: types.FrameType, event: str, _: Any) -> None:
-        code = frame.f_code
-        if code not in seen and not _passed_over(code.co_filename):
-            free = {name: frame.f_locals.get(name) for name in code.co_freevars}
-            seen[code] = (frame.f_globals, free)
-
-    # A trace function that returns None is called for calls only, unlike a profile function.
-    before = sys.gettrace()
-    sys.settrace(record)
-    try:
-        yield seen
-    finally:
-        sys.settrace(before)
-
-
-@functools.cache  # called for every call in PyTorch
-def _passed_over(file: str) -> bool:
-    if file.startswith((_TORCH, os.path.dirname(__file__) + os.sep, "<frozen ")):
-        return True
-    return file.startswith(_LIBRARY) and not file.startswith(_SITE)
-
-
 def _variable_guards(seen: dict[types.CodeType, Any]) -> tuple[tuple[str, str, Any], ...]:
     """Guards for the globals that the code reads."""
     found: dict[tuple[str, str, Any], None] = {}
@@ -512,7 +451,7 @@ def _variable_guards(seen: dict[types.CodeType, Any]) -> tuple[tuple[str, str, A
                 raise RefusedError(f"{code.co_name} reads {name} from the enclosing function")
         for path, value in _globals_read(code, variables):
             if isinstance(value, types.ModuleType):
-                _check_package(code, value.__name__)
+                _checkpackage(code, value.__name__)
             elif _is_function(value):
                 _check_function(code, path, value)
                 _check_defaults([value], seen)
@@ -551,7 +490,7 @@ def _globals_read(code: types.CodeType, variables: dict[str, Any]) -> Iterator[t
         if opname in ("COPY", "DUP_TOP", "EXTENDED_ARG"):  # the first two as in an augmented assignment
             continue
         reads_attribute = opname in ("LOAD_ATTR", "LOAD_METHOD")
-        if isinstance(value, types.ModuleType) and not reads_attribute and _package(value) != "torch":
+        if isinstance(value, types.ModuleType) and not reads_attribute and package(value) != "torch":
             raise RefusedError(f"{code.co_name} uses the module {path} as a value")
         if opname in ("LOAD_GLOBAL", "LOAD_NAME") and name in variables:
             path, value = name, variables[name]
@@ -564,7 +503,7 @@ def _globals_read(code: types.CodeType, variables: dict[str, Any]) -> Iterator[t
         elif reads_attribute and isinstance(value, types.FunctionType):
             raise RefusedError(f"{code.co_name} reads {path}.{name}, of a function")
         elif reads_attribute and isinstance(value, (types.ModuleType, type)):
-            if _package(value) == "torch":
+            if package(value) == "torch":
                 if name in _STATE_OF_TORCH:
                     raise RefusedError(f"{code.co_name} reads {path}.{name}")
                 value = None  # torch's functions and constants; the gate checks those that tools replace
