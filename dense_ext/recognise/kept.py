@@ -1,8 +1,8 @@
 """Keeps users' objects as they are while their code runs to be traced or compared.
 
-A forward may update a meter, append to a list of the module or among the globals, or count in a class. Traced,
-it would leave proxies there. So what the code can reach is noted before the code runs, and put back afterwards:
-attributes, lists, dicts, sets and deques, from modules, and from the globals of the code.
+A forward may update a meter, append to a list of its module or a global one, or count in a class. Traced, it
+would leave proxies there. So what code can reach from its modules and globals is noted before it runs, and put
+back afterwards: attributes, lists, dicts, sets, deques, and the state of generators of random numbers.
 """
 
 from __future__ import annotations
@@ -372,7 +372,7 @@ def _state(value: Any) -> tuple[Callable[[Any], Any], Any] | None:
 def recorded_code(kept: Kept) -> Iterator[dict[types.CodeType, Any]]:
     """Records the users' code that runs inside the context, and notes what it can reach.
 
-    For each piece of code: its globals and free variables.
+    For each piece of code: its globals, its free variables, and the classes that it takes or is called for.
     """
     seen: dict[types.CodeType, Any] = {}
 
@@ -382,7 +382,8 @@ def recorded_code(kept: Kept) -> Iterator[dict[types.CodeType, Any]]:
             return
         if code not in seen:
             free = {name: frame.f_locals.get(name) for name in code.co_freevars}
-            seen[code] = (frame.f_globals, free)
+            local = [v if isinstance(v, type) else type(v) for v in frame.f_locals.values()]
+            seen[code] = (frame.f_globals, free, local)
         kept.ran(frame)
 
     # A trace function that returns None is called for calls only, unlike a profile function.

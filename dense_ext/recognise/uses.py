@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .proxies import IN_PLACE
 from .kept import Kept, RefusedError, kept_generators, recorded_code
+from .proxies import IN_PLACE
 from .tracing import graph_of, is_plain, transparent_checkpoints
 
 # Functions that need the memory layout of eager's result.
