@@ -25,7 +25,8 @@ from ..eligibility import Fused
 from ..modules import contiguous_in_eager
 from ..supported import NORM_TYPES, dims_of, transition_reason
 from .description import AVERAGES, CONVS, MAXIMA, NORMS, options_of_call, options_of_pool, settings
-from .tracing import Guards, RefusedError, is_torchs, traces
+from .kept import RefusedError
+from .tracing import Guards, is_torchs, traces
 from .uses import Use, relying_calls, use_of
 
 

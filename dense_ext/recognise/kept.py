@@ -1,8 +1,8 @@
 """Keeps users' objects as they are while their code runs to be traced or compared.
 
 A forward may update a meter, append to a list of its module or a global one, or count in a class. Traced, it
-would leave proxies there. So what code can reach from its modules and globals is noted before it runs, and put
-back afterwards: attributes, lists, dicts, sets, deques, and the state of generators of random numbers.
+would leave proxies there. So what code can reach from its modules and globals is noted before it runs, and is
+put back afterwards: attributes, lists, dicts, sets, deques, and the state of random generators.
 """
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ _VALUES = frozenset([
 _REFLECTION = ("__import__", "eval", "exec", "globals", "locals", "vars")
 # PyTorch's functions whose result follows from their arguments: those of ATen, and what is made of them.
 _NAMESPACES: tuple[Any, ...] = (
-    torch._C._VariableFunctions, torch._C._nn, torch._C._linalg, torch._C._fft, torch._C._special,
-    torch.functional, torch.nn.functional,
+    torch._C._VariableFunctions, torch._C._nn, torch.functional, torch.nn.functional,
+    *(getattr(torch._C, name) for name in ("_linalg", "_fft", "_special")),
 )  # fmt: skip
 # Others that a forward may call: gradient mode and autocast are traced in both states, and the rest says the
 # same at every call, or changes nothing that is computed.
@@ -59,8 +59,8 @@ _ALLOWED = (
     "_assert", "compiler.is_compiling", "compiler.is_dynamo_compiling", "compiler.is_exporting",
     "cuda.device_count", "cuda.empty_cache", "cuda.is_available", "cuda.synchronize",
     "is_autocast_cpu_enabled", "is_autocast_enabled", "is_grad_enabled", "is_storage", "is_tensor",
-    "jit.annotate", "jit.is_scripting", "jit.is_tracing", "jit.isinstance", "onnx.is_in_onnx_export", "typename", "utils.checkpoint.checkpoint",
-    "utils.checkpoint.checkpoint_sequential",
+    "jit.annotate", "jit.is_scripting", "jit.is_tracing", "jit.isinstance", "onnx.is_in_onnx_export",
+    "typename", "utils.checkpoint.checkpoint", "utils.checkpoint.checkpoint_sequential",
 )  # fmt: skip
 _CONSTANTS = (
     torch.dtype, torch.layout, torch.memory_format, torch.device, torch.torch_version.TorchVersion, float,
@@ -331,7 +331,8 @@ def _recorded_reads(modules: Sequence[nn.Module]) -> Iterator[list[tuple[nn.Modu
             return value
 
         own = {
-            "__getattribute__": read_attribute, "__getattr__": find_attribute, "__module__": kind.__module__
+            "__getattribute__": read_attribute, "__getattr__": find_attribute, "__module__": kind.__module__,
+            "__records__": True,
         }  # fmt: skip
         return type(kind.__name__, (kind,), own)
 
@@ -435,6 +436,8 @@ def _class_guards(classes: Iterable[type], read: set[str]) -> tuple[tuple[str, s
             continue
         seen.add(kind)
         waiting += [*kind.__mro__, type(kind)]
+        if "__records__" in vars(kind):  # it stands for the class from which it is derived
+            continue
         # A tracer records what is read from a module, but not what is read from its class.
         any_name = "getattr" in read and not (
             issubclass(kind, nn.Module) and read.isdisjoint(("type", "__class__"))
