@@ -435,8 +435,9 @@ class SetsAnAttributeOfAClass(Plain):
 class SetsAGlobal(Plain):
     def forward(self, x: Tensor) -> Tensor:
         global FEATURES
-        FEATURES = self.layers(x)
-        return FEATURES
+        y = self.layers(x)
+        FEATURES = y
+        return y
 
 
 FEATURES = None
