@@ -132,7 +132,7 @@ class Kept:
     def _parts(self, value: Any, name: str) -> list[tuple[Any, str]]:
         """What an object holds, each with a name; a copy of that is kept."""
         kind = type(value)
-        if isinstance(value, type):
+        if issubclass(kind, type):
             return self._parts_of_class(value)
         if issubclass(kind, types.FunctionType):
             return self._parts_of_function(value, name)
@@ -151,11 +151,15 @@ class Kept:
         parts: list[tuple[Any, str]] = [(kind, name)]
         if (state := _state(value)) is not None:
             self._states.append(state)
+        items: Any = ()
         if issubclass(kind, _CONTAINERS):
             copied = next(copy(value) for of, copy in _COPIES.items() if issubclass(kind, of))
             self._held.append((name, value, copied))
-        if issubclass(kind, (*_CONTAINERS, tuple, frozenset)) and len(value) <= _LONG:
-            parts += [(v, name) for v in (dict.values(value) if issubclass(kind, dict) else value)]
+            items = copied.values() if isinstance(copied, dict) else copied
+        elif issubclass(kind, (tuple, frozenset)):
+            items = value
+        if len(items) <= _LONG:
+            parts += [(item, name) for item in items]
         for attributes in (_attributes(value), _slots(value)):
             if attributes is not None:
                 self._held.append((kind.__name__, attributes, dict(attributes)))
@@ -352,18 +356,18 @@ def _stored(code: types.CodeType) -> tuple[set[str], set[str]]:
 
 def _state(value: Any) -> tuple[Callable[[Any], Any], Any] | None:
     """How to set the state of a generator of random numbers or a small array, and the state; else None."""
-    if isinstance(value, random.Random):
+    if issubclass(type(value), random.Random):
         return value.setstate, value.getstate()
-    if isinstance(value, torch.Generator):
+    if issubclass(type(value), torch.Generator):
         return value.set_state, value.get_state()
     numpy = sys.modules.get("numpy")
     if numpy is None:
         return None
-    if isinstance(value, numpy.random.RandomState):
+    if issubclass(type(value), numpy.random.RandomState):
         return value.set_state, value.get_state()
-    if isinstance(value, numpy.random.Generator):
+    if issubclass(type(value), numpy.random.Generator):
         return functools.partial(setattr, value.bit_generator, "state"), value.bit_generator.state
-    if isinstance(value, numpy.ndarray) and value.flags.writeable and value.nbytes <= 2**20:
+    if issubclass(type(value), numpy.ndarray) and value.flags.writeable and value.nbytes <= 2**20:
         return functools.partial(numpy.copyto, value), value.copy()
     return None
 

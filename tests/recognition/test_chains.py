@@ -594,7 +594,7 @@ class Head(Encoder):
     def forward(self, x: Tensor) -> Tensor:
         x = self.block1(self.pool0(self.relu0(self.norm0(self.conv0(x)))))
         x = F.dropout(x, self.drop.p, self.drop.training)
-        return x if isinstance(self.last, nn.Identity) else self.last(x)
+        return x if isinstance(self.last, nn.Identity) else self.last(-x)
 
 
 def only_dropout_in_eval_mode(model: Any) -> None:
