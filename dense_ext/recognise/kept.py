@@ -145,7 +145,7 @@ class Kept:
         if issubclass(kind, functools.partial):
             return [(value.func, name), (value.args, name), (value.keywords, name)]
         if issubclass(kind, nn.Module) and kind.__module__.startswith("torch.nn."):  # most objects, by far
-            own = [value.__dict__, *(v for v in value.__dict__.values() if v and type(v) is dict)]
+            own = [value.__dict__, *(v for v in value.__dict__.values() if type(v) is dict and v)]
             self._held += [(kind.__name__, holder, holder.copy()) for holder in own]
             return [(child, name) for child in value._modules.values()]
         parts: list[tuple[Any, str]] = [(kind, name)]
