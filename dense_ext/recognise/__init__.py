@@ -16,9 +16,10 @@ from torch import nn
 from .chains import Rewriting
 from .description import CONVS, NORMS, Plan, describe, plan_of_layers
 from .fused import Recognised, Traced, changes, install, kinds_of, original_class, traced_base, unsupported
+from .kept import RefusedError
 from .proof import prove
 from .rewritten import Rewritten, install_calls, name_of_pieces, rewritten_calls
-from .tracing import RefusedError, is_torchs, transparent_checkpoints
+from .tracing import is_torchs, transparent_checkpoints
 from .uses import wants_copies
 
 __all__ = [

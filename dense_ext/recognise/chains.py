@@ -21,10 +21,12 @@ from torch import Tensor, fx, nn
 
 from ..activations import name_of
 from ..backends.general import Form, transition_form
+from ..eligibility import Fused
 from ..modules import contiguous_in_eager
 from ..supported import NORM_TYPES, dims_of, transition_reason
 from .description import AVERAGES, CONVS, MAXIMA, NORMS, options_of_call, options_of_pool, settings
-from .tracing import Guards, RefusedError, is_torchs, traces
+from .kept import RefusedError
+from .tracing import Guards, is_torchs, traces
 from .uses import Use, relying_calls, use_of
 
 
@@ -119,7 +121,7 @@ class Rewriting:
         called: the names of the dense parts that it calls as a whole.
         entered: the names of the modules whose own forward was traced, so that they are no longer called.
         children: the names of the modules that a forward may iterate over, each with its children: the name
-            of each there, and its first dotted name.
+            of each there, its first dotted name, and its class unless it is called as a whole.
         guards: the values that the forward reads.
     """
 
@@ -127,7 +129,7 @@ class Rewriting:
     code: tuple[Code, Code]
     called: tuple[str, ...]
     entered: tuple[str, ...]
-    children: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
+    children: tuple[tuple[str, tuple[tuple[str, str, type | None], ...]], ...]
     guards: Guards
 
     @property
@@ -201,15 +203,33 @@ def _entered(model: nn.Module, graph: fx.Graph) -> tuple[str, ...]:
 
 def children_of(
     model: nn.Module, called: Sequence[str]
-) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
-    """The names of a module and of those inside it, but not inside called parts, with their children's."""
+) -> tuple[tuple[str, tuple[tuple[str, str, type | None], ...]], ...]:
+    """The names of a module and of those inside it, but not inside called parts, with their children's.
+
+    A forward may ask for a child's class, too.
+    """
     inside = {inner for name in called for inner in model.get_submodule(name).modules()}
     first: dict[Any, str] = {module: name for name, module in model.named_modules()}
     first[None] = ""  # a child that was set to None
+    whole = {model.get_submodule(name) for name in called}
+
+    def kind_of(child: Any) -> type | None:
+        return None if child in whole else _class_of(child)
+
     return tuple(
-        (name, tuple((n, first[child]) for n, child in module._modules.items()))
+        (name, tuple((n, first[child], kind_of(child)) for n, child in module._modules.items()))
         for module, name in first.items()
         if module is not None and module not in inside and not is_torchs(module)
+    )
+
+
+def _class_of(module: Any) -> type:
+    """A module's class without those that swaps, parametrisations and FSDP derive from it."""
+    derived = ("torch.nn.utils.", "torch.distributed.")
+    return next(
+        kind
+        for kind in type(module).__mro__
+        if not (issubclass(kind, Fused) or kind.__module__.startswith(derived))
     )
 
 

@@ -19,7 +19,8 @@ from torch import Tensor, fx, nn
 from ..activations import name_of, named
 from ..batch_norm import num_features
 from ..eligibility import watch
-from .tracing import Guards, RefusedError, is_plain, traces
+from .kept import RefusedError
+from .tracing import Guards, is_plain, traces
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

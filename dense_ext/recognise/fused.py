@@ -62,7 +62,10 @@ class Traced(Fused):
         if reason is None and not torch.compiler.is_compiling():
             # Tracing has followed these too; `interference` looks for them in submodules.
             own = self.__dict__.keys() & known_methods(original_class(type(self))).keys()
-            return f"carries a {min(own)} of its own" if own else None
+            reason = f"carries a {min(own)} of its own" if own else None
+        modes = self.plan.guards.modes
+        if reason is None and any([submodule(self, name).training != self.training for name in modes]):  # noqa: C419  # compiled
+            return "a module whose mode its forward reads is in another mode"
         return reason
 
     def __getitem__(self, idx: Any) -> Any:

@@ -19,7 +19,8 @@ from ..supported import NORM_TYPES, dims_of
 from .chains import leaves_around
 from .description import Dropout, Plan, Transition, without_dropout
 from .fused import Traced, install
-from .tracing import RefusedError, graph_of
+from .kept import RefusedError, undisturbed
+from .tracing import graph_of
 
 # The relative error allowed: far above rounding in float64, far below any mistake.
 TOLERANCE = 1e-9
@@ -143,6 +144,7 @@ class _StandIn(nn.Module):
         return pools[len(sizes) - 1](y, sizes) * factors.view(-1, *[1] * len(sizes))
 
 
+@undisturbed()
 def _prove(
     module: nn.Module,
     change: Callable[[nn.Module], None],

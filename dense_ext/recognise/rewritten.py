@@ -23,8 +23,9 @@ from ..modules import (
 from ..supported import NORM_TYPES, transition_reason
 from .chains import Chain, Part, Pieces, Rewriting, children_of, rewrite
 from .fused import Recognised, Traced, changed_guards, kinds_of, original_class, submodule, traced_class
+from .kept import RefusedError
 from .proof import prove_same
-from .tracing import RefusedError, transparent_checkpoints
+from .tracing import transparent_checkpoints
 
 
 class Rewritten(Traced):

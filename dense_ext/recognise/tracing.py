@@ -7,10 +7,12 @@ returned as guards. It may write no attributes and draw no random numbers.
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import enum
 import functools
 import gc
+import inspect
 import operator
 import os
 import pickle
@@ -28,36 +30,42 @@ import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 
 from ..eligibility import Absence
+from .kept import Kept, RefusedError, is_users, kept_generators, package, passed_over, recorded_code
 from .proxies import WritableProxy
 
 # The standard library's modules that a forward may use; results of others may differ from call to call.
 _HARMLESS = {"builtins", "collections", "contextlib", "functools", "itertools", "math", "operator", "typing"}
 _HARMLESS |= {"_collections", "_functools", "_operator"}  # as which C's functions of these say they are
 _PARALLEL = ("torch.distributed.", "torch.nn.parallel.")  # where wrappers such as FSDP have their forward
-_TORCH = os.path.dirname(torch.__file__) + os.sep
-_LIBRARY = os.path.dirname(os.__file__) + os.sep
-_SITE = os.path.dirname(os.path.dirname(torch.__file__)) + os.sep
 _PLAIN = {bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, Absence}
 # Attributes that every module has: the tracer reads these itself, and none is state of the forward.
 _OF_EVERY_MODULE = frozenset([*dir(nn.Module()), "__class__", "__dict__"])
 # Those of them that give a forward values which no guard covers.
 _VALUES = frozenset([
     "__dict__", "_parameters", "_buffers", "parameters", "named_parameters", "buffers", "named_buffers",
-    "get_parameter", "get_buffer", "state_dict",
+    "get_parameter", "get_buffer", "state_dict", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
+    "_backward_pre_hooks",
 ])  # fmt: skip
 # Builtins by which code reads variables that its instructions do not name.
 _REFLECTION = ("__import__", "eval", "exec", "globals", "locals", "vars")
-# What torch.NAME says of PyTorch's own state; gradient mode and autocast are traced in both states.
-_STATE_OF_TORCH = frozenset([
-    "are_deterministic_algorithms_enabled", "backends", "distributed", "get_autocast_cpu_dtype",
-    "get_autocast_dtype", "get_autocast_gpu_dtype", "get_default_device", "get_default_dtype",
-    "get_float32_matmul_precision", "get_num_threads", "initial_seed", "is_autocast_cache_enabled",
-    "is_inference_mode_enabled",
-])  # fmt: skip
-
-
-class RefusedError(Exception):
-    """A module is not recognised; the message gives the reason."""
+# PyTorch's functions whose result follows from their arguments: those of ATen, and what is made of them.
+_NAMESPACES: tuple[Any, ...] = (
+    torch._C._VariableFunctions, torch._C._nn, torch.functional, torch.nn.functional,
+    *(getattr(torch._C, name) for name in ("_linalg", "_fft", "_special")),
+)  # fmt: skip
+# Others that a forward may call: gradient mode and autocast are traced in both states, and the rest says the
+# same at every call, or changes nothing that is computed.
+_ALLOWED = (
+    "_assert", "compiler.is_compiling", "compiler.is_dynamo_compiling", "compiler.is_exporting",
+    "cuda.device_count", "cuda.empty_cache", "cuda.is_available", "cuda.synchronize",
+    "is_autocast_cpu_enabled", "is_autocast_enabled", "is_grad_enabled", "is_storage", "is_tensor",
+    "jit.annotate", "jit.is_scripting", "jit.is_tracing", "jit.isinstance", "onnx.is_in_onnx_export",
+    "typename", "utils.checkpoint.checkpoint", "utils.checkpoint.checkpoint_sequential",
+)  # fmt: skip
+_CONSTANTS = (
+    torch.dtype, torch.layout, torch.memory_format, torch.device, torch.torch_version.TorchVersion, float,
+    torch._ops.OpOverload, torch._ops.OpOverloadPacket,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,15 +75,20 @@ class Guards:
     Attributes:
         attributes: tuples of a submodule's dotted name, an attribute, and its value.
         variables: tuples of a Python module's name, a dotted name in it, and its value.
+        modes: the names of submodules whose mode the code of other modules reads; it was the module's own.
     """
 
     attributes: tuple[tuple[str, str, Any], ...] = ()
     variables: tuple[tuple[str, str, Any], ...] = ()
+    modes: tuple[str, ...] = ()
 
     def __or__(self, other: Guards) -> Guards:
         """The union of two sets of guards."""
-        attributes = dict.fromkeys((*self.attributes, *other.attributes))
-        return Guards(tuple(attributes), tuple(dict.fromkeys((*self.variables, *other.variables))))
+        return Guards(
+            tuple(dict.fromkeys((*self.attributes, *other.attributes))),
+            tuple(dict.fromkeys((*self.variables, *other.variables))),
+            tuple(dict.fromkeys((*self.modes, *other.modes))),
+        )
 
 
 class _Tracer(fx.Tracer):
@@ -178,12 +191,12 @@ def traces(
     for m in modules:  # tracing would run the hooks
         if m is not module and not (leaves(m) or is_torchs(m)) and (m._forward_hooks or m._forward_pre_hooks):
             raise RefusedError("it has modules that carry hooks, which a fused call would skip")
-    before, drawn = _state(modules), _generators()
+    before, drawn, kept = _state(modules), _generators(), Kept(modules)
     classes = dict.fromkeys(c for m in modules for c in type(m).__mro__ if not _is_torchs_class(c))
-    of_classes = _class_guards(classes)
+    names = {m: name for name, m in module.named_modules()}
     changed: list[tuple[nn.Module, str]] = []
     for training, grad, autocast in _MODES:
-        with kept_attributes(modules):
+        with kept, kept_generators():
             for m in modules:
                 m.training = training
             with ExitStack() as stack:
@@ -193,19 +206,21 @@ def traces(
                     stack.enter_context(_autocast(device, autocast))
                 stack.enter_context(_without_collection())
                 read = stack.enter_context(_recorded_reads(modules))
-                code = stack.enter_context(_recorded_code())
+                code = stack.enter_context(recorded_code(kept))
                 graph = graph_of(module, leaves, grad)
+            if (written := kept.changed()) is not None:
+                raise RefusedError(f"its forward writes {written}")
+            if _generators() != drawn:
+                raise RefusedError("its forward draws random numbers")
             attributes = _attribute_guards(module, read) + _uncalled_guards(module, modules, graph)
-            _check_classes(classes, {name for c in code for name in c.co_names})
             _check_defaults((f for c in classes for f in vars(c).values()), code)
-            guards = Guards(attributes, _variable_guards(code) + of_classes)
+            modes = dict.fromkeys(names[m] for m, name, _ in read if name == "training" and m in names)
+            guards = Guards(attributes, _variable_guards(code, classes), tuple(modes))
             after = _state(modules)
             changed += [key for key in before.keys() | after.keys() if before.get(key) != after.get(key)]
             yield training, graph, guards  # while the modules are in this mode
     if changed:
         raise RefusedError(f"its forward writes {type(changed[0][0]).__name__}.{changed[0][1]}")
-    if _generators() != drawn:
-        raise RefusedError("its forward draws random numbers")
 
 
 def _outside(module: nn.Module, leaves: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
@@ -218,31 +233,6 @@ def _outside(module: nn.Module, leaves: Callable[[nn.Module], bool]) -> Iterator
             yield found
             if found is module or not leaves(found):
                 waiting += found.children()
-
-
-@contextmanager
-def kept_attributes(modules: Sequence[nn.Module]) -> Iterator[list[Any]]:
-    """Undo changes of modules' attributes, and of lists and dicts among them.
-
-    At the end, the list that the context gives holds the values that were written.
-    """
-    modes = [(m, m.training) for m in modules]  # not all keep it in their dict
-    own: list[Any] = [m.__dict__ for m in modules]
-    own += [value for attributes in own for value in attributes.values() if type(value) in (list, dict)]
-    before = [value.copy() for value in own]
-    written: list[Any] = []
-    try:
-        yield written
-    finally:
-        for m, mode in modes:
-            m.training = mode
-        for now, was in zip(own, before, strict=True):
-            values, found = (list(v.values() if isinstance(v, dict) else v) for v in (was, now))
-            if len(now) == len(was) and all(map(operator.is_, found, values)):
-                continue
-            written += [value for value in found if not any(value is v for v in values)]
-            now.clear()
-            now.update(was) if isinstance(now, dict) else now.extend(was)
 
 
 @contextmanager
@@ -340,7 +330,10 @@ def _recorded_reads(modules: Sequence[nn.Module]) -> Iterator[list[tuple[nn.Modu
             value = kind.__getattribute__(self, name)
             if name not in _OF_EVERY_MODULE:
                 read.append((self, name, value))
-            elif name in _VALUES and not _passed_over(sys._getframe(1).f_code.co_filename):
+            elif name == "training":
+                if _is_read_by_another(self, sys._getframe(1)):
+                    read.append((self, name, value))
+            elif name in _VALUES and not passed_over(sys._getframe(1).f_code.co_filename):
                 raise RefusedError(f"its forward reads {kind.__name__}.{name}")
             return value
 
@@ -355,7 +348,8 @@ def _recorded_reads(modules: Sequence[nn.Module]) -> Iterator[list[tuple[nn.Modu
             return value
 
         own = {
-            "__getattribute__": read_attribute, "__getattr__": find_attribute, "__module__": kind.__module__
+            "__getattribute__": read_attribute, "__getattr__": find_attribute, "__module__": kind.__module__,
+            "__records__": True,
         }  # fmt: skip
         return type(kind.__name__, (kind,), own)
 
@@ -377,6 +371,14 @@ def _recorded_reads(modules: Sequence[nn.Module]) -> Iterator[list[tuple[nn.Modu
             raise RefusedError(f"its forward writes {kind.__name__}.{min(names)}, of a class")
 
 
+def _is_read_by_another(module: nn.Module, frame: types.FrameType) -> bool:
+    """Whether users' code that is no method of a module reads its attribute."""
+    code = frame.f_code
+    if passed_over(code.co_filename):
+        return False
+    return not code.co_argcount or frame.f_locals.get(code.co_varnames[0]) is not module
+
+
 def _attribute_guards(
     module: nn.Module, read: list[tuple[nn.Module, str, Any]]
 ) -> tuple[tuple[str, str, Any], ...]:
@@ -386,6 +388,8 @@ def _attribute_guards(
         if m not in names or isinstance(value, nn.Module) or (_is_function(value) and name not in m.__dict__):
             # A slice of a container is a module of its own, modules are in the graph, and changes of methods
             # are checked by class.
+            continue
+        if name == "training":  # which is traced in both states
             continue
         of = getattr(value, "__self__", None)  # of a bound method
         if of is m and isinstance(value, types.MethodType):
@@ -430,30 +434,53 @@ def _is_code(value: Any) -> bool:
 
 
 def _is_torchs_class(value: Any) -> bool:
-    return isinstance(value, type) and _package(value) in ("torch", "builtins")
+    return isinstance(value, type) and package(value) in ("torch", "builtins")
 
 
-def _package(value: Any) -> str:
-    """The outermost package that a class belongs to, or that a Python module is in."""
-    return str(getattr(value, "__module__", None) or value.__name__).partition(".")[0]
-
-
-def _check_classes(classes: Iterable[type], read: set[str]) -> None:
-    """Refuse a forward that may read a value of a class that no guard covers, by ``type(self)``.
+def _class_guards(classes: Iterable[type], read: set[str]) -> tuple[tuple[str, str, Any], ...]:
+    """Guards for the values of users' classes that a forward can reach by another way than an instance.
 
     ``read`` are the names in the code that has run.
+
+    Raises:
+        RefusedError: no guard covers a value.
     """
-    if not {"type", "__class__"} & read:
-        return
-    methods = (staticmethod, classmethod, property)
-    for c in classes:
-        for name, value in vars(c).items():
-            if name.startswith("__") or isinstance(value, methods) or _is_code(value):
+    found: dict[tuple[str, str, Any], None] = {}
+    waiting, seen = list(classes), set()
+    while waiting:
+        kind = waiting.pop()
+        if kind in seen or not is_users(kind):
+            continue
+        seen.add(kind)
+        waiting += [*kind.__mro__, type(kind)]
+        if "__records__" in vars(kind):  # it stands for the class from which it is derived
+            continue
+        # A tracer records what is read from a module, but not what is read from its class.
+        any_name = "getattr" in read and not (
+            issubclass(kind, nn.Module) and read.isdisjoint(("type", "__class__"))
+        )
+        for name in dict.fromkeys(name for base in kind.__mro__ if is_users(base) for name in vars(base)):
+            if name.startswith("__") or not (any_name or name in read):
                 continue
-            if name not in read and "getattr" not in read:
+            value = inspect.getattr_static(kind, name)
+            if isinstance(value, type):
+                waiting.append(value)
+            elif isinstance(value, staticmethod):
+                value = value.__func__
+            if _is_code(value) or hasattr(type(value), "__get__"):  # a method
                 continue
-            if "<locals>" in c.__qualname__ or not is_plain(value):
-                raise RefusedError(f"its forward may read {c.__name__}.{name} by its class")
+            if not is_plain(value) or not _has_name(kind):
+                raise RefusedError(f"its forward may read {kind.__name__}.{name} by its class")
+            found[kind.__module__, f"{kind.__qualname__}.{name}", value] = None
+    return tuple(found)
+
+
+def _has_name(kind: type) -> bool:
+    """Whether a class is found by its name, as a guard finds it."""
+    try:
+        return bool(operator.attrgetter(kind.__qualname__)(sys.modules[kind.__module__]) is kind)
+    except (AttributeError, KeyError):
+        return False
 
 
 def _check_function(code: types.CodeType, path: str, value: Any) -> None:
@@ -462,7 +489,40 @@ def _check_function(code: types.CodeType, path: str, value: Any) -> None:
     if not (of is None or isinstance(of, (type, types.ModuleType))):
         raise RefusedError(f"{code.co_name} calls {path}, a method of a {type(of).__name__}")
     module = of.__name__ if isinstance(of, types.ModuleType) else getattr(value, "__module__", None)
+    if str(module).partition(".")[0] == "torch":
+        _check_torchs(code, path, value)
     _check_package(code, str(module))
+
+
+@functools.cache
+def _allowed() -> frozenset[int]:
+    """The ids of PyTorch's functions that a forward may use."""
+    found = [getattr(namespace, name) for namespace in _NAMESPACES for name in dir(namespace)]
+    for name in _ALLOWED:
+        with contextlib.suppress(AttributeError):  # in another version of PyTorch
+            found.append(operator.attrgetter(name)(torch))
+    return frozenset(map(id, filter(callable, found)))
+
+
+def _check_torchs(code: types.CodeType, path: str, value: Any) -> None:
+    """Refuse what tells a forward of PyTorch's state, which no guard covers."""
+    if isinstance(value, (types.ModuleType, type, *_CONSTANTS)) or value is None or _is_stand_in(value):
+        return
+    if id(value) not in _allowed():
+        raise RefusedError(f"{code.co_name} uses {path}, which may tell it of PyTorch's state")
+
+
+def _check_module(code: types.CodeType, path: str, module: types.ModuleType) -> None:
+    """Check all that code may read from a module of PyTorch's, which it has by a local name."""
+    waiting, seen = [(path, module)], set()
+    while waiting:
+        path, module = waiting.pop()
+        seen.add(module)
+        for name in set(code.co_names) & vars(module).keys():
+            value = getattr(module, name)
+            _check_torchs(code, f"{path}.{name}", value)
+            if isinstance(value, types.ModuleType) and package(value) == "torch" and value not in seen:
+                waiting.append((f"{path}.{name}", value))
 
 
 def _check_package(code: types.CodeType, module: str) -> None:
@@ -481,49 +541,15 @@ def _check_defaults(functions: Iterable[Any], seen: Container[types.CodeType]) -
                 raise RefusedError(f"{function.__name__} has a default that can change")
 
 
-def _class_guards(classes: Iterable[type]) -> tuple[tuple[str, str, Any], ...]:
-    """Guards for the values in classes, which a forward may read by ``type(self)``."""
-    return tuple(
-        (c.__module__, f"{c.__qualname__}.{name}", value)
-        for c in classes
-        if "<locals>" not in c.__qualname__
-        for name, value in vars(c).items()
-        if not name.startswith("__") and is_plain(value)
-    )
-
-
-@contextmanager
-def _recorded_code() -> Iterator[dict[types.CodeType, types.FrameType]]:
-    """Records the code outside PyTorch and the standard library that runs inside the context."""
-    seen: dict[types.CodeType, Any] = {}
-
-    def record(frame: types.FrameType, event: str, _: Any) -> None:
-        code = frame.f_code
-        if code not in seen and not _passed_over(code.co_filename):
-            free = {name: frame.f_locals.get(name) for name in code.co_freevars}
-            seen[code] = (frame.f_globals, free)
-
-    # A trace function that returns None is called for calls only, unlike a profile function.
-    before = sys.gettrace()
-    sys.settrace(record)
-    try:
-        yield seen
-    finally:
-        sys.settrace(before)
-
-
-@functools.cache  # called for every call in PyTorch
-def _passed_over(file: str) -> bool:
-    if file.startswith((_TORCH, os.path.dirname(__file__) + os.sep, "<frozen ")):
-        return True
-    return file.startswith(_LIBRARY) and not file.startswith(_SITE)
-
-
-def _variable_guards(seen: dict[types.CodeType, Any]) -> tuple[tuple[str, str, Any], ...]:
-    """Guards for the globals that the code reads."""
+def _variable_guards(
+    seen: dict[types.CodeType, Any], classes: Iterable[type]
+) -> tuple[tuple[str, str, Any], ...]:
+    """Guards for the globals and the classes that the code reads; ``classes`` are those of the modules."""
     found: dict[tuple[str, str, Any], None] = {}
+    reached = list(classes)
     made_inside = {c for code in seen for c in code.co_consts if isinstance(c, types.CodeType)}
-    for code, (variables, free) in seen.items():
+    for code, (variables, free, local) in seen.items():
+        reached += [*local, *(value for value in free.values() if isinstance(value, type))]
         for name, value in free.items():
             if name != "__class__" and code not in made_inside and not _is_code(value):
                 raise RefusedError(f"{code.co_name} reads {name} from the enclosing function")
@@ -538,11 +564,12 @@ def _variable_guards(seen: dict[types.CodeType, Any]) -> tuple[tuple[str, str, A
                     _check_name(code, path, value)
                     found[variables["__name__"], path, value] = None
             elif isinstance(value, type):  # it may be read by a local name
-                found |= dict.fromkeys(_class_guards(c for c in value.__mro__ if not _is_torchs_class(c)))
+                reached.append(value)
             else:
                 if not is_plain(value):
                     raise RefusedError(f"{code.co_name} reads the global {path}, a {type(value).__name__}")
                 found[variables["__name__"], path, value] = None
+    found |= dict.fromkeys(_class_guards(reached, {name for code in seen for name in code.co_names}))
     return tuple(found)
 
 
@@ -568,23 +595,35 @@ def _globals_read(code: types.CodeType, variables: dict[str, Any]) -> Iterator[t
         if opname in ("COPY", "DUP_TOP", "EXTENDED_ARG"):  # the first two as in an augmented assignment
             continue
         reads_attribute = opname in ("LOAD_ATTR", "LOAD_METHOD")
-        if isinstance(value, types.ModuleType) and not reads_attribute and _package(value) != "torch":
-            raise RefusedError(f"{code.co_name} uses the module {path} as a value")
+        if isinstance(value, types.ModuleType) and not reads_attribute:
+            if package(value) != "torch":
+                raise RefusedError(f"{code.co_name} uses the module {path} as a value")
+            _check_module(code, path, value)
         if opname in ("LOAD_GLOBAL", "LOAD_NAME") and name in variables:
             path, value = name, variables[name]
         elif opname in ("LOAD_GLOBAL", "LOAD_NAME") and name in _REFLECTION:
             raise RefusedError(f"{code.co_name} calls {name}()")
         elif opname == "IMPORT_NAME" and name.partition(".")[0] not in (_HARMLESS | {"torch"}):
             raise RefusedError(f"{code.co_name} imports {name}")
+        elif opname == "IMPORT_NAME" and name.partition(".")[0] == "torch":
+            _check_module(code, "torch", torch)
+            _check_module(code, name, sys.modules.get(name, torch))
+            value = None
+            continue
+        elif opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+            raise RefusedError(f"{code.co_name} writes the global {name}")
         elif opname == "STORE_ATTR" and value is not None:
             raise RefusedError(f"{code.co_name} writes {path}.{name}")
         elif reads_attribute and isinstance(value, types.FunctionType):
             raise RefusedError(f"{code.co_name} reads {path}.{name}, of a function")
         elif reads_attribute and isinstance(value, (types.ModuleType, type)):
-            if _package(value) == "torch":
-                if name in _STATE_OF_TORCH:
-                    raise RefusedError(f"{code.co_name} reads {path}.{name}")
-                value = None  # torch's functions and constants; the gate checks those that tools replace
+            if package(value) == "torch":  # the gate checks those of its functions that tools replace
+                if isinstance(value, type):
+                    value = None
+                else:
+                    path, value = f"{path}.{name}", getattr(value, name, None)
+                    _check_torchs(code, path, value)
+                    value = value if isinstance(value, (types.ModuleType, type)) else None
                 continue
             try:
                 path, value = f"{path}.{name}", getattr(value, name)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .kept import Kept, RefusedError, kept_generators, recorded_code
 from .proxies import IN_PLACE
-from .tracing import RefusedError, graph_of, is_plain, kept_attributes, transparent_checkpoints
+from .tracing import graph_of, is_plain, transparent_checkpoints
 
 # Functions that need the memory layout of eager's result.
 _LAYOUT = {
@@ -108,16 +109,17 @@ def _graphs(model: nn.Module, leaves: Collection[nn.Module]) -> Iterator[fx.Grap
     Raises:
         RefusedError: it cannot be traced, or keeps tensors as attributes, which others may read.
     """
+    modules = list(model.modules())
+    kept = Kept(modules)
     for training in (True, False):
         for grad in (True, False):
-            modules = list(model.modules())
-            with kept_attributes(modules) as written, transparent_checkpoints(), torch.inference_mode(False):
+            with kept, kept_generators(), transparent_checkpoints(), torch.inference_mode(False):
                 for m in modules:
                     m.training = training
-                with torch.set_grad_enabled(grad), torch.random.fork_rng(devices=[]):
+                with torch.set_grad_enabled(grad), recorded_code(kept):
                     graph = graph_of(model, lambda m: m in leaves, grad)
-            if not all(map(is_plain, written)):
-                raise RefusedError("its forward keeps tensors as attributes")
+            if not all(map(is_plain, kept.written)):
+                raise RefusedError("its forward keeps tensors where others may read them")
             yield graph
 
 

@@ -598,6 +598,49 @@ def test_modes_of_inner_modules_and_settings_that_a_forward_reads() -> None:
     assert_equal(ours(x), eager(x), "without dropout, by rate")
 
 
+class Head(Encoder):
+    """Reads the mode of a dropout that it does not call, and the class of its last module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.last = nn.Dropout(0.5), conv(14, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block1(self.pool0(self.relu0(self.norm0(self.conv0(x)))))
+        x = F.dropout(x, self.drop.p, self.drop.training)
+        return x if isinstance(self.last, nn.Identity) else self.last(-x)
+
+
+def only_dropout_in_eval_mode(model: Any) -> None:
+    model.drop.eval()
+
+
+def only_dropout_in_training_mode(model: Any) -> None:
+    model.eval()
+    model.drop.train()
+
+
+def without_a_last_module(model: Any) -> None:
+    model.eval()
+    model.last = nn.Identity()
+
+
+@pytest.mark.filterwarnings("ignore:dense_ext. .* runs its original forward")
+@pytest.mark.parametrize(
+    "change", [only_dropout_in_eval_mode, only_dropout_in_training_mode, without_a_last_module]
+)
+def test_the_mode_and_the_class_of_a_child_that_a_forward_reads(change: Callable[[Any], None]) -> None:
+    torch.manual_seed(0)
+    ours, eager = twin(randomize(Head()).double(), dense_ext.swap)
+    assert any(inner is ours for inner in rewritten(ours))
+    x, found = images(), []
+    for model in (ours, eager):
+        change(model)
+        torch.manual_seed(0)
+        found.append(model(x))
+    assert_equal(*found, "output")
+
+
 def test_a_slice_is_not_rewritten() -> None:
     ours, eager = pair("one Sequential")
     x = images()
@@ -677,6 +720,17 @@ class BranchesOnTheInput(Encoder):
         return self.block1(self.pool0(y) if y.sum() > 0 else y).mean((2, 3))
 
 
+class KeepsAGlobal(Encoder):
+    def forward(self, x: Tensor) -> Tensor:
+        global FEATURES
+        y = self.block1(self.pool0(self.relu0(self.norm0(self.conv0(x)))))
+        FEATURES = y
+        return y.mean((2, 3))
+
+
+FEATURES: Any = None
+
+
 class CountsCalls(Encoder):
     def forward(self, x: Tensor) -> Tensor:
         self.depth += 1
@@ -722,7 +776,7 @@ class SavesOnCpu(Checkpoints):
 
 LEFT = [
     WrittenInto, WrittenThroughAView, WrittenThroughAnAlias, ReadsTheNorm, UsesTheNormTwice, CeilingPool,
-    OtherPool, BranchesOnTheInput, CountsCalls, TakesTwoImages, OtherInEval, Checkpoints,
+    OtherPool, BranchesOnTheInput, KeepsAGlobal, CountsCalls, TakesTwoImages, OtherInEval, Checkpoints,
     CheckpointsByAnotherName, SavesOnCpu,
 ]  # fmt: skip
 

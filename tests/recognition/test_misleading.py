@@ -13,14 +13,17 @@ from collections.abc import Callable
 from os import getenv
 from random import uniform
 from time import time
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils.data
 from numpy.random import rand
-from torch import Tensor, nn
+from torch import Tensor, get_default_dtype, get_num_threads, nn
+from torch.backends import cudnn
 
 import dense_ext
 from dense_ext.recognise import RefusedError, recognise
@@ -392,6 +395,153 @@ class SettingsInAClass(Layer):
         return torch.cat([x, y if self.settings.scale == 1 else -y], 1)
 
 
+class Store:
+    """Holds settings, and takes features by class methods."""
+
+    items: ClassVar[list[Any]] = []
+    last: ClassVar[Any] = None
+    options: ClassVar[dict[str, bool]] = {"double": False}
+
+    @classmethod
+    def add(cls, x: Any) -> None:
+        cls.items.append(x)
+
+    @classmethod
+    def put(cls, x: Any) -> None:
+        cls.last = x
+
+    @classmethod
+    def option(cls, name: str) -> bool:
+        return cls.options[name]
+
+
+@refused
+class AppendsInAClass(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layers(x)
+        Store.add(y)
+        return y
+
+
+@refused
+class SetsAnAttributeOfAClass(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layers(x)
+        Store.put(y)
+        return y
+
+
+@refused
+class SetsAGlobal(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        global FEATURES
+        y = self.layers(x)
+        FEATURES = y
+        return y
+
+
+FEATURES = None
+
+
+@refused
+class OptionOfAClassByAMethod(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x) * 2 if Store.option("double") else self.layers(x)
+
+
+@refused
+class OptionOfAClassByALocalName(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        of = Store
+        return self.layers(x) * 2 if of.options["double"] else self.layers(x)
+
+
+@refused
+class OptionOfItsClass(Plain):
+    options: ClassVar[dict[str, bool]] = {"double": False}
+
+    @classmethod
+    def doubles(cls) -> bool:
+        return cls.options["double"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x) * 2 if self.doubles() else self.layers(x)
+
+
+def block_with_a_class_of_its_function() -> type[Plain]:
+    class Own:
+        double = False
+
+    class OptionOfAnEnclosedClass(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x) * 2 if Own.double else self.layers(x)
+
+    return OptionOfAnEnclosedClass
+
+
+refused(block_with_a_class_of_its_function())
+
+
+class Values:
+    _doubles = [False]  # noqa: RUF012
+
+    @property
+    def double(self) -> bool:
+        return self._doubles[0]
+
+
+@refused
+class OptionOfANewInstance(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x) * 2 if Values().double else self.layers(x)
+
+
+# --- PyTorch's state ----------------------------------------------------------------------------------
+
+
+STATES: dict[str, Callable[[], Any]] = {
+    "processes": lambda: dist.is_initialized(),
+    "cudnn": lambda: cudnn.benchmark,
+    "threads": lambda: get_num_threads() > 99,
+    "default dtype": lambda: get_default_dtype() == torch.float16,
+    "anomalies": lambda: torch.is_anomaly_enabled(),
+    "determinism": lambda: torch.get_deterministic_debug_mode(),
+    "workers": lambda: torch.utils.data.get_worker_info() is not None,
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_forward_that_depends_on_pytorchs_state_is_refused(name: str) -> None:
+    class AsksPyTorch(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x * 2) if asks() else self.layers(x)
+
+    asks = STATES[name]
+    with pytest.raises(RefusedError, match="may tell it of PyTorch's state"):
+        recognise(AsksPyTorch())
+
+
+@refused
+class StateByALocalName(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        own = torch
+        return self.layers(x * 2) if own.is_anomaly_enabled() else self.layers(x)
+
+
+@refused
+class StateByAnImport(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        from torch import is_anomaly_enabled
+
+        return self.layers(x * 2) if is_anomaly_enabled() else self.layers(x)
+
+
+@refused
+class LooksForHooks(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x * 2) if self.layers[0].norm1._forward_hooks else self.layers(x)
+
+
 @refused
 class WritesItsResult(Plain):
     def forward(self, x: Tensor) -> Tensor:
@@ -697,6 +847,27 @@ def activate(x: Tensor) -> Tensor:
     return F.relu(x)
 
 
+class Doubling:
+    on = False
+
+
+def doubled(x: Tensor, by: type[Doubling] = Doubling) -> Tensor:
+    return x * 2 if by.on else x
+
+
+class DefaultOfAHelper(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return doubled(self.layers(x))
+
+
+class ModeOfANorm(Plain):
+    """Reads the mode of a module of PyTorch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layers(x)
+        return y if self.layers[0].norm1.training == self.training else y * 2
+
+
 class Helper:
     activate = staticmethod(F.relu)
     factor = 1
@@ -745,6 +916,11 @@ def _rename(model: Any, patch: Any) -> None:
 
 
 OTHER_VALUES: dict[str, tuple[type[Plain], Callable[[Any, Any], Any]]] = {
+    "a class that is a default": (
+        DefaultOfAHelper,
+        lambda model, patch: patch.setattr(Doubling, "on", True),
+    ),
+    "a norm's mode": (ModeOfANorm, lambda model, patch: model.layers[0].norm1.eval()),
     "a function of the module": (Functions, _set("activation", F.silu)),
     "a class of the module": (Functions, _set("kind", nn.GroupNorm)),
     "a second name of a module": (Functions, lambda model, patch: setattr(model, "switch", model.other)),
