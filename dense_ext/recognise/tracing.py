@@ -167,12 +167,14 @@ def graph_of(module: nn.Module, leaves: Callable[[nn.Module], bool], needs_grad:
         raise RefusedError(f"its forward cannot be traced: {type(error).__name__}: {first[:120]}") from error
 
 
-# A forward may depend on training mode, gradient mode and autocast.
+# A forward may depend on training mode, gradient mode, whether its tensors need gradients, and autocast.
 _MODES = [
-    (training, grad, autocast)
+    (training, grad, needs_grad, autocast)
     for training in (True, False)
-    for grad, autocast in ((True, False), (False, False), (training, True))
-]
+    for grad, needs_grad, autocast in (
+        (True, True, False), (True, False, False), (False, False, False), (training, training, True)
+    )
+]  # fmt: skip
 
 
 def traces(
@@ -195,7 +197,7 @@ def traces(
     classes = dict.fromkeys(c for m in modules for c in type(m).__mro__ if not _is_torchs_class(c))
     names = {m: name for name, m in module.named_modules()}
     changed: list[tuple[nn.Module, str]] = []
-    for training, grad, autocast in _MODES:
+    for training, grad, needs_grad, autocast in _MODES:
         with kept, kept_generators():
             for m in modules:
                 m.training = training
@@ -207,7 +209,7 @@ def traces(
                 stack.enter_context(_without_collection())
                 read = stack.enter_context(_recorded_reads(modules))
                 code = stack.enter_context(recorded_code(kept))
-                graph = graph_of(module, leaves, grad)
+                graph = graph_of(module, leaves, needs_grad)
             if (written := kept.changed()) is not None:
                 raise RefusedError(f"its forward writes {written}")
             if _generators() != drawn:

@@ -104,7 +104,7 @@ def _calls(
 
 
 def _graphs(model: nn.Module, leaves: Collection[nn.Module]) -> Iterator[fx.Graph]:
-    """The graphs of a model in training and in eval mode, each with and without gradients.
+    """The graphs of a model in training and in eval mode, each with and without gradients, or none needed.
 
     Raises:
         RefusedError: it cannot be traced, or keeps tensors as attributes, which others may read.
@@ -112,12 +112,12 @@ def _graphs(model: nn.Module, leaves: Collection[nn.Module]) -> Iterator[fx.Grap
     modules = list(model.modules())
     kept = Kept(modules)
     for training in (True, False):
-        for grad in (True, False):
+        for grad, needs_grad in ((True, True), (True, False), (False, False)):
             with kept, kept_generators(), transparent_checkpoints(), torch.inference_mode(False):
                 for m in modules:
                     m.training = training
                 with torch.set_grad_enabled(grad), recorded_code(kept):
-                    graph = graph_of(model, lambda m: m in leaves, grad)
+                    graph = graph_of(model, lambda m: m in leaves, needs_grad)
             if not all(map(is_plain, kept.written)):
                 raise RefusedError("its forward keeps tensors where others may read them")
             yield graph

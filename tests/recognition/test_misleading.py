@@ -169,6 +169,19 @@ class LooksAtRequiresGrad(Plain):
 
 
 @refused
+class LooksForFrozenImages(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x * 1.5 if torch.is_grad_enabled() and not x.requires_grad else x)
+
+
+@refused
+class LooksForFrozenWeights(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        frozen = torch.is_grad_enabled() and not self.conv1.weight.requires_grad
+        return torch.cat([self.new(x), x] if frozen else [x, self.new(x)], 1)
+
+
+@refused
 class LooksAtTraining(Layer):
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([x, self.new(x)], 1) if self.training else torch.cat([self.new(x), x], 1)
