@@ -224,7 +224,12 @@ def children_of(
 
 
 def _class_of(module: Any) -> type:
-    """A module's class without those that swaps, parametrisations and FSDP derive from it."""
+    """A module's class without those that swaps, parametrisations and FSDP derive from it.
+
+    Batch norms are all of one class, since they may be converted to SyncBatchNorm.
+    """
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return nn.modules.batchnorm._BatchNorm
     derived = ("torch.nn.utils.", "torch.distributed.")
     return next(
         kind
