@@ -46,6 +46,8 @@ _VALUES = frozenset([
     "get_parameter", "get_buffer", "state_dict", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
     "_backward_pre_hooks",
 ])  # fmt: skip
+# Attributes of users' classes that Python itself keeps there.
+_OF_PYTHON = ("_abc_impl", "_field_defaults")
 # Builtins by which code reads variables that its instructions do not name.
 _REFLECTION = ("__import__", "eval", "exec", "globals", "locals", "vars")
 # PyTorch's functions whose result follows from their arguments: those of ATen, and what is made of them.
@@ -56,8 +58,9 @@ _NAMESPACES: tuple[Any, ...] = (
 # Others that a forward may call: gradient mode and autocast are traced in both states, and the rest says the
 # same at every call, or changes nothing that is computed.
 _ALLOWED = (
-    "_assert", "compiler.is_compiling", "compiler.is_dynamo_compiling", "compiler.is_exporting",
-    "cuda.device_count", "cuda.empty_cache", "cuda.is_available", "cuda.synchronize",
+    "_assert", "_check", "_dynamo.is_compiling", "compiler.is_compiling", "compiler.is_dynamo_compiling",
+    "compiler.is_exporting", "cuda.device_count", "cuda.empty_cache", "cuda.is_available",
+    "cuda.nvtx.range_pop", "cuda.nvtx.range_push", "cuda.synchronize",
     "is_autocast_cpu_enabled", "is_autocast_enabled", "is_grad_enabled", "is_storage", "is_tensor",
     "jit.annotate", "jit.is_scripting", "jit.is_tracing", "jit.isinstance", "onnx.is_in_onnx_export",
     "typename", "utils.checkpoint.checkpoint", "utils.checkpoint.checkpoint_sequential",
@@ -451,7 +454,7 @@ def _class_guards(classes: Iterable[type], read: set[str]) -> tuple[tuple[str, s
     waiting, seen = list(classes), set()
     while waiting:
         kind = waiting.pop()
-        if kind in seen or not is_users(kind):
+        if kind in seen or not is_users(kind) or issubclass(kind, enum.Enum):  # whose members are constants
             continue
         seen.add(kind)
         waiting += [*kind.__mro__, type(kind)]
@@ -462,7 +465,7 @@ def _class_guards(classes: Iterable[type], read: set[str]) -> tuple[tuple[str, s
             issubclass(kind, nn.Module) and read.isdisjoint(("type", "__class__"))
         )
         for name in dict.fromkeys(name for base in kind.__mro__ if is_users(base) for name in vars(base)):
-            if name.startswith("__") or not (any_name or name in read):
+            if name.startswith("__") or name in _OF_PYTHON or not (any_name or name in read):
                 continue
             value = inspect.getattr_static(kind, name)
             if isinstance(value, type):
