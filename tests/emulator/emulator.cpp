@@ -179,10 +179,10 @@ void count_requests(Warp& warp) {
       counters().shared_requests++;
       counters().shared_passes[text({file, line})] += taken;
       if (taken > least) counters().bank_conflicts[text({file, line})] += taken - least;
-      const auto bytes = static_cast<int64_t>(accesses.size()) * accesses.front().bytes;
-      const int64_t split = sectors_of(accesses) - (bytes + 31) / 32;
-      if (accesses.front().bytes == 16 && split > 0) {
-        counters().split_sectors[text({file, line})] += split;
+      if (accesses.front().bytes == 16) {
+        const auto pairs = static_cast<int64_t>(accesses.size() + 1) / 2;
+        const int64_t split = sectors_of(accesses) - pairs;
+        if (split > 0) counters().split_sectors[text({file, line})] += split;
       }
       continue;
     }
