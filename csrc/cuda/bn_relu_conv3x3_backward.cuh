@@ -180,8 +180,7 @@ struct BackwardBlock {
   __device__ __forceinline__ void mark_slots(int parity) const {
     for (int r = producer(); r < kPixels; r += kProducers) {
       const bool used = places.center(parity, r) >= 0;
-      store_shared(keep + parity * kPixels + r,
-                   used ? static_cast<BitsOf<T>>(~0u) : BitsOf<T>{0});
+      store_shared(keep + parity * kPixels + r, used ? static_cast<BitsOf<T>>(~0u) : BitsOf<T>{0});
     }
   }
 

@@ -42,8 +42,8 @@ class ColumnMoments {
  public:
   static constexpr int kPivots = kThreads * kAcross * kElements;  // in elements of T
   // Groups of threads that merge the parts side by side: the largest power of two there is.
-  static constexpr int kGroups = std::bit_floor(
-      static_cast<unsigned>(std::min(kThreads / kColumns, kParts)));
+  static constexpr int kGroups =
+      std::bit_floor(static_cast<unsigned>(std::min(kThreads / kColumns, kParts)));
   static constexpr int kScratch = kParts * (2 * kPartSize + 1) + kGroups;  // in floats
 
   __device__ explicit ColumnMoments(T* pivots)

@@ -155,8 +155,7 @@ class Places {
   }
 
   // kLocating threads call this, with their numbers.
-  __device__ __forceinline__ void locate(int patch, int parity,
-                                         int thread = thread_index()) const {
+  __device__ __forceinline__ void locate(int patch, int parity, int thread = thread_index()) const {
     const Patches::Position at = patches_.position(patch);
     DENSE_EXT_UNROLL for (int begin = 0; begin < kBordered; begin += kLocating) {
       const int p = begin + thread;

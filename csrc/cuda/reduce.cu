@@ -1,6 +1,6 @@
 // merge_moments and add_rows. A block takes 32 channels, or 32 elements of a weight gradient. Each
 // of its warps combines every kWarps-th row; then the warps' results are combined in a tree. A warp
-// loads several rows at a time, so that it waits for memory only once for them. Bytes moved: those
+// loads kBatch rows at a time, so that it waits for memory only once for them. Bytes moved: those
 // of the rows.
 
 #include "moments.cuh"
@@ -9,11 +9,9 @@
 namespace dense_ext {
 namespace {
 
-constexpr int kColumns = kWarp;
-// A block merges the moments of 32 channels alone: it is to be fast. The batches take the rows of
-// most launches at once, or in two turns.
-constexpr int kMergeWarps = 32, kMergeBatch = 5;
-constexpr int kAddWarps = 8, kAddBatch = 4;
+constexpr int kColumns = kWarp, kBatch = 4;
+constexpr int kMergeWarps = 32;  // one block merges the moments of 32 channels: it is to be fast
+constexpr int kAddWarps = 8;
 
 // Combines the results of a block's warps, `parts` [kWarps][kColumns], in a tree; warp 0 has the
 // total.
@@ -32,7 +30,7 @@ __device__ __forceinline__ Part combine_warps(Part* parts, const Part& part,
 
 // Calls load(n, row) for each n below kBatch, then combine(n) for each, until all rows of the
 // calling warp are done. A row past the end is -1.
-template <int kWarps, int kBatch, class Load, class Combine>
+template <int kWarps, class Load, class Combine>
 __device__ __forceinline__ void for_rows(int64_t row_count, const Load& load,
                                          const Combine& combine) {
   for (int64_t first = warp_index(); first < row_count; first += kBatch * kWarps) {
@@ -68,8 +66,8 @@ __global__ void __launch_bounds__(kMergeWarps* kWarp)
                 size = 1 + 2 * args.channels;
   Moments total;
   if (channel < args.channels) {
-    Moments found[kMergeBatch];
-    for_rows<kMergeWarps, kMergeBatch>(
+    Moments found[kBatch];
+    for_rows<kMergeWarps>(
         args.row_count,
         [&](int n, int64_t r) {
           found[n] = {};
@@ -138,8 +136,8 @@ __global__ void __launch_bounds__(kAddWarps* kWarp) add_rows_kernel(const AddArg
   const bool inside = sums_channels ? index < of_channels : column < args.size;
   Columns total;
   if (inside) {
-    Columns found[kAddBatch];
-    for_rows<kAddWarps, kAddBatch>(
+    Columns found[kBatch];
+    for_rows<kAddWarps>(
         args.row_count,
         [&](int n, int64_t r) {
           found[n] = {};

@@ -124,8 +124,9 @@ struct Units {
       if (kRows % kRowsAtOnce == 0 || r < kRows) body(r, i);
     }
   }
-  // The same for kBatch rows at a time: calls load(row, n) for each of them and then use(row, n).
-  // What `load` loads from shared memory, a thread then waits for once in a batch.
+  // The same for kBatch rows at a time: calls load(row, n) for each of them, and then use(row, n).
+  // What `load` loads from shared memory, a thread waits for once in a batch, where it would wait
+  // at each row.
   template <int kRows, int kBatch, class Load, class Use>
   __device__ __forceinline__ void for_batches(const Load& load, const Use& use) const {
     DENSE_EXT_UNROLL for (int first = 0; first * kRowsAtOnce < kRows; first += kBatch) {
