@@ -279,8 +279,9 @@ struct BackwardBlock {
 
   __device__ __forceinline__ void write_sums() {
     float* row = args.rows + block_y() * args.row_size + first_in;
-    write_column_sums<kThreads, 2, kIn>(sums, sum_g, sum_gx, data_row() / 16, data_column(), ins,
-                                        row, row + args.x.channels);
+    leave_column_sums<kIn>(sums, sum_g, sum_gx, data_row() / 16, data_column());
+    sync_threads();
+    add_column_sums<kThreads, 2, kIn>(sums, ins, row, row + args.x.channels);
   }
   __device__ __forceinline__ void write_weight_gradient() const {
     float* row = args.rows + block_y() * args.row_size + 2 * args.x.channels + first_in;

@@ -60,14 +60,14 @@ void run_forward(const Tensor& z, const Tensor& scale, const Tensor& shift, cons
         constexpr int kStack = sizeof(T) == 2 ? 2 : 1;
         using Broad = Forward<Math, 48, kStack, 1, kWide>;
         using Small = Forward<Math, 32, 2 * kStack, 2, kWide>;
-        static_assert(Small::shared_bytes(1) <= kSmallestSharedBytes);
-        static_assert(Broad::shared_bytes(1) <= kSmallestSharedBytes);
+        static_assert(Small::shared_bytes(1, 1) <= kSmallestSharedBytes);
+        static_assert(Broad::shared_bytes(1, 1) <= kSmallestSharedBytes);
         if (ceil_div(out, 48) < ceil_div(out, 32))
           return run_forward<Broad>(args, z, means, vars, next);
         if constexpr (sizeof(T) == 2) {
           using Large = Forward<Math, 32, 4, 1, kWide>;
           const int room = current_device().shared_bytes;
-          if (Large::shared_bytes(ceil_div(in, Large::kDepth)) <= room &&
+          if (Large::shared_bytes(in) <= room &&
               large_patches_pay<Large, Small>(zs, ceil_div(out, 32))) {
             return run_forward<Large>(args, z, means, vars, next);
           }
@@ -136,9 +136,9 @@ void run_backward(const Tensor& grad, const Tensor& y, const Tensor& u, const Te
     with_arithmetic<T>(tf32, [&](auto math) {
       using Math = decltype(math);
       if constexpr (sizeof(T) == 2) {  // float's tiles would not fit shared memory
-        using Broad = Backward<Math, 64, 2, 2, true>;
-        using Large = Backward<Math, 32, 4, 2, true>;
-        using Small = Backward<Math, 32, 4, 4, true>;
+        using Broad = Backward<Math, 64, 2, true>;
+        using Large = Backward<Math, 32, 4, true>;
+        using Small = Backward<Math, 32, 2, true>;
         static_assert(Small::shared_bytes(1) <= kSmallestSharedBytes);
         const int room = current_device().shared_bytes;
         if (Broad::shared_bytes(1) <= room && ceil_div(out, 64) < ceil_div(out, 32)) {
@@ -150,7 +150,7 @@ void run_backward(const Tensor& grad, const Tensor& y, const Tensor& u, const Te
           run_pieces(Small{});
         }
       } else {
-        using Only = Backward<Math, 32, 2, 2, true>;
+        using Only = Backward<Math, 32, 1, true>;
         static_assert(Only::shared_bytes(1) <= kSmallestSharedBytes);
         run_pieces(Only{});
       }

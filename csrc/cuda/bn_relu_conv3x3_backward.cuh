@@ -25,38 +25,39 @@ struct BackwardArguments {
 };
 
 // A block takes kIn channels of z and all of K, at most kOut, and goes through patches of kPixels
-// slots. A warp computes da for one of kParts parts of the channels and a stack of kStack lines,
-// and dW for 16 x 16 channels and all taps.
-template <class Math_, int kOut_, int kStack_, int kParts_, bool kWide_>
+// slots. Producer warps load a patch and form its dy, while the consumers work on the one before:
+// data warps compute da, each for a stack of kStack lines, and weight warps compute dW, each for
+// 16 x 16 channels and all taps.
+template <class Math_, int kOut_, int kStack_, bool kWide_>
 struct Backward {
   using Math = Math_;
   using T = typename Math::T;
   static constexpr bool kWide = kWide_;
   template <bool kOther>
-  using OfWidth = Backward<Math, kOut_, kStack_, kParts_, kOther>;
-  static constexpr int kWarps = sizeof(T) == 2 ? 8 : 4, kThreads = kWarps * kWarp;
-  static constexpr int kStack = kStack_, kParts = kParts_;
-  static constexpr int kDataWarps = kWarps / kParts;  // they share the pixels of da
+  using OfWidth = Backward<Math, kOut_, kStack_, kOther>;
+  static constexpr int kOut = kOut_, kIn = 32, kStack = kStack_;
+  static constexpr int kDataWarps = 4, kWeightWarps = kOut / 16 * (kIn / 16);
+  static constexpr int kConsumers = (kDataWarps + kWeightWarps) * kWarp, kProducers = 4 * kWarp;
+  static constexpr int kThreads = kConsumers + kProducers;
   static constexpr int kPixels = kDataWarps * 16 * kStack;
   // Whether it runs only with memory for two stages. Otherwise it takes one if two do not fit.
   static constexpr bool kAlwaysTwo = kPixels == 256;
   // Enough for the bordered patch of one image of 16 x 16 in 256 slots, two of 8 x 8 in 128 slots,
   // or halves of two such images in 64 slots.
   static constexpr int kBordered = kPixels == 256 ? 336 : kPixels == 128 ? 200 : 120;
-  static constexpr int kOut = kOut_, kIn = kWarps * 16 * 16 / kOut;
   static constexpr int kOutLd = padded<T>(kOut), kInLd = padded<T>(kIn);
   static constexpr int kStageSize = 2 * kBordered * kOutLd + kPixels * kInLd;
   static constexpr int kTapSize = tap_size<T>(kOut * kInLd);
   using OutVector = UnitVector<T, kOut>;
   static constexpr int kVectors = 2 * OutVector::kSize + 3 * kIn;
-  using Places = dense_ext::Places<kPixels, kBordered, kThreads>;
+  using Places = dense_ext::Places<kPixels, kBordered, kThreads, kProducers>;
 
   static constexpr int shared_bytes(int stages) {
     return SharedMemory::bytes_of(stages * kStageSize * int64_t{sizeof(T)}) +
            SharedMemory::bytes_of(kTaps * kTapSize * int64_t{sizeof(T)}) +
            SharedMemory::bytes_of(kVectors * int64_t{sizeof(float)}) +
            SharedMemory::bytes_of(Places::kInts * int64_t{sizeof(int)}) +
-           SharedMemory::bytes_of(kPixels * int64_t{sizeof(T)}) +
+           SharedMemory::bytes_of(2 * kPixels * int64_t{sizeof(T)}) +
            SharedMemory::bytes_of(kDataWarps * 2 * kIn * int64_t{sizeof(float)});
   }
 };
@@ -67,19 +68,26 @@ struct BackwardBlock {
   using Math = typename Config::Math;
   using T = typename Config::T;
   using OutVector = typename Config::OutVector;
+  static constexpr int kConsumers = Config::kConsumers, kProducers = Config::kProducers;
   static constexpr int kThreads = Config::kThreads, kPixels = Config::kPixels;
   static constexpr int kOut = Config::kOut, kIn = Config::kIn, kBordered = Config::kBordered;
   static constexpr int kOutLd = Config::kOutLd, kInLd = Config::kInLd;
   static constexpr bool kWide = Config::kWide;
-  static constexpr int kColumns = kIn / 8 / Config::kParts;  // fragments of da per warp
+  static constexpr int kRows = 16 * Config::kStack, kColumns = kIn / 8;  // da of a warp
   using DataGradient = float[Config::kStack][kColumns][4];
+  // Barriers. kFull + stage: the stage is ready for the consumers; kEmpty + stage: they are done
+  // with it. The last two are among the producers and among the consumers.
+  enum { kFull = 1, kEmpty = 3, kAmongProducers = 5, kAmongConsumers = 6 };
 
-  // A patch in shared memory. dy replaces grad, and grad_bn replaces z.
+  // A patch in shared memory. dy replaces grad, and grad_bn replaces y.
   struct Stage {
     T *dy, *y;  // [kBordered][kOut]
     T* z;       // [kPixels][kIn]
+    T* grad_bn;
     __device__ explicit Stage(T* begin)
-        : dy(begin), y(dy + kBordered * kOutLd), z(y + kBordered * kOutLd) {}
+        : dy(begin), y(dy + kBordered * kOutLd), z(y + kBordered * kOutLd), grad_bn(y) {
+      static_assert(kPixels * kInLd <= kBordered * kOutLd);
+    }
   };
 
   const BackwardArguments<T>& args;
@@ -87,14 +95,10 @@ struct BackwardBlock {
   T *const stages, *const weights;  // weights: [kTaps][kOut][kIn]
   float* const u;
   const typename Config::Places places;
-  BitsOf<T>* const keep;  // for each slot all ones if it has a pixel, else zero
+  BitsOf<T>* const keep;  // [2][kPixels]: for each slot all ones if it has a pixel, else zero
   float* const sums;
   const int64_t first_in;
   const int out, ins;  // ins: the block's channels of z
-  const RowFragment<T> data_rows;
-  const TransposedColumnFragments<T> columns;
-  float dw[kTaps][1][2][4] = {};  // the warp's part of dW
-  float sum_g[kColumns][2] = {}, sum_gz[kColumns][2] = {};
 
   __device__ BackwardBlock(const BackwardArguments<T>& args, SharedMemory shared)
       : args(args),
@@ -103,106 +107,149 @@ struct BackwardBlock {
         weights(shared.take<T>(kTaps * Config::kTapSize)),
         u(shared.take<float>(Config::kVectors)),
         places(shared.take<int>(Config::Places::kInts), args.patches),
-        keep(shared.take<BitsOf<T>>(kPixels)),
+        keep(shared.take<BitsOf<T>>(2 * kPixels)),
         sums(shared.take<float>(Config::kDataWarps * 2 * kIn)),
         first_in(int64_t{block_x()} * kIn),
         out(static_cast<int>(args.y.channels)),
-        ins(static_cast<int>(std::min(int64_t{kIn}, args.z.channels - first_in))),
-        data_rows([&](int r) { return args.patches.corner(data_row() + r) * kOutLd; }),
-        columns(kInLd) {}
+        ins(static_cast<int>(std::min(int64_t{kIn}, args.z.channels - first_in))) {}
 
   __device__ void run() {
-    load_vectors();
-    load_taps<kOut, kIn, kThreads>(weights, kInLd, args.weight, args.weight_bytes, 0, first_in);
-    int stage = 0, parity = 0;
-    places.locate(block_y(), parity);
-    sync_threads();
-    load(parity, 0);
-    copy_async_commit();
-    for (int patch = block_y(); patch < patches.count; patch += grid_y(), parity = 1 - parity) {
-      const int next = patch + grid_y();
-      if (next < patches.count) places.locate(next, 1 - parity);
-      mark_slots(parity);
-      copy_async_wait<0>();
-      sync_threads();
-      if (two_stages() && next < patches.count) load(1 - parity, 1 - stage);
-      copy_async_commit();
-      const Stage at(stages + stage * Config::kStageSize);
-      form_dy(at, parity);
-      sync_threads();
-      if (args.wants_weight && weight_row() < out) add_weight_gradient(at);
-      form_grad_bn(at);
-      sync_threads();
-      store(at, parity);
-      sync_threads();
-      if (two_stages()) {
-        stage = 1 - stage;
-      } else if (next < patches.count) {
-        load(1 - parity, 0);
-        copy_async_commit();
+    sync_threads();  // all slots' positions are known
+    if (thread_index() >= kConsumers) {
+      produce();
+    } else {
+      load_weight();
+      if (warp_index() < Config::kDataWarps) {
+        compute_data_gradient();
+      } else {
+        compute_weight_gradient();
       }
     }
-    copy_async_wait<0>();
-    write_sums();
-    if (args.wants_weight) write_weight_gradient();
+    sync_threads();
+    float* row = args.rows + block_y() * args.row_size + first_in;
+    add_column_sums<kThreads, Config::kDataWarps, kIn>(sums, ins, row, row + args.z.channels);
   }
 
-  __device__ __forceinline__ void load_vectors() const {
-    copy_vector<kOut, kThreads>(u, args.u, 0, out, OutVector::place);
-    copy_vector<kOut, kThreads>(v(), args.v, 0, out, OutVector::place);
-    copy_vector<kIn, kThreads>(mean(), args.mean, first_in, args.z.channels);
-    copy_vector<kIn, kThreads>(scale(), args.scale, first_in, args.z.channels);
-    copy_vector<kIn, kThreads>(shift(), args.shift, first_in, args.z.channels);
+  // A step is a patch. Its stage is step % stage_count(), and its parity step % 2.
+  __device__ int steps() const { return (patches.count - block_y() + grid_y() - 1) / grid_y(); }
+  __device__ int stage_count() const { return Config::kAlwaysTwo ? 2 : args.stages; }
+  __device__ Stage stage_of(int step) const {
+    return Stage(stages + step % stage_count() * Config::kStageSize);
   }
 
-  __device__ __forceinline__ void load(int parity, int stage) const {
-    const Stage to(stages + stage * Config::kStageSize);
+  // --- producers -------------------------------------------------------------------------------
+
+  __device__ void produce() const {
+    copy_vector<kOut, kProducers>(u, args.u, 0, out, OutVector::place, producer());
+    copy_vector<kOut, kProducers>(v(), args.v, 0, out, OutVector::place, producer());
+    const int count = steps();
+    for (int step = 0; step < count; step++) {
+      const int stage = step % stage_count(), parity = step % 2;
+      if (step >= stage_count()) sync_named<kThreads>(kEmpty + stage);
+      places.locate(block_y() + step * grid_y(), parity, producer());
+      sync_named<kProducers>(kAmongProducers);
+      const Stage to = stage_of(step);
+      load(to, parity);
+      copy_async_commit();
+      mark_slots(parity);
+      copy_async_wait<0>();
+      // A producer forms dy where it has loaded grad and y itself. The vectors are others'.
+      if (!kWide || step == 0) sync_named<kProducers>(kAmongProducers);
+      form_dy(to, parity);
+      arrive_named<kThreads>(kFull + stage);
+    }
+  }
+
+  __device__ __forceinline__ void load(const Stage& to, int parity) const {
     const auto row_of = [&](const Pixels<const T>& of) {
       return ChosenRows(Rows(of, places.origin(parity), 0, 0),
                         [&](int p) { return places.source(parity, p); });
     };
-    copy_tile<kBordered, kOut, kThreads, kWide>(to.dy, kOutLd, out, args.grad_bytes,
-                                                row_of(args.grad));
-    copy_tile<kBordered, kOut, kThreads, kWide>(to.y, kOutLd, out, args.y_bytes, row_of(args.y));
-    copy_tile<kPixels, kIn, kThreads, kWide>(
+    copy_tile<kBordered, kOut, kProducers, kWide>(to.dy, kOutLd, out, args.grad_bytes,
+                                                  row_of(args.grad), producer());
+    copy_tile<kBordered, kOut, kProducers, kWide>(to.y, kOutLd, out, args.y_bytes, row_of(args.y),
+                                                  producer());
+    copy_tile<kPixels, kIn, kProducers, kWide>(
         to.z, kInLd, ins, args.z_bytes,
         ChosenRows(Rows(args.z, places.origin(parity), 0, first_in),
-                   [&](int r) { return places.center(parity, r); }));
+                   [&](int r) { return places.center(parity, r); }),
+        producer());
   }
 
   // Fills `keep`.
   __device__ __forceinline__ void mark_slots(int parity) const {
-    DENSE_EXT_UNROLL for (int begin = 0; begin < kPixels; begin += kThreads) {
-      const int r = begin + thread_index();
-      if (r >= kPixels) break;
+    for (int r = producer(); r < kPixels; r += kProducers) {
       const bool used = places.center(parity, r) >= 0;
-      store_shared(keep + r, used ? static_cast<BitsOf<T>>(~0u) : BitsOf<T>{0});
+      store_shared(keep + parity * kPixels + r, used ? static_cast<BitsOf<T>>(~0u) : BitsOf<T>{0});
     }
   }
 
   // Forms dy in place of grad. Outside the images it stays zero, where v would remain otherwise.
   __device__ __forceinline__ void form_dy(const Stage& at, int parity) const {
-    const Units<T, kOut, kThreads> units;
+    const Units<T, kOut, kProducers> units(producer());
     units.for_columns([&](int c, int) {
       float us[OutVector::kElements], vs[OutVector::kElements];
       OutVector::load(us, u, c);
       OutVector::load(vs, v(), c);
-      units.template for_rows<kBordered>([&](int p, int) {
-        if (places.source(parity, p) < 0) return;
-        auto* const to = unit_at(at.dy + p * kOutLd + c);
-        Vector<T, 16> g(load_shared(to));
-        const Vector<T, 16> y(load_shared(unit_at(at.y + p * kOutLd + c)));
-        DENSE_EXT_UNROLL for (int e = 0; e < OutVector::kElements; e++) {
-          g.value[e] += us[e] * y.value[e] + vs[e];
-        }
-        store_shared(to, g.stored());
-      });
+      constexpr int kBatch = 4;
+      Bytes<16> grad[kBatch], y[kBatch];
+      bool inside[kBatch];
+      units.template for_batches<kBordered, kBatch>(
+          [&](int p, int n) {
+            grad[n] = load_shared(unit_at(at.dy + p * kOutLd + c));
+            y[n] = load_shared(unit_at(at.y + p * kOutLd + c));
+            inside[n] = places.source(parity, p) >= 0;
+          },
+          [&](int p, int n) {
+            Vector<T, 16> dy(grad[n]);
+            const Vector<T, 16> of(y[n]);
+            DENSE_EXT_UNROLL for (int e = 0; e < OutVector::kElements; e++) {
+              dy.value[e] += us[e] * of.value[e] + vs[e];
+            }
+            if (inside[n]) store_shared(unit_at(at.dy + p * kOutLd + c), dy.stored());
+          });
     });
+  }
+
+  // --- consumers -------------------------------------------------------------------------------
+
+  // Loads W, and the vectors of z's channels.
+  __device__ __forceinline__ void load_weight() const {
+    copy_vector<kIn, kConsumers>(mean(), args.mean, first_in, args.z.channels);
+    copy_vector<kIn, kConsumers>(scale(), args.scale, first_in, args.z.channels);
+    copy_vector<kIn, kConsumers>(shift(), args.shift, first_in, args.z.channels);
+    load_taps<kOut, kIn, kConsumers>(weights, kInLd, args.weight, args.weight_bytes, 0, first_in);
+    copy_async_commit();
+    copy_async_wait<0>();
+    sync_named<kConsumers>(kAmongConsumers);
+  }
+
+  // Calls body(stage, parity) for each patch when it is ready.
+  template <class Body>
+  __device__ __forceinline__ void for_patches(const Body& body) const {
+    const int count = steps();
+    DENSE_EXT_NO_UNROLL for (int step = 0; step < count; step++) {
+      const int stage = step % stage_count();
+      sync_named<kThreads>(kFull + stage);
+      body(stage_of(step), step % 2);
+      if (step + stage_count() < count) arrive_named<kThreads>(kEmpty + stage);
+    }
+  }
+
+  __device__ void compute_weight_gradient() const {
+    float dw[kTaps][1][2][4] = {};  // the warp's part of dW
+    const bool wanted = args.wants_weight && weight_row() < out;
+    for_patches([&](const Stage& at, int parity) {
+      if (wanted) add_weight_gradient(dw, at, keep + parity * kPixels);
+    });
+    if (wanted) write_weight_gradient(dw);
   }
 
   // Adds to dW: goes down the lines of dy, and pairs each with the lines of z that use it, which
   // are the same line and the two before.
-  __device__ __forceinline__ void add_weight_gradient(const Stage& at) {
+  __device__ __forceinline__ void add_weight_gradient(float (&dw)[kTaps][1][2][4], const Stage& at,
+                                                      const BitsOf<T>* used) const {
+    const TransposedColumnFragments<T> columns(kInLd);
     float scales[2], shifts[2];
     DENSE_EXT_UNROLL for (int j = 0; j < 2; j++) {
       scales[j] = load_shared(scale() + weight_column() + 8 * j + lane_index() / 4);
@@ -222,6 +269,10 @@ struct BackwardBlock {
           DENSE_EXT_UNROLL for (int dx = 0; dx < 3; dx++) {
             rows.load(a[dx], at.dy + (l * patches.line + dx) * kOutLd);
           }
+          // Loaded now, z arrives while the products of the lines before are under way.
+          if (l < patches.rows) {
+            columns.load(b[i][0], b[i][1], at.z + slot * kInLd + weight_column(), kInLd);
+          }
           const auto add = [&](int before) {
             DENSE_EXT_UNROLL for (int dx = 0; dx < 3; dx++) {
               multiply<Math>(dw[kTaps - 1 - (3 * before + dx)], a, b[(i + 3 - before) % 3], 0, dx);
@@ -230,11 +281,10 @@ struct BackwardBlock {
           if (l >= 2) add(2);
           if (l >= 1 && l <= patches.rows) add(1);
           if (l < patches.rows) {
-            columns.load(b[i][0], b[i][1], at.z + slot * kInLd + weight_column(), kInLd);
             DENSE_EXT_UNROLL for (int j = 0; j < 2; j++) {
               activate_column<T>(b[i][j], scales[j], shifts[j]);
             }
-            keep_rows<T>(b[i], keep + slot);
+            keep_rows<T>(b[i], used + slot);
             add(0);
           }
         }
@@ -242,70 +292,7 @@ struct BackwardBlock {
     }
   }
 
-  // Forms grad_bn in place of z, and adds to the sums.
-  __device__ __forceinline__ void form_grad_bn(const Stage& at) {
-    DataGradient da = {};
-    multiply_data(da, at);
-    sync_threads();  // all warps have read z for dW before grad_bn overwrites it
-
-    const Position lane;
-    Float2 s[kColumns], t[kColumns], m[kColumns];
-    DENSE_EXT_UNROLL for (int j = 0; j < kColumns; j++) {
-      const int column = data_column() + 8 * j + lane.column;
-      s[j] = load_pair(scale() + column), t[j] = load_pair(shift() + column);
-      m[j] = load_pair(mean() + column);
-    }
-    DENSE_EXT_UNROLL for (int i = 0; i < 2 * Config::kStack; i++) {
-      const int r = data_row() + 8 * i + lane.row;
-      if (!load_shared(keep + r)) continue;
-      DENSE_EXT_UNROLL for (int j = 0; j < kColumns; j++) {
-        T* to = at.z + r * kInLd + data_column() + 8 * j + lane.column;
-        const float* g = da[i / 2][j] + i % 2 * 2;
-        const Float2 value = load_pair(to);
-        const float gx = value.x * s[j].x + t[j].x <= 0 ? 0.0f : g[0];
-        const float gy = value.y * s[j].y + t[j].y <= 0 ? 0.0f : g[1];
-        sum_g[j][0] += gx;
-        sum_g[j][1] += gy;
-        sum_gz[j][0] += gx * (value.x - m[j].x);
-        sum_gz[j][1] += gy * (value.y - m[j].y);
-        store_pair(to, gx, gy);
-      }
-    }
-  }
-  // The transposed convolution of dy: the taps in reverse order.
-  __device__ __forceinline__ void multiply_data(DataGradient& da, const Stage& at) const {
-    const auto load_tap = [&](uint32_t (&b)[2][2], int tap, int k, int j) {
-      const T* of_tap = weights + (kTaps - 1 - tap) * Config::kTapSize;
-      columns.load(b[0], b[1], of_tap + k * kInLd + data_column() + 8 * j, kInLd);
-    };
-    const int depth = kOut > 32 ? out : kOut;  // for example 48 of 64: worth a branch
-    multiply_taps<Math, kOut>(da, data_rows, at.dy, kOutLd, patches.line, depth, load_tap);
-  }
-
-  // Stores grad_bn, or adds it to what earlier pieces of K have stored.
-  __device__ __forceinline__ void store(const Stage& at, int parity) const {
-    const ChosenRows row_of(Rows(args.grad_bn, places.origin(parity), 0, first_in),
-                            [&](int r) { return places.center(parity, r); });
-    if (args.accumulate) {
-      for (int i = thread_index(); i < kPixels * kIn; i += kThreads) {
-        const Row<T> before = row_of(i / kIn);
-        if (!before.exists || i % kIn >= ins) continue;
-        T* to = at.z + i / kIn * kInLd + i % kIn;
-        store_shared(to, from_float<T>(to_float(load_shared(to)) +
-                                       to_float(load_global(before.data + i % kIn))));
-      }
-      sync_threads();
-    }
-    store_tile<kPixels, kIn, kThreads, kWide>(at.z, kInLd, ins, args.grad_bn_bytes, row_of);
-  }
-
-  __device__ __forceinline__ void write_sums() {
-    float* row = args.rows + block_y() * args.row_size + first_in;
-    write_column_sums<kThreads, Config::kDataWarps, kIn>(
-        sums, sum_g, sum_gz, warp_index() % Config::kDataWarps, data_column(), ins, row,
-        row + args.z.channels);
-  }
-  __device__ __forceinline__ void write_weight_gradient() const {
+  __device__ __forceinline__ void write_weight_gradient(const float (&dw)[kTaps][1][2][4]) const {
     float* row = args.rows + block_y() * args.row_size + 2 * args.z.channels + first_in;
     DENSE_EXT_UNROLL for (int tap = 0; tap < kTaps; tap++) {
       for_pairs(dw[tap], [&](int r, int column, float left, float right) {
@@ -317,15 +304,89 @@ struct BackwardBlock {
     }
   }
 
-  __device__ bool two_stages() const { return Config::kAlwaysTwo || args.stages > 1; }
-
-  // The warp's positions in da and dW.
-  __device__ static int data_row() {
-    return warp_index() % Config::kDataWarps * 16 * Config::kStack;
+  __device__ void compute_data_gradient() const {
+    float sum_g[kColumns][2] = {}, sum_gz[kColumns][2] = {};
+    const RowFragment<T> rows([&](int r) { return patches.corner(data_row() + r) * kOutLd; });
+    for_patches([&](const Stage& at, int parity) {
+      DataGradient da = {};
+      multiply_data(da, rows, at);
+      form_grad_bn(da, at, keep + parity * kPixels, sum_g, sum_gz);
+      sync_warp();
+      store(at, parity);
+    });
+    leave_column_sums<kIn>(sums, sum_g, sum_gz, warp_index(), 0);
   }
-  __device__ static int data_column() { return warp_index() / Config::kDataWarps * 8 * kColumns; }
-  __device__ static int weight_row() { return warp_index() % (kOut / 16) * 16; }
-  __device__ static int weight_column() { return warp_index() / (kOut / 16) * 16; }
+
+  // The transposed convolution of dy: the taps in reverse order.
+  __device__ __forceinline__ void multiply_data(DataGradient& da, const RowFragment<T>& rows,
+                                                const Stage& at) const {
+    const TransposedColumnFragments<T> columns(kInLd);
+    const auto load_tap = [&](uint32_t (&b)[2][2], int tap, int k, int j) {
+      const T* of_tap = weights + (kTaps - 1 - tap) * Config::kTapSize;
+      columns.load(b[0], b[1], of_tap + k * kInLd + 8 * j, kInLd);
+    };
+    const int depth = kOut > 32 ? out : kOut;  // for example 48 of 64: worth a branch
+    multiply_taps<Math, kOut>(da, rows, at.dy, kOutLd, patches.line, depth, load_tap);
+  }
+
+  // Forms the warp's part of grad_bn, and adds to the sums.
+  __device__ __forceinline__ void form_grad_bn(const DataGradient& da, const Stage& at,
+                                               const BitsOf<T>* used, float (&sum_g)[kColumns][2],
+                                               float (&sum_gz)[kColumns][2]) const {
+    const Position lane;
+    Float2 s[kColumns], t[kColumns], m[kColumns];
+    DENSE_EXT_UNROLL for (int j = 0; j < kColumns; j++) {
+      const int column = 8 * j + lane.column;
+      s[j] = load_pair(scale() + column), t[j] = load_pair(shift() + column);
+      m[j] = load_pair(mean() + column);
+    }
+    DENSE_EXT_UNROLL for (int i = 0; i < 2 * Config::kStack; i++) {
+      const int r = data_row() + 8 * i + lane.row;
+      if (!load_shared(used + r)) continue;
+      const int place = r * kInLd + lane.column;
+      Float2 z[kColumns];
+      DENSE_EXT_UNROLL for (int j = 0; j < kColumns; j++) z[j] = load_pair(at.z + place + 8 * j);
+      DENSE_EXT_UNROLL for (int j = 0; j < kColumns; j++) {
+        const float* g = da[i / 2][j] + i % 2 * 2;
+        const float gx = z[j].x * s[j].x + t[j].x <= 0 ? 0.0f : g[0];
+        const float gy = z[j].y * s[j].y + t[j].y <= 0 ? 0.0f : g[1];
+        sum_g[j][0] += gx;
+        sum_g[j][1] += gy;
+        sum_gz[j][0] += gx * (z[j].x - m[j].x);
+        sum_gz[j][1] += gy * (z[j].y - m[j].y);
+        store_pair(at.grad_bn + place + 8 * j, gx, gy);
+      }
+    }
+  }
+
+  // Stores the warp's part of grad_bn, or adds it to what earlier pieces of K have stored.
+  __device__ __forceinline__ void store(const Stage& at, int parity) const {
+    T* const part = at.grad_bn + data_row() * kInLd;
+    const ChosenRows row_of(Rows(args.grad_bn, places.origin(parity), 0, first_in),
+                            [&](int r) { return places.center(parity, data_row() + r); });
+    if (args.accumulate) {
+      for (int i = lane_index(); i < kRows * kIn; i += kWarp) {
+        const Row<T> before = row_of(i / kIn);
+        if (!before.exists || i % kIn >= ins) continue;
+        T* to = part + i / kIn * kInLd + i % kIn;
+        store_shared(to, from_float<T>(to_float(load_shared(to)) +
+                                       to_float(load_global(before.data + i % kIn))));
+      }
+      sync_warp();
+    }
+    store_tile<kRows, kIn, kWarp, kWide>(part, kInLd, ins, args.grad_bn_bytes, row_of,
+                                         lane_index());
+  }
+
+  __device__ static int producer() { return thread_index() - kConsumers; }
+  // A data warp's position in da, and a weight warp's in dW.
+  __device__ static int data_row() { return warp_index() * kRows; }
+  __device__ static int weight_row() {
+    return (warp_index() - Config::kDataWarps) % (kOut / 16) * 16;
+  }
+  __device__ static int weight_column() {
+    return (warp_index() - Config::kDataWarps) / (kOut / 16) * 16;
+  }
 
   __device__ float* v() const { return u + OutVector::kSize; }
   __device__ float* mean() const { return v() + OutVector::kSize; }

@@ -22,36 +22,39 @@ struct ForwardArguments {
 };
 
 // A block computes kOut channels of patches of kPixels slots, and steps through B in chunks of
-// kDepth; while it computes with one chunk, it loads the next. A warp has a stack of kStack lines
-// and one of kParts parts of the channels.
+// kDepth. Producer warps load a chunk and activate it, while consumer warps multiply the one before
+// and store y. A consumer warp has a stack of kStack lines and one of kParts parts of the channels.
 template <class Math_, int kOut_, int kStack_, int kParts_, bool kWide_>
 struct Forward {
   using Math = Math_;
   using T = typename Math::T;
   static constexpr bool kWide = kWide_;
-  static constexpr int kThreads = 256, kStack = kStack_, kParts = kParts_;
-  static constexpr int kPixels = kThreads / kWarp / kParts * 16 * kStack, kOut = kOut_;
+  static constexpr int kConsumers = 256, kProducers = 128, kThreads = kConsumers + kProducers;
+  static constexpr int kStack = kStack_, kParts = kParts_;
+  static constexpr int kPixels = kConsumers / kWarp / kParts * 16 * kStack, kOut = kOut_;
   // Enough for the bordered patch of eight images of 8 x 8 in 512 slots, or one of 16 x 16 in 256.
   static constexpr int kBordered = kPixels == 512 ? 736 : kPixels == 256 ? 360 : 200;
-  // The blocks per multiprocessor for which the registers suffice.
-  static constexpr int kBlocks = kPixels == 512 || kOut > 32 ? 1 : 2;
   static constexpr int kDepth = 64 / static_cast<int>(sizeof(T));
   static constexpr int kLd = padded<T>(kDepth), kOutLd = padded<T>(kOut);
   static constexpr int kStageSize =
       kBordered * kLd > kPixels* kOutLd ? kBordered * kLd : kPixels * kOutLd;
   static constexpr int kTapSize = tap_size<T>(kOut * kLd), kWeightSize = kTaps * kTapSize;
-  using Places = dense_ext::Places<kPixels, kBordered, kThreads>;
+  using Places = dense_ext::Places<kPixels, kBordered, kThreads, kProducers>;
   using Vector = UnitVector<T, kDepth>;
-  using Statistics = ColumnMoments<T, kOut, kThreads>;
+  using Statistics = ColumnMoments<T, kOut, kConsumers>;
   static_assert(Statistics::kScratch * sizeof(float) <= 2 * kStageSize * sizeof(T));
 
-  static constexpr int shared_bytes(int64_t kept) {
+  static constexpr int64_t chunks(int64_t channels) { return ceil_div(channels, kDepth); }
+  // For B channels of z, and a weight of which `kept` chunks are in shared memory.
+  static constexpr int64_t shared_bytes(int64_t channels, int64_t kept) {
     return SharedMemory::bytes_of(2 * kStageSize * int64_t{sizeof(T)}) +
            SharedMemory::bytes_of(kept * kWeightSize * int64_t{sizeof(T)}) +
-           SharedMemory::bytes_of(2 * 2 * Vector::kSize * int64_t{sizeof(float)}) +
+           SharedMemory::bytes_of(chunks(channels) * 2 * Vector::kSize * int64_t{sizeof(float)}) +
            SharedMemory::bytes_of(Places::kInts * int64_t{sizeof(int)}) +
            SharedMemory::bytes_of(Statistics::kPivots * int64_t{sizeof(T)});
   }
+  // If the whole weight fits.
+  static int64_t shared_bytes(int64_t channels) { return shared_bytes(channels, chunks(channels)); }
 };
 
 // The phases of a block, and what they share.
@@ -60,71 +63,46 @@ struct ForwardBlock {
   using Math = typename Config::Math;
   using T = typename Config::T;
   using Vector = typename Config::Vector;
+  static constexpr int kConsumers = Config::kConsumers, kProducers = Config::kProducers;
   static constexpr int kThreads = Config::kThreads, kPixels = Config::kPixels;
   static constexpr int kOut = Config::kOut, kDepth = Config::kDepth, kLd = Config::kLd;
   static constexpr int kBordered = Config::kBordered, kOutLd = Config::kOutLd;
   static constexpr int kColumns = kOut / 8 / Config::kParts;  // fragments per warp
   using Products = float[Config::kStack][kColumns][4];
+  // Barriers. kFull + stage: the stage is ready for the consumers; kEmpty + stage: they have read
+  // it. The last two are among the producers and among the consumers.
+  enum { kFull = 1, kEmpty = 3, kAmongProducers = 5, kAmongConsumers = 6 };
 
   const ForwardArguments<T>& args;
   const Patches& patches;
   T* const stages;       // [2][kBordered][kDepth] of z; one of them later y [kPixels][kOut]
   T* const weights;      // [kept][kTaps][kOut][kDepth]
-  float* const vectors;  // [2][scale, shift][kDepth]
+  float* const vectors;  // [chunks][scale, shift][kDepth]
   const typename Config::Places places;
   typename Config::Statistics statistics;
   const int in, chunks, first_out, outs;  // outs: the block's channels of y
-  const RowFragment<T> rows;
-  const ColumnFragments<T> columns;
 
   __device__ ForwardBlock(const ForwardArguments<T>& args, SharedMemory shared)
       : args(args),
         patches(args.patches),
         stages(shared.take<T>(2 * Config::kStageSize)),
         weights(shared.take<T>(args.kept * Config::kWeightSize)),
-        vectors(shared.take<float>(2 * 2 * Vector::kSize)),
+        vectors(shared.take<float>(static_cast<int>(Config::chunks(args.z.channels)) * 2 *
+                                   Vector::kSize)),
         places(shared.take<int>(Config::Places::kInts), args.patches),
         statistics(shared.take<T>(Config::Statistics::kPivots)),
         in(static_cast<int>(args.z.channels)),
-        chunks((in + kDepth - 1) / kDepth),
+        chunks(static_cast<int>(Config::chunks(in))),
         first_out(block_x() * kOut),
-        outs(std::min(int{kOut}, static_cast<int>(args.y.channels) - first_out)),
-        rows([&](int r) { return args.patches.corner(warp_row() + r) * kLd; }),
-        columns(kLd) {}
+        outs(std::min(int{kOut}, static_cast<int>(args.y.channels) - first_out)) {}
 
   __device__ void run() {
-    if (keeps_weight()) {
-      for (int chunk = 0; chunk < chunks; chunk++) load_weight(chunk, chunk);
+    if (thread_index() < kConsumers) {
+      consume();
+    } else {
+      produce();
     }
-    int stage = 0, parity = 0;
-    places.locate(block_y(), parity);
     sync_threads();
-    load(parity, 0, stage);
-    copy_async_commit();
-    for (int patch = block_y(); patch < patches.count; patch += grid_y(), parity = 1 - parity) {
-      const int next = patch + grid_y();
-      if (next < patches.count) places.locate(next, 1 - parity);
-      Products y = {};
-      for (int chunk = 0; chunk < chunks; chunk++, stage = 1 - stage) {
-        copy_async_wait<0>();
-        sync_threads();
-        if (!keeps_weight()) load_weight(chunk, 0);
-        copy_async_commit();
-        const bool last = chunk + 1 == chunks;
-        if (!last || next < patches.count) {
-          load(last ? 1 - parity : parity, last ? 0 : chunk + 1, 1 - stage);
-        }
-        copy_async_commit();
-        activate(stage, parity);
-        copy_async_wait<1>();  // for the weight
-        sync_threads();
-        multiply(y, stage, keeps_weight() ? chunk : 0);
-      }
-      sync_threads();
-      store(y, stages + (1 - stage) * Config::kStageSize, parity);
-      sync_threads();
-    }
-    copy_async_wait<0>();
     if (args.moments) {
       const int64_t out = args.y.channels;
       statistics.write(reinterpret_cast<float*>(stages), args.moments + block_y() * (1 + 2 * out),
@@ -132,34 +110,100 @@ struct ForwardBlock {
     }
   }
 
-  __device__ bool keeps_weight() const { return args.kept == chunks; }
-  __device__ __forceinline__ void load_weight(int chunk, int place) const {
-    load_taps<kOut, kDepth, kThreads>(weights + place * Config::kWeightSize, kLd, args.weight,
-                                      args.weight_bytes, first_out, chunk * kDepth);
+  // A step is a chunk of a patch; its stage is step % 2.
+  __device__ int steps() const {
+    return (patches.count - block_y() + grid_y() - 1) / grid_y() * chunks;
   }
 
-  // Loads a chunk of a bordered patch, and its scale and shift.
+  // --- producers -------------------------------------------------------------------------------
+
+  __device__ void produce() const {
+    load_vectors();
+    int patch = block_y(), parity = 0, chunk = 0;
+    const int count = steps();
+    for (int step = 0; step < count; step++) {
+      const int stage = step % 2;
+      if (keeps_weight() && step >= 2) sync_named<kThreads>(kEmpty + stage);
+      if (chunk == 0) {
+        places.locate(patch, parity, producer());
+        sync_named<kProducers>(kAmongProducers);
+      }
+      load(parity, chunk, stage);
+      copy_async_commit();
+      copy_async_wait<0>();
+      // A producer activates what it has loaded itself. The vectors are others'.
+      if (!Config::kWide || step == 0) sync_named<kProducers>(kAmongProducers);
+      activate(parity, chunk, stage);
+      if (!keeps_weight()) {
+        if (step > 0) sync_named<kThreads>(kEmpty + 1 - stage);
+        load_taps<kOut, kDepth, kProducers>(weights, kLd, args.weight, args.weight_bytes, first_out,
+                                            chunk * kDepth, producer());
+        copy_async_commit();
+        copy_async_wait<0>();
+      }
+      arrive_named<kThreads>(kFull + stage);
+      if (++chunk == chunks) chunk = 0, parity = 1 - parity, patch += grid_y();
+    }
+  }
+
+  __device__ __forceinline__ void load_vectors() const {
+    for (int i = producer(); i < chunks * kDepth; i += kProducers) {
+      float* const to = vectors + i / kDepth * 2 * Vector::kSize + Vector::place(i % kDepth);
+      copy_async<4>(to, args.scale + i, i < in);
+      copy_async<4>(to + Vector::kSize, args.shift + i, i < in);
+    }
+  }
+
+  // Loads a chunk of a bordered patch.
   __device__ __forceinline__ void load(int parity, int chunk, int stage) const {
     const int c = chunk * kDepth;
-    copy_tile<kBordered, kDepth, kThreads, Config::kWide>(
+    copy_tile<kBordered, kDepth, kProducers, Config::kWide>(
         stages + stage * Config::kStageSize, kLd, in - c, args.z_bytes,
         ChosenRows(Rows(args.z, places.origin(parity), 0, c),
-                   [&](int p) { return places.source(parity, p); }));
-    float* vector = vectors + stage * 2 * Vector::kSize;
-    copy_vector<kDepth, kThreads>(vector, args.scale, c, in, Vector::place);
-    copy_vector<kDepth, kThreads>(vector + Vector::kSize, args.shift, c, in, Vector::place);
+                   [&](int p) { return places.source(parity, p); }),
+        producer());
   }
 
   // Activates z in place; outside the images it stays zero.
-  __device__ __forceinline__ void activate(int stage, int parity) const {
-    const float* scale = vectors + stage * 2 * Vector::kSize;
-    activate_rows<kBordered, kDepth, kThreads>(
+  __device__ __forceinline__ void activate(int parity, int chunk, int stage) const {
+    const float* scale = vectors + chunk * 2 * Vector::kSize;
+    activate_rows<kBordered, kDepth, kProducers>(
         stages + stage * Config::kStageSize, kLd, scale, scale + Vector::kSize,
-        [&](int p) { return places.source(parity, p) >= 0; });
+        [&](int p) { return places.source(parity, p) >= 0; }, producer());
+  }
+
+  // --- consumers -------------------------------------------------------------------------------
+
+  __device__ void consume() {
+    if (keeps_weight()) {
+      for (int chunk = 0; chunk < chunks; chunk++) {
+        load_taps<kOut, kDepth, kConsumers>(weights + chunk * Config::kWeightSize, kLd, args.weight,
+                                            args.weight_bytes, first_out, chunk * kDepth);
+      }
+      copy_async_commit();
+      copy_async_wait<0>();
+    }
+    sync_named<kConsumers>(kAmongConsumers);
+    const RowFragment<T> rows([&](int r) { return patches.corner(warp_row() + r) * kLd; });
+    const int ahead = keeps_weight() ? 2 : 1;  // steps until the producers want a stage again
+    const int count = steps();
+    int step = 0;
+    for (int parity = 0; step < count; parity = 1 - parity) {
+      Products y = {};
+      for (int chunk = 0; chunk < chunks; chunk++, step++) {
+        const int stage = step % 2;
+        sync_named<kThreads>(kFull + stage);
+        multiply(y, rows, stage, keeps_weight() ? chunk : 0);
+        if (chunk + 1 == chunks) store(y, stages + stage * Config::kStageSize, parity);
+        if (step + ahead < count) arrive_named<kThreads>(kEmpty + stage);
+      }
+    }
   }
 
   // y += the products of a chunk, over all taps.
-  __device__ __forceinline__ void multiply(Products& y, int stage, int place) const {
+  __device__ __forceinline__ void multiply(Products& y, const RowFragment<T>& rows, int stage,
+                                           int place) const {
+    const ColumnFragments<T> columns(kLd);
     const T* weight = weights + place * Config::kWeightSize;
     const auto load_tap = [&](uint32_t (&b)[2][2], int tap, int k, int j) {
       const T* of_tap = weight + tap * Config::kTapSize;
@@ -171,11 +215,12 @@ struct ForwardBlock {
 
   // Stores a patch of y through the memory of its last chunk, and adds it to the statistics.
   __device__ __forceinline__ void store(const Products& y, T* tile, int parity) {
+    sync_named<kConsumers>(kAmongConsumers);
     for_pairs(y, [&](int row, int column, float left, float right) {
       store_pair(tile + (warp_row() + row) * kOutLd + warp_column() + column, left, right);
     });
-    sync_threads();
-    store_tile<kPixels, kOut, kThreads, Config::kWide>(
+    sync_named<kConsumers>(kAmongConsumers);
+    store_tile<kPixels, kOut, kConsumers, Config::kWide>(
         tile, kOutLd, outs, args.y_bytes,
         ChosenRows(Rows(args.y, places.origin(parity), 0, first_out),
                    [&](int r) { return places.center(parity, r); }));
@@ -185,13 +230,15 @@ struct ForwardBlock {
     }
   }
 
-  // The warp's position in y.
+  __device__ bool keeps_weight() const { return args.kept == chunks; }
+  __device__ static int producer() { return thread_index() - kConsumers; }
+  // A consumer warp's position in y.
   __device__ static int warp_row() { return warp_index() / Config::kParts * 16 * Config::kStack; }
   __device__ static int warp_column() { return warp_index() % Config::kParts * 8 * kColumns; }
 };
 
 template <class Config>
-__global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
+__global__ void __launch_bounds__(Config::kThreads, 1)
     forward_kernel(const ForwardArguments<typename Config::T> args) {
   ForwardBlock<Config>(args, SharedMemory()).run();
 }
@@ -200,12 +247,12 @@ template <class Config>
 void run_forward(ForwardArguments<typename Config::T> args, const Tensor& like, float* mean,
                  float* var, const ScaleShift& next) {
   const int64_t out = args.y.channels, columns = ceil_div(out, Config::kOut);
-  const int64_t chunks = ceil_div(args.z.channels, Config::kDepth);
-  const bool keep = Config::shared_bytes(chunks) <= current_device().shared_bytes;
-  args.kept = static_cast<int>(keep ? chunks : 1);
+  const int64_t in = args.z.channels;
+  const bool keep = Config::shared_bytes(in) <= current_device().shared_bytes;
+  args.kept = static_cast<int>(keep ? Config::chunks(in) : 1);
   args.patches = patches_of<Config>(args.z);
-  const int shared = Config::shared_bytes(args.kept);
-  const int64_t blocks = persistent_blocks(args.patches.count, columns, Config::kBlocks, shared);
+  const int shared = static_cast<int>(Config::shared_bytes(in, args.kept));
+  const int64_t blocks = persistent_blocks(args.patches.count, columns, 1, shared);
   with_moments(blocks, out, like, mean, var, next, [&](float* moments) {
     args.moments = moments;
     launch<forward_kernel<Config>>({columns, blocks, Config::kThreads, shared}, args);

@@ -60,6 +60,14 @@ using emulator::Place;
 #define DENSE_EXT_HERE , place
 inline void sync_threads(DENSE_EXT_PLACE) { emulator::barrier(place); }
 inline void sync_warp(DENSE_EXT_PLACE) { emulator::warp_barrier(place); }
+template <int kCount>
+inline void sync_named(int number DENSE_EXT_AT_PLACE) {
+  emulator::named_barrier(number, kCount, true, place);
+}
+template <int kCount>
+inline void arrive_named(int number DENSE_EXT_AT_PLACE) {
+  emulator::named_barrier(number, kCount, false, place);
+}
 template <class V>
 inline V shuffle(V value, int lane DENSE_EXT_AT_PLACE) {
   return emulator::shuffle(value, lane, place);
@@ -73,6 +81,16 @@ inline V shuffle_xor(V value, int mask DENSE_EXT_AT_PLACE) {
 #define DENSE_EXT_HERE
 __device__ __forceinline__ void sync_threads() { __syncthreads(); }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
+// A barrier of kCount of the block's threads, in whole warps. They bring the same number, from 1 to
+// 15. The threads that only arrive do not wait, but what they wrote before can be read after it.
+template <int kCount>
+__device__ __forceinline__ void sync_named(int number) {
+  asm volatile("barrier.sync %0, %1;" ::"r"(number), "n"(kCount) : "memory");
+}
+template <int kCount>
+__device__ __forceinline__ void arrive_named(int number) {
+  asm volatile("barrier.arrive %0, %1;" ::"r"(number), "n"(kCount) : "memory");
+}
 template <class V>
 __device__ __forceinline__ V shuffle(V value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);

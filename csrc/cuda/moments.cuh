@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <bit>
+
 #include "tile.cuh"
 
 namespace dense_ext {
@@ -39,7 +41,10 @@ class ColumnMoments {
 
  public:
   static constexpr int kPivots = kThreads * kAcross * kElements;  // in elements of T
-  static constexpr int kScratch = kParts * (2 * kPartSize + 1);   // in floats
+  // Groups of threads that merge the parts side by side: the largest power of two there is.
+  static constexpr int kGroups =
+      std::bit_floor(static_cast<unsigned>(std::min(kThreads / kColumns, kParts)));
+  static constexpr int kScratch = kParts * (2 * kPartSize + 1) + kGroups;  // in floats
 
   __device__ explicit ColumnMoments(T* pivots)
       : pivots_(pivots + thread_index() * kElements),
@@ -75,18 +80,38 @@ class ColumnMoments {
   // Writes the moments of `columns` columns to a row [count, means, m2]. Each of the two vectors
   // has `size` elements, and this block's columns begin at `first`. All threads of the block must
   // call it; `scratch` is free memory of kScratch floats.
+  //
+  // Group g merges every kGroups-th part, from part g on, and leaves the result in part g's place,
+  // which no other group reads. Then the groups are merged in a tree.
   __device__ void write(float* scratch, float* row, int64_t first, int64_t size,
                         int columns) const {
     leave_part(scratch);
     sync_threads();
-    const int c = thread_index();
-    if (c >= columns) return;
+    const int c = thread_index() % kColumns, group = thread_index() / kColumns;
+    float* const counts = scratch + 2 * kParts * kPartSize;
+    float* const group_counts = counts + kParts;
+    const auto means_of = [&](int part) { return scratch + part * kPartSize + Part::place(c); };
+    const auto merge = [&](Moments& total, int part, const float* count) {
+      const float* const means = means_of(part);
+      total.merge(
+          {load_shared(count), load_shared(means), load_shared(means + kParts * kPartSize)});
+    };
     Moments total;
-    DENSE_EXT_NO_UNROLL for (int part = 0; part < kParts; part++) {
-      const float* of = scratch + part * kPartSize + Part::place(c);
-      total.merge({load_shared(scratch + 2 * kParts * kPartSize + part), load_shared(of),
-                   load_shared(of + kParts * kPartSize)});
+    if (group < kGroups) {
+      DENSE_EXT_NO_UNROLL for (int part = group; part < kParts; part += kGroups) {
+        merge(total, part, counts + part);
+      }
     }
+    DENSE_EXT_NO_UNROLL for (int left = kGroups; left > 1; left /= 2) {
+      if (group < left) {
+        store_shared(means_of(group), total.mean);
+        store_shared(means_of(group) + kParts * kPartSize, total.m2);
+        if (c == 0) store_shared(group_counts + group, total.count);
+      }
+      sync_threads();
+      if (group < left / 2) merge(total, group + left / 2, group_counts + group + left / 2);
+    }
+    if (group > 0 || c >= columns) return;
     if (first == 0 && c == 0) store_global(row, total.count);
     store_global(row + 1 + first + c, total.mean);
     store_global(row + 1 + size + first + c, total.m2);

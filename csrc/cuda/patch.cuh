@@ -138,7 +138,7 @@ Patches patches_of(const Pixels<T>& x) {
 
 // The positions of the pixels of two patches, the current one and the next one, which `parity`
 // tells apart. They are computed once per patch and kept in shared memory.
-template <int kSlots, int kBordered, int kThreads>
+template <int kSlots, int kBordered, int kThreads, int kLocating = kThreads>
 class Places {
  public:
   static constexpr int kInts = 4 + 2 * kBordered + kSlots;
@@ -154,15 +154,16 @@ class Places {
     }
   }
 
-  __device__ __forceinline__ void locate(int patch, int parity) const {
+  // kLocating threads call this, with their numbers.
+  __device__ __forceinline__ void locate(int patch, int parity, int thread = thread_index()) const {
     const Patches::Position at = patches_.position(patch);
-    DENSE_EXT_UNROLL for (int begin = 0; begin < kBordered; begin += kThreads) {
-      const int p = begin + thread_index();
+    DENSE_EXT_UNROLL for (int begin = 0; begin < kBordered; begin += kLocating) {
+      const int p = begin + thread;
       if (p >= kBordered) break;
       const int source = p < patches_.bordered ? patches_.source(at, p) : -1;
       store_shared(sources_ + parity * kBordered + p, source);
     }
-    if (thread_index() == 0) store_shared(origins_ + parity, at.origin);
+    if (thread == 0) store_shared(origins_ + parity, at.origin);
   }
   // The first pixel of the patch's first image.
   __device__ int64_t origin(int parity) const { return load_shared(origins_ + parity); }

@@ -338,14 +338,12 @@ __device__ __forceinline__ void load_pairs(Float2 (&pairs)[2][2], const T* part,
   }
 }
 
-// Every lane has sums over its columns of c, two per fragment. This adds them over the lanes, and
-// over the kWarps warps that share the columns, and writes the first `count` of the block's
-// kColumns columns. `warp` numbers these warps, and `first` is the warp's first column. `scratch`
-// has 2 * kWarps * kColumns floats.
-template <int kThreads, int kWarps, int kColumns, int kFragments>
-__device__ __forceinline__ void write_column_sums(float* scratch, float (&g)[kFragments][2],
-                                                  float (&gx)[kFragments][2], int warp, int first,
-                                                  int count, float* to_g, float* to_gx) {
+// Every lane has sums over its columns of c, two per fragment. This adds them over the lanes of
+// each warp of kWarps that share the columns, into `scratch` [kWarps][2][kColumns]. `warp` numbers
+// these warps, and `first` is the warp's first column.
+template <int kColumns, int kFragments>
+__device__ __forceinline__ void leave_column_sums(float* scratch, float (&g)[kFragments][2],
+                                                  float (&gx)[kFragments][2], int warp, int first) {
   const Position at;
   DENSE_EXT_UNROLL for (int j = 0; j < kFragments; j++) {
     DENSE_EXT_UNROLL for (int e = 0; e < 2; e++) {
@@ -359,7 +357,12 @@ __device__ __forceinline__ void write_column_sums(float* scratch, float (&g)[kFr
       store_shared(part + kColumns, gx[j][e]);
     }
   }
-  sync_threads();
+}
+
+// After a barrier: adds the warps' sums, and writes the first `count` of the block's columns.
+template <int kThreads, int kWarps, int kColumns>
+__device__ __forceinline__ void add_column_sums(const float* scratch, int count, float* to_g,
+                                                float* to_gx) {
   for (int i = thread_index(); i < 2 * kColumns; i += kThreads) {
     if (i % kColumns >= count) continue;
     float total = 0;

@@ -32,7 +32,8 @@ int tap_bytes(const Weight<const T>& weight) {
 // a thread waits for memory only once a batch.
 template <int kOut, int kIn, int kThreads, class T>
 __device__ __forceinline__ void load_taps(T* to, int ld, const Weight<const T>& weight, int bytes,
-                                          int64_t first_out, int64_t first_in) {
+                                          int64_t first_out, int64_t first_in,
+                                          int thread = thread_index()) {
   // Calls body(element in shared memory, element in global memory, valid).
   const auto locate = [&](int tap, int out, int in, const auto& body) {
     const int64_t o = first_out + out, c = first_in + in;
@@ -42,7 +43,7 @@ __device__ __forceinline__ void load_taps(T* to, int ld, const Weight<const T>& 
   };
   if (bytes == 16) {
     constexpr int kElements = 16 / static_cast<int>(sizeof(T)), kUnits = kIn / kElements;
-    DENSE_EXT_NO_UNROLL for (int i = thread_index(); i < kTaps * kOut * kUnits; i += kThreads) {
+    DENSE_EXT_NO_UNROLL for (int i = thread; i < kTaps * kOut * kUnits; i += kThreads) {
       locate(i / kUnits / kOut, i / kUnits % kOut, i % kUnits * kElements,
              [](T* at, const T* from, bool valid) { copy_async<16>(at, from, valid); });
     }
@@ -50,7 +51,7 @@ __device__ __forceinline__ void load_taps(T* to, int ld, const Weight<const T>& 
   }
   constexpr int kBatch = 8, kElements = kTaps * kOut * kIn;
   // Consecutive threads read consecutive elements of a contiguous weight.
-  DENSE_EXT_NO_UNROLL for (int i = thread_index(); i < kElements; i += kBatch * kThreads) {
+  DENSE_EXT_NO_UNROLL for (int i = thread; i < kElements; i += kBatch * kThreads) {
     T values[kBatch];
     const auto each = [&](const auto& body) {
       DENSE_EXT_UNROLL for (int n = 0; n < kBatch; n++) {

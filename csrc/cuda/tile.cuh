@@ -106,7 +106,8 @@ struct Units {
                                                  : 2;
   static constexpr int kAcross = kUnits / kSide, kRowsAtOnce = kThreads / kSide;
   static constexpr int kStep = kSide * kElements;  // columns from a unit to the next
-  static_assert(kUnits % kSide == 0 && kThreads % kSide == 0 && kRowsAtOnce % 8 == 0);
+  static_assert(kUnits % kSide == 0 && kThreads % kSide == 0);
+  static_assert(kSide >= 8 || kRowsAtOnce % 8 == 0);
   int row, column;
 
   __device__ explicit Units(int thread = thread_index())
@@ -121,6 +122,23 @@ struct Units {
     DENSE_EXT_UNROLL for (int i = 0; i * kRowsAtOnce < kRows; i++) {
       const int r = row + i * kRowsAtOnce;
       if (kRows % kRowsAtOnce == 0 || r < kRows) body(r, i);
+    }
+  }
+  // The same for kBatch rows at a time: calls load(row, n) for each of them, and then use(row, n).
+  // What `load` loads from shared memory, a thread waits for once in a batch, where it would wait
+  // at each row.
+  template <int kRows, int kBatch, class Load, class Use>
+  __device__ __forceinline__ void for_batches(const Load& load, const Use& use) const {
+    DENSE_EXT_UNROLL for (int first = 0; first * kRowsAtOnce < kRows; first += kBatch) {
+      const auto each = [&](const auto& body) {
+        DENSE_EXT_UNROLL for (int n = 0; n < kBatch; n++) {
+          if ((first + n) * kRowsAtOnce >= kRows) break;
+          const int r = row + (first + n) * kRowsAtOnce;
+          if (kRows % kRowsAtOnce == 0 || r < kRows) body(r, n);
+        }
+      };
+      each(load);
+      each(use);
     }
   }
   // Calls body(column, index) for the thread's units of a row.
@@ -334,18 +352,26 @@ __device__ __forceinline__ Bytes<16> activated(Bytes<16> x, const float (&scale)
 // Applies relu(scale*x + shift) in place, rounded to T, to the rows of a tile for which `valid(r)`.
 template <int kRows, int kColumns, int kThreads, class T, class Valid>
 __device__ __forceinline__ void activate_rows(T* tile, int ld, const float* scale,
-                                              const float* shift, const Valid& valid) {
-  const Units<T, kColumns, kThreads> units;
+                                              const float* shift, const Valid& valid,
+                                              int thread = thread_index()) {
+  const Units<T, kColumns, kThreads> units(thread);
   using Vector = UnitVector<T, kColumns>;
   units.for_columns([&](int c, int) {
     float s[Vector::kElements], t[Vector::kElements];
     Vector::load(s, scale, c);
     Vector::load(t, shift, c);
-    units.template for_rows<kRows>([&](int r, int) {
-      if (!valid(r)) return;
-      auto* const at = unit_at(tile + r * ld + c);
-      store_shared(at, activated<T>(load_shared(at), s, t));
-    });
+    constexpr int kBatch = 4;
+    Bytes<16> x[kBatch];
+    bool exists[kBatch];
+    units.template for_batches<kRows, kBatch>(
+        [&](int r, int n) {
+          x[n] = load_shared(unit_at(tile + r * ld + c));
+          exists[n] = valid(r);
+        },
+        [&](int r, int n) {
+          const auto value = activated<T>(x[n], s, t);
+          if (exists[n]) store_shared(unit_at(tile + r * ld + c), value);
+        });
   });
 }
 
@@ -353,9 +379,10 @@ __device__ __forceinline__ void activate_rows(T* tile, int ld, const float* scal
 // Beyond the vector's end, at `count`, it writes zeros.
 template <int kCount, int kThreads, class Place>
 __device__ __forceinline__ void copy_vector(float* shared, const float* vector, int64_t first,
-                                            int64_t count, const Place& place) {
+                                            int64_t count, const Place& place,
+                                            int thread = thread_index()) {
   DENSE_EXT_UNROLL for (int begin = 0; begin < kCount; begin += kThreads) {
-    const int i = begin + thread_index();
+    const int i = begin + thread;
     if (i < kCount) copy_async<4>(shared + place(i), vector + first + i, first + i < count);
   }
 }

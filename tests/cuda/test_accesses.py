@@ -102,23 +102,23 @@ def with_borders(h: int, w: int, rows: int, columns: int) -> int:
 
 
 def conv3x3_forward(n: int, h: int, w: int, b: int, k: int) -> Traffic:
-    """z, with the borders of patches of 16 x 16, and two vectors per patch, for each 32 or 48 channels of y.
+    """z, with the borders of patches of 16 x 16, for each 32 or 48 channels of y.
 
-    The weight fits into shared memory, so a block reads it once.
+    A block reads the vectors once, and the weight, which fits into shared memory.
     """
-    m, columns, patches = n * h * w, min(math.ceil(k / 32), math.ceil(k / 48)), n * (h // 16) * (w // 16)
+    m, columns = n * h * w, min(math.ceil(k / 32), math.ceil(k / 48))
     return Traffic(
-        loads=columns * (n * with_borders(h, w, 16, 16) * b * NARROW + patches * 2 * b * WIDE),
+        loads=columns * n * with_borders(h, w, 16, 16) * b * NARROW,
         stores=m * k * NARROW + 2 * k * WIDE,
         columns=columns,
-        block_loads=9 * k * b * NARROW,
+        block_loads=9 * k * b * NARROW + columns * 2 * b * WIDE,
         **moments(k),
     )
 
 
 def conv3x3_backward(n: int, h: int, w: int, b: int, k: int) -> Traffic:
-    """Grad and y, with the borders of patches of 16 x 16, are read for each 64 channels of z."""
-    m, columns = n * h * w, math.ceil(b / 64)
+    """Grad and y, with the borders of patches of 16 x 16, are read for each 32 channels of z."""
+    m, columns = n * h * w, math.ceil(b / 32)
     return Traffic(
         loads=columns * 2 * n * with_borders(h, w, 16, 16) * k * NARROW + m * b * NARROW,
         stores=m * b * NARROW + 2 * b * WIDE + 9 * k * b * NARROW,
@@ -331,7 +331,7 @@ FRAGMENT_BYTES = {
     "backward, small patches": (
         conv3x3.backward_case,
         "sm_86",
-        stack_bytes(4, 1) + weight_gradient_bytes(8),
+        stack_bytes(2, 2) + weight_gradient_bytes(8),
     ),
 }
 

@@ -96,6 +96,28 @@ FAULTS = {
         "{",
         "a thread ends with copies under way that nothing waited for",
     ),
+    # Producer and consumer warps do not wait for each other.
+    "a stage used before it is full": backward_3x3(
+        "bn_relu_conv3x3_backward.cuh",
+        "      form_dy(to, parity);\n      arrive_named<kThreads>(kFull + stage);\n",
+        "      arrive_named<kThreads>(kFull + stage);\n      form_dy(to, parity);\n",
+        WRONG_VALUES,
+    ),
+    "a stage filled before it is empty": Fault(
+        "bn_relu_conv3x3.cu",
+        conv3x3.forward_case,
+        (4, 40, 17, 40, 32),  # so that a block has several patches
+        "bn_relu_conv3x3_forward.cuh",
+        "if (keeps_weight() && step >= 2) sync_named<kThreads>(kEmpty + stage);",
+        "if (keeps_weight() && step >= 2) arrive_named<kThreads>(kEmpty + stage);",
+        WRONG_VALUES,
+    ),
+    "an arrival that nothing waits for": backward_3x3(
+        "bn_relu_conv3x3_backward.cuh",
+        "if (step + stage_count() < count) arrive_named",
+        "arrive_named",
+        "threads arrived at a barrier that nobody waits at",
+    ),
     # Threads diverge at a collective operation.
     "a barrier for some": stats(
         "reduce.cu",
@@ -113,7 +135,7 @@ FAULTS = {
         "product.cuh",
         "      if (at.row > 0) continue;\n",
         "      if (at.row > 0) break;\n",
-        "threads wait for each other: 32 at product.cuh:.* 224 at product.cuh:",
+        "threads wait for each other: 224 at bn_relu_conv1x1_backward.cuh:.* 32 at product.cuh:",
     ),
     # Wrong addresses.
     "one channel too many": pool(
@@ -130,7 +152,7 @@ FAULTS = {
         WRONG_VALUES,
     ),
     "slots without a pixel added up": backward_3x3(
-        "bn_relu_conv3x3_backward.cuh", "            keep_rows<T>(b[i], keep + slot);\n", "", WRONG_VALUES
+        "bn_relu_conv3x3_backward.cuh", "            keep_rows<T>(b[i], used + slot);\n", "", WRONG_VALUES
     ),
     "the line above for its neighbour": backward_3x3(
         "bn_relu_conv3x3_backward.cuh", "if (l >= 2) add(2);", "if (l >= 2) add(1);", WRONG_VALUES

@@ -79,6 +79,12 @@ struct Warp {
   std::map<std::tuple<const char*, unsigned, bool, int>, size_t> times;  // by lane
 };
 
+// A barrier of some threads: how many it is for and have arrived, and those that wait.
+struct NamedBarrier {
+  int threads = 0, arrived = 0;
+  std::vector<Thread*> waiting;
+};
+
 // Blocks run one at a time, on this thread.
 struct Block {
   const Grid* grid = nullptr;
@@ -87,6 +93,7 @@ struct Block {
   std::vector<Warp> warps;
   int at_barrier = 0, done = 0;
   Place barrier = {};
+  std::array<NamedBarrier, kNamedBarriers> named;
   Thread* running = nullptr;
   std::vector<std::pair<std::unique_ptr<void, decltype(&std::free)>, int64_t>> arrays;
   int64_t reserved = 0;
@@ -257,6 +264,9 @@ void run_block() {
     if (block.random.chance(kRedraw)) ahead = Ahead();
   }
   for (Warp& warp : block.warps) count_requests(warp);
+  for (const NamedBarrier& barrier : block.named) {
+    if (barrier.arrived > 0) fail("threads arrived at a barrier that nobody waits at");
+  }
 }
 
 void start_block() {
@@ -264,6 +274,7 @@ void start_block() {
   block.reserved = 0;
   block.error = nullptr;
   block.at_barrier = block.done = 0;
+  block.named = {};
   block.warps.assign((block.grid->threads + kWarp - 1) / kWarp, {});
   while (block.threads.size() < static_cast<size_t>(block.grid->threads)) {
     block.threads.push_back(std::make_unique<Thread>());
@@ -324,6 +335,27 @@ void barrier(Place place) {
     fail("threads wait at different barriers: " + text(block.barrier) + " and " + text(place));
   }
   wait(place);
+}
+
+void named_barrier(int number, int threads, bool waits, Place place) {
+  if (number < 1 || number >= kNamedBarriers || threads % kWarp != 0) {
+    fail("barrier " + std::to_string(number) + " of " + std::to_string(threads) + " threads");
+  }
+  NamedBarrier& barrier = block.named[number];
+  if (barrier.arrived++ == 0) barrier.threads = threads;
+  if (barrier.threads != threads) fail("threads disagree about a barrier at " + text(place));
+  if (waits) barrier.waiting.push_back(block.running);
+  if (barrier.arrived == threads) {
+    counters().barriers++;
+    for (const Thread* thread : barrier.waiting) {
+      Warp& warp = warp_of(*thread);
+      warp.ready |= bit_of(*thread);
+      if (warp.ready == warp.all) count_requests(warp);
+    }
+    barrier = {};
+    return;
+  }
+  if (waits) wait(place);
 }
 
 void together(void* mine, void (*body)(void* const*), Place place) {

@@ -51,6 +51,11 @@ void run(const Grid& grid, const std::function<void()>& kernel, const char* name
 void barrier(Place place);
 void warp_barrier(Place place);
 
+// A barrier of `threads` of the block's threads, which bring the same `number`. Those that do not
+// wait go on at once.
+constexpr int kNamedBarriers = 16;
+void named_barrier(int number, int threads, bool waits, Place place);
+
 // Waits for the other lanes of the warp at the same place. The last lane to arrive runs `body` on
 // the values `mine` of all lanes, ordered by lane.
 void together(void* mine, void (*body)(void* const*), Place place);
