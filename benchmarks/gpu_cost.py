@@ -30,7 +30,7 @@ from dense_ext.backends import CUDA
 
 RESULT = Path(__file__).with_name("results") / "gpu_cost.md"
 BATCH = 256  # images
-WARPS = 8  # per block, in every kernel here
+WARPS = 8  # per block, or per role in it, unless a kernel says otherwise
 BYTES = 2  # per element
 
 
@@ -65,8 +65,8 @@ CHIPS = {
 # The page's assumptions. Each can be wrong.
 ASSUMPTIONS = """\
 - **Code.** Every chip runs the sm_90 code (CUDA C++: sm_90a). The code for other chips differs.
-- **Instructions.** Only loops that multiply count, and both sides of a branch count. Instructions that a
-  block executes once, reductions, launches and all other kernels do not count.
+- **Instructions.** Only loops that multiply or load tiles count, and both sides of a branch count.
+  Instructions that a block executes once, reductions, launches and all other kernels do not count.
 - **Issuing** an instruction takes a quarter of a cycle: each of a multiprocessor's four schedulers always
   finds a warp that can continue, at any occupancy. Barriers, latencies and bank conflicts cost nothing.
 - **Multiplying** runs at the data sheets' rate for dense bfloat16. H100 and H200 take 1.6 times as long,
@@ -197,11 +197,14 @@ Mix = Counter[str]
 
 
 def main_loops(code: Sequence[Instruction]) -> list[Mix]:
-    """The instructions in one iteration of each loop that multiplies, or is inside or around such a loop.
+    """The instructions in one iteration of each loop that multiplies or copies, or is inside or around such.
 
     The loops are in the order in which they begin. A loop counts without the loops inside it.
     """
     code = [(at, text) for at, text in code if not text.startswith("NOP")]
+    # Behind the kernel lies what a warp runs whose lanes have parted. It jumps back, but is no loop.
+    parted = [int(match[1], 16) for _, text in code if (match := re.search(r"BRA\.DIV.*(0x[0-9a-f]+)", text))]
+    code = [(at, text) for at, text in code if at < min(parted, default=at + 1)]
     spans = set()
     for at, text in code:
         target = re.search(r"\bBRA\b.*(0x[0-9a-f]+)", text)
@@ -209,18 +212,18 @@ def main_loops(code: Sequence[Instruction]) -> list[Mix]:
             spans.add((int(target[1], 16), at))
     ordered = sorted(spans, key=lambda span: (span[0], -span[1]))
     mixes = [Mix() for _ in ordered]
-    multiply: set[tuple[int, int]] = set()  # outermost loops that multiply
+    chosen: set[tuple[int, int]] = set()  # outermost loops that multiply or copy
     for at, text in code:
         around = [i for i, (begin, end) in enumerate(ordered) if begin <= at <= end]
         if around:
             kind = class_of(text)
             mixes[around[-1]][kind] += 1
-            if kind == "products":
-                multiply.add(ordered[around[0]])
+            if kind in ("products", "copies"):
+                chosen.add(ordered[around[0]])
     return [
         mix
         for (begin, end), mix in zip(ordered, mixes, strict=True)
-        if any(first <= begin and end <= last for first, last in multiply)
+        if any(first <= begin and end <= last for first, last in chosen)
     ]
 
 
@@ -293,25 +296,40 @@ def patches(size: int, slots: int, stack: int, bordered: int) -> Patches:
 
 
 def cuda_3x3_forward(layer: Layer) -> Work:
-    """The loops: patches, chunks of B, their weight by elements and by units, columns of taps, and pivots.
+    """The loops: vectors (two), chunks of the producers, their weight by elements and by units, chunks of the
+    weight, by elements and by units; and of the consumers patches, chunks, columns of taps, and pivots.
 
-    For K = 32 the weight stays in shared memory. For K = 48 it does not fit: each patch loads it again, by
-    units, as it is in channels_last memory.
+    For K = 32 the weight stays in shared memory. For K = 48 it does not fit: the producers load it again for
+    each patch, by units, as it is in channels_last memory. There are half as many producers as consumers.
     """
     slots, stack, bordered, out = (512, 4, 736, 32) if layer.k == 32 else (256, 2, 360, 48)
     count, chunks = patches(layer.size, slots, stack, bordered).number * up(layer.k, out), up(layer.b, 32)
-    weight = 0 if layer.k == 32 else chunks * up(9 * out * 32 // 8, 32 * WARPS)
-    turns = (1, chunks, 0, weight, 3 * chunks, 0)
+    weight = 0 if layer.k == 32 else chunks * up(9 * out * 32 // 8, 32 * WARPS // 2)
+    turns = (0, 0, chunks / 2, 0, weight / 2, 0, 0, 0, 1, chunks, 3 * chunks, 0)
     return work_3x3(layer, [count * t for t in turns], False)
 
 
 def cuda_3x3_backward(layer: Layer) -> Work:
-    """The loops: patches, dW by 16 columns, dW by three lines, columns of taps, later pieces of K."""
-    slots, stack, bordered, part = (256, 4, 336, 64) if layer.k == 32 else (128, 2, 200, 32)
+    """The loops: the weight; patches of dW, by 16 columns and by three lines; patches of the data gradient,
+    columns of taps and later pieces of K; patches of the producers, and marks of slots.
+
+    There are four warps of each role; for K = 48 eight of dW.
+    """
+    slots, stack, bordered = (256, 4, 336) if layer.k == 32 else (128, 2, 200)
     patch = patches(layer.size, slots, stack, bordered)
-    across = up(patch.width, 16)
-    turns = (1, across, across * up(patch.rows + 2, 3), 3, 0)
-    return work_3x3(layer, [patch.number * up(layer.b, part) * t for t in turns], True)
+    weight, across = (0.5 if layer.k == 32 else 1), up(patch.width, 16)
+    turns = (
+        0,
+        weight,
+        weight * across,
+        weight * across * up(patch.rows + 2, 3),
+        0.5,
+        1.5,
+        0,
+        0.5,
+        slots / 256,
+    )
+    return work_3x3(layer, [patch.number * up(layer.b, 32) * t for t in turns], True)
 
 
 def triton_1x1_forward(layer: Layer) -> Work:
@@ -355,7 +373,7 @@ KERNELS = {
     ("1x1 forward", "cuda"): Kernel("bn_relu_conv1x1", {32: "128", 48: "128"}, cuda_1x1_forward),
     ("1x1 backward", "cuda"): Kernel("bn_relu_conv1x1", {32: "128", 48: "192"}, cuda_1x1_backward),
     ("3x3 forward", "cuda"): Kernel("bn_relu_conv3x3", {32: "32, 4, 1", 48: "48, 2, 1"}, cuda_3x3_forward),
-    ("3x3 backward", "cuda"): Kernel("bn_relu_conv3x3", {32: "32, 4, 2", 48: "64, 2, 2"}, cuda_3x3_backward),
+    ("3x3 backward", "cuda"): Kernel("bn_relu_conv3x3", {32: "32, 4", 48: "64, 2"}, cuda_3x3_backward),
     ("1x1 forward", "triton"): Kernel("bn_relu_conv1x1_forward", {}, triton_1x1_forward),
     ("1x1 backward", "triton"): Kernel("bn_relu_conv1x1_backward_fused", {}, triton_1x1_backward),
     ("3x3 forward", "triton"): Kernel("bn_relu_conv3x3_forward", {}, triton_3x3_forward),

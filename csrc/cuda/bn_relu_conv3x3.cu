@@ -13,10 +13,14 @@
 // a block takes a chunk of B, keeps dW of all taps in registers for all its patches, and keeps W in
 // shared memory. Patches read their common borders, and chunks of B read dy, from the L2 cache.
 //
-// The kernels are bound by reading fragments from shared memory, at 128 bytes per cycle. So a warp
+// Warps have roles, so that loading and computing in registers hide behind products: producers fill
+// one stage while consumers multiply what is in the other.
+//
+// Reading fragments from shared memory, at 128 bytes per cycle, could bound the kernels. So a warp
 // goes down lines of 16 pixels, and reads a line's fragment once for the three lines of taps that
 // use it. For B = 128 and K = 32 in 16 bits, y takes 2304 bytes per pixel if a warp has 64 pixels x
-// 32 channels, in large patches, and 3456 if it has 64 x 16. g takes as many, and dW 2240 or 2432.
+// 32 channels, in large patches, and 3456 if it has 64 x 16. In large and small patches g takes 2304
+// and 3840, and dW 2240 and 2432.
 
 #include <torch/csrc/stable/library.h>
 

@@ -97,7 +97,7 @@ struct BackwardBlock {
   const typename Config::Places places;
   BitsOf<T>* const keep;  // [2][kPixels]: for each slot all ones if it has a pixel, else zero
   float* const sums;
-  const int64_t first_in;
+  const int first_in;
   const int out, ins;  // ins: the block's channels of z
 
   __device__ BackwardBlock(const BackwardArguments<T>& args, SharedMemory shared)
@@ -109,7 +109,7 @@ struct BackwardBlock {
         places(shared.take<int>(Config::Places::kInts), args.patches),
         keep(shared.take<BitsOf<T>>(2 * kPixels)),
         sums(shared.take<float>(Config::kDataWarps * 2 * kIn)),
-        first_in(int64_t{block_x()} * kIn),
+        first_in(block_x() * kIn),
         out(static_cast<int>(args.y.channels)),
         ins(static_cast<int>(std::min(int64_t{kIn}, args.z.channels - first_in))) {}
 
@@ -306,8 +306,8 @@ struct BackwardBlock {
 
   __device__ void compute_data_gradient() const {
     float sum_g[kColumns][2] = {}, sum_gz[kColumns][2] = {};
-    const RowFragment<T> rows([&](int r) { return patches.corner(data_row() + r) * kOutLd; });
     for_patches([&](const Stage& at, int parity) {
+      const RowFragment<T> rows([&](int r) { return patches.corner(data_row() + r) * kOutLd; });
       DataGradient da = {};
       multiply_data(da, rows, at);
       form_grad_bn(da, at, keep + parity * kPixels, sum_g, sum_gz);

@@ -85,11 +85,11 @@ __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 // 15. The threads that only arrive do not wait, but what they wrote before can be read after it.
 template <int kCount>
 __device__ __forceinline__ void sync_named(int number) {
-  asm volatile("barrier.sync %0, %1;" ::"r"(number), "n"(kCount) : "memory");
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(kCount) : "memory");
 }
 template <int kCount>
 __device__ __forceinline__ void arrive_named(int number) {
-  asm volatile("barrier.arrive %0, %1;" ::"r"(number), "n"(kCount) : "memory");
+  asm volatile("bar.arrive %0, %1;" ::"r"(number), "n"(kCount) : "memory");
 }
 template <class V>
 __device__ __forceinline__ V shuffle(V value, int lane) {

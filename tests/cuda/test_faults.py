@@ -110,7 +110,7 @@ FAULTS = {
         "bn_relu_conv3x3_forward.cuh",
         "if (keeps_weight() && step >= 2) sync_named<kThreads>(kEmpty + stage);",
         "if (keeps_weight() && step >= 2) arrive_named<kThreads>(kEmpty + stage);",
-        WRONG_VALUES,
+        f"{WRONG_VALUES}|threads wait for each other",
     ),
     "an arrival that nothing waits for": backward_3x3(
         "bn_relu_conv3x3_backward.cuh",

@@ -22,7 +22,7 @@ namespace {
 constexpr int kWarp = 32;
 constexpr size_t kStackBytes = 128 << 10;
 // The probabilities that a warp that could continue yields to another, and that a copy lands at
-// once.
+// once, or that a thread goes on at once where it need not wait.
 constexpr double kRedraw = 0.02, kEager = 0.5;
 
 class Random {
@@ -94,6 +94,7 @@ struct Block {
   int at_barrier = 0, done = 0;
   Place barrier = {};
   std::array<NamedBarrier, kNamedBarriers> named;
+  std::vector<Thread*> delayed;  // they go on when no other thread can
   Thread* running = nullptr;
   std::vector<std::pair<std::unique_ptr<void, decltype(&std::free)>, int64_t>> arrays;
   int64_t reserved = 0;
@@ -252,6 +253,12 @@ void run_block() {
   Ahead ahead;
   while (block.done < block.grid->threads) {
     block.running = ahead.next();
+    if (!block.running && !block.delayed.empty()) {
+      for (const Thread* thread : block.delayed) warp_of(*thread).ready |= bit_of(*thread);
+      block.delayed.clear();
+      ahead = Ahead();
+      continue;
+    }
     if (!block.running) {
       if (block.at_barrier < block.grid->threads) deadlock();
       open_barrier();
@@ -275,6 +282,7 @@ void start_block() {
   block.error = nullptr;
   block.at_barrier = block.done = 0;
   block.named = {};
+  block.delayed.clear();
   block.warps.assign((block.grid->threads + kWarp - 1) / kWarp, {});
   while (block.threads.size() < static_cast<size_t>(block.grid->threads)) {
     block.threads.push_back(std::make_unique<Thread>());
@@ -345,7 +353,8 @@ void named_barrier(int number, int threads, bool waits, Place place) {
   if (barrier.arrived++ == 0) barrier.threads = threads;
   if (barrier.threads != threads) fail("threads disagree about a barrier at " + text(place));
   if (waits) barrier.waiting.push_back(block.running);
-  if (barrier.arrived == threads) {
+  const bool last = barrier.arrived == threads;
+  if (last) {
     counters().barriers++;
     for (const Thread* thread : barrier.waiting) {
       Warp& warp = warp_of(*thread);
@@ -353,9 +362,11 @@ void named_barrier(int number, int threads, bool waits, Place place) {
       if (warp.ready == warp.all) count_requests(warp);
     }
     barrier = {};
-    return;
   }
-  if (waits) wait(place);
+  if (waits && !last) return wait(place);
+  if (block.random.chance(kEager)) return;
+  block.delayed.push_back(block.running);
+  wait(place);
 }
 
 void together(void* mine, void (*body)(void* const*), Place place) {
