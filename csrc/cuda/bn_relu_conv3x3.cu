@@ -19,8 +19,8 @@
 // Reading fragments from shared memory, at 128 bytes per cycle, could bound the kernels. So a warp
 // goes down lines of 16 pixels, and reads a line's fragment once for the three lines of taps that
 // use it. For B = 128 and K = 32 in 16 bits, y takes 2304 bytes per pixel if a warp has 64 pixels x
-// 32 channels, in large patches, and 3456 if it has 64 x 16. In large and small patches g takes 2304
-// and 3840, and dW 2240 and 2432.
+// 32 channels, in large patches, and 3456 if it has 64 x 16. In large and small patches g takes
+// 2304 and 3840, and dW 2240 and 2432.
 
 #include <torch/csrc/stable/library.h>
 
