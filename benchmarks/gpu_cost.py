@@ -296,8 +296,8 @@ def patches(size: int, slots: int, stack: int, bordered: int) -> Patches:
 
 
 def cuda_3x3_forward(layer: Layer) -> Work:
-    """The loops: vectors (two), chunks of the producers, their weight by elements and by units, chunks of the
-    weight, by elements and by units; and of the consumers patches, chunks, columns of taps, and pivots.
+    """The loops: chunks of the producers, their weight by elements and by units; chunks of the consumers'
+    weight, by elements and by units, and their patches, chunks, columns of taps, and pivots.
 
     For K = 32 the weight stays in shared memory. For K = 48 it does not fit: the producers load it again for
     each patch, by units, as it is in channels_last memory. There are half as many producers as consumers.
@@ -305,7 +305,7 @@ def cuda_3x3_forward(layer: Layer) -> Work:
     slots, stack, bordered, out = (512, 4, 736, 32) if layer.k == 32 else (256, 2, 360, 48)
     count, chunks = patches(layer.size, slots, stack, bordered).number * up(layer.k, out), up(layer.b, 32)
     weight = 0 if layer.k == 32 else chunks * up(9 * out * 32 // 8, 32 * WARPS // 2)
-    turns = (0, 0, chunks / 2, 0, weight / 2, 0, 0, 0, 1, chunks, 3 * chunks, 0)
+    turns = (chunks / 2, 0, weight / 2, 0, 0, 0, 1, chunks, 3 * chunks, 0)
     return work_3x3(layer, [count * t for t in turns], False)
 
 

@@ -64,14 +64,14 @@ void run_forward(const Tensor& z, const Tensor& scale, const Tensor& shift, cons
         constexpr int kStack = sizeof(T) == 2 ? 2 : 1;
         using Broad = Forward<Math, 48, kStack, 1, kWide>;
         using Small = Forward<Math, 32, 2 * kStack, 2, kWide>;
-        static_assert(Small::shared_bytes(1, 1) <= kSmallestSharedBytes);
-        static_assert(Broad::shared_bytes(1, 1) <= kSmallestSharedBytes);
+        static_assert(Small::shared_bytes(1) <= kSmallestSharedBytes);
+        static_assert(Broad::shared_bytes(1) <= kSmallestSharedBytes);
         if (ceil_div(out, 48) < ceil_div(out, 32))
           return run_forward<Broad>(args, z, means, vars, next);
         if constexpr (sizeof(T) == 2) {
           using Large = Forward<Math, 32, 4, 1, kWide>;
           const int room = current_device().shared_bytes;
-          if (Large::shared_bytes(in) <= room &&
+          if (Large::shared_bytes(Large::chunks(in)) <= room &&
               large_patches_pay<Large, Small>(zs, ceil_div(out, 32))) {
             return run_forward<Large>(args, z, means, vars, next);
           }

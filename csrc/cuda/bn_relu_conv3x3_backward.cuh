@@ -306,8 +306,13 @@ struct BackwardBlock {
 
   __device__ void compute_data_gradient() const {
     float sum_g[kColumns][2] = {}, sum_gz[kColumns][2] = {};
+    const auto find_rows = [&] {
+      return RowFragment<T>([&](int r) { return patches.corner(data_row() + r) * kOutLd; });
+    };
+    // Wide kernels find the rows again for every patch: there are no registers to keep them.
+    const RowFragment<T> kept = find_rows();
     for_patches([&](const Stage& at, int parity) {
-      const RowFragment<T> rows([&](int r) { return patches.corner(data_row() + r) * kOutLd; });
+      const RowFragment<T> rows = kWide ? find_rows() : kept;
       DataGradient da = {};
       multiply_data(da, rows, at);
       form_grad_bn(da, at, keep + parity * kPixels, sum_g, sum_gz);

@@ -45,16 +45,14 @@ struct Forward {
   static_assert(Statistics::kScratch * sizeof(float) <= 2 * kStageSize * sizeof(T));
 
   static constexpr int64_t chunks(int64_t channels) { return ceil_div(channels, kDepth); }
-  // For B channels of z, and a weight of which `kept` chunks are in shared memory.
-  static constexpr int64_t shared_bytes(int64_t channels, int64_t kept) {
+  // With `kept` chunks of the weight in shared memory.
+  static constexpr int shared_bytes(int64_t kept) {
     return SharedMemory::bytes_of(2 * kStageSize * int64_t{sizeof(T)}) +
            SharedMemory::bytes_of(kept * kWeightSize * int64_t{sizeof(T)}) +
-           SharedMemory::bytes_of(chunks(channels) * 2 * Vector::kSize * int64_t{sizeof(float)}) +
+           SharedMemory::bytes_of(2 * 2 * Vector::kSize * int64_t{sizeof(float)}) +
            SharedMemory::bytes_of(Places::kInts * int64_t{sizeof(int)}) +
            SharedMemory::bytes_of(Statistics::kPivots * int64_t{sizeof(T)});
   }
-  // If the whole weight fits.
-  static int64_t shared_bytes(int64_t channels) { return shared_bytes(channels, chunks(channels)); }
 };
 
 // The phases of a block, and what they share.
@@ -77,7 +75,7 @@ struct ForwardBlock {
   const Patches& patches;
   T* const stages;       // [2][kBordered][kDepth] of z; one of them later y [kPixels][kOut]
   T* const weights;      // [kept][kTaps][kOut][kDepth]
-  float* const vectors;  // [chunks][scale, shift][kDepth]
+  float* const vectors;  // [2][scale, shift][kDepth]
   const typename Config::Places places;
   typename Config::Statistics statistics;
   const int in, chunks, first_out, outs;  // outs: the block's channels of y
@@ -87,8 +85,7 @@ struct ForwardBlock {
         patches(args.patches),
         stages(shared.take<T>(2 * Config::kStageSize)),
         weights(shared.take<T>(args.kept * Config::kWeightSize)),
-        vectors(shared.take<float>(static_cast<int>(Config::chunks(args.z.channels)) * 2 *
-                                   Vector::kSize)),
+        vectors(shared.take<float>(2 * 2 * Vector::kSize)),
         places(shared.take<int>(Config::Places::kInts), args.patches),
         statistics(shared.take<T>(Config::Statistics::kPivots)),
         in(static_cast<int>(args.z.channels)),
@@ -118,7 +115,6 @@ struct ForwardBlock {
   // --- producers -------------------------------------------------------------------------------
 
   __device__ void produce() const {
-    load_vectors();
     int patch = block_y(), parity = 0, chunk = 0;
     const int count = steps();
     for (int step = 0; step < count; step++) {
@@ -131,9 +127,8 @@ struct ForwardBlock {
       load(parity, chunk, stage);
       copy_async_commit();
       copy_async_wait<0>();
-      // A producer activates what it has loaded itself. The vectors are others'.
-      if (!Config::kWide || step == 0) sync_named<kProducers>(kAmongProducers);
-      activate(parity, chunk, stage);
+      sync_named<kProducers>(kAmongProducers);
+      activate(parity, stage);
       if (!keeps_weight()) {
         if (step > 0) sync_named<kThreads>(kEmpty + 1 - stage);
         load_taps<kOut, kDepth, kProducers>(weights, kLd, args.weight, args.weight_bytes, first_out,
@@ -146,15 +141,7 @@ struct ForwardBlock {
     }
   }
 
-  __device__ __forceinline__ void load_vectors() const {
-    for (int i = producer(); i < chunks * kDepth; i += kProducers) {
-      float* const to = vectors + i / kDepth * 2 * Vector::kSize + Vector::place(i % kDepth);
-      copy_async<4>(to, args.scale + i, i < in);
-      copy_async<4>(to + Vector::kSize, args.shift + i, i < in);
-    }
-  }
-
-  // Loads a chunk of a bordered patch.
+  // Loads a chunk of a bordered patch, and its scale and shift.
   __device__ __forceinline__ void load(int parity, int chunk, int stage) const {
     const int c = chunk * kDepth;
     copy_tile<kBordered, kDepth, kProducers, Config::kWide>(
@@ -162,11 +149,15 @@ struct ForwardBlock {
         ChosenRows(Rows(args.z, places.origin(parity), 0, c),
                    [&](int p) { return places.source(parity, p); }),
         producer());
+    float* const vector = vectors + stage * 2 * Vector::kSize;
+    copy_vector<kDepth, kProducers>(vector, args.scale, c, in, Vector::place, producer());
+    copy_vector<kDepth, kProducers>(vector + Vector::kSize, args.shift, c, in, Vector::place,
+                                    producer());
   }
 
   // Activates z in place; outside the images it stays zero.
-  __device__ __forceinline__ void activate(int parity, int chunk, int stage) const {
-    const float* scale = vectors + chunk * 2 * Vector::kSize;
+  __device__ __forceinline__ void activate(int parity, int stage) const {
+    const float* scale = vectors + stage * 2 * Vector::kSize;
     activate_rows<kBordered, kDepth, kProducers>(
         stages + stage * Config::kStageSize, kLd, scale, scale + Vector::kSize,
         [&](int p) { return places.source(parity, p) >= 0; }, producer());
@@ -247,11 +238,11 @@ template <class Config>
 void run_forward(ForwardArguments<typename Config::T> args, const Tensor& like, float* mean,
                  float* var, const ScaleShift& next) {
   const int64_t out = args.y.channels, columns = ceil_div(out, Config::kOut);
-  const int64_t in = args.z.channels;
-  const bool keep = Config::shared_bytes(in) <= current_device().shared_bytes;
-  args.kept = static_cast<int>(keep ? Config::chunks(in) : 1);
+  const int64_t chunks = Config::chunks(args.z.channels);
+  const bool keep = Config::shared_bytes(chunks) <= current_device().shared_bytes;
+  args.kept = static_cast<int>(keep ? chunks : 1);
   args.patches = patches_of<Config>(args.z);
-  const int shared = static_cast<int>(Config::shared_bytes(in, args.kept));
+  const int shared = Config::shared_bytes(args.kept);
   const int64_t blocks = persistent_blocks(args.patches.count, columns, 1, shared);
   with_moments(blocks, out, like, mean, var, next, [&](float* moments) {
     args.moments = moments;

@@ -102,16 +102,16 @@ def with_borders(h: int, w: int, rows: int, columns: int) -> int:
 
 
 def conv3x3_forward(n: int, h: int, w: int, b: int, k: int) -> Traffic:
-    """z, with the borders of patches of 16 x 16, for each 32 or 48 channels of y.
+    """z, with the borders of patches of 16 x 16, and two vectors per patch, for each 32 or 48 channels of y.
 
-    A block reads the vectors once, and the weight, which fits into shared memory.
+    The weight fits into shared memory, so a block reads it once.
     """
-    m, columns = n * h * w, min(math.ceil(k / 32), math.ceil(k / 48))
+    m, columns, patches = n * h * w, min(math.ceil(k / 32), math.ceil(k / 48)), n * (h // 16) * (w // 16)
     return Traffic(
-        loads=columns * n * with_borders(h, w, 16, 16) * b * NARROW,
+        loads=columns * (n * with_borders(h, w, 16, 16) * b * NARROW + patches * 2 * b * WIDE),
         stores=m * k * NARROW + 2 * k * WIDE,
         columns=columns,
-        block_loads=9 * k * b * NARROW + columns * 2 * b * WIDE,
+        block_loads=9 * k * b * NARROW,
         **moments(k),
     )
 

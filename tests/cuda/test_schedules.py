@@ -21,6 +21,8 @@ CONVOLUTIONS = {
     "3x3 backward": (conv3x3.backward_case, (2, 33, 17, 40, 32)),
     "3x3 forward, large patches": (conv3x3.forward_case, (2, 33, 30, 40, 32)),
     "3x3 backward, large patches": (conv3x3.backward_case, (2, 30, 14, 40, 32)),
+    "3x3 forward, a weight that does not fit": (conv3x3.forward_case, (1, 9, 36, 200, 48)),
+    "3x3 backward, K > 32": (conv3x3.backward_case, (1, 9, 36, 40, 48)),
 }
 # Images whose patches are: several images side by side, fewer in the last; parts of one; bands of several.
 IMAGES = [(11, 7, 7), (7, 8, 8), (3, 14, 14), (5, 28, 28), (2, 19, 45), (70, 1, 1), (9, 3, 2), (3, 2, 65)]
