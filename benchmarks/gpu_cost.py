@@ -30,7 +30,7 @@ from dense_ext.backends import CUDA
 
 RESULT = Path(__file__).with_name("results") / "gpu_cost.md"
 BATCH = 256  # images
-WARPS = 8  # per block, or per role in it, unless a kernel says otherwise
+WARPS = 8  # a turn of a loop counts for so many; of fewer or more warps, for a part or a multiple
 BYTES = 2  # per element
 
 
@@ -317,18 +317,11 @@ def cuda_3x3_backward(layer: Layer) -> Work:
     """
     slots, stack, bordered = (256, 4, 336) if layer.k == 32 else (128, 2, 200)
     patch = patches(layer.size, slots, stack, bordered)
-    weight, across = (0.5 if layer.k == 32 else 1), up(patch.width, 16)
-    turns = (
-        0,
-        weight,
-        weight * across,
-        weight * across * up(patch.rows + 2, 3),
-        0.5,
-        1.5,
-        0,
-        0.5,
-        slots / 256,
-    )
+    across = up(patch.width, 16)
+    four, weight_warps = 4 / WARPS, (4 if layer.k == 32 else 8) / WARPS
+    weight = [weight_warps * t for t in (1, across, across * up(patch.rows + 2, 3))]
+    data, producers = (four, four * 3, 0), (four, four * slots / 128)
+    turns = (0, *weight, *data, *producers)
     return work_3x3(layer, [patch.number * up(layer.b, 32) * t for t in turns], True)
 
 

@@ -14,12 +14,14 @@ import platform
 import re
 import statistics
 import sys
+from functools import partial
 
 import torch
 import torchvision
 
 import dense_ext
 from dense_ext.benchmark.step import GraphedStep, sgd_step
+from dense_ext.benchmark.timing import seconds_per_call
 
 ROUNDS, REPLAYS = 7, 5
 
@@ -28,20 +30,6 @@ def short(name: str) -> str:
     """A kernel's name without namespaces and the types of its arguments."""
     name = re.sub(r"\(anonymous namespace\)::|<unnamed>::|(\w+::)+|_GLOBAL__N_\w+", "", name)
     return re.sub(r"\([^()]*(\([^()]*\)[^()]*)*\)( \[clone.*)?$", "", name)[:200]
-
-
-def graph_ms(step: GraphedStep, images: torch.Tensor, labels: torch.Tensor) -> list[float]:
-    """Milliseconds a step, once for each of ROUNDS rounds of replays."""
-    times = []
-    for _ in range(ROUNDS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(REPLAYS):
-            step(images, labels)
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / REPLAYS)
-    return times
 
 
 def main() -> int:
@@ -71,7 +59,8 @@ def main() -> int:
     graphed = GraphedStep(step, device)
     for _ in range(5):
         graphed(images, labels)
-    times = graph_ms(graphed, images, labels)
+    call = partial(graphed, images, labels)
+    times = [1e3 * seconds_per_call(call, device, REPLAYS) for _ in range(ROUNDS)]
     slowest = sorted(kernels.items(), key=lambda item: -item[1][1])
     print(json.dumps({
         "what": f"DenseNet-121, {options.batch} images of 224x224, bfloat16, recompute {options.recompute}, "

@@ -51,8 +51,8 @@ void run(const Grid& grid, const std::function<void()>& kernel, const char* name
 void barrier(Place place);
 void warp_barrier(Place place);
 
-// A barrier of `threads` of the block's threads, which bring the same `number`. Those that do not
-// wait go on at once.
+// A barrier of `threads` of the block's threads, which bring the same `number`. Those that only
+// arrive, and the last to come, go on at once or when no other thread can, by chance.
 constexpr int kNamedBarriers = 16;
 void named_barrier(int number, int threads, bool waits, Place place);
 
