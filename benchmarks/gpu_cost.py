@@ -197,9 +197,10 @@ Mix = Counter[str]
 
 
 def main_loops(code: Sequence[Instruction]) -> list[Mix]:
-    """The instructions in one iteration of each loop that multiplies or copies, or is inside or around such.
+    """The instructions in one iteration of each main loop, and of each loop inside or around it.
 
-    The loops are in the order in which they begin. A loop counts without the loops inside it.
+    A main loop multiplies, copies, or arrives at a barrier of warps with other roles. The loops are in the
+    order in which they begin. A loop counts without the loops inside it.
     """
     code = [(at, text) for at, text in code if not text.startswith("NOP")]
     # Behind the kernel lies what a warp runs whose lanes have parted. It jumps back, but is no loop.
@@ -212,13 +213,13 @@ def main_loops(code: Sequence[Instruction]) -> list[Mix]:
             spans.add((int(target[1], 16), at))
     ordered = sorted(spans, key=lambda span: (span[0], -span[1]))
     mixes = [Mix() for _ in ordered]
-    chosen: set[tuple[int, int]] = set()  # outermost loops that multiply or copy
+    chosen: set[tuple[int, int]] = set()  # the outermost loops
     for at, text in code:
         around = [i for i, (begin, end) in enumerate(ordered) if begin <= at <= end]
         if around:
             kind = class_of(text)
             mixes[around[-1]][kind] += 1
-            if kind in ("products", "copies"):
+            if kind in ("products", "copies") or "BAR.ARV" in text:
                 chosen.add(ordered[around[0]])
     return [
         mix
@@ -262,7 +263,12 @@ def cuda_1x1_forward(layer: Layer) -> Work:
 
 
 def cuda_1x1_backward(layer: Layer) -> Work:
-    return work_1x1(layer, (up(layer.pixels, 32) * up(layer.c, 64),), True)
+    """The loops: tiles of the producers, and of the consumers.
+
+    For K = 32 as many producers as consumers take two tiles in a turn; for K = 48, half as many take one.
+    """
+    tiles = up(layer.pixels, 32) * up(layer.c, 64)
+    return work_1x1(layer, (tiles / 2, tiles), True)
 
 
 class Patches(NamedTuple):

@@ -181,6 +181,12 @@ __device__ __forceinline__ V in_register(V value) {
 #endif
   return value;
 }
+// For a branch that is rarely taken: the compiler does not execute it always, and then choose.
+__device__ __forceinline__ void keep_branch() {
+#ifndef DENSE_EXT_EMULATOR
+  asm volatile("");
+#endif
+}
 template <class T>
 __device__ __forceinline__ const T* address_of_row(const T* base, int number, uint32_t stride) {
 #ifdef DENSE_EXT_EMULATOR

@@ -32,6 +32,7 @@ class CUDABackend(CompiledBackend):
     """
 
     name = "cuda"
+    max_pixels = 2**31 - 2**16  # which kernels number in 32 bits
 
     def __init__(
         self,

@@ -67,10 +67,10 @@ WRONG_VALUES = "off by|NaN in other places"
 
 FAULTS = {
     # One warp reads too early or too late what another writes.
-    "no barrier before reading": backward_1x1(
-        "bn_relu_conv1x1_backward.cuh",
-        "activate(at);\n      sync_threads();\n",
-        "activate(at);\n",
+    "no barrier before reading": forward_1x1(
+        "tile.cuh",
+        "prepare(step, stage);\n    sync_threads();\n",
+        "prepare(step, stage);\n",
         WRONG_VALUES,
     ),
     "no barrier before writing": Fault(
@@ -112,6 +112,20 @@ FAULTS = {
         "if (keeps_weight() && step >= 2) arrive_named<kThreads>(kEmpty + stage);",
         f"{WRONG_VALUES}|threads wait for each other",
     ),
+    "a weight overwritten before it is read": backward_1x1(
+        "bn_relu_conv1x1_backward.cuh",
+        "if (tile >= block_y() + (kStages - 1) * grid_y()) sync_named",
+        "if (tile >= block_y() + (kStages - 1) * grid_y()) arrive_named",
+        f"{WRONG_VALUES}|threads wait for each other",
+    ),
+    "a tile stored after its arrival": backward_1x1(
+        "bn_relu_conv1x1_backward.cuh",
+        "        store(ahead[n], vectors, stage_at(stage));\n        load(ahead[n], next);\n"
+        "        arrive_named<kThreads>(kFull + stage);\n",
+        "        arrive_named<kThreads>(kFull + stage);\n"
+        "        store(ahead[n], vectors, stage_at(stage));\n        load(ahead[n], next);\n",
+        WRONG_VALUES,
+    ),
     "an arrival that nothing waits for": backward_3x3(
         "bn_relu_conv3x3_backward.cuh",
         "if (step + stage_count() < count) arrive_named",
@@ -135,7 +149,7 @@ FAULTS = {
         "product.cuh",
         "      if (at.row > 0) continue;\n",
         "      if (at.row > 0) break;\n",
-        "threads wait for each other: 224 at bn_relu_conv1x1_backward.cuh:.* 32 at product.cuh:",
+        "threads wait for each other: 480 at bn_relu_conv1x1_backward.cuh:.* 32 at product.cuh:",
     ),
     # Wrong addresses.
     "one channel too many": pool(
