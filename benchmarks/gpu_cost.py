@@ -319,13 +319,13 @@ def cuda_3x3_backward(layer: Layer) -> Work:
     """The loops: the weight; patches of dW, by 16 columns and by three lines; patches of the data gradient,
     columns of taps and later pieces of K; patches of the producers, and marks of slots.
 
-    There are four warps of each role; for K = 48 eight of dW.
+    There are four warps of each role, but eight of dW.
     """
     slots, stack, bordered = (256, 4, 336) if layer.k == 32 else (128, 2, 200)
     patch = patches(layer.size, slots, stack, bordered)
     across = up(patch.width, 16)
-    four, weight_warps = 4 / WARPS, (4 if layer.k == 32 else 8) / WARPS
-    weight = [weight_warps * t for t in (1, across, across * up(patch.rows + 2, 3))]
+    four = 4 / WARPS
+    weight = [1, across, across * up(patch.rows + 2, 3)]
     data, producers = (four, four * 3, 0), (four, four * slots / 128)
     turns = (0, *weight, *data, *producers)
     return work_3x3(layer, [patch.number * up(layer.b, 32) * t for t in turns], True)

@@ -27,16 +27,20 @@ struct BackwardArguments {
 // A block takes kIn channels of z and all of K, at most kOut, and goes through patches of kPixels
 // slots. Producer warps load a patch and form its dy, while the consumers work on the one before:
 // data warps compute da, each for a stack of kStack lines, and weight warps compute dW, each for
-// 16 x 16 channels and all taps.
+// 16 channels of K, 8 or 16 of z, and all taps.
 template <class Math_, int kOut_, int kStack_, bool kWide_>
 struct Backward {
   using Math = Math_;
   using T = typename Math::T;
   static constexpr bool kWide = kWide_;
+  // For narrow accesses, large patches have too few registers.
   template <bool kOther>
-  using OfWidth = Backward<Math, kOut_, kStack_, kOther>;
+  using OfWidth = Backward<Math, kOut_, kOther ? kStack_ : std::min(kStack_, 2), kOther>;
   static constexpr int kOut = kOut_, kIn = 32, kStack = kStack_;
-  static constexpr int kDataWarps = 4, kWeightWarps = kOut / 16 * (kIn / 16);
+  // Fragments of z's channels per weight warp. With one, two warps on a scheduler hide each other's
+  // latency.
+  static constexpr int kFragments = sizeof(T) == 2 && kOut <= 32 ? 1 : 2;
+  static constexpr int kDataWarps = 4, kWeightWarps = kOut / 16 * (kIn / 8 / kFragments);
   static constexpr int kConsumers = (kDataWarps + kWeightWarps) * kWarp, kProducers = 4 * kWarp;
   static constexpr int kThreads = kConsumers + kProducers;
   static constexpr int kPixels = kDataWarps * 16 * kStack;
@@ -50,6 +54,7 @@ struct Backward {
   static constexpr int kTapSize = tap_size<T>(kOut * kInLd);
   using OutVector = UnitVector<T, kOut>;
   static constexpr int kVectors = 2 * OutVector::kSize + 3 * kIn;
+  static constexpr int kLaneSums = kIn / 8 * 4 * kWarp;  // of a warp
   using Places = dense_ext::Places<kPixels, kBordered, kThreads, kProducers>;
 
   static constexpr int shared_bytes(int stages) {
@@ -58,7 +63,8 @@ struct Backward {
            SharedMemory::bytes_of(kVectors * int64_t{sizeof(float)}) +
            SharedMemory::bytes_of(Places::kInts * int64_t{sizeof(int)}) +
            SharedMemory::bytes_of(2 * kPixels * int64_t{sizeof(T)}) +
-           SharedMemory::bytes_of(kDataWarps * 2 * kIn * int64_t{sizeof(float)});
+           SharedMemory::bytes_of(kDataWarps * 2 * kIn * int64_t{sizeof(float)}) +
+           SharedMemory::bytes_of(kDataWarps * kLaneSums * int64_t{sizeof(float)});
   }
 };
 
@@ -75,6 +81,8 @@ struct BackwardBlock {
   static constexpr bool kWide = Config::kWide;
   static constexpr int kRows = 16 * Config::kStack, kColumns = kIn / 8;  // da of a warp
   using DataGradient = float[Config::kStack][kColumns][4];
+  static constexpr int kFragments = Config::kFragments;
+  using WeightGradient = float[kTaps][1][kFragments][4];
   // Barriers. kFull + stage: the stage is ready for the consumers; kEmpty + stage: they are done
   // with it. The last two are among the producers and among the consumers.
   enum { kFull = 1, kEmpty = 3, kAmongProducers = 5, kAmongConsumers = 6 };
@@ -96,7 +104,7 @@ struct BackwardBlock {
   float* const u;
   const typename Config::Places places;
   BitsOf<T>* const keep;  // [2][kPixels]: for each slot all ones if it has a pixel, else zero
-  float* const sums;
+  float *const sums, *const lane_sums;
   const int first_in;
   const int out, ins;  // ins: the block's channels of z
 
@@ -109,6 +117,7 @@ struct BackwardBlock {
         places(shared.take<int>(Config::Places::kInts), args.patches),
         keep(shared.take<BitsOf<T>>(2 * kPixels)),
         sums(shared.take<float>(Config::kDataWarps * 2 * kIn)),
+        lane_sums(shared.take<float>(Config::kDataWarps * Config::kLaneSums)),
         first_in(block_x() * kIn),
         out(static_cast<int>(args.y.channels)),
         ins(static_cast<int>(std::min(int64_t{kIn}, args.z.channels - first_in))) {}
@@ -237,7 +246,7 @@ struct BackwardBlock {
   }
 
   __device__ void compute_weight_gradient() const {
-    float dw[kTaps][1][2][4] = {};  // the warp's part of dW
+    WeightGradient dw = {};
     const bool wanted = args.wants_weight && weight_row() < out;
     for_patches([&](const Stage& at, int parity) {
       if (wanted) add_weight_gradient(dw, at, keep + parity * kPixels);
@@ -247,11 +256,11 @@ struct BackwardBlock {
 
   // Adds to dW: goes down the lines of dy, and pairs each with the lines of z that use it, which
   // are the same line and the two before.
-  __device__ __forceinline__ void add_weight_gradient(float (&dw)[kTaps][1][2][4], const Stage& at,
+  __device__ __forceinline__ void add_weight_gradient(WeightGradient& dw, const Stage& at,
                                                       const BitsOf<T>* used) const {
-    const TransposedColumnFragments<T> columns(kInLd);
-    float scales[2], shifts[2];
-    DENSE_EXT_UNROLL for (int j = 0; j < 2; j++) {
+    const TransposedColumnFragments<T> columns(kInLd, 8 * (kFragments - 1));
+    float scales[kFragments], shifts[kFragments];
+    DENSE_EXT_UNROLL for (int j = 0; j < kFragments; j++) {
       scales[j] = load_shared(scale() + weight_column() + 8 * j + lane_index() / 4);
       shifts[j] = load_shared(shift() + weight_column() + 8 * j + lane_index() / 4);
     }
@@ -260,7 +269,7 @@ struct BackwardBlock {
       const int first = x / 16 * 16 * patches.lines + x % 16;
       const TransposedRowFragment<T> rows(
           [&](int r) { return patches.corner(first + r) * kOutLd + weight_row(); });
-      uint32_t b[3][2][2] = {};  // line l is b[l % 3]
+      uint32_t b[3][kFragments][2] = {};  // line l is b[l % 3]
       DENSE_EXT_NO_UNROLL for (int begin = 0; begin < patches.rows + 2; begin += 3) {
         DENSE_EXT_UNROLL for (int i = 0; i < 3; i++) {
           const int l = begin + i, slot = first + 16 * l;
@@ -271,7 +280,9 @@ struct BackwardBlock {
           }
           // Loaded now, z arrives while the products of the lines before are under way.
           if (l < patches.rows) {
-            columns.load(b[i][0], b[i][1], at.z + slot * kInLd + weight_column(), kInLd);
+            uint32_t unused[2];
+            columns.load(b[i][0], kFragments == 1 ? unused : b[i][kFragments - 1],
+                         at.z + slot * kInLd + weight_column(), kInLd);
           }
           const auto add = [&](int before) {
             DENSE_EXT_UNROLL for (int dx = 0; dx < 3; dx++) {
@@ -281,7 +292,7 @@ struct BackwardBlock {
           if (l >= 2) add(2);
           if (l >= 1 && l <= patches.rows) add(1);
           if (l < patches.rows) {
-            DENSE_EXT_UNROLL for (int j = 0; j < 2; j++) {
+            DENSE_EXT_UNROLL for (int j = 0; j < kFragments; j++) {
               activate_column<T>(b[i][j], scales[j], shifts[j]);
             }
             keep_rows<T>(b[i], used + slot);
@@ -292,7 +303,7 @@ struct BackwardBlock {
     }
   }
 
-  __device__ __forceinline__ void write_weight_gradient(const float (&dw)[kTaps][1][2][4]) const {
+  __device__ __forceinline__ void write_weight_gradient(const WeightGradient& dw) const {
     float* row = args.rows + block_y() * args.row_size + 2 * args.z.channels + first_in;
     DENSE_EXT_UNROLL for (int tap = 0; tap < kTaps; tap++) {
       for_pairs(dw[tap], [&](int r, int column, float left, float right) {
@@ -305,20 +316,22 @@ struct BackwardBlock {
   }
 
   __device__ void compute_data_gradient() const {
-    float sum_g[kColumns][2] = {}, sum_gz[kColumns][2] = {};
-    const auto find_rows = [&] {
-      return RowFragment<T>([&](int r) { return patches.corner(data_row() + r) * kOutLd; });
-    };
-    // Wide kernels find the rows again for every patch: there are no registers to keep them.
-    const RowFragment<T> kept = find_rows();
+    for (int i = 0; i < 4 * kColumns; i++) store_shared(lane_sum(0) + i * kWarp, 0.0f);
     for_patches([&](const Stage& at, int parity) {
-      const RowFragment<T> rows = kWide ? find_rows() : kept;
+      const RowFragment<T> rows([&](int r) { return patches.corner(data_row() + r) * kOutLd; });
       DataGradient da = {};
       multiply_data(da, rows, at);
-      form_grad_bn(da, at, keep + parity * kPixels, sum_g, sum_gz);
+      form_grad_bn(da, at, keep + parity * kPixels);
       sync_warp();
       store(at, parity);
     });
+    float sum_g[kColumns][2], sum_gz[kColumns][2];
+    DENSE_EXT_UNROLL for (int j = 0; j < kColumns; j++) {
+      DENSE_EXT_UNROLL for (int e = 0; e < 2; e++) {
+        sum_g[j][e] = load_shared(lane_sum(j) + e * kWarp);
+        sum_gz[j][e] = load_shared(lane_sum(j) + (2 + e) * kWarp);
+      }
+    }
     leave_column_sums<kIn>(sums, sum_g, sum_gz, warp_index(), 0);
   }
 
@@ -336,31 +349,33 @@ struct BackwardBlock {
 
   // Forms the warp's part of grad_bn, and adds to the sums.
   __device__ __forceinline__ void form_grad_bn(const DataGradient& da, const Stage& at,
-                                               const BitsOf<T>* used, float (&sum_g)[kColumns][2],
-                                               float (&sum_gz)[kColumns][2]) const {
+                                               const BitsOf<T>* used) const {
     const Position lane;
-    Float2 s[kColumns], t[kColumns], m[kColumns];
     DENSE_EXT_UNROLL for (int j = 0; j < kColumns; j++) {
       const int column = 8 * j + lane.column;
-      s[j] = load_pair(scale() + column), t[j] = load_pair(shift() + column);
-      m[j] = load_pair(mean() + column);
-    }
-    DENSE_EXT_UNROLL for (int i = 0; i < 2 * Config::kStack; i++) {
-      const int r = data_row() + 8 * i + lane.row;
-      if (!load_shared(used + r)) continue;
-      const int place = r * kInLd + lane.column;
-      Float2 z[kColumns];
-      DENSE_EXT_UNROLL for (int j = 0; j < kColumns; j++) z[j] = load_pair(at.z + place + 8 * j);
-      DENSE_EXT_UNROLL for (int j = 0; j < kColumns; j++) {
+      const Float2 s = load_pair(scale() + column), t = load_pair(shift() + column);
+      const Float2 m = load_pair(mean() + column);
+      float sum_g[2] = {}, sum_gz[2] = {};
+      DENSE_EXT_UNROLL for (int i = 0; i < 2 * Config::kStack; i++) {
+        const int r = data_row() + 8 * i + lane.row;
+        if (!load_shared(used + r)) continue;
+        const int place = r * kInLd + column;
+        const Float2 z = load_pair(at.z + place);
         const float* g = da[i / 2][j] + i % 2 * 2;
-        const float gx = z[j].x * s[j].x + t[j].x <= 0 ? 0.0f : g[0];
-        const float gy = z[j].y * s[j].y + t[j].y <= 0 ? 0.0f : g[1];
-        sum_g[j][0] += gx;
-        sum_g[j][1] += gy;
-        sum_gz[j][0] += gx * (z[j].x - m[j].x);
-        sum_gz[j][1] += gy * (z[j].y - m[j].y);
-        store_pair(at.grad_bn + place + 8 * j, gx, gy);
+        const float gx = z.x * s.x + t.x <= 0 ? 0.0f : g[0];
+        const float gy = z.y * s.y + t.y <= 0 ? 0.0f : g[1];
+        sum_g[0] += gx;
+        sum_g[1] += gy;
+        sum_gz[0] += gx * (z.x - m.x);
+        sum_gz[1] += gy * (z.y - m.y);
+        store_pair(at.grad_bn + place, gx, gy);
       }
+      sync_warp();  // the lanes that skipped slots are ahead
+      float* const sum = lane_sum(j);
+      const auto add = [&](int n, float x) {
+        store_shared(sum + n * kWarp, load_shared(sum + n * kWarp) + x);
+      };
+      add(0, sum_g[0]), add(1, sum_g[1]), add(2, sum_gz[0]), add(3, sum_gz[1]);
     }
   }
 
@@ -383,6 +398,12 @@ struct BackwardBlock {
                                          lane_index());
   }
 
+  // A lane's sums of g and of g * (z - mean), two each, for a fragment of its warp. There are no
+  // registers to keep them.
+  __device__ float* lane_sum(int fragment) const {
+    return lane_sums + warp_index() * Config::kLaneSums + 4 * fragment * kWarp + lane_index();
+  }
+
   __device__ static int producer() { return thread_index() - kConsumers; }
   // A data warp's position in da, and a weight warp's in dW.
   __device__ static int data_row() { return warp_index() * kRows; }
@@ -390,7 +411,7 @@ struct BackwardBlock {
     return (warp_index() - Config::kDataWarps) % (kOut / 16) * 16;
   }
   __device__ static int weight_column() {
-    return (warp_index() - Config::kDataWarps) / (kOut / 16) * 16;
+    return (warp_index() - Config::kDataWarps) / (kOut / 16) * 8 * kFragments;
   }
 
   __device__ float* v() const { return u + OutVector::kSize; }

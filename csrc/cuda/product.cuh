@@ -125,15 +125,16 @@ struct ColumnFragments {
   }
 };
 
-// Two fragments of b with 8 columns each, from a tile [k][column].
+// Two fragments of b with 8 columns each, from a tile [k][column]. In 16 bits the second one lies
+// `beside` columns further; if that is 0, it is the first one again.
 template <class T>
 struct TransposedColumnFragments {
   static constexpr bool kTransposed = true;
   int at;
 
-  __device__ explicit TransposedColumnFragments(int ld) {
+  __device__ explicit TransposedColumnFragments(int ld, int beside = 8) {
     const int lane = lane_index();
-    at = sizeof(T) == 2 ? (lane % 8 + lane / 8 % 2 * 8) * ld + lane / 16 * 8
+    at = sizeof(T) == 2 ? (lane % 8 + lane / 8 % 2 * 8) * ld + lane / 16 * beside
                         : lane % 4 * ld + lane / 4;
   }
 

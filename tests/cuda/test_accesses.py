@@ -319,9 +319,9 @@ def stack_bytes(lines: int, columns: int) -> float:
 
 def weight_gradient_bytes(lines: int) -> float:
     """The same for dW: each line of z with its mask, which takes two passes, and three times that line of dy
-    and the two below.
+    and the two below. Two warps read it, each for 8 channels of z.
     """
-    return ((3 * (lines + 2) + lines) * FRAGMENT + lines * 2 * PASS) / (16 * lines)
+    return 2 * ((3 * (lines + 2) + lines) * FRAGMENT + lines * 2 * PASS) / (16 * lines)
 
 
 FRAGMENT_BYTES = {
