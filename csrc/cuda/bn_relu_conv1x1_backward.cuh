@@ -4,6 +4,7 @@
 
 #include "product.cuh"
 #include "reduce.cuh"
+#include "stages.cuh"
 #include "thread_units.cuh"
 
 namespace dense_ext {
@@ -75,9 +76,8 @@ struct BackwardBlock {
   static constexpr bool kWide = Config::kWide;
   // Fragments per warp.
   static constexpr int kDataColumns = 2, kWeightRows = kOut / 64, kWeightColumns = 4;
-  // Barriers. kFull + stage: the stage is ready for the consumers; kEmpty + stage: they are done
-  // with it. kLoaded: the vectors and W are in shared memory.
-  enum { kFull = 1, kEmpty = kFull + kStages, kLoaded = kEmpty + kStages };
+  using Barriers = StageBarriers<kThreads, kStages>;
+  enum { kLoaded = Barriers::kOwn };  // the barrier until the vectors and W are in shared memory
 
   // A tile in shared memory. The new grad_x replaces the old one.
   struct Stage {
@@ -171,10 +171,10 @@ struct BackwardBlock {
         if (!Config::kKeepsVectors) load_for_dz(vectors);
         form_dz(ahead[n], vectors, tile);
         // The consumers have the last stage first, for W.
-        if (tile >= block_y() + (kStages - 1) * grid_y()) sync_named<kThreads>(kEmpty + stage);
+        if (tile >= block_y() + (kStages - 1) * grid_y()) Barriers::wait_until_empty(stage);
         store(ahead[n], vectors, stage_at(stage));
         load(ahead[n], next);
-        arrive_named<kThreads>(kFull + stage);
+        Barriers::filled(stage);
         stage = after(stage), tile += grid_y(), next += grid_y();
       }
     }
@@ -243,18 +243,18 @@ struct BackwardBlock {
     ColumnVectors vectors;
     if (Config::kKeepsVectors) load_for_columns(vectors);
     if (block_y() + (kStages - 1) * grid_y() < tile_count) {
-      arrive_named<kThreads>(kEmpty + kStages - 1);
+      Barriers::emptied(kStages - 1);
     }
     int stage = 0;
     DENSE_EXT_NO_UNROLL for (int tile = block_y(); tile < tile_count; tile += grid_y()) {
-      sync_named<kThreads>(kFull + stage);
+      Barriers::wait_until_full(stage);
       const Stage at = stage_at(stage);
       if (args.wants_weight) add_weight_gradient(at);
       if (!Config::kKeepsVectors) load_for_columns(vectors);
       add_data_gradient(at, vectors);
       store_gradient(at, tile);
       // Except where no tile follows in this stage.
-      if (tile + kStages * grid_y() < tile_count) arrive_named<kThreads>(kEmpty + stage);
+      if (tile + kStages * grid_y() < tile_count) Barriers::emptied(stage);
       stage = after(stage);
     }
     leave_column_sums<kIn>(sums, sum_g, sum_gx, data_row() / 16, data_column());

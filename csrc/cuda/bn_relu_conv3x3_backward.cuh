@@ -3,6 +3,7 @@
 #pragma once
 
 #include "reduce.cuh"
+#include "stages.cuh"
 #include "taps.cuh"
 
 namespace dense_ext {
@@ -83,9 +84,8 @@ struct BackwardBlock {
   using DataGradient = float[Config::kStack][kColumns][4];
   static constexpr int kFragments = Config::kFragments;
   using WeightGradient = float[kTaps][1][kFragments][4];
-  // Barriers. kFull + stage: the stage is ready for the consumers; kEmpty + stage: they are done
-  // with it. The last two are among the producers and among the consumers.
-  enum { kFull = 1, kEmpty = 3, kAmongProducers = 5, kAmongConsumers = 6 };
+  using Barriers = StageBarriers<kThreads, 2>;
+  enum { kAmongProducers = Barriers::kOwn, kAmongConsumers };
 
   // A patch in shared memory. dy replaces grad, and grad_bn replaces y.
   struct Stage {
@@ -154,7 +154,7 @@ struct BackwardBlock {
     const int count = steps();
     for (int step = 0; step < count; step++) {
       const int stage = step % stage_count(), parity = step % 2;
-      if (step >= stage_count()) sync_named<kThreads>(kEmpty + stage);
+      if (step >= stage_count()) Barriers::wait_until_empty(stage);
       places.locate(block_y() + step * grid_y(), parity, producer());
       sync_named<kProducers>(kAmongProducers);
       const Stage to = stage_of(step);
@@ -165,7 +165,7 @@ struct BackwardBlock {
       // A producer forms dy where it has loaded grad and y itself. The vectors are others'.
       if (!kWide || step == 0) sync_named<kProducers>(kAmongProducers);
       form_dy(to, parity);
-      arrive_named<kThreads>(kFull + stage);
+      Barriers::filled(stage);
     }
   }
 
@@ -239,9 +239,9 @@ struct BackwardBlock {
     const int count = steps();
     DENSE_EXT_NO_UNROLL for (int step = 0; step < count; step++) {
       const int stage = step % stage_count();
-      sync_named<kThreads>(kFull + stage);
+      Barriers::wait_until_full(stage);
       body(stage_of(step), step % 2);
-      if (step + stage_count() < count) arrive_named<kThreads>(kEmpty + stage);
+      if (step + stage_count() < count) Barriers::emptied(stage);
     }
   }
 

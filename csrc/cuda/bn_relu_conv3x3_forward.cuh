@@ -4,6 +4,7 @@
 
 #include "moments.cuh"
 #include "reduce.cuh"
+#include "stages.cuh"
 #include "taps.cuh"
 
 namespace dense_ext {
@@ -67,9 +68,8 @@ struct ForwardBlock {
   static constexpr int kBordered = Config::kBordered, kOutLd = Config::kOutLd;
   static constexpr int kColumns = kOut / 8 / Config::kParts;  // fragments per warp
   using Products = float[Config::kStack][kColumns][4];
-  // Barriers. kFull + stage: the stage is ready for the consumers; kEmpty + stage: they have read
-  // it. The last two are among the producers and among the consumers.
-  enum { kFull = 1, kEmpty = 3, kAmongProducers = 5, kAmongConsumers = 6 };
+  using Barriers = StageBarriers<kThreads, 2>;
+  enum { kAmongProducers = Barriers::kOwn, kAmongConsumers };
 
   const ForwardArguments<T>& args;
   const Patches& patches;
@@ -119,7 +119,7 @@ struct ForwardBlock {
     const int count = steps();
     for (int step = 0; step < count; step++) {
       const int stage = step % 2;
-      if (keeps_weight() && step >= 2) sync_named<kThreads>(kEmpty + stage);
+      if (keeps_weight() && step >= 2) Barriers::wait_until_empty(stage);
       if (chunk == 0) {
         places.locate(patch, parity, producer());
         sync_named<kProducers>(kAmongProducers);
@@ -130,13 +130,13 @@ struct ForwardBlock {
       sync_named<kProducers>(kAmongProducers);
       activate(parity, stage);
       if (!keeps_weight()) {
-        if (step > 0) sync_named<kThreads>(kEmpty + 1 - stage);
+        if (step > 0) Barriers::wait_until_empty(1 - stage);
         load_taps<kOut, kDepth, kProducers>(weights, kLd, args.weight, args.weight_bytes, first_out,
                                             chunk * kDepth, producer());
         copy_async_commit();
         copy_async_wait<0>();
       }
-      arrive_named<kThreads>(kFull + stage);
+      Barriers::filled(stage);
       if (++chunk == chunks) chunk = 0, parity = 1 - parity, patch += grid_y();
     }
   }
@@ -183,10 +183,10 @@ struct ForwardBlock {
       Products y = {};
       for (int chunk = 0; chunk < chunks; chunk++, step++) {
         const int stage = step % 2;
-        sync_named<kThreads>(kFull + stage);
+        Barriers::wait_until_full(stage);
         multiply(y, rows, stage, keeps_weight() ? chunk : 0);
         if (chunk + 1 == chunks) store(y, stages + stage * Config::kStageSize, parity);
-        if (step + ahead < count) arrive_named<kThreads>(kEmpty + stage);
+        if (step + ahead < count) Barriers::emptied(stage);
       }
     }
   }

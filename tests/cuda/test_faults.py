@@ -99,8 +99,8 @@ FAULTS = {
     # Producer and consumer warps do not wait for each other.
     "a stage used before it is full": backward_3x3(
         "bn_relu_conv3x3_backward.cuh",
-        "      form_dy(to, parity);\n      arrive_named<kThreads>(kFull + stage);\n",
-        "      arrive_named<kThreads>(kFull + stage);\n      form_dy(to, parity);\n",
+        "      form_dy(to, parity);\n      Barriers::filled(stage);\n",
+        "      Barriers::filled(stage);\n      form_dy(to, parity);\n",
         WRONG_VALUES,
     ),
     "a stage filled before it is empty": Fault(
@@ -108,28 +108,28 @@ FAULTS = {
         conv3x3.forward_case,
         (4, 40, 17, 40, 32),  # so that a block has several patches
         "bn_relu_conv3x3_forward.cuh",
-        "if (keeps_weight() && step >= 2) sync_named<kThreads>(kEmpty + stage);",
-        "if (keeps_weight() && step >= 2) arrive_named<kThreads>(kEmpty + stage);",
+        "if (keeps_weight() && step >= 2) Barriers::wait_until_empty(stage);",
+        "if (keeps_weight() && step >= 2) Barriers::emptied(stage);",
         f"{WRONG_VALUES}|threads wait for each other",
     ),
     "a weight overwritten before it is read": backward_1x1(
         "bn_relu_conv1x1_backward.cuh",
-        "if (tile >= block_y() + (kStages - 1) * grid_y()) sync_named",
-        "if (tile >= block_y() + (kStages - 1) * grid_y()) arrive_named",
+        "if (tile >= block_y() + (kStages - 1) * grid_y()) Barriers::wait_until_empty",
+        "if (tile >= block_y() + (kStages - 1) * grid_y()) Barriers::emptied",
         f"{WRONG_VALUES}|threads wait for each other",
     ),
     "a tile stored after its arrival": backward_1x1(
         "bn_relu_conv1x1_backward.cuh",
         "        store(ahead[n], vectors, stage_at(stage));\n        load(ahead[n], next);\n"
-        "        arrive_named<kThreads>(kFull + stage);\n",
-        "        arrive_named<kThreads>(kFull + stage);\n"
+        "        Barriers::filled(stage);\n",
+        "        Barriers::filled(stage);\n"
         "        store(ahead[n], vectors, stage_at(stage));\n        load(ahead[n], next);\n",
         WRONG_VALUES,
     ),
     "an arrival that nothing waits for": backward_3x3(
         "bn_relu_conv3x3_backward.cuh",
-        "if (step + stage_count() < count) arrive_named",
-        "arrive_named",
+        "if (step + stage_count() < count) Barriers::emptied",
+        "Barriers::emptied",
         "threads arrived at a barrier that nobody waits at",
     ),
     # Threads diverge at a collective operation.
