@@ -268,8 +268,9 @@ class Fused:
         """Find the forward that the class would have without the fused one."""
         super().__init_subclass__(**kwargs)
         for base in cls.__mro__:
-            if not issubclass(base, Fused) and "forward" in base.__dict__:
-                cls.original, cls.known_forward = base, base.__dict__["forward"]
+            # The class may inherit its forward, and get one of its own later.
+            if issubclass(base, nn.Module) and not issubclass(base, Fused):
+                cls.original, cls.known_forward = base, base.forward
                 cls.original_forward = _renamed(cls.known_forward, "original_forward")
                 return
 
