@@ -33,7 +33,7 @@ from .batch_norm import (
 )
 from .casting import cast
 from .checks import check_batch, check_input, check_options, check_parameters
-from .eligibility import Fused, input_reason, interference, mode_reason, names_of, readable
+from .eligibility import Fused, input_reason, interference, mode_reason, names_of, readable, vouched
 from .schedule import norm_starts
 from .supported import layers_reason
 from .synchronised import group_of
@@ -152,7 +152,9 @@ def _takes_channels_last(x: Any, convs: Sequence[nn.Module]) -> bool:
             return False
         weight = constant(conv, "weight")
         # From a weight in channels_last memory, the convolution writes it anyway.
-        if not isinstance(weight, Tensor) or not weight.is_contiguous() or weight.stride(1) == 1:
+        if not isinstance(weight, Tensor) or not vouched(weight):
+            return False
+        if not weight.is_contiguous() or weight.stride(1) == 1:
             return False
     return True
 
