@@ -108,7 +108,7 @@ def input_reason(x: Any) -> str | None:
     """Why an input requires the original's forward, or None."""
     if not isinstance(x, (Tensor, torch.fx.Proxy)):
         return None  # eager can't take it either; the check of the fused operator's input refuses it
-    if not _vouched(x):
+    if not vouched(x):
         return f"the input is a {qualified_name(type(x))}"
     if x.layout is not torch.strided:
         return f"the input has layout {x.layout}"
@@ -143,7 +143,7 @@ def _has_strided_vectors(norm: nn.Module) -> bool:
     )
 
 
-def _vouched(x: Any) -> bool:
+def vouched(x: Any) -> bool:
     """Whether the operators read x like a plain tensor. The compiler has its own classes and checks them."""
     return torch.compiler.is_compiling() or type(x) in VOUCHED_TENSORS
 
@@ -268,8 +268,9 @@ class Fused:
         """Find the forward that the class would have without the fused one."""
         super().__init_subclass__(**kwargs)
         for base in cls.__mro__:
-            if not issubclass(base, Fused) and "forward" in base.__dict__:
-                cls.original, cls.known_forward = base, base.__dict__["forward"]
+            # The class may inherit its forward, and get one of its own later.
+            if issubclass(base, nn.Module) and not issubclass(base, Fused):
+                cls.original, cls.known_forward = base, base.forward
                 cls.original_forward = _renamed(cls.known_forward, "original_forward")
                 return
 
@@ -441,13 +442,13 @@ def weights_reason(modules: Iterable[nn.Module], at_rest: bool = False) -> str |
             if at_rest and getattr(weight, "_fsdp_flattened", False):
                 continue  # FSDP1's: a process's share of the weight, which has another shape
             sharded = at_rest and qualified_name(type(weight)) == "torch.distributed.tensor.DTensor"
-            if not (_vouched(weight) or sharded):
+            if not (vouched(weight) or sharded):
                 return f"{name or 'conv'} has a weight of type {qualified_name(type(weight))}"
             expected = (conv.out_channels, conv.in_channels, *conv.kernel_size)
             if tuple(weight.shape) != expected:
                 return f"{name or 'conv'} has a weight of shape {tuple(weight.shape)}, expected {expected}"
             bias = constant(conv, "bias")
-            if bias is not None and not (_vouched(bias) and tuple(bias.shape) == expected[:1]):
+            if bias is not None and not (vouched(bias) and tuple(bias.shape) == expected[:1]):
                 return f"{name or 'conv'} has a bias of type {qualified_name(type(bias))} {tuple(bias.shape)}"
     return None
 

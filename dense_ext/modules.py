@@ -33,7 +33,7 @@ from .batch_norm import (
 )
 from .casting import cast
 from .checks import check_batch, check_input, check_options, check_parameters
-from .eligibility import Fused, input_reason, interference, mode_reason, names_of, readable
+from .eligibility import Fused, input_reason, interference, mode_reason, names_of, readable, vouched
 from .schedule import norm_starts
 from .supported import layers_reason
 from .synchronised import group_of
@@ -124,6 +124,15 @@ def written_by_hooks(module: nn.Module) -> bool:
     return False
 
 
+def _has_hook(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
 def _has_forward_hook(module: nn.Module) -> bool:
     return any([len(inner._forward_hooks) > 0 for inner in module.modules()])  # noqa: C419  # compiled
 
@@ -143,7 +152,9 @@ def _takes_channels_last(x: Any, convs: Sequence[nn.Module]) -> bool:
             return False
         weight = constant(conv, "weight")
         # From a weight in channels_last memory, the convolution writes it anyway.
-        if not isinstance(weight, Tensor) or not weight.is_contiguous() or weight.stride(1) == 1:
+        if not isinstance(weight, Tensor) or not vouched(weight):
+            return False
+        if not weight.is_contiguous() or weight.stride(1) == 1:
             return False
     return True
 
@@ -392,6 +403,17 @@ def runs_fused(module: Any, part: type[Fused], x: Tensor) -> bool:
     # A user's subclass may have a forward of its own.
     fused = isinstance(module, part) and kind.forward is kind.fused_forward
     return fused and interference(module, module.original) is None and module.why_not_fused(x) is None
+
+
+def may_need_layout(child: nn.Module, x: Tensor) -> bool:
+    """Whether a module that reads ``x`` has its own code or hooks, which may make views of x or write to it.
+
+    What made a part run its original forward may be such code.
+    """
+    if isinstance(child, Fused):
+        # With a hook of its own, its result has the layout of its input.
+        return written_by_hooks(child) or child.why_not_fused(x) is not None
+    return any([_has_hook(m) or not type(m).__module__.startswith("torch.nn.") for m in child.modules()])  # noqa: C419  # compiled
 
 
 class DenseLayer(nn.Module):
@@ -709,13 +731,13 @@ class FusedFeatures(Fused, nn.Sequential):
             if carried is not None and runs_fused(child, FusedTransition, x):
                 x, carried = child.run(x, carried), None
             else:
-                before = x
-                if contiguous and isinstance(x, Tensor) and self._may_need_layout(child):
+                before, whole = x, runs_fused(child, FusedDenseBlock, x)
+                if contiguous and not whole and isinstance(x, Tensor) and may_need_layout(child, x):
                     x = x.contiguous()
                 if carried is not None and x is before and not self._only_reads(child):
                     x = own_memory(x)
                 carried = None
-                if runs_fused(child, FusedDenseBlock, x):
+                if whole:
                     x, carried = child.run(x)
                 else:
                     x = child(x if isinstance(child, Fused) else readable(x, child))
@@ -723,13 +745,6 @@ class FusedFeatures(Fused, nn.Sequential):
         if carried is not None:
             x = own_memory(x)
         return x.contiguous() if contiguous and isinstance(x, Tensor) else x
-
-    @staticmethod
-    def _may_need_layout(child: nn.Module) -> bool:
-        """Whether a child has code of its own, which may make views of images or write into them."""
-        if isinstance(child, Fused):
-            return written_by_hooks(child)  # then its result has the layout of its input
-        return any([not type(m).__module__.startswith("torch.nn.") for m in child.modules()])  # noqa: C419  # compiled
 
     @classmethod
     def _only_reads(cls, child: nn.Module) -> bool:

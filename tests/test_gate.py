@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all_modules
 from torch.utils.checkpoint import checkpoint
-from torchvision.models.densenet import _DenseBlock, _DenseLayer
+from torchvision.models.densenet import _DenseBlock, _DenseLayer, _Transition
 from torchvision.ops import FrozenBatchNorm2d
 
 import dense_ext
@@ -35,6 +35,7 @@ from .helpers import (
     small_densenet,
     twin,
 )
+from .integrations.common import run_elsewhere
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -134,7 +135,7 @@ def halved(function: Any) -> Any:
 
 REPLACED = [
     (_DenseBlock, "forward"), (nn.Sequential, "forward"), (_DenseLayer, "forward"),
-    (_DenseLayer, "bn_function"), (nn.ReLU, "forward"), (nn.BatchNorm2d, "forward"),
+    (_DenseLayer, "bn_function"), (_Transition, "forward"), (nn.ReLU, "forward"), (nn.BatchNorm2d, "forward"),
     (nn.Conv2d, "forward"), (nn.Conv2d, "_conv_forward"), (nn.AvgPool2d, "forward"),
     (nn.MaxPool2d, "forward"), (nn.Module, "__call__"), (F, "relu"), (F, "batch_norm"),
     (F, "conv2d"), (F, "avg_pool2d"), (F, "max_pool2d"), (torch, "cat"), (torch, "relu_"),
@@ -146,7 +147,7 @@ REPLACED = [
     ("owner", "name", "when"),
     [
         *((*what, "after the swap") for what in REPLACED),
-        *((*what, "before the swap") for what in REPLACED[:4] + REPLACED[-1:]),
+        *((*what, "before the swap") for what in REPLACED[:5] + REPLACED[-1:]),
     ],
     ids=lambda value: getattr(value, "__name__", value).rpartition(".")[2],
 )
@@ -167,6 +168,28 @@ def test_replacements_on_a_class_or_in_functional_are_called(
                 dense_ext.swap(ours)
             assert_steps_alike(ours, eager, x)
         assert_steps_alike(ours, eager, x)
+
+
+@pytest.mark.parametrize("kind", ["_DenseBlock", "_Transition"])
+def test_replacements_before_the_first_swap_of_a_process_are_called(kind: str) -> None:
+    run_elsewhere(_REPLACES_FIRST, kind, without_dense_ext=False)
+
+
+_REPLACES_FIRST = """
+import copy, sys, warnings
+import torch
+from torchvision.models import densenet
+import dense_ext
+
+warnings.simplefilter("ignore")
+kind = getattr(densenet, sys.argv[1])
+forward = kind.forward
+kind.forward = lambda self, x: forward(self, x).cos()
+eager = densenet.DenseNet(4, (2, 2), 8, 2, 0.0, 3).double()
+ours = dense_ext.swap(copy.deepcopy(eager))
+x = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+torch.testing.assert_close(ours(x), eager(x), rtol=1e-9, atol=1e-9)
+"""
 
 
 def accepted() -> set[tuple[Any, str]]:

@@ -434,3 +434,29 @@ def test_one_image_with_a_backward_hook_on_a_norm() -> None:
     for model in (ours, eager):
         model.norm5.register_full_backward_hook(lambda *_: None)
     assert_trains_alike(ours, eager, torch.randn(1, 3, 70, 70, dtype=torch.float64), steps=1)
+
+
+@pytest.mark.filterwarnings("ignore:.*runs its original forward")
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    "hooked",
+    ["norm0", "denseblock2.denselayer1.conv1", "denseblock2.denselayer3.norm2", "transition2.norm", "norm5"],
+)
+def test_hooks_see_eagers_layout(hooked: str, memory_format: torch.memory_format) -> None:
+    """Tools that compute gradients per sample read what convolutions read by its strides."""
+    ours, eager = twin(small_densenet(), dense_ext.swap)
+    x = images(70, 70).contiguous(memory_format=memory_format)
+    assert layouts_seen(ours, f"features.{hooked}", x) == layouts_seen(eager, f"features.{hooked}", x)
+
+
+def layouts_seen(model: nn.Module, hooked: str, x: Tensor) -> list[tuple[int, ...]]:
+    """The strides of what a module of the model reads and returns."""
+    seen: list[tuple[int, ...]] = []
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.extend((inputs[0].stride(), output.stride()))
+
+    with model.get_submodule(hooked).register_forward_hook(note):
+        model(x)
+    assert len(seen) == 2
+    return seen

@@ -15,6 +15,7 @@ from ..modules import (
     FusedDenseBlock,
     FusedTransition,
     contiguous_in_eager,
+    may_need_layout,
     own_memory,
     run_stem,
     run_transition,
@@ -173,7 +174,7 @@ def run_chain(module: Any, index: int, x: Tensor) -> tuple[Tensor, ...]:
     carried, shown, last = ops.NOTHING_CARRIED, [], chain.links[-1]
     for link in chain.links:
         if isinstance(link, Part):
-            x, carried = _run_part(submodule(module, link.name), x, carried)
+            x, carried = _run_part(submodule(module, link.name), x, carried, contiguous)
             continue
         x, activation = _run_pieces(module, link, x, carried)
         carried = ops.NOTHING_CARRIED
@@ -187,15 +188,22 @@ def run_chain(module: Any, index: int, x: Tensor) -> tuple[Tensor, ...]:
     return tuple(results)
 
 
-def _run_part(part: Any, x: Tensor, carried: ops.Carried) -> tuple[Tensor, ops.Carried]:
-    """Run a part; its own call runs if that does more than the fused operator."""
+def _run_part(part: Any, x: Tensor, carried: ops.Carried, contiguous: bool) -> tuple[Tensor, ops.Carried]:
+    """Run a part; its own call runs if that does more than the fused operator.
+
+    ``contiguous`` tells whether x is contiguous in eager.
+    """
     if runs_fused(part, FusedDenseBlock, x):
         return part.run(x)
     if runs_fused(part, FusedTransition, x):
         return part.run(x, carried), ops.NOTHING_CARRIED
     if runs_fused(part, Recognised, x):
         return part.run(x, carried)
-    x = x if carried is ops.NOTHING_CARRIED else own_memory(x)
+    before = x
+    if contiguous and may_need_layout(part, x):
+        x = x.contiguous()
+    if carried is not ops.NOTHING_CARRIED and x is before:
+        x = own_memory(x)
     return part(x), ops.NOTHING_CARRIED
 
 

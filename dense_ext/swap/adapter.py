@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..eligibility import Fused
+from ..eligibility import Fused, patched_method
 from ..modules import FusedDenseBlock, FusedFeatures, FusedTransition
 
 # Library -> the adapter's module, which is loaded only if the process has imported the library.
@@ -140,6 +140,8 @@ def _why_not_swapped(module: nn.Module, original: type[nn.Module], fused: Any) -
         return f"{kind.__name__} is a subclass {own}"
     if "forward" in module.__dict__ and rebound_forward(module, original.forward, fused.forward) is None:
         return "the instance has its own forward"
+    if name := patched_method(original):
+        return f"its class's {name} has been replaced"
     if issubclass(fused, FusedFeatures) and not fused.has_stem(module):
         return None
     return fused.why_not_at_rest(module)

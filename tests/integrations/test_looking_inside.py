@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..helpers import assert_equal
@@ -86,6 +87,21 @@ class TestCaptum:
             expected = attr.GuidedBackprop(eager).attribute(x, target=1)
         assert_equal(found, expected, "attribution")
         assert fused_calls(lambda: ours(x)) == FUSED
+
+
+@pytest.mark.filterwarnings("ignore:.*runs its original forward")
+def test_expanded_weights() -> None:
+    """PyTorch's own gradients per sample, for which weights are of a class that refuses most functions."""
+    ours, eager = swapped_and_eager()
+    x = images(32)
+    for model in (ours, eager):
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.requires_grad_(False)
+        call_for_per_sample_grads(model)(x).square().sum().backward()  # type: ignore[no-untyped-call]
+    for (name, ours_p), eager_p in zip(ours.named_parameters(), eager.parameters(), strict=True):
+        if eager_p.requires_grad:
+            assert_equal(ours_p.grad_sample, eager_p.grad_sample, name)  # type: ignore[attr-defined]
 
 
 class TestFunc:

@@ -320,6 +320,20 @@ def test_memory_format_is_eagers(name: str) -> None:
             assert a.is_contiguous() == b.is_contiguous()
 
 
+@pytest.mark.filterwarnings("ignore:.*runs its original forward")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "last"])
+def test_hooks_inside_a_block_see_eagers_memory_format(layout: torch.memory_format) -> None:
+    seen: list[list[tuple[int, ...]]] = []
+    for model in pair("torchvision's blocks"):
+        strides: list[tuple[int, ...]] = []
+        hooked: Any = model.get_submodule("encoder.features.denseblock2.denselayer1.conv1")
+        with hooked.register_forward_hook(lambda _, x, y, s=strides: s.extend((x[0].stride(), y.stride()))):
+            model(images().contiguous(memory_format=layout))
+        seen.append(strides)
+    assert len(seen[0]) == 2
+    assert seen[0] == seen[1]
+
+
 def test_hooks_see_nothing_of_the_swap() -> None:
     seen: list[Any] = []
     model = Encoder()
