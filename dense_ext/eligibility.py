@@ -430,19 +430,27 @@ def _conv_reason(conv: Any, size: int) -> str | None:
 
 
 def weights_reason(modules: Iterable[nn.Module], at_rest: bool = False) -> str | None:
-    """Why the weight of a convolution inside ``modules`` prevents fusing, or None.
+    """Why a tensor of a convolution or a norm inside ``modules`` prevents fusing, or None.
 
     ``at_rest`` means outside a call; then FSDP's weights may be sharded.
     """
+
+    def is_sharded(tensor: Any) -> bool:
+        return at_rest and qualified_name(type(tensor)) == "torch.distributed.tensor.DTensor"
+
     for top in modules:
-        for name, conv in top.named_modules():
-            if type(conv) not in _CONVS:
+        for name, module in top.named_modules():
+            for vector in VECTORS if _is_norm(module) else ():
+                tensor = constant(module, vector)
+                if not (tensor is None or vouched(tensor) or is_sharded(tensor)):
+                    return f"{name or 'norm'} has a {vector} of type {qualified_name(type(tensor))}"
+            if type(module) not in _CONVS:
                 continue
+            conv: Any = module
             weight = constant(conv, "weight")
             if at_rest and getattr(weight, "_fsdp_flattened", False):
                 continue  # FSDP1's: a process's share of the weight, which has another shape
-            sharded = at_rest and qualified_name(type(weight)) == "torch.distributed.tensor.DTensor"
-            if not (vouched(weight) or sharded):
+            if not (vouched(weight) or is_sharded(weight)):
                 return f"{name or 'conv'} has a weight of type {qualified_name(type(weight))}"
             expected = (conv.out_channels, conv.in_channels, *conv.kernel_size)
             if tuple(weight.shape) != expected:
@@ -451,6 +459,10 @@ def weights_reason(modules: Iterable[nn.Module], at_rest: bool = False) -> str |
             if bias is not None and not (vouched(bias) and tuple(bias.shape) == expected[:1]):
                 return f"{name or 'conv'} has a bias of type {qualified_name(type(bias))} {tuple(bias.shape)}"
     return None
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or type(module) in FIXED_NORMS
 
 
 def _pool_reason(pool: nn.Module) -> str | None:
@@ -496,6 +508,9 @@ class Snapshot:
             (conv, _settings_of_conv(conv), *(id(conv["_parameters"].get(n)) for n in ("weight", "bias")))
             for conv in convs
         ]
+        norms = filter(_is_norm, self.modules)
+        self.vectors = [tensors for norm in norms for tensors in (norm._parameters, norm._buffers)]
+        self.vector_types = self._types_of_vectors()
         self.pools = [(m, _pool_settings(m)) for m in self.modules if type(m) in _POOLS]
         self.synchronised = [(m, _sync_settings(m)) for m in self.modules if type(m) is nn.SyncBatchNorm]
         # A forward may read the names of a ModuleDict's children.
@@ -507,6 +522,9 @@ class Snapshot:
             for kind in set(self.types)
             for name, function in _known_methods.get(kind, {}).items()
         ]
+
+    def _types_of_vectors(self) -> set[type]:
+        return set(map(type, chain.from_iterable(map(dict.values, self.vectors))))
 
     def _flat(self) -> list[Any]:
         return [*self.top, *self.entered, *_values(self.parents)]
@@ -522,6 +540,7 @@ class Snapshot:
                 and list(map(type, self.modules)) == self.types
                 and list(map(len, self.attributes)) == self.lengths
                 and all([tuple(children) == names for children, names in self.named])  # noqa: C419  # faster
+                and self._types_of_vectors() == self.vector_types
                 and self._no_hooks()
                 and self._same_settings()
                 and _unchanged(self.methods)

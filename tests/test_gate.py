@@ -293,6 +293,23 @@ def with_norm_vectors_as_buffers(model: nn.Module) -> None:
         norm.register_buffer(name, norm._parameters.pop(name).detach() * 1.5)
 
 
+class DoubledByNorms(Tensor):
+    """A tensor that counts twice in batch norm."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.batch_norm:
+            return super().__torch_function__(func, types, args, kwargs)
+        plain = [value.as_subclass(Tensor) * 2 if isinstance(value, cls) else value for value in args]
+        return func(*plain, **kwargs)
+
+
+def with_norm_tensors_of_a_subclass(model: nn.Module) -> None:
+    for norm in (layer(model).norm2, model.features.transition1.norm, model.features.norm0):
+        norm.running_mean = norm.running_mean.as_subclass(DoubledByNorms)
+
+
 def with_another_parameter(model: nn.Module) -> None:
     layer(model).conv1.weight = nn.Parameter(layer(model).conv1.weight.detach() * 2)
 
@@ -346,7 +363,8 @@ def one_layer_shorter(model: nn.Module) -> None:
 CHANGES = [
     circular, padded_by_name, dilated, biased, with_a_bias_as_plain_tensor, with_a_bias_as_buffer,
     with_a_weight_as_plain_tensor, with_a_weight_as_buffer,
-    with_norm_vectors_as_buffers, with_another_parameter, with_other_norm_settings, of_a_subclass,
+    with_norm_vectors_as_buffers, with_norm_tensors_of_a_subclass, with_another_parameter,
+    with_other_norm_settings, of_a_subclass,
     block_of_a_subclass, transition_of_a_subclass, pooled_otherwise,
     pooled_by_maxima, with_more_in_a_layer, one_layer_shorter,
 ]  # fmt: skip
