@@ -250,7 +250,6 @@ struct BackwardBlock {
       Barriers::wait_until_full(stage);
       const Stage at = stage_at(stage);
       if (args.wants_weight) add_weight_gradient(at);
-      if (!Config::kKeepsVectors) load_for_columns(vectors);
       add_data_gradient(at, vectors);
       store_gradient(at, tile);
       // Except where no tile follows in this stage.
@@ -302,13 +301,14 @@ struct BackwardBlock {
 
   // grad_x += scale*g in shared memory, and the sums. Pixels beyond the last have zeros in dz and
   // x, and add nothing.
-  __device__ __forceinline__ void add_data_gradient(const Stage& at, const ColumnVectors& vectors) {
+  __device__ __forceinline__ void add_data_gradient(const Stage& at, ColumnVectors& vectors) {
     float da[1][kDataColumns][4] = {};  // dz @ W
     DENSE_EXT_UNROLL for (int k = 0; k < kOut / Math::kDepth; k++) {
       uint32_t a[1][4];
       OutFragments::load_rows(a[0], at.dz, data_row(), 0, k * Math::kDepth);
       multiply<Math>(da, a, w[k]);
     }
+    if (!Config::kKeepsVectors) load_for_columns(vectors);
     const Position lane;
     const InLayout layout{in_register(data_column())};
     T* const grad_x = at.grad_x + data_row() * InLayout::kLd;

@@ -55,7 +55,9 @@ struct Backward {
   static constexpr int kTapSize = tap_size<T>(kOut * kInLd);
   using OutVector = UnitVector<T, kOut>;
   static constexpr int kVectors = 2 * OutVector::kSize + 3 * kIn;
-  static constexpr int kLaneSums = kIn / 8 * 4 * kWarp;  // of a warp
+  // Whether data warps keep their sums in registers. For large patches there are too few.
+  static constexpr bool kKeepsSums = kStack < 4;
+  static constexpr int kLaneSums = kKeepsSums ? 0 : kIn / 8 * 4 * kWarp;  // of a warp
   using Places = dense_ext::Places<kPixels, kBordered, kThreads, kProducers>;
 
   static constexpr int shared_bytes(int stages) {
@@ -84,6 +86,10 @@ struct BackwardBlock {
   using DataGradient = float[Config::kStack][kColumns][4];
   static constexpr int kFragments = Config::kFragments;
   using WeightGradient = float[kTaps][1][kFragments][4];
+  // A lane's sums of g and of g * (z - mean) over its columns of da.
+  struct Sums {
+    float g[kColumns][2], gz[kColumns][2];
+  };
   using Barriers = StageBarriers<kThreads, 2>;
   enum { kAmongProducers = Barriers::kOwn, kAmongConsumers };
 
@@ -316,23 +322,39 @@ struct BackwardBlock {
   }
 
   __device__ void compute_data_gradient() const {
-    for (int i = 0; i < 4 * kColumns; i++) store_shared(lane_sum(0) + i * kWarp, 0.0f);
+    Sums total = {};
+    if (!Config::kKeepsSums) for_fragments([&](int j) { store_sums(total, j); });
     for_patches([&](const Stage& at, int parity) {
       const RowFragment<T> rows([&](int r) { return patches.corner(data_row() + r) * kOutLd; });
       DataGradient da = {};
       multiply_data(da, rows, at);
-      form_grad_bn(da, at, keep + parity * kPixels);
+      form_grad_bn(da, at, keep + parity * kPixels, total);
       sync_warp();
       store(at, parity);
     });
-    float sum_g[kColumns][2], sum_gz[kColumns][2];
-    DENSE_EXT_UNROLL for (int j = 0; j < kColumns; j++) {
-      DENSE_EXT_UNROLL for (int e = 0; e < 2; e++) {
-        sum_g[j][e] = load_shared(lane_sum(j) + e * kWarp);
-        sum_gz[j][e] = load_shared(lane_sum(j) + (2 + e) * kWarp);
-      }
+    if (!Config::kKeepsSums) for_fragments([&](int j) { load_sums(total, j); });
+    leave_column_sums<kIn>(sums, total.g, total.gz, warp_index(), 0);
+  }
+
+  template <class Body>
+  __device__ __forceinline__ static void for_fragments(const Body& body) {
+    DENSE_EXT_UNROLL for (int j = 0; j < kColumns; j++) body(j);
+  }
+  // Load and store a lane's sums for a fragment of its warp.
+  __device__ __forceinline__ void load_sums(Sums& total, int fragment) const {
+    for_sums(total, fragment, [](float& sum, float* at) { sum = load_shared(at); });
+  }
+  __device__ __forceinline__ void store_sums(Sums& total, int fragment) const {
+    for_sums(total, fragment, [](float& sum, float* at) { store_shared(at, sum); });
+  }
+  template <class Body>
+  __device__ __forceinline__ void for_sums(Sums& total, int fragment, const Body& body) const {
+    float* const at =
+        lane_sums + warp_index() * Config::kLaneSums + 4 * fragment * kWarp + lane_index();
+    DENSE_EXT_UNROLL for (int e = 0; e < 2; e++) {
+      body(total.g[fragment][e], at + e * kWarp);
+      body(total.gz[fragment][e], at + (2 + e) * kWarp);
     }
-    leave_column_sums<kIn>(sums, sum_g, sum_gz, warp_index(), 0);
   }
 
   // The transposed convolution of dy: the taps in reverse order.
@@ -349,13 +371,13 @@ struct BackwardBlock {
 
   // Forms the warp's part of grad_bn, and adds to the sums.
   __device__ __forceinline__ void form_grad_bn(const DataGradient& da, const Stage& at,
-                                               const BitsOf<T>* used) const {
+                                               const BitsOf<T>* used, Sums& total) const {
     const Position lane;
     DENSE_EXT_UNROLL for (int j = 0; j < kColumns; j++) {
+      if (!Config::kKeepsSums) load_sums(total, j);
       const int column = 8 * j + lane.column;
       const Float2 s = load_pair(scale() + column), t = load_pair(shift() + column);
       const Float2 m = load_pair(mean() + column);
-      float sum_g[2] = {}, sum_gz[2] = {};
       DENSE_EXT_UNROLL for (int i = 0; i < 2 * Config::kStack; i++) {
         const int r = data_row() + 8 * i + lane.row;
         if (!load_shared(used + r)) continue;
@@ -364,18 +386,14 @@ struct BackwardBlock {
         const float* g = da[i / 2][j] + i % 2 * 2;
         const float gx = z.x * s.x + t.x <= 0 ? 0.0f : g[0];
         const float gy = z.y * s.y + t.y <= 0 ? 0.0f : g[1];
-        sum_g[0] += gx;
-        sum_g[1] += gy;
-        sum_gz[0] += gx * (z.x - m.x);
-        sum_gz[1] += gy * (z.y - m.y);
+        total.g[j][0] += gx;
+        total.g[j][1] += gy;
+        total.gz[j][0] += gx * (z.x - m.x);
+        total.gz[j][1] += gy * (z.y - m.y);
         store_pair(at.grad_bn + place, gx, gy);
       }
       sync_warp();  // the lanes that skipped slots are ahead
-      float* const sum = lane_sum(j);
-      const auto add = [&](int n, float x) {
-        store_shared(sum + n * kWarp, load_shared(sum + n * kWarp) + x);
-      };
-      add(0, sum_g[0]), add(1, sum_g[1]), add(2, sum_gz[0]), add(3, sum_gz[1]);
+      if (!Config::kKeepsSums) store_sums(total, j);
     }
   }
 
@@ -396,12 +414,6 @@ struct BackwardBlock {
     }
     store_tile<kRows, kIn, kWarp, kWide>(part, kInLd, ins, args.grad_bn_bytes, row_of,
                                          lane_index());
-  }
-
-  // A lane's sums of g and of g * (z - mean), two each, for a fragment of its warp. There are no
-  // registers to keep them.
-  __device__ float* lane_sum(int fragment) const {
-    return lane_sums + warp_index() * Config::kLaneSums + 4 * fragment * kWarp + lane_index();
   }
 
   __device__ static int producer() { return thread_index() - kConsumers; }
