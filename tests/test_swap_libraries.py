@@ -316,13 +316,14 @@ class TestMonai:
         ours, eager = twin(network(1e-13), lambda m: dense_ext.swap(m, strict=True))
         assert {row.runs for row in dense_ext.report(ours).rows} == {"fused"}
         assert_trains_alike(ours, eager, x)
+        swapped = [dense_ext.swap(network(rate), strict=True) for rate in (0.0, 0.4)]
         kept = [
             saved_bytes(model, lambda model=model: model(x).sum())  # type: ignore[misc]
-            for model in (dense_ext.swap(network(rate), strict=True) for rate in (0.0, 0.4))
+            for model in swapped
         ]
         seeds = 2 * 8 * sum((2, 3, 2))  # of 64 bits, for both convolutions of each layer
         assert kept[1] == kept[0] + seeds
-        block = dense_ext.swap(network(0.4)).features.denseblock1
+        block: Any = swapped[1].features.denseblock1
         added = block(torch.randn(30, 10, *[6] * dims, dtype=torch.float64))[:, 10:]
         dropped = (added == 0).flatten(2)
         assert 0.3 < dropped.double().mean() < 0.5

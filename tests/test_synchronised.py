@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -67,21 +67,26 @@ def results(model: nn.Module, x: Tensor, weights: Tensor) -> tuple[Tensor, Tenso
     return y.detach(), leaf.grad, gradients
 
 
+@cache
+def _swapped(name: str) -> nn.Module:
+    """A swapped network with synchronised norms; to recognise takes long, so tests copy it."""
+    build, _ = NETWORKS[name]
+    return dense_ext.swap(nn.SyncBatchNorm.convert_sync_batchnorm(build()), strict=True)
+
+
 def _train(rank: int, shares: tuple[int, ...]) -> None:
     """Compare a step of each process on its share with a step on the whole batch in this process."""
-    for build, shape in NETWORKS.values():
+    for network, (build, shape) in NETWORKS.items():
         eager = build()
         generator = torch.Generator().manual_seed(1)
         x = torch.randn(sum(shares), *shape, dtype=torch.float64, generator=generator)
         weights = torch.randn(eager(x).shape, dtype=torch.float64, generator=generator)
         eager = build()
         own = slice(sum(shares[:rank]), sum(shares[: rank + 1]))
-        synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(eager))
-        dense_ext.swap(synchronised, strict=True)
         for recompute in RECOMPUTE:
-            whole, ours, again = (copy.deepcopy(model) for model in (eager, synchronised, synchronised))
-            for model in (ours, again):
-                dense_ext.swap(model, recompute=recompute, strict=True)
+            whole, ours = (copy.deepcopy(model) for model in (eager, _swapped(network)))
+            dense_ext.swap(ours, recompute=recompute, strict=True)
+            again = copy.deepcopy(ours)
             y, grad, gradients = results(whole, x, weights)
             found, found_grad, found_gradients = results(ours, x[own], weights[own])
             assert_equal(found, y[own], "output")

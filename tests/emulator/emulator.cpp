@@ -21,6 +21,8 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr size_t kStackBytes = 128 << 10;
+// Stacks begin at different lines of the cache, where otherwise lanes would evict each other's.
+constexpr size_t kStackColours = 32, kColourBytes = 5 * 64;
 // The probabilities that a warp that could continue yields to another, and that a copy lands at
 // once, or that a thread goes on at once where it need not wait.
 constexpr double kRedraw = 0.02, kEager = 0.5;
@@ -293,7 +295,7 @@ void start_block() {
     thread.index = i;
     warp_of(thread).all = warp_of(thread).ready |= bit_of(thread);
     thread.groups.assign(1, {});
-    thread.fiber.start(kStackBytes, thread_main);
+    thread.fiber.start(kStackBytes - i % kStackColours * kColourBytes, thread_main);
   }
 }
 
@@ -318,6 +320,7 @@ void run(const Grid& grid, const std::function<void()>& kernel, const char* name
     fail(std::to_string(grid.shared_bytes) + " bytes of shared memory asked for");
   }
   counters().launches++;
+  counters().launched_blocks += int64_t{grid.x} * grid.y;
   auto& [threads, shared_bytes] = counters().kernels[{text(place), name}];
   threads = grid.threads;
   shared_bytes = std::max(shared_bytes, grid.shared_bytes);

@@ -131,7 +131,8 @@ struct Settings {
 Settings& settings();
 
 struct Counters {
-  int64_t launches = 0, blocks = 0, barriers = 0, products = 0;
+  int64_t launches = 0, launched_blocks = 0;  // also of kernels that do not run
+  int64_t blocks = 0, barriers = 0, products = 0;
   int64_t global_loads = 0, global_stores = 0;      // bytes
   int64_t global_requests = 0, global_sectors = 0;  // per warp; of 32 bytes
   int64_t shared_requests = 0;                      // per warp

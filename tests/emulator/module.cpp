@@ -22,6 +22,7 @@ PYBIND11_MODULE(_emulator, m) {
       .def_readwrite("execute", &emulator::Settings::execute);
   py::class_<emulator::Counters>(m, "Counters", py::module_local())
       .def_readonly("launches", &emulator::Counters::launches)
+      .def_readonly("launched_blocks", &emulator::Counters::launched_blocks)
       .def_readonly("blocks", &emulator::Counters::blocks)
       .def_readonly("barriers", &emulator::Counters::barriers)
       .def_readonly("products", &emulator::Counters::products)

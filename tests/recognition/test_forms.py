@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from ..helpers import Calls, assert_equal, assert_trains_alike, randomize, secon
 from .forms import DROPOUTS, FORMS, Form, Layer, Network
 
 Pair = tuple[nn.Module, nn.Module]
+PairOf = Callable[..., Pair]
 
 
 def pair(form: Form) -> Pair:
@@ -31,22 +33,22 @@ def pair(form: Form) -> Pair:
 
 
 @pytest.fixture(scope="module")
-def pair_of() -> Callable[[Form, str], Pair]:
+def pair_of() -> PairOf:
     """Makes a swapped network and its original; to recognise takes long, so it is done once for each form."""
-    once: dict[int, Pair] = {}
+    once = functools.cache(pair)
 
-    def copies(form: Form, recompute: str) -> Pair:
-        if id(form) not in once:
-            once[id(form)] = pair(form)
-        ours, eager = copy.deepcopy(once[id(form)])
-        return dense_ext.swap(ours, recompute=recompute, strict=True), eager
+    def copies(form: Form, recompute: str = "bottleneck") -> Pair:
+        ours, eager = copy.deepcopy(once(form))
+        if recompute != "bottleneck":  # with which it is swapped already
+            dense_ext.swap(ours, recompute=recompute, strict=True)
+        return ours, eager
 
     return copies
 
 
 @pytest.mark.each_value
 @pytest.mark.parametrize("name", FORMS)
-def test_trains_as_eager(pair_of: Callable[[Form, str], Pair], name: str, recompute: str) -> None:
+def test_trains_as_eager(pair_of: PairOf, name: str, recompute: str) -> None:
     form = FORMS[name]
     ours, eager = pair_of(form, recompute)
     with Calls() as calls:
@@ -68,14 +70,14 @@ def test_trains_as_eager(pair_of: Callable[[Form, str], Pair], name: str, recomp
     ],
 )  # fmt: skip
 def test_replaced_functions_are_called(
-    pair_of: Callable[[Form, str], Pair],
+    pair_of: PairOf,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     owner: Any,
     function: str,
 ) -> None:
     """As tools do that observe a network, or change what it computes."""
-    models = pair_of(FORMS[name], "bottleneck")
+    models = pair_of(FORMS[name])
     images, real = FORMS[name].images(), getattr(owner, function)
     before = models[1](images)
     monkeypatch.setattr(owner, function, lambda *args, **kwargs: real(*args, **kwargs) * 0.5)
@@ -118,7 +120,7 @@ def same_masks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("name", DROPOUTS)
 def test_dropout_is_in_its_place(
-    pair_of: Callable[[Form, str], Pair], name: str, recompute: str, monkeypatch: pytest.MonkeyPatch
+    pair_of: PairOf, name: str, recompute: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     form = DROPOUTS[name]
     ours, eager = pair_of(form, recompute)
@@ -163,12 +165,12 @@ def test_dropout_after_dropout_is_one_at_the_joint_rate(channels: bool) -> None:
 @pytest.mark.parametrize(
     "name", ["everything", "biases", "signals", "dropout everywhere", "growth that varies"]
 )
-def test_second_derivatives(name: str) -> None:
+def test_second_derivatives(pair_of: PairOf, name: str) -> None:
     form = {**FORMS, **DROPOUTS}[name]
     form = replace(form, drops=(0.0, 0.0), transition_drops=0.0)
     found = []
     x = form.images()
-    for model in pair(form):
+    for model in pair_of(form):
         leaf = x.clone().requires_grad_()
         (grad,) = torch.autograd.grad(model(leaf).square().sum(), leaf, create_graph=True)
         grad.square().sum().backward()
@@ -181,17 +183,13 @@ def test_second_derivatives(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["everything", "biases", "signals", "leaky ReLU", "maximum pool"])
-def test_under_autocast_errors_are_those_of_eager(name: str, dtype: torch.dtype) -> None:
+def test_under_autocast_errors_are_those_of_eager(pair_of: PairOf, name: str, dtype: torch.dtype) -> None:
     form = FORMS[name]
-    torch.manual_seed(0)
-    exact = randomize(Network(form)).double()
+    ours, eager = pair_of(form)
     x = form.images()
-    reference = exact(x)
+    reference = copy.deepcopy(eager)(x)
     errors = []
-    for swap in (True, False):
-        model = copy.deepcopy(exact).float()
-        if swap:
-            dense_ext.swap(model, strict=True)
+    for model in (ours.float(), eager.float()):
         with torch.autocast("cpu", dtype):
             y = model(x.float())
         assert y.dtype == dtype
@@ -212,20 +210,21 @@ def test_under_autocast_errors_are_those_of_eager(name: str, dtype: torch.dtype)
         ("dilation, plain, volumes", *["reference; PyTorch (3x3x3, pools)"] * 2),
     ],
 )
-def test_report_says_what_pytorch_runs(name: str, block: str, transition: str) -> None:
-    model = dense_ext.swap(Network(FORMS[name]), backend="reference")
+def test_report_says_what_pytorch_runs(pair_of: PairOf, name: str, block: str, transition: str) -> None:
+    ours, _ = pair_of(FORMS[name])
+    model = dense_ext.swap(ours, backend="reference")
     assert [row.detail for row in dense_ext.report(model).rows] == [block, transition, block]
 
 
-def test_signals_of_another_rank_are_refused() -> None:
-    ours, _ = pair(FORMS["signals"])
+def test_signals_of_another_rank_are_refused(pair_of: PairOf) -> None:
+    ours, _ = pair_of(FORMS["signals"])
     with pytest.raises(ValueError, match=r"input must be 3-D \[N, 5, L\], got shape \(2, 5, 1, 8\)"):
         ours.block1(torch.randn(2, 5, 1, 8, dtype=torch.float64))  # type: ignore[operator]
 
 
-def test_compiles_without_a_graph_break() -> None:
+def test_compiles_without_a_graph_break(pair_of: PairOf) -> None:
     form = FORMS["everything"]
-    ours, eager = pair(form)
+    ours, eager = pair_of(form)
     torch._dynamo.reset()
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     x = form.images()
