@@ -205,6 +205,23 @@ def test_checkpoint_of_features() -> None:
     assert fused_calls(lambda: checkpoint(ours.features, x, use_reentrant=False)) == FUSED
 
 
+def test_checkpoint_that_ends_with_a_part() -> None:
+    """It recomputes only what backward needs: eager's last norm then counts a second step, a part none."""
+    ours, eager = swapped_and_eager()
+    x, steps = images(), []
+    for model in (ours.train(), eager.train()):
+        y = checkpoint(model.features[:5], x, use_reentrant=False)
+        model.features[5:](y).square().sum().backward()
+        steps.append(model.features.denseblock1.denselayer2.norm2.num_batches_tracked.item())
+    assert steps == [1, 2]
+    for (name, found), expected in zip(ours.named_parameters(), eager.parameters(), strict=True):
+        if found.grad is not None or expected.grad is not None:
+            assert_equal(found.grad, expected.grad, name)
+    assert fused_calls(lambda: checkpoint(ours.features[:5], x, use_reentrant=False)) == Counter(
+        {"stem": 1, "dense_block": 1}
+    )
+
+
 @pytest.mark.parametrize("recompute", ["none", "bottleneck", "block"])
 def test_save_on_cpu(recompute: str) -> None:
     ours, eager = swapped_and_eager()
