@@ -358,11 +358,13 @@ struct BackwardBlock {
   __device__ float* shift() const { return scale() + InVector::kSize; }
 
   __device__ static int producer() { return thread_index() - kConsumers; }
-  // A consumer warp's positions in da and dW.
-  __device__ static int data_row() { return warp_index() / 4 * 16; }
-  __device__ static int data_column() { return warp_index() % 4 * 16; }
-  __device__ static int weight_row() { return warp_index() / 2 * 16; }
-  __device__ static int weight_column() { return warp_index() % 2 * 32; }
+  // A consumer warp's positions in da and dW. With kOut > 128 they are computed again at every use,
+  // because there are no registers to keep them.
+  __device__ static int consumer() { return kOut > 128 ? in_register(warp_index()) : warp_index(); }
+  __device__ static int data_row() { return consumer() / 4 * 16; }
+  __device__ static int data_column() { return consumer() % 4 * 16; }
+  __device__ static int weight_row() { return consumer() / 2 * 16; }
+  __device__ static int weight_column() { return consumer() % 2 * 32; }
 };
 
 template <class Config>

@@ -324,8 +324,13 @@ struct BackwardBlock {
   __device__ void compute_data_gradient() const {
     Sums total = {};
     if (!Config::kKeepsSums) for_fragments([&](int j) { store_sums(total, j); });
+    const auto find_rows = [&] {
+      return RowFragment<T>([&](int r) { return patches.corner(data_row() + r) * kOutLd; });
+    };
+    // Wide kernels find the rows again for every patch: there are no registers to keep them.
+    const RowFragment<T> kept = find_rows();
     for_patches([&](const Stage& at, int parity) {
-      const RowFragment<T> rows([&](int r) { return patches.corner(data_row() + r) * kOutLd; });
+      const RowFragment<T> rows = kWide ? find_rows() : kept;
       DataGradient da = {};
       multiply_data(da, rows, at);
       form_grad_bn(da, at, keep + parity * kPixels, total);
@@ -365,8 +370,10 @@ struct BackwardBlock {
       const T* of_tap = weights + (kTaps - 1 - tap) * Config::kTapSize;
       columns.load(b[0], b[1], of_tap + k * kInLd + 8 * j, kInLd);
     };
+    constexpr bool kFewRegisters = sizeof(T) == 4 || !Config::kKeepsSums;
     const int depth = kOut > 32 ? out : kOut;  // for example 48 of 64: worth a branch
-    multiply_taps<Math, kOut>(da, rows, at.dy, kOutLd, patches.line, depth, load_tap);
+    multiply_taps<Math, kOut, kFewRegisters>(da, rows, at.dy, kOutLd, patches.line, depth,
+                                             load_tap);
   }
 
   // Forms the warp's part of grad_bn, and adds to the sums.

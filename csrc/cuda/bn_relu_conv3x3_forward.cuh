@@ -200,8 +200,8 @@ struct ForwardBlock {
       const T* of_tap = weight + tap * Config::kTapSize;
       columns.load(b[0], b[1], of_tap + (warp_column() + 8 * j) * kLd + k, kLd);
     };
-    multiply_taps<Math, kDepth>(y, rows, stages + stage * Config::kStageSize, kLd, patches.line,
-                                kDepth, load_tap);
+    multiply_taps<Math, kDepth, sizeof(T) == 4>(y, rows, stages + stage * Config::kStageSize, kLd,
+                                                patches.line, kDepth, load_tap);
   }
 
   // Stores a patch of y through the memory of its last chunk, and adds it to the statistics.

@@ -70,7 +70,9 @@ __device__ __forceinline__ void load_taps(T* to, int ld, const Weight<const T>& 
 // channels. Line i of c uses lines i to i + 2 of a, each at three columns. The offsets of `rows`
 // are relative to `tile`, whose lines have `line` rows of `ld` elements. `load_tap(b, t, k, j)`
 // loads two fragments, with the columns from 8 j on, of the weight for line t / 3 and column t % 3.
-template <class Math, int kDepth, class T, int kStack, int kColumns, class LoadTap>
+// With kFewRegisters, addresses are computed again where they are used.
+template <class Math, int kDepth, bool kFewRegisters, class T, int kStack, int kColumns,
+          class LoadTap>
 __device__ __forceinline__ void multiply_taps(float (&c)[kStack][kColumns][4],
                                               const RowFragment<T>& rows, const T* tile, int ld,
                                               int line, int depth, const LoadTap& load_tap) {
@@ -79,7 +81,8 @@ __device__ __forceinline__ void multiply_taps(float (&c)[kStack][kColumns][4],
     const auto add = [&](int k) {
       uint32_t a[kStack + 2][4];
       DENSE_EXT_UNROLL for (int l = 0; l < kStack + 2; l++) {
-        rows.load(a[l], tile + (l * line + dx) * ld + k);
+        const int distance = l * (kFewRegisters ? in_register(line) : line) + dx;
+        rows.load(a[l], tile + distance * ld + k);
       }
       DENSE_EXT_UNROLL for (int dy = 0; dy < 3; dy++) {
         DENSE_EXT_UNROLL for (int j = 0; j < kColumns; j += 2) {
@@ -89,12 +92,12 @@ __device__ __forceinline__ void multiply_taps(float (&c)[kStack][kColumns][4],
         }
       }
     };
-    if constexpr (sizeof(T) == 2) {
+    if constexpr (!kFewRegisters) {
       DENSE_EXT_UNROLL for (int k = 0; k < kDepth; k += Math::kDepth) {
         if (k >= depth) break;
         add(k);
       }
-    } else {  // registers suffice for only one at a time
+    } else {
       DENSE_EXT_NO_UNROLL for (int k = 0; k < depth; k += Math::kDepth) add(k);
     }
   }
