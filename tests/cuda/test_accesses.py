@@ -276,6 +276,15 @@ def test_conv1x1(gpu: Emulator, case: MakeCase) -> None:
         assert gpu.counters.split_sectors == {}
 
 
+def test_passes_of_conv1x1_backward(gpu: Emulator) -> None:
+    """A tile of 32 pixels, 64 channels of x and 128 of z takes 800 passes of shared memory."""
+    passes = []
+    for images in (1, 2):
+        count(gpu, conv1x1.backward_case, (images, 32, 16, 64, 128))
+        passes.append(sum(gpu.counters.shared_passes.values()))
+    assert passes[1] - passes[0] == 800 * 32 * 16 / 32
+
+
 def weight_passes(blocks: int, channels: int) -> int:
     """The extra passes of storing all taps of 32 outputs.
 
