@@ -317,7 +317,8 @@ def cuda_3x3_forward(layer: Layer) -> Work:
 
 def cuda_3x3_backward(layer: Layer) -> Work:
     """The loops: the weight; patches of dW, by 16 columns and by three lines; patches of the data gradient,
-    columns of taps and later pieces of K; patches of the producers, and marks of slots.
+    columns of taps, for K = 32 their depth, and later pieces of K; patches of the producers, and marks of
+    slots.
 
     There are four warps of each role, but eight of dW.
     """
@@ -326,7 +327,8 @@ def cuda_3x3_backward(layer: Layer) -> Work:
     across = up(patch.width, 16)
     four = 4 / WARPS
     weight = [1, across, across * up(patch.rows + 2, 3)]
-    data, producers = (four, four * 3, 0), (four, four * slots / 128)
+    depth = (four * 3 * 2,) if layer.k == 32 else ()
+    data, producers = (four, four * 3, *depth, 0), (four, four * slots / 128)
     turns = (0, *weight, *data, *producers)
     return work_3x3(layer, [patch.number * up(layer.b, 32) * t for t in turns], True)
 
