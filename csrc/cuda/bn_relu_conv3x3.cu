@@ -27,6 +27,7 @@
 #include "../primitives.h"
 #include "bn_relu_conv3x3_backward.cuh"
 #include "bn_relu_conv3x3_forward.cuh"
+#include "bn_relu_conv3x3_weight_gradient.cuh"
 
 namespace dense_ext {
 

@@ -166,10 +166,13 @@ FAULTS = {
         WRONG_VALUES,
     ),
     "slots without a pixel added up": backward_3x3(
-        "bn_relu_conv3x3_backward.cuh", "            keep_rows<T>(b[i], used + slot);\n", "", WRONG_VALUES
+        "bn_relu_conv3x3_weight_gradient.cuh",
+        "          keep_rows<T>(b[i], used + slot);\n",
+        "",
+        WRONG_VALUES,
     ),
     "the line above for its neighbour": backward_3x3(
-        "bn_relu_conv3x3_backward.cuh", "if (l >= 2) add(2);", "if (l >= 2) add(1);", WRONG_VALUES
+        "bn_relu_conv3x3_weight_gradient.cuh", "if (l >= 2) add(2);", "if (l >= 2) add(1);", WRONG_VALUES
     ),
     "more shared memory than asked for": stats(
         "channel_stats.cu",
