@@ -392,18 +392,23 @@ def _renamed(function: Any, name: str) -> Any:
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module itself carries a hook of any kind."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
 def interference(module: nn.Module, kind: Any = None) -> str | None:
     """Why a call of ``module`` might do anything other than its class's own forward, or None.
 
     ``kind`` is the class whose methods are checked: that of the module, unless it is given.
     """
     kind = kind or type(module)
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    ):
+    if has_hooks(module):
         return "carries a hook, which a fused call would skip"
     own: dict[str, Any] = module.__dict__
     names: Iterable[str] = _METHODS

@@ -33,7 +33,16 @@ from .batch_norm import (
 )
 from .casting import cast
 from .checks import check_batch, check_input, check_options, check_parameters
-from .eligibility import Fused, input_reason, interference, mode_reason, names_of, readable, vouched
+from .eligibility import (
+    Fused,
+    has_hooks,
+    input_reason,
+    interference,
+    mode_reason,
+    names_of,
+    readable,
+    vouched,
+)
 from .schedule import norm_starts
 from .supported import layers_reason
 from .synchronised import group_of
@@ -122,15 +131,6 @@ def written_by_hooks(module: nn.Module) -> bool:
         if not str(getattr(function, "__module__", "")).startswith("torch.distributed."):
             return True
     return False
-
-
-def _has_hook(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def _has_forward_hook(module: nn.Module) -> bool:
@@ -413,7 +413,7 @@ def may_need_layout(child: nn.Module, x: Tensor) -> bool:
     if isinstance(child, Fused):
         # With a hook of its own, its result has the layout of its input.
         return written_by_hooks(child) or child.why_not_fused(x) is not None
-    return any([_has_hook(m) or not type(m).__module__.startswith("torch.nn.") for m in child.modules()])  # noqa: C419  # compiled
+    return any([has_hooks(m) or not type(m).__module__.startswith("torch.nn.") for m in child.modules()])  # noqa: C419  # compiled
 
 
 class DenseLayer(nn.Module):
