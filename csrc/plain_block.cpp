@@ -82,8 +82,10 @@ Affine empty_affine(const Norm& norm) {
   return {elements(memory, 0, n), elements(memory, n, n)};
 }
 
-NextNorm next_norm(const Norm& norm, const Affine& affine) {
-  return {norm.mean, norm.var, norm.weight, norm.bias, norm.eps, affine.scale, affine.shift};
+NextNorm next_norm(const Norm& norm, const Affine& affine,
+                   const std::optional<Tensor>& counters = {}) {
+  return {norm.mean, norm.var,     norm.weight,  norm.bias,
+          norm.eps,  affine.scale, affine.shift, counters};
 }
 
 Affine bind(const Norm& norm) {
@@ -277,6 +279,12 @@ class Forward : Pass {
     for (size_t i = 0; i < layers_.size(); i++) wants_stats |= !frozen(i, 0);
     const int64_t in = parameters_.in_channels;
     if (wants_stats) channel_stats(channels(x_, 0, in), mean(0, in), var(0, in));
+#ifdef DENSE_EXT_GPU
+    int64_t widest = widest_;
+    for (const Layer& layer : layers_) widest = std::max(widest, layer.out);
+    counters_ =
+        torch::stable::new_zeros(x_, {counters_for(widest)}, torch::headeronly::ScalarType::Int);
+#endif
     for (size_t i = 0; i < layers_.size(); i++) run_layer(i, wants_stats);
   }
 
@@ -302,8 +310,8 @@ class Forward : Pass {
     }
     const Norm next = norm(index + 1, 0);
     next_ = empty_affine(next);
-    bn_relu_conv3x3_forward_then(next_norm(next, *next_), z, affine2.scale, affine2.shift,
-                                 conv3x3(index), y, *y_mean,
+    bn_relu_conv3x3_forward_then(next_norm(next, *next_, counters_), z, affine2.scale,
+                                 affine2.shift, conv3x3(index), y, *y_mean,
                                  *y_var DENSE_EXT_TF32(parameters_.tf32));
   }
 
@@ -316,13 +324,14 @@ class Forward : Pass {
     const Layer& layer = layers_[index];
     const Norm next = norm(index, 1);
     const Affine affine2 = empty_affine(next);
-    bn_relu_conv1x1_forward_then(next_norm(next, affine2), source(layer), affine1.scale,
+    bn_relu_conv1x1_forward_then(next_norm(next, affine2, counters_), source(layer), affine1.scale,
                                  affine1.shift, conv1x1(index), z(layer), next.mean,
                                  next.var DENSE_EXT_TF32(parameters_.tf32));
     return affine2;
   }
 
-  std::optional<Affine> next_;  // the next layer's first norm, if the layer before has bound it
+  std::optional<Affine> next_;      // the next layer's first norm, if the layer before has bound it
+  std::optional<Tensor> counters_;  // of the kernels that compute statistics, one after another
 };
 
 class Backward : Pass {

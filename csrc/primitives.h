@@ -54,11 +54,19 @@ void bn_relu_conv3x3_backward(const Tensor& grad, const Tensor& y, const Tensor&
                               const Tensor& sums,
                               const std::optional<Tensor>& grad_weight DENSE_EXT_TF32(bool tf32));
 
+// On a GPU, the blocks of a kernel that computes statistics count their arrivals. All blocks of at
+// least 32 neighbouring channels share so many counters.
+constexpr int kCountersPerBlocks = 17;
+constexpr int64_t counters_for(int64_t channels) {
+  return kCountersPerBlocks * ((channels + 31) / 32);
+}
+
 // The arguments of bn_scale_shift.
 struct NextNorm {
   Tensor mean, var, weight, bias;
   double eps;
   Tensor scale, shift;
+  std::optional<Tensor> counters = {};  // zeros before and after, of int32; for a GPU
 
   void bind() const { bn_scale_shift(mean, var, weight, bias, eps, scale, shift); }
 };

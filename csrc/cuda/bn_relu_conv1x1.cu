@@ -23,16 +23,14 @@ namespace {
 
 void run_forward(const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& weight,
                  const Tensor& z, const std::optional<Tensor>& mean,
-                 const std::optional<Tensor>& var, bool tf32, const ScaleShift& next) {
+                 const std::optional<Tensor>& var, bool tf32, const std::optional<NextNorm>& next) {
   const OnDeviceOf device(x);
   dispatch(x, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto xs = pixels<const T>(x, "x");
     const int64_t in = xs.channels, out = weight.size(0);
-    STD_TORCH_CHECK(mean.has_value() == var.has_value(), "mean and var go together");
     const auto zs = pixels<T>(z, "z", xs, out);
-    float* means = channels<float>(mean, "mean", out);
-    float* vars = channels<float>(var, "var", out);
+    const MomentsTo to = moments_to(mean, var, out, next);
     const auto* scales = channels<const float>(scale, "scale", in);
     const auto* shifts = channels<const float>(shift, "shift", in);
     auto weights = weight_of<const T>(weight, "weight", out, in, 1);
@@ -48,7 +46,7 @@ void run_forward(const Tensor& x, const Tensor& scale, const Tensor& shift, cons
         .shift = shifts,
         .weight = weights,
         .z = zs,
-        .moments = nullptr,
+        .moments = {},
         .x_bytes = AccessBytes().add(xs),
         .weight_bytes = AccessBytes().add(weights.data, in, weights.out_stride),
         .z_bytes = AccessBytes().add(zs)};
@@ -57,9 +55,9 @@ void run_forward(const Tensor& x, const Tensor& scale, const Tensor& shift, cons
       with_width(std::min({args.x_bytes, args.weight_bytes, args.z_bytes}), [&](auto wide) {
         constexpr bool kWide = decltype(wide)::value;
         if (out <= 64) {
-          run_forward<Forward<Math, 64, kWide>>(args, x, means, vars, next);
+          run_forward<Forward<Math, 64, kWide>>(args, x, to);
         } else {
-          run_forward<Forward<Math, 128, kWide>>(args, x, means, vars, next);
+          run_forward<Forward<Math, 128, kWide>>(args, x, to);
         }
       });
     });
@@ -147,7 +145,7 @@ void bn_relu_conv1x1_forward(const Tensor& x, const Tensor& scale, const Tensor&
 void bn_relu_conv1x1_forward_then(const NextNorm& next, const Tensor& x, const Tensor& scale,
                                   const Tensor& shift, const Tensor& weight, const Tensor& z,
                                   const Tensor& mean, const Tensor& var, bool tf32) {
-  run_forward(x, scale, shift, weight, z, mean, var, tf32, scale_shift(next));
+  run_forward(x, scale, shift, weight, z, mean, var, tf32, next);
 }
 
 void bn_relu_conv1x1_backward(const Tensor& grad_bn, const Tensor& z, const Tensor& z_scale,

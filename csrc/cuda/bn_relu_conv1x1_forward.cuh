@@ -2,9 +2,8 @@
 
 #pragma once
 
-#include "moments.cuh"
+#include "grid_moments.cuh"
 #include "product.cuh"
-#include "reduce.cuh"
 #include "tile.cuh"
 
 namespace dense_ext {
@@ -16,7 +15,7 @@ struct ForwardArguments {
   const float *scale, *shift;  // [C]
   Weight<const T> weight;      // [B, C]
   Pixels<T> z;
-  float* moments;                      // [blocks, 1 + 2 B]; null if not wanted
+  GridMoments moments;
   int x_bytes, weight_bytes, z_bytes;  // per access
 };
 
@@ -43,7 +42,9 @@ struct Forward {
       SharedMemory::bytes_of(kTileSize * int64_t{sizeof(T)}) +
       SharedMemory::bytes_of(kStages * 2 * Vector::kSize * int64_t{sizeof(float)}) +
       SharedMemory::bytes_of(Statistics::kPivots * int64_t{sizeof(T)});
-  static_assert(Statistics::kScratch * int64_t{sizeof(float)} <= kTileSize * int64_t{sizeof(T)});
+  static_assert(std::max(Statistics::kScratch, GridMoments::scratch(kThreads)) *
+                    int64_t{sizeof(float)} <=
+                kTileSize * int64_t{sizeof(T)});
 };
 
 // The phases of a block, and what they share.
@@ -94,10 +95,9 @@ struct ForwardBlock {
       store(z, pixels_of_z(tile, rows));
       sync_threads();
     }
-    if (args.moments) {
-      const int64_t out = args.z.channels;
-      statistics.write(reinterpret_cast<float*>(tiles), args.moments + block_y() * (1 + 2 * out),
-                       first_out, out, outs);
+    if (args.moments.rows) {
+      auto* const memory = reinterpret_cast<float*>(tiles);
+      args.moments.template leave<kThreads>(statistics.merged(memory), first_out, outs, memory);
     }
   }
 
@@ -168,7 +168,7 @@ struct ForwardBlock {
     sync_threads();
     store_tile<kPixels, kOut, kThreads, Config::kWide>(tiles, Config::kOutLd, outs, args.z_bytes,
                                                        to);
-    if (args.moments) {
+    if (args.moments.rows) {
       statistics.template add<kPixels>(tiles, Config::kOutLd, [&](int r) { return r < to.count; });
     }
   }
@@ -185,13 +185,13 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
 }
 
 template <class Config>
-void run_forward(ForwardArguments<typename Config::T> args, const Tensor& like, float* mean,
-                 float* var, const ScaleShift& next) {
+void run_forward(ForwardArguments<typename Config::T> args, const Tensor& like,
+                 const MomentsTo& to) {
   static_assert(Config::kSharedBytes <= kSmallestSharedBytes);
-  const int64_t out = args.z.channels, columns = ceil_div(out, Config::kOut);
+  const int64_t columns = ceil_div(args.z.channels, Config::kOut);
   const int64_t blocks = persistent_blocks(ceil_div(args.x.count(), Config::kPixels), columns,
                                            Config::kBlocks, Config::kSharedBytes);
-  with_moments(blocks, out, like, mean, var, next, [&](float* moments) {
+  with_moments(columns, blocks, Config::kOut, to, like, [&](const GridMoments& moments) {
     args.moments = moments;
     launch<forward_kernel<Config>>({columns, blocks, Config::kThreads, Config::kSharedBytes}, args);
   });

@@ -35,13 +35,12 @@ namespace {
 
 void run_forward(const Tensor& z, const Tensor& scale, const Tensor& shift, const Tensor& weight,
                  const Tensor& y, const std::optional<Tensor>& mean,
-                 const std::optional<Tensor>& var, bool tf32, const ScaleShift& next) {
+                 const std::optional<Tensor>& var, bool tf32, const std::optional<NextNorm>& next) {
   const OnDeviceOf device(z);
   dispatch(z, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto zs = pixels<const T>(z, "z");
     const int64_t in = zs.channels, out = weight.size(0);
-    STD_TORCH_CHECK(mean.has_value() == var.has_value(), "mean and var go together");
     ForwardArguments<T> args{.z = zs,
                              .scale = channels<const float>(scale, "scale", in),
                              .shift = channels<const float>(shift, "shift", in),
@@ -50,8 +49,7 @@ void run_forward(const Tensor& z, const Tensor& scale, const Tensor& shift, cons
     args.z_bytes = AccessBytes().add(args.z);
     args.weight_bytes = tap_bytes(args.weight);
     args.y_bytes = AccessBytes().add(args.y);
-    float* means = channels<float>(mean, "mean", out);
-    float* vars = channels<float>(var, "var", out);
+    const MomentsTo to = moments_to(mean, var, out, next);
     if (zs.count() == 0) {
       if (mean) zero(*mean);
       if (var) zero(*var);
@@ -67,17 +65,16 @@ void run_forward(const Tensor& z, const Tensor& scale, const Tensor& shift, cons
         using Small = Forward<Math, 32, 2 * kStack, 2, kWide>;
         static_assert(Small::shared_bytes(1) <= kSmallestSharedBytes);
         static_assert(Broad::shared_bytes(1) <= kSmallestSharedBytes);
-        if (ceil_div(out, 48) < ceil_div(out, 32))
-          return run_forward<Broad>(args, z, means, vars, next);
+        if (ceil_div(out, 48) < ceil_div(out, 32)) return run_forward<Broad>(args, z, to);
         if constexpr (sizeof(T) == 2) {
           using Large = Forward<Math, 32, 4, 1, kWide>;
           const int room = current_device().shared_bytes;
           if (Large::shared_bytes(Large::chunks(in)) <= room &&
               large_patches_pay<Large, Small>(zs, ceil_div(out, 32))) {
-            return run_forward<Large>(args, z, means, vars, next);
+            return run_forward<Large>(args, z, to);
           }
         }
-        run_forward<Small>(args, z, means, vars, next);
+        run_forward<Small>(args, z, to);
       });
     });
   });
@@ -175,7 +172,7 @@ void bn_relu_conv3x3_forward(const Tensor& z, const Tensor& scale, const Tensor&
 void bn_relu_conv3x3_forward_then(const NextNorm& next, const Tensor& z, const Tensor& scale,
                                   const Tensor& shift, const Tensor& weight, const Tensor& y,
                                   const Tensor& mean, const Tensor& var, bool tf32) {
-  run_forward(z, scale, shift, weight, y, mean, var, tf32, scale_shift(next));
+  run_forward(z, scale, shift, weight, y, mean, var, tf32, next);
 }
 
 void bn_relu_conv3x3_backward(const Tensor& grad, const Tensor& y, const Tensor& u, const Tensor& v,

@@ -2,8 +2,7 @@
 
 #pragma once
 
-#include "moments.cuh"
-#include "reduce.cuh"
+#include "grid_moments.cuh"
 #include "stages.cuh"
 #include "taps.cuh"
 
@@ -16,7 +15,7 @@ struct ForwardArguments {
   const float *scale, *shift;  // [B]
   Weight<const T> weight;      // [K, B, 3, 3]
   Pixels<T> y;
-  float* moments;  // [blocks, 1 + 2 K]; null if not wanted
+  GridMoments moments;
   Patches patches;
   int z_bytes, weight_bytes, y_bytes;  // per access
   int kept;  // chunks of the weight in shared memory: all, or one at a time
@@ -43,7 +42,8 @@ struct Forward {
   using Places = dense_ext::Places<kPixels, kBordered, kThreads, kProducers>;
   using Vector = UnitVector<T, kDepth>;
   using Statistics = ColumnMoments<T, kOut, kConsumers>;
-  static_assert(Statistics::kScratch * sizeof(float) <= 2 * kStageSize * sizeof(T));
+  static_assert(std::max(Statistics::kScratch, GridMoments::scratch(kThreads)) * sizeof(float) <=
+                2 * kStageSize * sizeof(T));
 
   static constexpr int64_t chunks(int64_t channels) { return ceil_div(channels, kDepth); }
   // With `kept` chunks of the weight in shared memory.
@@ -100,10 +100,9 @@ struct ForwardBlock {
       produce();
     }
     sync_threads();
-    if (args.moments) {
-      const int64_t out = args.y.channels;
-      statistics.write(reinterpret_cast<float*>(stages), args.moments + block_y() * (1 + 2 * out),
-                       first_out, out, outs);
+    if (args.moments.rows) {
+      auto* const memory = reinterpret_cast<float*>(stages);
+      args.moments.template leave<kThreads>(statistics.merged(memory), first_out, outs, memory);
     }
   }
 
@@ -215,7 +214,7 @@ struct ForwardBlock {
         tile, kOutLd, outs, args.y_bytes,
         ChosenRows(Rows(args.y, places.origin(parity), 0, first_out),
                    [&](int r) { return places.center(parity, r); }));
-    if (args.moments) {
+    if (args.moments.rows) {
       statistics.template add<kPixels>(tile, kOutLd,
                                        [&](int r) { return places.center(parity, r) >= 0; });
     }
@@ -235,16 +234,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 }
 
 template <class Config>
-void run_forward(ForwardArguments<typename Config::T> args, const Tensor& like, float* mean,
-                 float* var, const ScaleShift& next) {
-  const int64_t out = args.y.channels, columns = ceil_div(out, Config::kOut);
+void run_forward(ForwardArguments<typename Config::T> args, const Tensor& like,
+                 const MomentsTo& to) {
+  const int64_t columns = ceil_div(args.y.channels, Config::kOut);
   const int64_t chunks = Config::chunks(args.z.channels);
   const bool keep = Config::shared_bytes(chunks) <= current_device().shared_bytes;
   args.kept = static_cast<int>(keep ? chunks : 1);
   args.patches = patches_of<Config>(args.z);
   const int shared = Config::shared_bytes(args.kept);
   const int64_t blocks = persistent_blocks(args.patches.count, columns, 1, shared);
-  with_moments(blocks, out, like, mean, var, next, [&](float* moments) {
+  with_moments(columns, blocks, Config::kOut, to, like, [&](const GridMoments& moments) {
     args.moments = moments;
     launch<forward_kernel<Config>>({columns, blocks, Config::kThreads, shared}, args);
   });

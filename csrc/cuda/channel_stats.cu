@@ -7,8 +7,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../primitives.h"
-#include "moments.cuh"
-#include "reduce.cuh"
+#include "grid_moments.cuh"
 #include "vector.cuh"
 
 namespace dense_ext {
@@ -19,26 +18,27 @@ constexpr int kUnits = kWarp;  // the maximum units of a pixel per block
 constexpr int kBatch = 8;      // pixels that a thread loads at a time
 
 constexpr int shared_bytes(int elements) {
-  return SharedMemory::bytes_of(kThreads * elements * int64_t{sizeof(Moments)});
+  return SharedMemory::bytes_of(kThreads * elements * int64_t{sizeof(Moments)}) +
+         SharedMemory::bytes_of(GridMoments::scratch(kThreads) * int64_t{sizeof(float)});
 }
 
 template <class T>
 struct Arguments {
   Pixels<const T> x;
-  float* rows;  // [blocks, 1 + 2 C]
-  int bytes;    // bytes per access
-  int units;    // accesses per pixel
-  int chunks;   // near-equal parts of the units; a block takes one of them
-  int groups;   // groups of a block's threads; each takes one pixel at a time
+  GridMoments moments;
+  int bytes;   // bytes per access
+  int units;   // accesses per pixel
+  int chunks;  // near-equal parts of the units; a block takes one of them
+  int groups;  // groups of a block's threads; each takes one pixel at a time
 };
 
-// Thread t of a block takes unit t % units of the block's chunk and belongs to group t / units. The
-// groups go through the same pixels in every chunk, since a row of moments has only one count.
+// Thread t of a block takes unit t % units of the block's chunk and belongs to group t / units.
 template <class T, int kBytes>
 __device__ __forceinline__ void run(const Arguments<T>& args) {
   using V = Vector<T, kBytes>;
   SharedMemory shared;
   auto* parts = shared.take<Moments>(kThreads * V::kSize);
+  auto* memory = shared.take<float>(GridMoments::scratch(kThreads));
   const Range chunk = part_of(args.units, args.chunks, block_x());
   const int units = static_cast<int>(chunk.size()), group = thread_index() / units;
   const int64_t c = (chunk.begin + thread_index() % units) * V::kSize;
@@ -79,14 +79,11 @@ __device__ __forceinline__ void run(const Arguments<T>& args) {
     if (group >= half || group + half >= args.groups) continue;
     for (int i = 0; i < V::kSize; i++) part[i * kThreads].merge(part[i * kThreads + half * units]);
   }
-  if (group > 0) return;
-  const int64_t channels = args.x.channels;
-  float* row = args.rows + block_y() * (1 + 2 * channels);
-  if (c == 0) store_global(row, part->count);
-  DENSE_EXT_UNROLL for (int i = 0; i < V::kSize; i++) {
-    store_global(row + 1 + c + i, part[i * kThreads].mean);
-    store_global(row + 1 + channels + c + i, part[i * kThreads].m2);
-  }
+  sync_threads();
+  const int columns = units * V::kSize, thread = thread_index();
+  Moments mine;
+  if (thread < columns) mine = parts[thread % V::kSize * kThreads + thread / V::kSize];
+  args.moments.template leave<kThreads>(mine, chunk.begin * V::kSize, columns, memory);
 }
 
 template <class T>
@@ -101,8 +98,7 @@ void channel_stats(const Tensor& x, const Tensor& mean, const Tensor& var) {
   dispatch(x, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto xs = pixels<const T>(x, "x");
-    float* means = channels<float>(mean, "mean", xs.channels);
-    float* vars = channels<float>(var, "var", xs.channels);
+    const MomentsTo to = moments_to(mean, var, xs.channels);
     if (xs.count() == 0) {
       zero(mean);
       zero(var);
@@ -113,15 +109,16 @@ void channel_stats(const Tensor& x, const Tensor& mean, const Tensor& var) {
     const int64_t groups = kThreads / ceil_div(units, chunks);
     const int64_t blocks =
         persistent_blocks(ceil_div(xs.count(), groups), chunks, 1, shared_bytes(elements));
-    const Tensor rows = scratch(blocks * (1 + 2 * xs.channels), x);
-    launch<channel_stats_kernel<T>>({chunks, blocks, kThreads, shared_bytes(elements)},
-                                    Arguments<T>{.x = xs,
-                                                 .rows = static_cast<float*>(rows.data_ptr()),
-                                                 .bytes = bytes,
-                                                 .units = static_cast<int>(units),
-                                                 .chunks = static_cast<int>(chunks),
-                                                 .groups = static_cast<int>(groups)});
-    merge_moments(rows, blocks, xs.channels, means, vars);
+    const Launch on{chunks, blocks, kThreads, shared_bytes(elements)};
+    const int width = static_cast<int>(ceil_div(units, chunks)) * elements;
+    with_moments(chunks, blocks, width, to, x, [&](const GridMoments& moments) {
+      launch<channel_stats_kernel<T>>(on, Arguments<T>{.x = xs,
+                                                       .moments = moments,
+                                                       .bytes = bytes,
+                                                       .units = static_cast<int>(units),
+                                                       .chunks = static_cast<int>(chunks),
+                                                       .groups = static_cast<int>(groups)});
+    });
   });
 }
 

@@ -167,6 +167,24 @@ __device__ __forceinline__ void store_shared(V* p, const V& value DENSE_EXT_AT_P
   store(p, value);
 }
 
+// Adds one to a counter in global memory, and returns what it was. What a thread has read or
+// written before, others can rely on that count after it; a barrier in each block extends this to
+// the blocks.
+__device__ __forceinline__ int count_arrival(int* counter DENSE_EXT_AT_PLACE) {
+#ifdef DENSE_EXT_EMULATOR
+  emulator::global_access(counter, sizeof(int), false, place);
+  emulator::global_access(counter, sizeof(int), true, place);
+  return (*counter)++;
+#else
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(counter)
+               : "memory");
+  return before;
+#endif
+}
+
 // in_register keeps a value in a register, where the compiler might compute it again at every use.
 // address_of_row is base + number * stride, in bytes, in one instruction. Addresses from either are
 // for copy_async and load_matrices only: the compiler no longer knows to which memory they belong.

@@ -77,14 +77,12 @@ class ColumnMoments {
     }
   }
 
-  // Writes the moments of `columns` columns to a row [count, means, m2]. Each of the two vectors
-  // has `size` elements, and this block's columns begin at `first`. All threads of the block must
-  // call it; `scratch` is free memory of kScratch floats.
+  // Thread c gets the moments of column c. All threads of the block must call it; `scratch` is free
+  // memory of kScratch floats.
   //
   // Group g merges every kGroups-th part, from part g on, and leaves the result in part g's place,
   // which no other group reads. Then the groups are merged in a tree.
-  __device__ void write(float* scratch, float* row, int64_t first, int64_t size,
-                        int columns) const {
+  __device__ Moments merged(float* scratch) const {
     leave_part(scratch);
     sync_threads();
     const int c = thread_index() % kColumns, group = thread_index() / kColumns;
@@ -111,10 +109,7 @@ class ColumnMoments {
       sync_threads();
       if (group < left / 2) merge(total, group + left / 2, group_counts + group + left / 2);
     }
-    if (group > 0 || c >= columns) return;
-    if (first == 0 && c == 0) store_global(row, total.count);
-    store_global(row + 1 + first + c, total.mean);
-    store_global(row + 1 + size + first + c, total.m2);
+    return total;
   }
 
  private:

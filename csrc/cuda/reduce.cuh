@@ -1,6 +1,6 @@
-// The second stage of every reduction. In the first stage, each block of a kernel writes one row of
-// partial results in float32; here the rows are combined in a fixed order. The same kernel goes on
-// with a norm that needs the result, which saves a launch.
+// The second stage of a backward reduction. In the first stage, each block of a kernel writes one
+// row of partial sums in float32; here the rows are added in a fixed order. The same kernel goes on
+// with a norm that needs the sums, which saves a launch.
 
 #pragma once
 
@@ -9,23 +9,6 @@
 #include "batch_norm.cuh"
 
 namespace dense_ext {
-
-// Merges rows [count, mean of each channel, m2 of each channel] into mean and biased variance; m2
-// is the sum of squared deviations from the mean. `next` is a norm that uses them: they are its
-// last channels, and the statistics of those before are known.
-void merge_moments(const Tensor& rows, int64_t row_count, int64_t channels, float* mean, float* var,
-                   const ScaleShift& next = {});
-
-// Calls launch(rows), which fills such rows, and merges them. If mean is null, calls
-// launch(nullptr).
-template <class Launch>
-void with_moments(int64_t row_count, int64_t channels, const Tensor& like, float* mean, float* var,
-                  const ScaleShift& next, const Launch& launch) {
-  if (!mean) return launch(nullptr);
-  const Tensor rows = scratch(row_count * (1 + 2 * channels), like);
-  launch(static_cast<float*>(rows.data_ptr()));
-  merge_moments(rows, row_count, channels, mean, var, next);
-}
 
 // Where add_rows writes the sums of the rows: the first 2 * `channels` columns go to a norm's
 // channel sums [2, C]. The rest are the elements of a weight gradient [taps][out][in] and go to a

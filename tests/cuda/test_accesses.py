@@ -34,6 +34,7 @@ class Traffic:
 
     Attributes:
         columns: the number of blocks side by side, each with a part of the channels.
+        moments: the channels whose moments the kernel completes.
         row: the floats of partial results that each row of blocks writes for a second kernel, which reads
             ``row_read`` floats of them. Each of its blocks takes 32 of ``reduced`` channels or elements.
         block_loads: the further bytes that each row of blocks loads.
@@ -46,6 +47,7 @@ class Traffic:
     loads: int
     stores: int
     columns: int = 1
+    moments: int = 0
     row: int = 0
     row_read: int = 0
     reduced: int = 0
@@ -58,12 +60,16 @@ class Traffic:
         """The bytes that all kernels load and store, for this number of blocks."""
         rows = (blocks - math.ceil(self.reduced / 32) - self.others) // self.columns // self.passes
         loads = self.loads + rows * (self.block_loads + self.row_read * WIDE)
-        return loads, self.stores + rows * self.row * WIDE
-
-
-def moments(channels: int) -> dict[str, int]:
-    """Reads and writes a row of moments, whose single count is read for every channel."""
-    return {"row": 1 + 2 * channels, "row_read": 3 * channels, "reduced": channels}
+        stores = self.stores + rows * self.row * WIDE
+        if self.moments:
+            # Each block leaves a row, and each of 16 groups of blocks. A row has one count, which is read for
+            # every channel. Blocks and groups count their arrivals, and a counter's last sets it to zero.
+            groups = min(16, rows)
+            arrivals = self.columns * (rows + groups)
+            loads += (arrivals + (rows + groups) * 3 * self.moments) * WIDE
+            stores += (2 * arrivals + (rows + groups) * 2 * self.moments) * WIDE
+            stores += self.columns * (groups + 1) * WIDE
+        return loads, stores
 
 
 def sums(channels: int, elements: int = 0) -> dict[str, int]:
@@ -79,7 +85,7 @@ def conv1x1_forward(n: int, h: int, w: int, c: int, b: int) -> Traffic:
         loads=columns * m * c * NARROW + tiles * (b * c * NARROW + columns * 2 * c * WIDE),
         stores=m * b * NARROW + 2 * b * WIDE,
         columns=columns,
-        **moments(b),
+        moments=b,
     )
 
 
@@ -112,7 +118,7 @@ def conv3x3_forward(n: int, h: int, w: int, b: int, k: int) -> Traffic:
         stores=m * k * NARROW + 2 * k * WIDE,
         columns=columns,
         block_loads=9 * k * b * NARROW,
-        **moments(k),
+        moments=k,
     )
 
 
@@ -205,7 +211,7 @@ def transition_norm_backward(n: int, h: int, w: int, c: int, k: int) -> Traffic:
 
 
 def stats(n: int, h: int, w: int, c: int) -> Traffic:
-    return Traffic(loads=n * h * w * c * NARROW, stores=2 * c * WIDE, **moments(c))
+    return Traffic(loads=n * h * w * c * NARROW, stores=2 * c * WIDE, moments=c)
 
 
 def affine_gradient(n: int, h: int, w: int, c: int) -> Traffic:

@@ -78,8 +78,8 @@ FAULTS = {
         partial(conv1x1.forward_case, statistics=False),
         (2, 12, 17, 104, 48),
         "bn_relu_conv1x1_forward.cuh",
-        "      sync_threads();\n    }\n    if (args.moments) {\n",
-        "    }\n    if (args.moments) {\n",
+        "      sync_threads();\n    }\n    if (args.moments.rows) {\n",
+        "    }\n    if (args.moments.rows) {\n",
         WRONG_VALUES,
     ),
     "no wait for copies": forward_1x1("tile.cuh", "copy_async_wait<kStages - 2>();", "", WRONG_VALUES),
@@ -87,6 +87,12 @@ FAULTS = {
         "tile.cuh",
         "copy_async_wait<kStages - 2>();",
         "copy_async_wait<kStages - 1>();",
+        WRONG_VALUES,
+    ),
+    "a block that takes itself for the last": stats(
+        "grid_moments.cuh",
+        "count_arrival(counter) == count - 1",
+        "count_arrival(counter) == count - 2",
         WRONG_VALUES,
     ),
     "copies that nothing waits for": pool(
@@ -133,10 +139,10 @@ FAULTS = {
         "threads arrived at a barrier that nobody waits at",
     ),
     # Threads diverge at a collective operation.
-    "a barrier for some": stats(
+    "a barrier for some": backward_1x1(
         "reduce.cu",
-        "    sync_threads();\n    if (warp_index() < half) {\n",
-        "    if (warp_index() >= half) continue;\n    sync_threads();\n    {\n",
+        "    sync_threads();\n    if (warp_index() < half)",
+        "    if (warp_index() < half) sync_threads();\n    if (warp_index() < half)",
         "threads wait for each other: .* at reduce.cu:.* at the end of the kernel",
     ),
     "two barriers for one": stats(

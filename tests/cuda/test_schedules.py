@@ -1,4 +1,4 @@
-"""The convolutions' results depend neither on which warp runs ahead nor on the size of shared memory."""
+"""Results depend neither on which block or warp runs ahead nor on the size of shared memory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from ..emulator import SHARED_BYTES, Emulator
 from ..primitives import test_bn_relu_conv1x1 as conv1x1
 from ..primitives import test_bn_relu_conv3x3 as conv3x3
+from ..primitives import test_channel_stats as channel_stats
 from ..primitives.common import MakeCase, Size
 from ..primitives.harness import ALIGNED, Case, Maker, base_of, check_values, equal_bits
 from ..sanitizers import CPU
@@ -45,6 +46,26 @@ def test_order_of_warps(gpu: Emulator, make: MakeCase, size: Size) -> None:
         gpu.reset(order=order, seed=seed, multiprocessors=1)
         done.append(make(Maker(torch.bfloat16, CPU, guard=ALIGNED), size))
         check_values(gpu.backend, done[-1])
+        assert same_bits(done[-1], done[0]), f"{order} {seed}: the bits differ"
+
+
+# At least 33 blocks, of one or two chunks of channels: some of their 16 groups have two blocks, some three.
+MOMENTS = {
+    "channel_stats": (channel_stats.stats_case, (4, 33, 17, 300)),
+    "1x1": (conv1x1.forward_case, (4, 33, 33, 16, 200)),
+    "3x3": (conv3x3.forward_case, (3, 50, 50, 8, 50)),
+}
+
+
+@pytest.mark.parametrize(("make", "size"), MOMENTS.values(), ids=list(MOMENTS))
+def test_order_of_blocks(gpu: Emulator, make: MakeCase, size: Size) -> None:
+    """Whichever block is the last, it merges the moments in the same order."""
+    done: list[Case] = []
+    for order, seed in SCHEDULES[:4]:
+        gpu.reset(order=order, seed=seed, multiprocessors=80)
+        done.append(make(Maker(torch.bfloat16, CPU, guard=ALIGNED), size))
+        check_values(gpu.backend, done[-1])
+        assert gpu.counters.launched_blocks > 32
         assert same_bits(done[-1], done[0]), f"{order} {seed}: the bits differ"
 
 

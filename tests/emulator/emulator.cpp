@@ -299,6 +299,18 @@ void start_block() {
   }
 }
 
+// A launch's blocks in the order they run, which is that of the setting for warps.
+std::vector<int64_t> order_of_blocks(int64_t count) {
+  std::vector<int64_t> order(count);
+  std::iota(order.begin(), order.end(), 0);
+  if (settings().order == Order::kLast) std::reverse(order.begin(), order.end());
+  if (settings().order != Order::kRandom) return order;
+  for (int64_t i = count - 1; i > 0; i--) {
+    std::swap(order[i], order[block.random.next() % (i + 1)]);
+  }
+  return order;
+}
+
 }  // namespace
 
 Settings& settings() {
@@ -331,12 +343,12 @@ void run(const Grid& grid, const std::function<void()>& kernel, const char* name
   block.kernel = &kernel;
   block.random = Random(settings().seed);
   running.grid_y = grid.y;
-  for (running.block_y = 0; running.block_y < grid.y; running.block_y++) {
-    for (running.block_x = 0; running.block_x < grid.x; running.block_x++) {
-      start_block();
-      run_block();
-      counters().blocks++;
-    }
+  for (const int64_t index : order_of_blocks(int64_t{grid.x} * grid.y)) {
+    running.block_x = static_cast<int>(index % grid.x);
+    running.block_y = static_cast<int>(index / grid.x);
+    start_block();
+    run_block();
+    counters().blocks++;
   }
 }
 
