@@ -30,7 +30,6 @@ from dense_ext.benchmark import kernelbench, peers, suites
 from dense_ext.benchmark.errors import UnavailableError
 from dense_ext.benchmark.memory import saved_bytes, step_peaks
 from dense_ext.benchmark.networks import small_densenet
-from dense_ext.benchmark.primitives import model_cases
 from dense_ext.benchmark.results import Measurement, PeerLabel, new_results, read_results
 from dense_ext.benchmark.step import GraphedStep, sgd_step
 from dense_ext.benchmark.suites.speed import mark_disagreement
@@ -178,7 +177,7 @@ def test_volumes_without_monai(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_kernelbench(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    problem, sizes = suites.own_networks.Network, ((3, 3), (8, 8))
+    problem, sizes = suites.speed.Network, ((3, 3), (8, 8))
     problems = (
         problem("transition", lambda _: kernelbench.Shrink(4, 8), *sizes, channels=4),
         problem("block", lambda _: kernelbench.ListedBlock(2, 4, 4), *sizes, channels=4),
@@ -373,31 +372,6 @@ def test_primitives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (tmp_path / "primitives-roofline-float32.png").exists()
 
 
-def test_primitives_beside_compiled_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Peers are compiled once for all rounds and are as exact, including those that are not modules."""
-    wanted = ("bn_relu_conv3x3_forward", "bn_relu_conv3x3_backward", "channel_stats")
-    monkeypatch.setattr(suites.primitives, "model_cases", lambda *model: [
-        next(case for case in model_cases(*model) if case.primitive == name) for name in wanted
-    ])  # fmt: skip
-    compiled: list[str] = []
-    torch_compile = torch.compile
-
-    def compiling(function: Any, **options: Any) -> Any:
-        compiled.append(function.__name__)
-        return torch_compile(function, **options)
-
-    monkeypatch.setattr(torch, "compile", compiling)
-    results = run("primitives", tmp_path, "--model", "tiny", "--peers", "eager,compile-cl")
-    assert [results["peers"][name]["ours"] for name in ("aten", "compile", "cpu")] == [False, False, True]
-    rows = by_peer(results)["compile"]
-    assert [row["case"]["primitive"] for row in rows] == list(wanted)
-    for row in rows:
-        assert row["failure"] is None
-        assert len(row["seconds"]) == 3
-        assert row["measures"]["relative_error"] < 1e-5
-    assert compiled == ["modules"] * 4 + ["_outputs"] * 2, "for its error and for its times"
-
-
 def test_rows_that_disagree_have_no_speed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -482,17 +456,7 @@ def test_a_missing_timm_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_quick_run_with_a_failing_peer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [
-        "bench",
-        "--model",
-        "tiny",
-        *SMALL,
-        "--memory-size",
-        "8",
-        "--memory-batch",
-        "2",
-        "--no-depth",
-    ]
+    arguments = ["bench", "--model", "tiny", *SMALL, "--no-depth"]
     assert main([*arguments, "--peers", "graph,eager", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "quick.json").read_text())
     jsonschema.validate(results, SCHEMA)
@@ -516,7 +480,7 @@ def test_every_peer_does_the_same_step() -> None:
     expected = losses(peers.PEERS["eager"])
     served = (None, *dense_ext.available_backends("cpu"))
     for name, peer in peers.PEERS.items():
-        if peer.mode == "eager" and peer.backend in served:
+        if peer.mode == "eager" and peer.network.backend in served:
             assert losses(peer) == pytest.approx(expected, rel=1e-5), name
 
 

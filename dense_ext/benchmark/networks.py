@@ -1,14 +1,16 @@
-"""The networks compared: torchvision's and timm's DenseNets of the same shape as one of ours."""
+"""The networks compared, torchvision's and timm's of the same shape as one of ours, and their arithmetic."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from .. import modules
 from ..memory.network import network_of
@@ -124,3 +126,21 @@ def plain(model: nn.Module) -> nn.Module:
     for module in model.modules():
         module.__class__ = _PLAIN.get(type(module), type(module))
     return model
+
+
+def flops_per_image(build: Callable[[], nn.Module], shape: Sequence[int], backward: bool) -> int:
+    """Floating-point operations per image of convolutions and matrix products, 2 per multiply-add.
+
+    They are counted on tensors without memory: nothing is allocated or computed.
+
+    Args:
+        build: makes the network; called without memory.
+        shape: of an image, C, H and W.
+        backward: count forward and backward rather than forward alone.
+    """
+    batch = 2  # batch norm refuses a single value per channel
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        output = build().train()(torch.randn(batch, *shape))
+        if backward:
+            output.sum().backward()
+    return int(counter.get_total_flops()) // batch

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..backends.base import accumulate_dtype
 from ..backends.table import TABLE, Shape
 from ..models import DenseNet
 from ..modules import DenseBlock, FusedFeatures, Transition
-from .flops import without_memory
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def model_cases(build: Callable[[], DenseNet], batch: int, size: int) -> list[Pr
         batch, size: images, and their height and width in pixels.
     """
     seen: dict[str, tuple[Tensor, Tensor]] = {}  # input and output
-    with without_memory(), torch.no_grad():
+    with FakeTensorMode(), torch.no_grad():
         model = build()
         for name, module in model.features.named_children():
             if isinstance(module, DenseBlock | Transition) or name == "conv0":

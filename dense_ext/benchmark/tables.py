@@ -70,23 +70,6 @@ def failures(results: Results) -> Table:
     return Table("not measured", ("peer", "where", "why"), rows, left=3)
 
 
-def machine_name(results: Results) -> str:
-    """The GPU, or the CPU and how many threads ran on it."""
-    machine, gpu = results.machine, results.options["device"].startswith("cuda")
-    return machine["gpu"]["name"] if gpu else f"{machine['cpu']}, threads: {machine['threads']}"
-
-
-def sides(case: Labels, dimensions: int = 2) -> str:
-    """An image's or a volume's size in pixels."""
-    return "x".join([str(case["size"])] * dimensions)
-
-
-def setting(results: Results, case: Labels, dimensions: int = 2) -> str:
-    """Network, images and machine in a line."""
-    what = f"{case['batch']} {'images' if dimensions == 2 else 'volumes'} of {sides(case, dimensions)}"
-    return f"{case['model']}, {what}, {case['dtype']}, {machine_name(results)}"
-
-
 def number(value: float | None, spec: str) -> str:
     """A number, or that it was not finite."""
     return "not finite" if value is None else format(value, spec)

@@ -26,7 +26,7 @@ from ..tables import Draw, Table, number, times
 from ..timing import ColdTimer
 from .base import Options, Suite
 
-ATEN, COMPILED = "aten", "compile"
+ATEN = "aten"
 _REFERENCE = ReferenceBackend()
 
 Arguments = dict[str, Any]
@@ -40,26 +40,15 @@ _AFTER_ACTIVATION: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function
-
-
-def unfused(
-    primitive: str, tensors: Arguments, through: Callable[..., Any] = _as_it_is
-) -> Callable[[], Sequence[Tensor]]:
+def unfused(primitive: str, tensors: Arguments) -> Callable[[], Sequence[Tensor]]:
     """The primitive as PyTorch's modules do it one by one, batch norm over a dense input included.
 
     Backward is autograd's of input, norm and weight; its forward has run before. A primitive that
     is no module runs as the reference backend's formula.
-
-    Args:
-        primitive: its method.
-        tensors: its arguments.
-        through: what the function goes through before it is called, as torch.compile.
     """
     name, _, direction = primitive_of(primitive).rpartition("_")
     if name not in _AFTER_ACTIVATION:
-        return partial(through(_outputs), _REFERENCE, primitive, tensors)
+        return partial(_outputs, _REFERENCE, primitive, tensors)
     backward = direction == "backward"
 
     def leaf(tensor: Tensor) -> Tensor:
@@ -70,11 +59,10 @@ def unfused(
     scale, shift = (leaf(tensors[n]) for n in ("scale", "shift"))
     weights = [leaf(tensors["weight"])] if "weight" in tensors else []
 
-    def modules(x: Tensor, scale: Tensor, shift: Tensor, *weights: Tensor) -> Tensor:
+    def forward() -> Tensor:
         activated = F.relu(F.batch_norm(x, None, None, scale, shift, training=True))
         return _AFTER_ACTIVATION[name](activated, *weights)
 
-    forward = partial(through(modules), x, scale, shift, *weights)
     if not backward:
         return torch.no_grad()(lambda: (forward(),))
     y = forward()
@@ -105,18 +93,17 @@ def backend_error(backend: str, case: PrimitiveCase, tensors: Arguments) -> floa
     return relative_error(got, _outputs(_REFERENCE, case.primitive, _doubled(tensors)))
 
 
-def unfused_error(case: PrimitiveCase, tensors: Arguments, through: Callable[..., Any] = _as_it_is) -> float:
-    """The error of what PyTorch does, compiled or not, against its operators in float64."""
-    got = unfused(case.primitive, copy.deepcopy(tensors), through)()
+def unfused_error(case: PrimitiveCase, tensors: Arguments) -> float:
+    """The error of what PyTorch does against the same in float64."""
+    got = unfused(case.primitive, copy.deepcopy(tensors))()
     return relative_error(got, unfused(case.primitive, _doubled(tensors))())
 
 
 class PrimitiveSuite(Suite):
     """Every primitive by backend and dtype, beside unfused ATen, on the shapes of networks.
 
-    A backend that is asked for by name is the only one. Where a peer that is compiled is asked for, so is
-    ATen. On a CPU each round goes through all other rows, so that what a row's samples say of the machine's
-    noise is that of the whole run, not of one moment.
+    A backend that is asked for by name is the only one. On a CPU each round goes through all rows, so that
+    what a row's samples say of the machine's noise is that of the whole run, not of one moment.
     """
 
     name = "primitives"
@@ -127,27 +114,21 @@ class PrimitiveSuite(Suite):
         super().__init__(options, peers, results)
         backends = BACKENDS if options.backend == "auto" else [options.backend]
         results.peers = {ATEN: PeerLabel("unfused ATen", ours=False)}
-        if any(peer.mode == "compile" for peer in peers):
-            results.peers[COMPILED] = PeerLabel("torch.compile", ours=False, mode="compile")
         results.peers |= {name: PeerLabel(f"dense_ext, {name}", ours=True) for name in backends}
-        self.cases = self._cases()
         self.rounds = 1 if self.gpu else options.rounds  # of one sample each; on a GPU one of all samples
-
-    def _cases(self) -> list[PrimitiveCase]:
-        """The cases of the models, equal ones once."""
-        batch = self.options.batch or (64 if self.gpu else 2)
-        found: dict[str, PrimitiveCase] = {}
-        for name in self.options.models or self.models:
-            for case in model_cases(MODELS[name], batch, self.pixels(name)):
-                found.setdefault(f"{case.primitive}{case.shapes}{case.widths}", case)
-        return list(found.values())
+        batch = options.batch or (64 if self.gpu else 2)
+        cases: dict[str, PrimitiveCase] = {}  # equal ones once
+        for name, size in self.sizes.items():
+            for case in model_cases(MODELS[name], batch, size):
+                cases.setdefault(f"{case.primitive}{case.shapes}{case.widths}", case)
+        self.cases = list(cases.values())
 
     def ticks(self) -> int:
         return 1 + self.rounds * len(self.cases) * len(self.options.dtypes) * len(self.results.peers)
 
     def measure(self) -> None:
         self.measure_rates()
-        self.timer = ColdTimer(self.device)
+        timer, samples = ColdTimer(self.device), self.options.rounds // self.rounds
         for i in range(self.rounds):
             rows = iter(self.results.rows[:])
             for case, dtype in itertools.product(self.cases, self.options.dtypes):
@@ -155,10 +136,12 @@ class PrimitiveSuite(Suite):
                 for peer in self.results.peers:
                     self.tick(f"{case.primitive}, {case.where}, {dtype}, {peer}")
                     row = next(rows) if i > 0 else self.new_row(case, dtype, peer)
-                    # What was compiled is not to be compiled again.
-                    if row.failure is None and not (peer == COMPILED and i > 0):
+                    if row.failure is None:
                         with row.failing():
-                            self.fill(row, case, tensors)
+                            call, error = self.call(row, case, tensors)
+                            if i == 0:
+                                row.measures["relative_error"] = error()
+                            row.seconds += timer.samples(call, samples)
 
     def new_row(self, case: PrimitiveCase, dtype: str, peer: str) -> Measurement:
         shapes = {name: "x".join(map(str, shape)) for name, shape in case.shapes.items() if len(shape) == 4}
@@ -173,25 +156,17 @@ class PrimitiveSuite(Suite):
         }
         return row
 
-    def fill(self, row: Measurement, case: PrimitiveCase, tensors: Arguments) -> None:
-        """A round's times of one row, and its error."""
-        samples = self.options.rounds // self.rounds
-        if row.peer in (ATEN, COMPILED):
-            through: Callable[..., Any] = _as_it_is
-            if row.peer == COMPILED:
-                torch._dynamo.reset()  # or each call would look through what was compiled before
-                through, samples = partial(torch.compile, dynamic=False), self.options.rounds
-            error: Callable[[], float] = partial(unfused_error, case, tensors, through)
-            call: Callable[[], object] = unfused(case.primitive, tensors, through)
-        else:
-            backend, dtype = BACKENDS[row.peer], DTYPES[str(row.case["dtype"])]
-            if reason := backend.unavailable_reason(primitive_of(case.primitive), self.device, dtype):
-                raise UnavailableError(reason)
-            error = partial(backend_error, row.peer, case, tensors)
-            call = partial(getattr(backend, case.primitive), **tensors)
-        if "relative_error" not in row.measures:
-            row.measures["relative_error"] = error()
-        row.seconds += self.timer.samples(call, samples)
+    def call(
+        self, row: Measurement, case: PrimitiveCase, tensors: Arguments
+    ) -> tuple[Callable[[], object], Callable[[], float]]:
+        """What is timed of a row, and what gives its error."""
+        if row.peer == ATEN:
+            return unfused(case.primitive, tensors), partial(unfused_error, case, tensors)
+        backend, dtype = BACKENDS[row.peer], DTYPES[str(row.case["dtype"])]
+        if reason := backend.unavailable_reason(primitive_of(case.primitive), self.device, dtype):
+            raise UnavailableError(reason)
+        error = partial(backend_error, row.peer, case, tensors)
+        return partial(getattr(backend, case.primitive), **tensors), error
 
     @classmethod
     def tables(cls, results: Results) -> dict[str, Table]:
