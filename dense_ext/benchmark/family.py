@@ -18,7 +18,7 @@ from .memory import saved_bytes
 from .networks import flops_per_image, image_size, plain, torchvision_twin
 from .peers import EAGER, OURS
 from .results import Measurement, PeerLabel, Results
-from .tables import Columns, Draw, Kind, Table, shown
+from .tables import Columns, Kind, Table, shown
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 SIZE = 224  # of the images that networks for ImageNet take
@@ -143,17 +143,6 @@ class Family(Kind):
             **_amounts(results, "step_bytes", 1e9, ".2f", without=_EFFICIENT.name),
         })  # fmt: skip
         return {"models": models, "accuracy": accuracy}
-
-    @classmethod
-    def figures(cls, results: Results) -> dict[str, Draw]:
-        from .figures import accuracy_lines, family_bars
-
-        found: dict[str, Draw] = {}
-        if results.measured("saved_bytes_per_image"):
-            found["models"] = family_bars
-        if results.measured("imagenet_top1_percent"):
-            found["accuracy"] = accuracy_lines
-        return found
 
 
 def _amounts(results: Results, measure: str, unit: float, spec: str, without: str = "") -> Columns:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,10 @@ def _drawing(path: Path, height: float, *title: str, width: float = 9) -> Iterat
         write_atomically(path, lambda p: figure.savefig(p, dpi=150, format=kind, metadata=metadata))
 
 
-def _legend(figure: Figure, axes: Axes, where: str = "lower left", **how: Any) -> None:
+def _legend(figure: Figure, axes: Axes, **how: Any) -> None:
     """The peers below the panels."""
-    figure.legend(
-        *axes.get_legend_handles_labels(), loc=f"outside {where}", **{"ncols": 2, "fontsize": 9, **how}
-    )
+    how = {"loc": "outside lower left", "ncols": 2, "fontsize": 9, **how}
+    figure.legend(*axes.get_legend_handles_labels(), **how)
 
 
 def _horizontal(axes: Axes, labels: Sequence[str]) -> None:
@@ -160,7 +160,7 @@ def memory_lines(results: Results, path: Path, vary: str) -> None:
         _legend(figure, every[0])
 
 
-def speed_dots(results: Results, path: Path, title: str) -> None:
+def speed_dots(results: Results, path: Path) -> None:
     """Speed relative to the fastest other network, eager where one is, a row per case and a dot per peer."""
     cases, peers = results.timed_cases(), by_peer(results.timed())
     reference, among = next(iter(results.references().items()))
@@ -172,7 +172,7 @@ def speed_dots(results: Results, path: Path, title: str) -> None:
         if (least := results.fastest(row.case, among))
     ]
     height = 1.8 + (0.3 + 0.06 * len(peers)) * len(cases) + 0.12 * len(peers)
-    with _drawing(path, height, title, results.on) as figure:
+    with _drawing(path, height, KINDS[results.kind].title, results.on) as figure:
         axes = figure.subplots()
         _lines(axes, results, points, linestyle="")
         axes.grid(axis="y", visible=False)
@@ -214,7 +214,7 @@ def family_bars(results: Results, path: Path) -> None:
         for axes, size in zip(panels, sizes, strict=True):
             _family_panel(axes, results, list(by_size[size].values()))
             axes.set_title(f"images of {size}x{size}")
-        _legend(figure, panels[0], "lower center", ncols=3, fontsize=10)
+        _legend(figure, panels[0], loc="outside lower center", ncols=3, fontsize=10)
 
 
 def _family_panel(axes: Axes, results: Results, networks: list[list[Measurement]]) -> None:
@@ -276,7 +276,7 @@ def accuracy_lines(results: Results, path: Path) -> None:
             axes.margins(0.12, 0.06)
             axes.set(xlabel=what, xlim=(0, None))
         every[0].set_ylabel("ImageNet top-1 accuracy (%)")
-        _legend(figure, every[-1], "lower center", ncols=3, fontsize=10)
+        _legend(figure, every[-1], loc="outside lower center", ncols=3, fontsize=10)
 
 
 def training_curves(results: Results, path: Path) -> None:
@@ -300,6 +300,30 @@ def training_curves(results: Results, path: Path) -> None:
             axes.legend()
 
 
+def _drawings(results: Results) -> dict[str, Callable[[Results, Path], None]]:
+    """What draws each figure that a result has data for, by the figure's name."""
+    varied = dict.fromkeys(
+        str(row.case["vary"]) for row in results.measured("saved_bytes") if "vary" in row.case
+    )
+    lines = {"depth" if vary == "layers" else vary: partial(memory_lines, vary=vary) for vary in varied}
+    found: dict[str, Callable[[Results, Path], None]] = {}
+    match results.kind:
+        case "train":
+            found |= {"curves": training_curves} if results.rows else {}
+        case "models":
+            found |= {"models": family_bars} if results.measured("saved_bytes_per_image") else {}
+            found |= {"accuracy": accuracy_lines} if results.measured("imagenet_top1_percent") else {}
+        case "primitives":
+            dtypes = dict.fromkeys(str(row.case["dtype"]) for row in results.timed())
+            found |= {f"roofline-{dtype}": partial(roofline, dtype=dtype) for dtype in dtypes}
+        case "quick":
+            found |= {"memory": memory_bars} if results.measured("peak_bytes") else {}
+            found |= {"throughput": throughput_bars} if results.references() else {}
+        case _:
+            found |= {"throughput": speed_dots} if results.references() else {}
+    return found | lines
+
+
 def draw_all(results: Results, folder: Path, stem: str = "", suffix: str = ".png") -> list[Path]:
     """Every figure that the results have data for, into ``folder``; returns the files.
 
@@ -310,7 +334,7 @@ def draw_all(results: Results, folder: Path, stem: str = "", suffix: str = ".png
         suffix: ".png" or ".svg".
     """
     drawn = []
-    for name, draw in KINDS[results.kind].figures(results).items():
+    for name, draw in _drawings(results).items():
         drawn.append(folder / f"{stem}{name}{suffix}")
         draw(results, drawn[-1])
     return drawn

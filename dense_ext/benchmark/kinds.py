@@ -5,7 +5,7 @@ from __future__ import annotations
 from .family import Family
 from .results import Results, by_peer
 from .suites import SUITES
-from .tables import Draw, Kind, Table, failures, number
+from .tables import Kind, Table, failures, number
 
 
 class Trainings(Kind):
@@ -29,12 +29,6 @@ class Trainings(Kind):
             "test loss": lambda run: number(run[-1].measures["test_loss"], ".3f"),
             "seconds": lambda run: f"{sum(epoch.median for epoch in run):.0f}",
         }, caption=caption)}  # fmt: skip
-
-    @classmethod
-    def figures(cls, results: Results) -> dict[str, Draw]:
-        from .figures import training_curves
-
-        return {"curves": training_curves} if results.rows else {}
 
 
 KINDS: dict[str, type[Kind]] = {**SUITES, Family.name: Family, Trainings.name: Trainings}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from .step import TrainStep
+from .step import Step
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
@@ -41,7 +41,7 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     return total
 
 
-def step_peaks(step: TrainStep, images: Tensor, labels: Tensor) -> dict[str, int]:
+def step_peaks(step: Step, images: Tensor, labels: Tensor) -> dict[str, int]:
     """The :func:`peaks` of forward and backward.
 
     The parameters' gradients are allocated beforehand. What a library allocates behind PyTorch's
@@ -58,7 +58,7 @@ def step_peaks(step: TrainStep, images: Tensor, labels: Tensor) -> dict[str, int
     return peaks(run, step.device)
 
 
-def step_bytes(step: TrainStep, images: Tensor, labels: Tensor) -> dict[str, int]:
+def step_bytes(step: Step, images: Tensor, labels: Tensor) -> dict[str, int]:
     """What a step keeps for backward, holds at its peak, and what lasts from step to step; takes steps."""
     saved = saved_bytes(step.model, lambda: step.loss(images, labels))
     return {"saved_bytes": saved, **step_peaks(step, images, labels), "lasting_bytes": lasting_bytes(step)}
@@ -83,7 +83,7 @@ def peaks(run: Callable[[], object], device: torch.device) -> dict[str, int]:
     }
 
 
-def lasting_bytes(step: TrainStep) -> int:
+def lasting_bytes(step: Step) -> int:
     """What lives through all steps: parameters, their gradients, buffers and the optimizer's state."""
     state = (t for values in step.optimizer.state.values() for t in values.values())
     gradients = (p.grad for p in step.model.parameters())

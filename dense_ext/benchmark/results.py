@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_atomically
+from ..machine import commit, machine, versions
 from .errors import UsageError, reason
-from .machine import commit, machine, versions
 from .memory import collect
 
 Tick = Callable[[str], None]  # told what comes next

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 from .results import Labels, Measurement, Results, case_text
 
-Draw = Callable[[Results, Path], None]  # writes a figure of a result into a file
 Columns = dict[str, Callable[[Any], str]]  # by heading: the text of a row's cell
 
 
@@ -43,17 +41,13 @@ EMPTY = Table("", (), ())
 
 
 class Kind:
-    """A kind of result, and what it looks like: tables, which may be empty, and figures, by name."""
+    """A kind of result, and what it looks like: its tables by name, which may be empty."""
 
     name: ClassVar[str]  # in result files and on the command line
     title: ClassVar[str]  # of its section in the report
 
     @classmethod
     def tables(cls, results: Results) -> dict[str, Table]:
-        raise NotImplementedError
-
-    @classmethod
-    def figures(cls, results: Results) -> dict[str, Draw]:
         raise NotImplementedError
 
 

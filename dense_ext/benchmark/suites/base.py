@@ -17,7 +17,7 @@ from ..memory import collect, step_bytes
 from ..networks import image_size
 from ..peers import Peer
 from ..results import Labels, Measurement, PeerLabel, Results, Tick, case_text
-from ..step import DTYPES, TrainStep, sgd_step
+from ..step import DTYPES, Step, sgd_step
 from ..tables import Kind
 from ..timing import copy_bandwidth, matmul_rate
 
@@ -162,7 +162,7 @@ class Suite(Kind):
         labels = torch.arange(case.batch, device=self.device) % case.classes
         return peer.images(images.to(self.device)), labels
 
-    def training_step(self, case: Case, peer: Peer) -> tuple[TrainStep, Tensor, Tensor]:
+    def training_step(self, case: Case, peer: Peer) -> tuple[Step, Tensor, Tensor]:
         """The peer's training step, and what to call it with."""
         return sgd_step(self.network(case, peer), DTYPES[case.dtype], self.device), *self.batch(case, peer)
 

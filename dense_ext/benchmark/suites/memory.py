@@ -13,7 +13,7 @@ from ..memory import lasting_bytes, step_peaks
 from ..networks import small_densenet
 from ..peers import Peer
 from ..results import Results, case_text
-from ..tables import EMPTY, Draw, Table, megabytes, pivot
+from ..tables import EMPTY, Table, megabytes, pivot
 from .base import Case, Options, Suite, model_case, release
 
 _SIZE = 32
@@ -110,12 +110,6 @@ class MemorySuite(Suite):
     def tables(cls, results: Results) -> dict[str, Table]:
         found = {"batches": _fitting(results, "largest_batch"), "deepest": _fitting(results, "deepest")}
         return found | {vary: _against(results, vary) for vary in _varied(results)}
-
-    @classmethod
-    def figures(cls, results: Results) -> dict[str, Draw]:
-        from ..figures import memory_lines
-
-        return {vary: partial(memory_lines, vary=vary) for vary in _varied(results)}
 
 
 class PaperSuite(MemorySuite):

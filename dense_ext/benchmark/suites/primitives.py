@@ -22,7 +22,7 @@ from ..peers import Peer
 from ..primitives import PrimitiveCase, model_cases
 from ..results import Measurement, PeerLabel, Results
 from ..step import DTYPES
-from ..tables import Draw, Table, number, times
+from ..tables import Table, number, times
 from ..timing import ColdTimer
 from .base import Options, Suite
 
@@ -192,10 +192,3 @@ class PrimitiveSuite(Suite):
             "of matmul": lambda row: f"{results.matmul_share(row):.0%}",
             "error": lambda row: number(row.measures["relative_error"], ".1e"),
         }, left=4)}  # fmt: skip
-
-    @classmethod
-    def figures(cls, results: Results) -> dict[str, Draw]:
-        from ..figures import roofline
-
-        dtypes = dict.fromkeys(str(row.case["dtype"]) for row in results.timed())
-        return {f"roofline-{dtype}": partial(roofline, dtype=dtype) for dtype in dtypes}

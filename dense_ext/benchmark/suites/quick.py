@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 
@@ -16,7 +15,7 @@ from ..networks import torchvision_twin
 from ..peers import Peer
 from ..results import Measurement, Results, by_peer
 from ..step import DTYPES
-from ..tables import EMPTY, Draw, Table, images_per_second, megabytes, ratios
+from ..tables import EMPTY, Table, images_per_second, megabytes, ratios
 from .base import Options, release
 from .speed import TimedSuite
 
@@ -82,17 +81,6 @@ class QuickSuite(TimedSuite):
     @classmethod
     def tables(cls, results: Results) -> dict[str, Table]:
         return {"summary": _summary(results), **super().tables(results), "depth": _depth(results)}
-
-    @classmethod
-    def figures(cls, results: Results) -> dict[str, Draw]:
-        from ..figures import memory_bars, memory_lines, throughput_bars
-
-        found: dict[str, Draw] = {"memory": memory_bars} if results.measured("peak_bytes") else {}
-        if results.references():
-            found["throughput"] = throughput_bars
-        if _depth_rows(results):
-            found["depth"] = partial(memory_lines, vary="layers")
-        return found
 
 
 def block_bytes(peer: Peer, layers: int, device: torch.device, dtype: torch.dtype, backend: str) -> int:

@@ -17,8 +17,8 @@ from ..memory import peaks, step_bytes
 from ..networks import flops_per_image, plain
 from ..peers import MODES, OTHERS, Peer, for_inference
 from ..results import Labels, Measurement, PeerLabel, Results
-from ..step import DTYPES, GraphedStep, InferenceStep, TrainStep
-from ..tables import EMPTY, Columns, Draw, Table, images_per_second, megabytes, pivot, ratios, times
+from ..step import DTYPES, GraphedStep, Step
+from ..tables import EMPTY, Columns, Table, images_per_second, megabytes, pivot, ratios, times
 from ..timing import calls_per_sample, interleave
 from .base import Case, Options, Suite, model_case, release
 
@@ -158,9 +158,7 @@ class TimedSuite(Suite):
         settles = any(peer.mode in ENGINES for peer in peers)
         interleave(timed, self.device, self.options.rounds, self.tick, settles)
 
-    def prepare(
-        self, case: Case, peer: Peer, row: Measurement
-    ) -> tuple[TrainStep | InferenceStep, Tensor, Tensor]:
+    def prepare(self, case: Case, peer: Peer, row: Measurement) -> tuple[Step, Tensor, Tensor]:
         """The step to time and what to call it with; measures its memory on the way."""
         if self.training:
             if peer.mode != "graph":  # what a graph holds is its own, not what a step that runs allocates
@@ -171,7 +169,7 @@ class TimedSuite(Suite):
         network = self.network(case, peer, self.batch_statistics)
         if peer.ours:
             pack_weights(network)
-        step = InferenceStep(network, DTYPES[case.dtype], self.device)
+        step = Step(network, DTYPES[case.dtype], self.device)
         step(images, labels)
         if peer.mode not in ("graph", *ENGINES):  # whose memory PyTorch's allocator does not give
             row.measures |= peaks(lambda: step(images, labels), self.device)
@@ -212,12 +210,6 @@ class TimedSuite(Suite):
             f"{text}. {begin} {flops / 1e9:.2f} GFLOP {results.per}, on a machine that multiplies matrices "
             f"at {multiplies:.0f} GFLOP/s and copies at {work['copy_bytes_per_second'] / 1e9:.0f} GB/s"
         )
-
-    @classmethod
-    def figures(cls, results: Results) -> dict[str, Draw]:
-        from ..figures import speed_dots
-
-        return {"throughput": partial(speed_dots, title=cls.title)} if results.references() else {}
 
 
 def _by_network(results: Results) -> Table:
