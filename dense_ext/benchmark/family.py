@@ -18,7 +18,7 @@ from .memory import saved_bytes
 from .networks import flops_per_image, image_size, plain, torchvision_twin
 from .peers import EAGER, OURS
 from .results import Measurement, PeerLabel, Results
-from .tables import Columns, Kind, Table, shown
+from .tables import Kind, Table
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 SIZE = 224  # of the images that networks for ImageNet take
@@ -118,43 +118,34 @@ class Family(Kind):
 
     @classmethod
     def tables(cls, results: Results) -> dict[str, Table]:
-        eager = [row for row in results.rows if row.peer == _EAGER.name]
-        rated = [row for row in eager if "imagenet_top1_percent" in row.measures]
-        names: Columns = {"network": lambda row: str(row.case["model"])}
-        arithmetic: Columns = {
-            "M parameters": lambda row: f"{row.measures['parameters'] / 1e6:.2f}",
-            "GFLOP forward": lambda row: f"{row.measures['forward_flops_per_image'] / 1e9:.3g}",
-        }
         title = (
             "kept for backward in MB (1e6 bytes) per image: eager, memory_efficient, dense_ext by recompute"
         )
-        models = Table.of(title, eager, {
-            **names, "pixels": lambda row: str(row.case["size"]), **arithmetic,
-            **_amounts(results, "saved_bytes_per_image", 1e6, ".1f"),
-        })  # fmt: skip
+        models = Table.pivot(title, _cells(results, results.rows, "saved_bytes_per_image"), "network")
         source, batch = (results.options[name] for name in ("accuracy_source", "step_batch"))
         title = (
             f"ImageNet top-1 accuracy in % ({source}) beside what a training step of {batch} images holds in "
             "GB (1e9 bytes): eager, dense_ext by recompute"
         )
+        rated = results.measured("imagenet_top1_percent")
         rated.sort(key=lambda row: -row.measures["imagenet_top1_percent"])
-        accuracy = Table.of(title, rated, {
-            **names, "top-1 %": lambda row: f"{row.measures['imagenet_top1_percent']:.2f}", **arithmetic,
-            **_amounts(results, "step_bytes", 1e9, ".2f", without=_EFFICIENT.name),
-        })  # fmt: skip
+        accuracy = Table.pivot(title, _cells(results, rated, "step_bytes"), "network")
         return {"models": models, "accuracy": accuracy}
 
 
-def _amounts(results: Results, measure: str, unit: float, spec: str, without: str = "") -> Columns:
-    """A column of each peer's bytes of a row's network, "-" where they were not counted; but of one peer."""
-    counted = {(row.peer, row.case["model"]): row.measures[measure] for row in results.measured(measure)}
-
-    def cell(row: Measurement, peer: str) -> str:
-        amount = counted.get((peer, row.case["model"]))
-        return shown(amount and amount / unit, spec)
-
-    return {
-        peer.label.removeprefix("dense_ext, recompute "): partial(cell, peer=name)
-        for name, peer in results.peers.items()
-        if name != without
-    }
+def _cells(results: Results, rows: list[Measurement], measure: str) -> dict[tuple[str, str], str]:
+    """What each network has, and a measure of it by peer: bytes for backward in MB, those of a step in GB."""
+    cells: dict[tuple[str, str], str] = {}
+    for row in rows:
+        name, of = str(row.case["model"]), row.measures
+        if row.peer == _EAGER.name:
+            if measure == "step_bytes":
+                cells[name, "top-1 %"] = f"{of['imagenet_top1_percent']:.2f}"
+            else:
+                cells[name, "pixels"] = str(row.case["size"])
+            cells[name, "M parameters"] = f"{of['parameters'] / 1e6:.2f}"
+            cells[name, "GFLOP forward"] = f"{of['forward_flops_per_image'] / 1e9:.3g}"
+        if measure in of:
+            amount = f"{of[measure] / 1e9:.2f}" if measure == "step_bytes" else f"{of[measure] / 1e6:.1f}"
+            cells[name, results.label(row).removeprefix("dense_ext, recompute ")] = amount
+    return cells

@@ -13,7 +13,7 @@ from ..memory import lasting_bytes, step_peaks
 from ..networks import small_densenet
 from ..peers import Peer
 from ..results import Results, case_text
-from ..tables import EMPTY, Table, megabytes, pivot
+from ..tables import EMPTY, Table, megabytes
 from .base import Case, Options, Suite, model_case, release
 
 _SIZE = 32
@@ -158,6 +158,5 @@ def _fitting(results: Results, measure: str) -> Table:
         return EMPTY
     what, unit = _SEARCHES[measure]
     found = {(results.label(r), case_text(r.case, "budget_bytes")): str(r.measures[measure]) for r in rows}
-    peers, columns = pivot(found)
     caption = f"{unit} that train in {int(rows[0].case['budget_bytes']) / 1e6:g} MB"
-    return Table.of(f"{what} that fits", peers, {"": str, **columns}, caption=caption)
+    return Table.pivot(f"{what} that fits", found, caption=caption)

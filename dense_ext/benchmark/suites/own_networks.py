@@ -7,7 +7,7 @@ from torch import nn
 from ..errors import UnavailableError
 from ..kernelbench import DENSENET_121, DENSENET_201, JoinedDenseNet, ListedBlock, PlainDenseNet, Shrink
 from ..results import Results
-from ..tables import Table, pivot
+from ..tables import Table
 from .speed import Network, TimedSuite
 
 
@@ -125,10 +125,9 @@ class KernelBenchSuite(TimedSuite):
                     cells[problem, f"dense_ext, {name} = 1"] = f"{other / least:.2f}"
             for mode, milliseconds in published.get(str(case), {}).items():
                 cells[problem, PUBLISHED_FOR[mode]] = f"{milliseconds:g}"
-        problems, columns = pivot(cells)
         caption = (
             f"{', '.join(options['dtypes'])}, {results.on}; "
             f"PyTorch {results.versions['torch']}; medians of {options['rounds']} rounds"
         )
         title = "forward in training mode without gradients"
-        return Table.of(title, problems, {"milliseconds": str, **columns}, caption=caption)
+        return Table.pivot(title, cells, "milliseconds", caption=caption)

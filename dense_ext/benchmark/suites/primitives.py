@@ -22,7 +22,7 @@ from ..peers import Peer
 from ..primitives import PrimitiveCase, model_cases
 from ..results import Measurement, PeerLabel, Results
 from ..step import DTYPES
-from ..tables import Table, number, times
+from ..tables import Table, shown, times
 from ..timing import ColdTimer
 from .base import Options, Suite
 
@@ -190,5 +190,5 @@ class PrimitiveSuite(Suite):
             "of copy": lambda row: f"{bandwidth(row) / results.work['copy_bytes_per_second']:.0%}",
             "GFLOP/s": lambda row: f"{row.measures['flops'] / row.median / 1e9:.4g}",
             "of matmul": lambda row: f"{results.matmul_share(row):.0%}",
-            "error": lambda row: number(row.measures["relative_error"], ".1e"),
+            "error": lambda row: shown(row.measures["relative_error"], ".1e", "not finite"),
         }, left=4)}  # fmt: skip

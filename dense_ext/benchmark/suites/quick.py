@@ -147,4 +147,4 @@ def _summary(results: Results) -> Table:
         f"times less than {results.label(eager)}": lambda row: f"{kept / row.measures['saved_bytes']:.1f}",
         "peak, MB an image": megabytes("peak_bytes", per_image=True),
         **{name: of_timed(cell) for name, cell in speed.items()},
-    }, caption=caption).without_empty_columns()  # fmt: skip
+    }, caption=caption)  # fmt: skip

@@ -18,7 +18,7 @@ from ..networks import flops_per_image, plain
 from ..peers import MODES, OTHERS, Peer, for_inference
 from ..results import Labels, Measurement, PeerLabel, Results
 from ..step import DTYPES, GraphedStep, Step
-from ..tables import EMPTY, Columns, Table, images_per_second, megabytes, pivot, ratios, times
+from ..tables import EMPTY, Columns, Table, images_per_second, megabytes, ratios, times
 from ..timing import calls_per_sample, interleave
 from .base import Case, Options, Suite, model_case, release
 
@@ -191,7 +191,7 @@ class TimedSuite(Suite):
             "of matmul rate": lambda row: f"{results.matmul_share(row):.0%}",
             "kept, MB": megabytes("saved_bytes"), "peak, MB": megabytes("peak_bytes"),
         }, left=1 if one else 2, caption=cls._caption(results, one))  # fmt: skip
-        return {"speed": speed.without_empty_columns(), "networks": _by_network(results)}
+        return {"speed": speed, "networks": _by_network(results)}
 
     @classmethod
     def _caption(cls, results: Results, case: Labels | None) -> str:
@@ -235,15 +235,12 @@ def _by_network(results: Results) -> Table:
             )
         elif row.median == least:
             apart[network] = max(apart.get(network, 0), max(row.seconds) / min(row.seconds))
-    networks, columns = pivot(speeds)
+    cells = speeds | {(network, "its slowest / fastest sample"): f"{a:.2f}" for network, a in apart.items()}
     caption = (
         f"images a call: {' and '.join(batches)}; {', '.join(options['dtypes'])}, {results.on}, "
         f"{options['rounds']} rounds"
     )
-    return Table.of("speed by network", networks, {
-        f"{reference} = 1": str, **columns,
-        "its slowest / fastest sample": lambda network: f"{apart[network]:.2f}",
-    }, caption=caption, short=True)  # fmt: skip
+    return Table.pivot("speed by network", cells, f"{reference} = 1", caption=caption, short=True)
 
 
 def mark_disagreement(rows: list[Measurement], peers: Mapping[str, PeerLabel], tolerance: float) -> None:
