@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -203,16 +202,16 @@ def roofline(results: Results, path: Path, dtype: str) -> None:
 
 def family_bars(results: Results, path: Path) -> None:
     """Saved MB per image of every network, by policy; a panel per image size, the largest on top."""
-    by_size: dict[int, dict[str, list[Measurement]]] = defaultdict(lambda: defaultdict(list))
-    for row in results.measured("saved_bytes_per_image"):
-        by_size[int(row.case["size"])][str(row.case["model"])].append(row)
-    sizes = sorted(by_size, reverse=True)
-    heights = [len(by_size[size]) for size in sizes]
+    rows = results.measured("saved_bytes_per_image")
+    networks = [list(of) for _, of in itertools.groupby(rows, lambda row: row.case["model"])]
+    sizes = sorted({int(rows[0].case["size"]) for rows in networks}, reverse=True)
+    by_size = {size: [rows for rows in networks if rows[0].case["size"] == size] for size in sizes}
+    heights = [len(of) for of in by_size.values()]
     height = 1.2 + 0.6 * len(sizes) + 0.68 * sum(heights)
     with _drawing(path, height, "Memory that a training step keeps for backward, float32") as figure:
         panels = figure.subplots(len(sizes), 1, squeeze=False, height_ratios=heights)[:, 0]
-        for axes, size in zip(panels, sizes, strict=True):
-            _family_panel(axes, results, list(by_size[size].values()))
+        for axes, (size, of) in zip(panels, by_size.items(), strict=True):
+            _family_panel(axes, results, of)
             axes.set_title(f"images of {size}x{size}")
         _legend(figure, panels[0], loc="outside lower center", ncols=3, fontsize=10)
 

@@ -43,16 +43,16 @@ def torchvision_twin(model: DenseNet, memory_efficient: bool = False, device: st
     down to its convolution.
 
     Raises:
-        UsageError: torchvision's DenseNet has no such shape.
+        UnavailableError: torchvision's DenseNet has no such shape.
     """
     from torchvision.models import DenseNet as Library
 
     stem: Any = model.features.conv0
     library = partial(Library, num_init_features=stem.out_channels, memory_efficient=memory_efficient)
-    return _twin(model, library, device, "torchvision", UsageError)
+    return _twin(model, library, device, "torchvision")
 
 
-def timm_twin(model: DenseNet, memory_efficient: bool = False) -> nn.Module:
+def timm_twin(model: DenseNet, memory_efficient: bool = False) -> Any:
     """The same of timm's, on the meta device.
 
     Raises:
@@ -65,23 +65,20 @@ def timm_twin(model: DenseNet, memory_efficient: bool = False) -> nn.Module:
 
     stem: Any = model.features.conv0
     library = partial(Library, in_chans=stem.in_channels, memory_efficient=memory_efficient)
-    return _twin(model, library, "meta", "timm", UnavailableError)
+    return _twin(model, library, "meta", "timm")
 
 
-def _twin(
-    model: DenseNet, library: Callable[..., Any], device: str, name: str, error: type[Exception]
-) -> nn.Module:
+def _twin(model: DenseNet, library: Callable[..., Any], device: str, name: str) -> Any:
     """A library's DenseNet of the model's shape; an error where it has none."""
     shapes = _shapes(model)
     if "features.denseblock1.denselayer1.conv2.weight" not in shapes:
-        raise error(f"{name} has no DenseNet without bottleneck layers")
+        raise UnavailableError(f"{name} has no DenseNet without bottleneck layers")
     growth, bottleneck = shapes["features.denseblock1.denselayer1.conv2.weight"][:2]
+    blocks = tuple(len(m) for m in model.features if isinstance(m, modules.DenseBlock))
+    classes = model.classifier.out_features
     with torch.device(device):
         twin = library(
-            growth_rate=growth,
-            block_config=tuple(len(m) for m in model.features if isinstance(m, modules.DenseBlock)),
-            bn_size=bottleneck // growth,
-            num_classes=model.classifier.out_features,
+            growth_rate=growth, block_config=blocks, bn_size=bottleneck // growth, num_classes=classes
         )
         if not hasattr(model.features, "norm0"):
             outputs, inputs, *_ = shapes["features.conv0.weight"]
@@ -89,7 +86,7 @@ def _twin(
             for part in {"norm0", "relu0", "pool0"} & set(dict(twin.features.named_children())):
                 delattr(twin.features, part)
     if _shapes(twin) != shapes:
-        raise error(f"{name} has no DenseNet of this shape")
+        raise UnavailableError(f"{name} has no DenseNet of this shape")
     return twin
 
 
