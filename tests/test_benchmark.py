@@ -132,7 +132,7 @@ def test_saved_bytes_are_what_stays_allocated(policy: str | None) -> None:
     """The allocator's count after a forward, also for modules that hide saved tensors from the hooks."""
     model, labels = small_model(), torch.arange(4)
     peer = peers.EAGER["eager-cl"] if policy is None else peers.OURS[policy]
-    step = sgd_step(peer.build(model, model.state_dict(), CPU, "auto"), torch.float32, CPU)
+    step = sgd_step(peer.build(model, CPU), torch.float32, CPU)
     x = peer.images(torch.randn(4, 3, 16, 16))
     saved = saved_bytes(step.model, lambda: step.loss(x, labels))
     loss_bytes = torch.float32.itemsize

@@ -73,7 +73,7 @@ def test_schema_refuses_a_row_with_an_unknown_measure() -> None:
 
 def bytes_needed(model: dense_ext.DenseNet, batch: int, peer: str) -> int:
     """The peak memory of training: a step's peak, parameters, gradients, momentum, buffers and images."""
-    network = peers.PEERS[peer].build(model, model.state_dict(), torch.device("cpu"), "auto")
+    network = peers.PEERS[peer].build(model, torch.device("cpu"))
     step = sgd_step(network, torch.float32, torch.device("cpu"))
     images, labels = torch.randn(batch, 3, 8, 8), torch.zeros(batch, dtype=torch.long)
     peak = step_peaks(step, peers.PEERS[peer].images(images), labels)["peak_bytes"]
@@ -324,7 +324,7 @@ def test_a_program_compiled_ahead_of_time(tmp_path: Path) -> None:
 def test_some_peers_do_not_train(name: str) -> None:
     peer, model = peers.PEERS[name], small_densenet(10, 12)
     with pytest.raises(UnavailableError, match="is for inference"):
-        peer.build(model, model.state_dict(), torch.device("cpu"), "auto")
+        peer.build(model, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
@@ -472,7 +472,7 @@ def losses(peer: peers.Peer) -> list[float]:
     torch.manual_seed(0)
     model, device = small_densenet(10, 12), torch.device("cpu")
     x, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
-    step = sgd_step(peer.build(model, model.state_dict(), device, "auto"), torch.float32, device)
+    step = sgd_step(peer.build(model, device), torch.float32, device)
     return [float(step(peer.images(x), labels)) for _ in range(2)]
 
 
@@ -492,7 +492,7 @@ def test_compiled_within_a_budget() -> None:
     for name in ("compile-cl", "budget-cl"):
         model = dense_ext.DenseNet(8, (2,), 16, num_classes=5, small_inputs=True)
         peer = peers.PEERS[name]
-        step = sgd_step(peer.build(model, model.state_dict(), device, "auto"), torch.float32, device)
+        step = sgd_step(peer.build(model, device), torch.float32, device)
         saved[name] = saved_bytes(step.model, lambda step=step, peer=peer: step.loss(peer.images(x), labels))
     assert saved["budget-cl"] < saved["compile-cl"]
 
@@ -534,8 +534,7 @@ def test_graphed_training_is_the_plain_one(peer: str) -> None:
     model, labels = small_densenet(10, 12), torch.arange(4, device=device)
     x = peers.PEERS[peer].images(torch.randn(4, 3, 8, 8, device=device))
     plain, recorded = (
-        sgd_step(peers.PEERS[peer].build(model, model.state_dict(), device, "auto"), torch.float32, device)
-        for _ in range(2)
+        sgd_step(peers.PEERS[peer].build(model, device), torch.float32, device) for _ in range(2)
     )
     graphed = GraphedStep(recorded, device)
     expected = [float(plain(x, labels)) for _ in range(8)]

@@ -127,9 +127,8 @@ def tracked_networks(model: DenseNet) -> dict[str, Callable[[], nn.Module]]:
 
     Their weights are contiguous: channels_last changes next to nothing about the peak.
     """
-    weights, cpu = model.state_dict(), torch.device("cpu")
     plain = [peer for peer in OTHERS.values() if peer.mode == "eager" and not peer.channels_last]
-    return {peer.name: functools.partial(peer.build, model, weights, cpu, backend="auto") for peer in plain}
+    return {peer.name: functools.partial(peer.build, model, torch.device("cpu")) for peer in plain}
 
 
 def tracking_ticks(model: DenseNet) -> int:

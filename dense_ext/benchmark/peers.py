@@ -8,7 +8,7 @@ To add a peer, add its network to :data:`_NETWORKS`, or its way to run one to :d
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -80,30 +80,24 @@ class Peer:
             raise UnavailableError(reason)
 
     def build(
-        self,
-        model: DenseNet,
-        weights: Mapping[str, Tensor],
-        device: torch.device,
-        backend: str,
-        training: bool = True,
+        self, network: nn.Module, device: torch.device, backend: str = "auto", training: bool = True
     ) -> nn.Module:
-        """The network with ``weights``, float32, on ``device``; in training mode unless told otherwise.
+        """A network as this peer runs it, float32 on ``device``: swapped, in its memory format, compiled.
+
+        Of one of the family that is its twin with the same weights, of any other the network itself.
 
         Raises:
-            UnavailableError: its library is not installed.
+            UnavailableError: its library is not installed, or the peer does not train.
         """
-        return self.prepare(with_weights(self.network.twin(model), weights, device), backend, training)
-
-    def prepare(self, network: nn.Module, backend: str, training: bool, dimensions: int = 2) -> nn.Module:
-        """A network as this peer runs it: swapped, in its memory format, compiled.
-
-        Raises:
-            UnavailableError: the peer does not train.
-        """
-        if self.network.recompute is not None:
-            backend = self.network.backend or backend
-            swap(network, recompute=self.network.recompute, backend=backend, strict=True)
-        network = network.to(memory_format=self.memory_format(dimensions)).train(training)  # type: ignore[call-overload]
+        if isinstance(network, DenseNet):
+            network = with_weights(self.network.twin(network), network.state_dict(), device)
+        else:
+            network = network.to(device)
+        if self.ours:
+            backend, recompute = self.network.backend or backend, self.network.recompute
+            swap(network, recompute=recompute, backend=backend, strict=True)  # type: ignore[arg-type]
+        memory_format = self.memory_format(max(p.dim() for p in network.parameters()))
+        network = network.to(memory_format=memory_format).train(training)  # type: ignore[call-overload]
         if self.mode in ENGINES:
             if training:
                 raise UnavailableError(f"{MODES[self.mode]} is for inference")
@@ -112,14 +106,15 @@ class Peer:
             return torch.compile(network, **_compiler(self.mode))  # type: ignore[return-value]
         return network
 
-    def memory_format(self, dimensions: int = 2) -> torch.memory_format:
+    def memory_format(self, dimensions: int) -> torch.memory_format:
+        """Of the images or the convolutions' weights, of 4 dimensions or for volumes 5."""
         if not self.channels_last:
             return torch.contiguous_format
-        return torch.channels_last if dimensions == 2 else torch.channels_last_3d
+        return torch.channels_last if dimensions == 4 else torch.channels_last_3d
 
     def images(self, batch: Tensor) -> Tensor:
         """The batch in this peer's memory format."""
-        return batch.contiguous(memory_format=self.memory_format(batch.dim() - 2))
+        return batch.contiguous(memory_format=self.memory_format(batch.dim()))
 
 
 def _compiler(mode: str) -> dict[str, Any]:

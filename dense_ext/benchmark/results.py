@@ -129,6 +129,10 @@ class Results:
         """An image's or a volume's size in pixels."""
         return "x".join([str(case["size"])] * self.dimensions)
 
+    def network(self, case: Labels) -> str:
+        """A network, how many images it takes and their size."""
+        return f"{case['model']}, {case['batch']} x {self.sides(case)}"
+
     def setting(self, case: Labels) -> str:
         """Network, images and machine in a line."""
         what = f"{case['batch']} {self.per.split()[1]}s of {self.sides(case)}"

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...models import MODELS, DenseNet
+from ...models import MODELS
 from ..errors import UsageError
 from ..memory import collect, step_bytes
 from ..networks import image_size
@@ -148,10 +148,7 @@ class Suite(Kind):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
             network = case.build(case.classes)
-        backend = self.options.backend
-        if isinstance(network, DenseNet):  # of the family; peers run any other network itself
-            return peer.build(network, network.state_dict(), self.device, backend, training)
-        return peer.prepare(network.to(self.device), backend, training, self.results.dimensions)
+        return peer.build(network, self.device, self.options.backend, training)
 
     def batch(self, case: Case, peer: Peer) -> tuple[Tensor, Tensor]:
         """Noise, the same for every peer, and labels; speed and memory do not depend on what images show."""

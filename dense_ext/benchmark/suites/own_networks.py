@@ -23,9 +23,7 @@ class RecognisedSuite(TimedSuite):
             "DenseNet-121 of plain layers", lambda classes: PlainDenseNet(DENSENET_121, classes=classes),
             (8, 64), (128, 224),
         ),
-        Network(
-            "DenseNet-BC-40-12", lambda classes: JoinedDenseNet(6, classes=classes), (8, 64), (32, 32)
-        ),
+        Network("DenseNet-BC-40-12", lambda classes: JoinedDenseNet(6, classes=classes), (8, 64), (32, 32)),
     )  # fmt: skip
 
 
@@ -61,10 +59,7 @@ class VolumeSuite(TimedSuite):
 
 # Published times are means of 100 calls on an H100 (80 GB HBM3) in float32, with cold caches. They stand in
 # https://github.com/ScalingIntelligence/KernelBench, folder results/timing/H100_Modal.
-PUBLISHED_FOR = {
-    "eager": "KernelBench's H100, eager",
-    "inductor": "KernelBench's H100, torch.compile",
-}
+PUBLISHED_FOR = {"eager": "KernelBench's H100, eager", "inductor": "KernelBench's H100, torch.compile"}
 
 
 class KernelBenchSuite(TimedSuite):
@@ -113,9 +108,7 @@ class KernelBenchSuite(TimedSuite):
         ours = [name for name, peer in results.peers.items() if peer.ours]
         several = len(options["dtypes"]) > 1
         for case in results.timed_cases():
-            problem = (
-                f"{case['model']}, {case['batch']} x {results.sides(case)}" + f", {case['dtype']}" * several
-            )
+            problem = results.network(case) + f", {case['dtype']}" * several
             for name, peer in results.peers.items():
                 if least := results.fastest(case, [name]):
                     cells[problem, peer.label] = f"{1e3 * least:.4g}"

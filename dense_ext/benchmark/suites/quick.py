@@ -86,7 +86,7 @@ class QuickSuite(TimedSuite):
 def block_bytes(peer: Peer, layers: int, device: torch.device, dtype: torch.dtype, backend: str) -> int:
     """Bytes that a block of ``layers`` layers keeps of an image, measured by a forward pass."""
     model = DenseNet(GROWTH_RATE, (layers,), IN_CHANNELS, small_inputs=True)
-    network = peer.build(model, model.state_dict(), device, backend)
+    network = peer.build(model, device, backend)
     block = network.get_submodule("features.denseblock1")
     # A block's input comes from a convolution, which under autocast gives ``dtype``.
     x = peer.images(torch.rand(1, IN_CHANNELS, SIZE, SIZE, device=device, dtype=dtype)).requires_grad_()

@@ -180,11 +180,7 @@ class TimedSuite(Suite):
         """Each row with samples; where there is one case, it stands below the table."""
         cases = results.timed_cases()
         one = cases[0] if len(cases) == 1 else None
-        network: Columns = {
-            "network": lambda row: (
-                f"{row.case['model']}, {row.case['batch']} x {results.sides(row.case)}, {row.case['dtype']}"
-            )
-        }
+        network: Columns = {"network": lambda row: f"{results.network(row.case)}, {row.case['dtype']}"}
         speed = Table.of(f"speed: {cls.title.lower()}", results.timed(), {
             **({} if one else network), "": results.label, **times(),
             "images/s": images_per_second, **ratios(results),
