@@ -118,10 +118,11 @@ class Family(Kind):
 
     @classmethod
     def tables(cls, results: Results) -> dict[str, Table]:
+        peers = {n: p.label.removeprefix("dense_ext, recompute ") for n, p in results.peers.items()}
         title = (
             "kept for backward in MB (1e6 bytes) per image: eager, memory_efficient, dense_ext by recompute"
         )
-        models = Table.pivot(title, _cells(results, results.rows, "saved_bytes_per_image"), "network")
+        models = Table.pivot(title, _cells(results.rows, "saved_bytes_per_image", peers), "network")
         source, batch = (results.options[name] for name in ("accuracy_source", "step_batch"))
         title = (
             f"ImageNet top-1 accuracy in % ({source}) beside what a training step of {batch} images holds in "
@@ -129,11 +130,12 @@ class Family(Kind):
         )
         rated = results.measured("imagenet_top1_percent")
         rated.sort(key=lambda row: -row.measures["imagenet_top1_percent"])
-        accuracy = Table.pivot(title, _cells(results, rated, "step_bytes"), "network")
+        peers.pop(_EFFICIENT.name, None)
+        accuracy = Table.pivot(title, _cells(rated, "step_bytes", peers), "network")
         return {"models": models, "accuracy": accuracy}
 
 
-def _cells(results: Results, rows: list[Measurement], measure: str) -> dict[tuple[str, str], str]:
+def _cells(rows: list[Measurement], measure: str, peers: dict[str, str]) -> dict[tuple[str, str], str]:
     """What each network has, and a measure of it by peer: bytes for backward in MB, those of a step in GB."""
     cells: dict[tuple[str, str], str] = {}
     for row in rows:
@@ -145,7 +147,8 @@ def _cells(results: Results, rows: list[Measurement], measure: str) -> dict[tupl
                 cells[name, "pixels"] = str(row.case["size"])
             cells[name, "M parameters"] = f"{of['parameters'] / 1e6:.2f}"
             cells[name, "GFLOP forward"] = f"{of['forward_flops_per_image'] / 1e9:.3g}"
+            cells |= {(name, peer): "-" for peer in peers.values()}
         if measure in of:
             amount = f"{of[measure] / 1e9:.2f}" if measure == "step_bytes" else f"{of[measure] / 1e6:.1f}"
-            cells[name, results.label(row).removeprefix("dense_ext, recompute ")] = amount
+            cells[name, peers[row.peer]] = amount
     return cells
