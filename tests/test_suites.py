@@ -465,6 +465,16 @@ def test_quick_run_with_a_failing_peer(tmp_path: Path, capsys: pytest.CaptureFix
     assert "not measured" in capsys.readouterr().out
 
 
+def test_quick_counts_memory_on_other_images_than_it_times(tmp_path: Path) -> None:
+    """Unless it is told the batch or the size."""
+    arguments = ["bench", "--model", "tiny", "--device", "cpu", "--rounds", "1", "--recompute", "none"]
+    assert main([*arguments, "--peers", "eager", "--no-depth", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "quick.json").read_text())["rows"]
+    assert all(row["measures"]["peak_bytes"] > 0 for row in rows)
+    cases = [(row["case"]["batch"], row["case"]["size"], len(row["seconds"])) for row in rows]
+    assert cases == [(8, 32, 0)] * 2 + [(16, 32, 1)] * 2
+
+
 # --- peers ---------------------------------------------------------------------------------------------
 
 

@@ -93,9 +93,8 @@ class Peer:
             network = with_weights(self.network.twin(network), network.state_dict(), device)
         else:
             network = network.to(device)
-        if self.ours:
-            backend, recompute = self.network.backend or backend, self.network.recompute
-            swap(network, recompute=recompute, backend=backend, strict=True)  # type: ignore[arg-type]
+        if recompute := self.network.recompute:
+            swap(network, recompute=recompute, backend=self.network.backend or backend, strict=True)
         memory_format = self.memory_format(max(p.dim() for p in network.parameters()))
         network = network.to(memory_format=memory_format).train(training)  # type: ignore[call-overload]
         if self.mode in ENGINES:

@@ -46,7 +46,9 @@ def bench(
     batch: Annotated[
         int | None, option("Images a step.", "16, memory: 8; GPU: 64; suites: their own")
     ] = None,
-    size: Annotated[int | None, option("Height and width in pixels.", "128, memory: 224; GPU: 224")] = None,
+    size: Annotated[
+        int | None, option("Height and width in pixels.", "128, memory: 224; GPU: 224; CIFAR: 32")
+    ] = None,
     dtype: Annotated[
         str | None,
         option(

@@ -11,7 +11,7 @@ import torch
 from ...models import DenseNet
 from ..errors import UsageError
 from ..memory import saved_bytes
-from ..networks import torchvision_twin
+from ..networks import image_size, torchvision_twin
 from ..peers import Peer
 from ..results import Measurement, Results, by_peer
 from ..step import DTYPES
@@ -43,9 +43,10 @@ class QuickSuite(TimedSuite):
         if len(options.models) > 1 or len(options.dtypes) > 1:
             raise UsageError("--suite quick takes one --model and one --dtype")
         super().__init__(options, peers, results)
-        (self.case,) = self.cases()
-        as_timed = self.gpu or options.batch or options.size
-        self.memory_case = self.case if as_timed else replace(self.case, batch=8, size=224)
+        (self.case,), (name,) = self.cases(), self.sizes
+        self.memory_case = self.case
+        if not (self.gpu or options.batch or options.size):
+            self.memory_case = replace(self.case, batch=8, size=image_size(name))
         with torch.device("meta"):
             torchvision_twin(self.case.build(10))  # refuses what torchvision has no twin of
         # One memory format suffices for the memory of a block.
