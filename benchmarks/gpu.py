@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TO_END = 10  # seconds that an interrupted command has to write what it has
 OTHERS = "densenet169,densenet201,densenet161"
 POLICIES = ["none", "bottleneck", "block"]
-# Parts that run only where --only names them: one takes long, one needs MONAI.
-ON_REQUEST = ("primitives_compiled", "volumes")
+# Parts that run only where --only names them: this one needs MONAI.
+ON_REQUEST = ("volumes",)
 # Graphs are not for the suite `memory`, whose steps run without. A row of eager's comes first, as the
 # others' values are compared with it, and what is compiled comes last, as it takes longest.
 EAGER = ["eager-cl", "memory-efficient-cl"]
@@ -39,7 +39,6 @@ PEERS = {
     "inference": ["eager-cl", *GRAPHS, "compile-cl"],
     "memory": EAGER,
     "kernelbench": ["eager", "eager-cl", "compile"],
-    "primitives_compiled": ["eager", "compile"],
     "volumes": ["eager-cl", "graph-cl"],
 }
 
@@ -109,7 +108,6 @@ def parts() -> list[Part]:
         suite("memory", 60, "memory"),
         suite("step_others", 60, "step", "--model", OTHERS, "--batch", "128"),
         suite("kernelbench", 90, "kernelbench"),
-        suite("primitives_compiled", 120, "primitives", *network, "256", "--backend", "cuda"),
         suite("volumes", 90, "volumes"),
     ]
     if SANITIZER:
@@ -219,7 +217,9 @@ def run_suite(
         rounds=5, budget=2 * 10**9,
     )  # fmt: skip
     results = new_results(kind, options.as_json())
-    chosen = sorted(peers.choose(PEERS.get(name, EAGER), POLICIES), key=lambda peer: peer.compiled)
+    chosen = sorted(
+        peers.choose(PEERS.get(name, EAGER), POLICIES), key=lambda peer: peer.mode in peers.COMPILED
+    )
     measured = SUITES[kind](options, chosen, results)
     try:
         measured.run(saving(lambda what: print(f"{time.strftime('%X')} {what}"), results, path, 5))

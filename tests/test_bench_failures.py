@@ -16,12 +16,11 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from dense_ext.benchmark import timing
-from dense_ext.benchmark.suites import quick
+from dense_ext.benchmark.suites import quick, speed
 
 pytestmark = pytest.mark.usefixtures("tiny_model", "one_thread", "known_rates")
 
 OPTIONS = ["--model", "tiny", "--size", "16", "--batch", "2", "--rounds", "3", "--recompute", "none"]
-FOR_MEMORY = ["--memory-size", "16", "--memory-batch", "2"]
 
 
 def run(suite: str, out: Path, *arguments: str, code: int = 0) -> dict[str, Any]:
@@ -45,9 +44,9 @@ def test_a_defect_leaves_what_was_measured(tmp_path: Path, monkeypatch: pytest.M
     def broken(*arguments: Any) -> None:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(quick.QuickSuite, "time", broken)
+    monkeypatch.setattr(speed, "interleave", broken)
     with pytest.raises(RuntimeError, match="a defect"):
-        run("quick", tmp_path, "--memory-size", "8", "--peers", "eager")
+        run("quick", tmp_path, "--peers", "eager")
     results = json.loads((tmp_path / "quick.json").read_text())
     assert results["interrupted"]
     assert [row["peer"] for row in results["rows"] if row["measures"]] == ["eager", "dense_ext-none"]
@@ -55,7 +54,7 @@ def test_a_defect_leaves_what_was_measured(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_peer_that_fails_when_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_when_timed(monkeypatch, 3)  # the first sample of the second round, which begins with the second peer
-    rows = run("quick", tmp_path, *FOR_MEMORY, "--no-depth", "--peers", "eager,eager-cl")["rows"]
+    rows = run("quick", tmp_path, "--no-depth", "--peers", "eager,eager-cl")["rows"]
     assert {row["peer"]: row["failure"] for row in rows} == {
         "eager": None, "eager-cl": "RuntimeError: too hot", "dense_ext-none": None,
     }  # fmt: skip
@@ -73,7 +72,7 @@ def test_a_peer_that_fails_in_a_deep_block(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(quick, "block_bytes", block_bytes)
     monkeypatch.setattr(quick, "DEPTHS", (25, 50))
-    results = run("quick", tmp_path, *FOR_MEMORY, "--peers", "eager")
+    results = run("quick", tmp_path, "--peers", "eager")
     found = {(row["peer"], row["case"].get("layers")): row for row in results["rows"]}
     assert found["dense_ext-none", 50]["failure"] == "RuntimeError: too deep"
     assert all(found["eager", layers]["measures"]["saved_bytes"] > 0 for layers in (25, 50))

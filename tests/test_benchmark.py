@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
@@ -22,7 +23,6 @@ from torchvision.models import densenet121
 import dense_ext
 from dense_ext.benchmark import family, networks, peers, results, timing
 from dense_ext.benchmark.errors import UsageError
-from dense_ext.benchmark.flops import flops_per_image, without_memory
 from dense_ext.benchmark.memory import allocation_levels, saved_bytes, step_peaks
 from dense_ext.benchmark.results import Measurement, PeerLabel
 from dense_ext.benchmark.step import sgd_step
@@ -83,7 +83,7 @@ def eager_densenet_bytes(batch: int, size: int) -> int:
 
 
 def densenet121_bytes(batch: int, **options: bool) -> int:
-    with without_memory():
+    with FakeTensorMode():
         network = densenet121(**options)
         x = torch.randn(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)
         labels = torch.zeros(batch, dtype=torch.long)
@@ -122,7 +122,7 @@ def test_real_and_fake_tensors_count_alike() -> None:
         network, x = networks.plain(small_model()), torch.randn(2, 3, 16, 16)
         return saved_bytes(network, lambda: network(x).sum())
 
-    with without_memory():
+    with FakeTensorMode():
         fake = count()
     assert count() == fake
 
@@ -132,7 +132,7 @@ def test_saved_bytes_are_what_stays_allocated(policy: str | None) -> None:
     """The allocator's count after a forward, also for modules that hide saved tensors from the hooks."""
     model, labels = small_model(), torch.arange(4)
     peer = peers.EAGER["eager-cl"] if policy is None else peers.OURS[policy]
-    step = sgd_step(peer.build(model, model.state_dict(), CPU, "auto"), torch.float32, CPU)
+    step = sgd_step(peer.build(model, CPU), torch.float32, CPU)
     x = peer.images(torch.randn(4, 3, 16, 16))
     saved = saved_bytes(step.model, lambda: step.loss(x, labels))
     loss_bytes = torch.float32.itemsize
@@ -227,10 +227,10 @@ def test_flops() -> None:
     def convolution() -> nn.Module:
         return nn.Conv2d(3, 8, 3, padding=1, bias=False)
 
-    forward = flops_per_image(convolution, (3, 10, 10), backward=False)
+    forward = networks.flops_per_image(convolution, (3, 10, 10), backward=False)
     assert forward == 2 * 10 * 10 * 8 * 3 * 9
     # The images need no gradient, so the first convolution has only a weight gradient.
-    assert flops_per_image(convolution, (3, 10, 10), backward=True) == 2 * forward
+    assert networks.flops_per_image(convolution, (3, 10, 10), backward=True) == 2 * forward
 
 
 # --- images -------------------------------------------------------------------------------------------

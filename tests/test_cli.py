@@ -25,7 +25,7 @@ pytest.importorskip("lightning")
 from PIL import Image
 
 from dense_ext.benchmark import family
-from dense_ext.benchmark.suites import quick
+from dense_ext.benchmark.suites import speed
 from dense_ext.benchmark.suites.speed import LOSS_TOLERANCE
 from dense_ext.training import trainer
 
@@ -36,8 +36,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "known_rates")
 TINY: dict[str, Any] = {
     "growth_rate": 12, "block_config": (4, 4), "num_init_features": 8, "small_inputs": True, "num_classes": 10
 }  # fmt: skip
-TINY_BENCH = ["--model", "tiny", "--size", "16", "--batch", "2", "--memory-size", "16",
-              "--memory-batch", "2", "--rounds", "2", "--no-depth"]  # fmt: skip
+TINY_BENCH = ["--model", "tiny", "--size", "16", "--batch", "2", "--rounds", "2", "--no-depth"]
 TINY_TRAIN = ["--model", "tiny", "--size", "8", "--batch", "8"]
 
 
@@ -242,8 +241,8 @@ def test_bench_keeps_what_was_measured_when_interrupted(
     def interrupt(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(quick.QuickSuite, "time", interrupt)
-    options = ["--memory-size", "8", "--peers", "eager-cl", "--recompute", "none"]
+    monkeypatch.setattr(speed, "interleave", interrupt)
+    options = ["--peers", "eager-cl", "--recompute", "none"]
     arguments = ["bench", *TINY_BENCH, *options, "--out", str(tmp_path)]
     assert main([*arguments, "--json"]) == 130
     printed = capsys.readouterr()

@@ -95,7 +95,7 @@ FAST = ["tiny", "--size", "8", "--batch", "2"]
 COMMANDS = {
     "info": [],
     "models": ["--size", "32"],
-    "bench": ["--model", *FAST, "--memory-size", "8", "--memory-batch", "2", "--rounds", "1", "--no-depth"],
+    "bench": ["--model", *FAST, "--rounds", "1", "--no-depth"],
     "plan": [*FAST, "--device", "cpu", "--memory", "1100kB", "--peers"],
     "train": ["--model", *FAST, "--batch", "512", "--epochs", "1"],
     "report": [str(ROOT / "benchmarks" / "results" / "digits.json")],

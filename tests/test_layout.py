@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "dense_ext"
 
 # Lower layers first; a module may import from its own layer and lower ones.
-LAYERS = ["files", "backends", "batch_norm", "ownership", "schedule", "transition", "arguments",
+LAYERS = ["files", "backends", "machine", "batch_norm", "ownership", "schedule", "transition", "arguments",
           "differentiable", "flops", "ops", "checks", "eligibility", "packing", "modules", "functional",
           "models", "recognise", "memory", "swap", "benchmark", "tuning", "training", "cli"]  # fmt: skip
 

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("torchvision")
 pytest.importorskip("timm")
 
-from dense_ext.benchmark import peers, tracked
+from dense_ext.benchmark import memory, peers
 from dense_ext.benchmark.errors import UnavailableError
 from dense_ext.cli import main
 from dense_ext.memory import TrackedStep
@@ -32,7 +32,7 @@ def test_peers(capsys: pytest.CaptureFixture[str], shown: list[int | str]) -> No
     assert set(found["peers"]) >= NAMES
     total, *texts = shown
     assert total >= len(texts) > 3 * len(NAMES)
-    for name, make in tracked.networks(MODELS["tiny"]()).items():
+    for name, make in memory.tracked_networks(MODELS["tiny"]()).items():
         row, step = found["peers"][name], TrackedStep(make(), (3, 8, 8))
         assert row["failure"] is None
         assert row["peak_bytes"] == step.peak(4)

@@ -19,8 +19,7 @@ from dense_ext import schedule
 from dense_ext.backends import BACKENDS, select
 from dense_ext.backends.table import PRIMITIVES, THROUGH_NORM
 from dense_ext.backends.triton import TritonBackend
-from dense_ext.benchmark import tracked
-from dense_ext.benchmark.memory import step_peaks
+from dense_ext.benchmark.memory import step_peaks, tracked_networks
 from dense_ext.benchmark.networks import torchvision_twin
 from dense_ext.benchmark.step import sgd_step
 from dense_ext.memory import (
@@ -239,7 +238,7 @@ def test_peers_are_tracked() -> None:
     """The tracked peak is the allocator's measured one, and the networks are not changed."""
     shape = (4, 3, 32, 32)
     model = dense_ext.DenseNet(12, (3, 2), 24, num_classes=10, small_inputs=True)
-    for name, make in tracked.networks(model).items():
+    for name, make in tracked_networks(model).items():
         network = make()
         tensors = [*network.parameters()] * 3 + [*network.buffers()]  # also gradients and momentum
         before = sum(t.nbytes for t in tensors) + 4 * 3 * 32 * 32 * 4

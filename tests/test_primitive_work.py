@@ -13,8 +13,13 @@ import dense_ext
 from dense_ext.backends import BACKENDS
 from dense_ext.backends.base import Backend
 from dense_ext.backends.table import PRIMITIVES, TABLE, primitive_of
-from dense_ext.benchmark.primitives import PrimitiveCase, model_cases
-from dense_ext.benchmark.suites.primitives import backend_error, unfused, unfused_error
+from dense_ext.benchmark.suites.primitives import (
+    PrimitiveCase,
+    backend_error,
+    model_cases,
+    unfused,
+    unfused_error,
+)
 
 CPU = torch.device("cpu")
 MODULES = ("bn_relu_conv1x1", "bn_relu_conv3x3", "bn_relu_pool_conv1x1", "bn_relu_maxpool")

@@ -30,7 +30,6 @@ from dense_ext.benchmark import kernelbench, peers, suites
 from dense_ext.benchmark.errors import UnavailableError
 from dense_ext.benchmark.memory import saved_bytes, step_peaks
 from dense_ext.benchmark.networks import small_densenet
-from dense_ext.benchmark.primitives import model_cases
 from dense_ext.benchmark.results import Measurement, PeerLabel, new_results, read_results
 from dense_ext.benchmark.step import GraphedStep, sgd_step
 from dense_ext.benchmark.suites.speed import mark_disagreement
@@ -74,7 +73,7 @@ def test_schema_refuses_a_row_with_an_unknown_measure() -> None:
 
 def bytes_needed(model: dense_ext.DenseNet, batch: int, peer: str) -> int:
     """The peak memory of training: a step's peak, parameters, gradients, momentum, buffers and images."""
-    network = peers.PEERS[peer].build(model, model.state_dict(), torch.device("cpu"), "auto")
+    network = peers.PEERS[peer].build(model, torch.device("cpu"))
     step = sgd_step(network, torch.float32, torch.device("cpu"))
     images, labels = torch.randn(batch, 3, 8, 8), torch.zeros(batch, dtype=torch.long)
     peak = step_peaks(step, peers.PEERS[peer].images(images), labels)["peak_bytes"]
@@ -178,7 +177,7 @@ def test_volumes_without_monai(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_kernelbench(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    problem, sizes = suites.own_networks.Network, ((3, 3), (8, 8))
+    problem, sizes = suites.speed.Network, ((3, 3), (8, 8))
     problems = (
         problem("transition", lambda _: kernelbench.Shrink(4, 8), *sizes, channels=4),
         problem("block", lambda _: kernelbench.ListedBlock(2, 4, 4), *sizes, channels=4),
@@ -325,7 +324,7 @@ def test_a_program_compiled_ahead_of_time(tmp_path: Path) -> None:
 def test_some_peers_do_not_train(name: str) -> None:
     peer, model = peers.PEERS[name], small_densenet(10, 12)
     with pytest.raises(UnavailableError, match="is for inference"):
-        peer.build(model, model.state_dict(), torch.device("cpu"), "auto")
+        peer.build(model, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
@@ -371,31 +370,6 @@ def test_primitives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert len(row["seconds"]) == 3
             assert row["measures"]["relative_error"] < 1e-5
     assert (tmp_path / "primitives-roofline-float32.png").exists()
-
-
-def test_primitives_beside_compiled_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Peers are compiled once for all rounds and are as exact, including those that are not modules."""
-    wanted = ("bn_relu_conv3x3_forward", "bn_relu_conv3x3_backward", "channel_stats")
-    monkeypatch.setattr(suites.primitives, "model_cases", lambda *model: [
-        next(case for case in model_cases(*model) if case.primitive == name) for name in wanted
-    ])  # fmt: skip
-    compiled: list[str] = []
-    torch_compile = torch.compile
-
-    def compiling(function: Any, **options: Any) -> Any:
-        compiled.append(function.__name__)
-        return torch_compile(function, **options)
-
-    monkeypatch.setattr(torch, "compile", compiling)
-    results = run("primitives", tmp_path, "--model", "tiny", "--peers", "eager,compile-cl")
-    assert [results["peers"][name]["ours"] for name in ("aten", "compile", "cpu")] == [False, False, True]
-    rows = by_peer(results)["compile"]
-    assert [row["case"]["primitive"] for row in rows] == list(wanted)
-    for row in rows:
-        assert row["failure"] is None
-        assert len(row["seconds"]) == 3
-        assert row["measures"]["relative_error"] < 1e-5
-    assert compiled == ["modules"] * 4 + ["_outputs"] * 2, "for its error and for its times"
 
 
 def test_rows_that_disagree_have_no_speed(
@@ -482,23 +456,23 @@ def test_a_missing_timm_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_quick_run_with_a_failing_peer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [
-        "bench",
-        "--model",
-        "tiny",
-        *SMALL,
-        "--memory-size",
-        "8",
-        "--memory-batch",
-        "2",
-        "--no-depth",
-    ]
+    arguments = ["bench", "--model", "tiny", *SMALL, "--no-depth"]
     assert main([*arguments, "--peers", "graph,eager", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "quick.json").read_text())
     jsonschema.validate(results, SCHEMA)
     assert {row["failure"] for row in by_peer(results)["graph"]} == {"CUDA graphs need a GPU"}
     assert [row["peer"] for row in results["rows"] if row["seconds"]] == ["eager", "dense_ext-bottleneck"]
     assert "not measured" in capsys.readouterr().out
+
+
+def test_quick_counts_memory_on_other_images_than_it_times(tmp_path: Path) -> None:
+    """Unless it is told the batch or the size."""
+    arguments = ["bench", "--model", "tiny", "--device", "cpu", "--rounds", "1", "--recompute", "none"]
+    assert main([*arguments, "--peers", "eager", "--no-depth", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "quick.json").read_text())["rows"]
+    assert all(row["measures"]["peak_bytes"] > 0 for row in rows)
+    cases = [(row["case"]["batch"], row["case"]["size"], len(row["seconds"])) for row in rows]
+    assert cases == [(8, 32, 0)] * 2 + [(16, 32, 1)] * 2
 
 
 # --- peers ---------------------------------------------------------------------------------------------
@@ -508,7 +482,7 @@ def losses(peer: peers.Peer) -> list[float]:
     torch.manual_seed(0)
     model, device = small_densenet(10, 12), torch.device("cpu")
     x, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
-    step = sgd_step(peer.build(model, model.state_dict(), device, "auto"), torch.float32, device)
+    step = sgd_step(peer.build(model, device), torch.float32, device)
     return [float(step(peer.images(x), labels)) for _ in range(2)]
 
 
@@ -516,7 +490,7 @@ def test_every_peer_does_the_same_step() -> None:
     expected = losses(peers.PEERS["eager"])
     served = (None, *dense_ext.available_backends("cpu"))
     for name, peer in peers.PEERS.items():
-        if peer.mode == "eager" and peer.backend in served:
+        if peer.mode == "eager" and peer.network.backend in served:
             assert losses(peer) == pytest.approx(expected, rel=1e-5), name
 
 
@@ -528,7 +502,7 @@ def test_compiled_within_a_budget() -> None:
     for name in ("compile-cl", "budget-cl"):
         model = dense_ext.DenseNet(8, (2,), 16, num_classes=5, small_inputs=True)
         peer = peers.PEERS[name]
-        step = sgd_step(peer.build(model, model.state_dict(), device, "auto"), torch.float32, device)
+        step = sgd_step(peer.build(model, device), torch.float32, device)
         saved[name] = saved_bytes(step.model, lambda step=step, peer=peer: step.loss(peer.images(x), labels))
     assert saved["budget-cl"] < saved["compile-cl"]
 
@@ -570,8 +544,7 @@ def test_graphed_training_is_the_plain_one(peer: str) -> None:
     model, labels = small_densenet(10, 12), torch.arange(4, device=device)
     x = peers.PEERS[peer].images(torch.randn(4, 3, 8, 8, device=device))
     plain, recorded = (
-        sgd_step(peers.PEERS[peer].build(model, model.state_dict(), device, "auto"), torch.float32, device)
-        for _ in range(2)
+        sgd_step(peers.PEERS[peer].build(model, device), torch.float32, device) for _ in range(2)
     )
     graphed = GraphedStep(recorded, device)
     expected = [float(plain(x, labels)) for _ in range(8)]

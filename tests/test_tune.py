@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from dense_ext.backends import BACKENDS
 from dense_ext.backends.triton import configs, launch
 from dense_ext.backends.triton.configs import Config, Row, find_config, read_rows, write_rows
-from dense_ext.benchmark.primitives import PrimitiveCase
+from dense_ext.benchmark.suites.primitives import PrimitiveCase
 from dense_ext.cli import main
 from dense_ext.tuning import triton as tuning
 
@@ -265,7 +265,7 @@ def test_bad_options_and_no_gpu(
 PROGRAM = """
 import sys
 import torch
-from dense_ext.benchmark import primitives
+from dense_ext.benchmark.suites import primitives
 from dense_ext.tuning import triton as tuning
 from dense_ext.cli import main
 

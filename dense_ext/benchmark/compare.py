@@ -103,11 +103,12 @@ def compare(old: Results, new: Results, threshold: float = THRESHOLD) -> Compari
         len(mine) - len(decided),
         [key for key in before if key not in now],
         [key for key in now if key not in before],
-        [*_differences(old, new), *_drift(others, threshold)],
+        list(_differences(old, new, others, threshold)),
     )
 
 
-def _differences(old: Results, new: Results) -> Iterator[str]:
+def _differences(old: Results, new: Results, others: list[Pair], threshold: float) -> Iterator[str]:
+    """What else differs: whether they are complete, the machine, the versions, and the others' speed."""
     for which, results in (("old", old), ("new", new)):
         if results.interrupted:
             yield f"{which} result was interrupted, and lacks what came after"
@@ -120,11 +121,7 @@ def _differences(old: Results, new: Results) -> Iterator[str]:
             before, now = (side.get(name) for side in sides)
             if before != now:
                 yield f"{what}{name}: {before}, now {now}"
-
-
-def _drift(others: list[Pair], threshold: float) -> Iterator[str]:
-    """That the machine, or PyTorch, has another speed."""
-    ratios = [new.median / old.median for old, new in others]
+    ratios = [now.median / before.median for before, now in others]
     if ratios and abs((ratio := statistics.median(ratios)) - 1) > threshold:
         yield f"speed of the other peers: they take {ratio:.2f} times as long"
 

@@ -19,10 +19,8 @@ class MeasurementError(Exception):
     exit_code = 1
 
 
-class UnavailableError(Exception):
+class UnavailableError(UsageError):
     """A peer cannot run here: something is not installed, or not made for this device."""
-
-    exit_code = 2
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -35,6 +33,6 @@ def reason(error: Exception) -> str:
     if is_out_of_memory(error):
         return "out of memory"
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    if isinstance(error, UnavailableError | UsageError):  # ours: they say all there is to say
+    if isinstance(error, UsageError):  # ours: they say all there is to say
         return text
     return f"{type(error).__name__}: {text}"[:_LONGEST]

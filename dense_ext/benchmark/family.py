@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..memory import Planner
 from ..models import MODELS
-from .flops import flops_per_image, without_memory
 from .memory import saved_bytes
-from .networks import image_size, plain, torchvision_twin
+from .networks import flops_per_image, image_size, plain, torchvision_twin
 from .peers import EAGER, OURS
 from .results import Measurement, PeerLabel, Results
-from .tables import Columns, Draw, Kind, Table, shown
+from .tables import Kind, Table
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 SIZE = 224  # of the images that networks for ImageNet take
@@ -35,15 +35,17 @@ COUNTED = {peer.name: peer for peer in (_EAGER, _EFFICIENT, *OURS.values())}
 
 def _saved_per_image(build: Callable[[], nn.Module], size: int) -> float:
     """Bytes kept for backward, float32, in a batch of 8."""
-    with without_memory():
+    with FakeTensorMode():
         network = build().train()
         images = torch.randn(_BATCH, 3, size, size).contiguous(memory_format=torch.channels_last)
         labels = torch.zeros(_BATCH, dtype=torch.long)
         return saved_bytes(network, lambda: F.cross_entropy(network(images), labels)) / _BATCH
 
 
-def _dense_builders(name: str) -> dict[str, Callable[[], nn.Module]]:
-    """How to make a DenseNet as each of :data:`COUNTED`."""
+def _builders(name: str) -> dict[str, Callable[[], nn.Module]]:
+    """How to make a network as each of :data:`COUNTED`; a ResNet as the first."""
+    if name not in MODELS:
+        return {_EAGER.name: getattr(torchvision.models, name)}
     make = MODELS[name]
     return {
         _EAGER.name: lambda: plain(make()),
@@ -52,31 +54,32 @@ def _dense_builders(name: str) -> dict[str, Callable[[], nn.Module]]:
     }
 
 
-def _top1(name: str, size: int) -> dict[str, float]:
-    """Top-1 accuracy on ImageNet in percent of torchvision's weights; none without, or at another size."""
-    if size != SIZE or name not in torchvision.models.list_models(torchvision.models):
-        return {}
-    weights: Any = torchvision.models.get_model_weights(name)
-    return {"imagenet_top1_percent": weights[WEIGHTS].meta["_metrics"]["ImageNet-1K"]["acc@1"]}
+def _of_network(name: str, build: Callable[[], nn.Module], size: int) -> dict[str, float]:
+    """What is the same whatever runs a network; top-1 accuracy where torchvision has weights for the size."""
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in build().parameters())
+    flops = flops_per_image(build, (3, size, size), backward=False)
+    found: dict[str, float] = {"parameters": parameters, "forward_flops_per_image": flops}
+    if size == SIZE and name in torchvision.models.list_models(torchvision.models):
+        weights: Any = torchvision.models.get_model_weights(name)
+        found["imagenet_top1_percent"] = weights[WEIGHTS].meta["_metrics"]["ImageNet-1K"]["acc@1"]
+    return found
 
 
 def _rows(name: str, size: int | None, tick: Callable[[str], None]) -> Iterator[Measurement]:
     """A row of each peer that there is of a network, as it is counted."""
-    builders = _dense_builders(name) if name in MODELS else {_EAGER.name: getattr(torchvision.models, name)}
-    with torch.device("meta"):
-        network = builders[_EAGER.name]()
+    builders = _builders(name)
     side = size or (image_size(name) if name in MODELS else SIZE)
-    parameters = sum(p.numel() for p in network.parameters())
-    flops = flops_per_image(builders[_EAGER.name], (3, side, side), backward=False)
-    same = {**_top1(name, side), "parameters": parameters, "forward_flops_per_image": flops}
+    same = _of_network(name, builders[_EAGER.name], side)
     for peer, build in builders.items():
         tick(f"{name}, {peer}")
         row = Measurement({"model": name, "size": side, "dtype": "float32"}, peer, measures={**same})
         with row.failing():  # torchvision has no networks without bottleneck layers
             row.measures["saved_bytes_per_image"] = saved = _saved_per_image(build, side)
             if peer == _EAGER.name:  # its backward may hold more
-                row.measures["step_bytes"] = round(STEP_BATCH * saved) + _TRAINING_BYTES * parameters
-            elif policy := COUNTED[peer].recompute:
+                held = round(STEP_BATCH * saved) + _TRAINING_BYTES * int(same["parameters"])
+                row.measures["step_bytes"] = held
+            elif policy := COUNTED[peer].network.recompute:
                 planner = Planner(name, (3, side, side), device="cpu")
                 row.measures["step_bytes"] = planner.estimate(STEP_BATCH, policy).peak
         yield row
@@ -115,54 +118,37 @@ class Family(Kind):
 
     @classmethod
     def tables(cls, results: Results) -> dict[str, Table]:
-        eager = [row for row in results.rows if row.peer == _EAGER.name]
-        rated = [row for row in eager if "imagenet_top1_percent" in row.measures]
-        names: Columns = {"network": lambda row: str(row.case["model"])}
-        arithmetic: Columns = {
-            "M parameters": lambda row: f"{row.measures['parameters'] / 1e6:.2f}",
-            "GFLOP forward": lambda row: f"{row.measures['forward_flops_per_image'] / 1e9:.3g}",
-        }
+        peers = {n: p.label.removeprefix("dense_ext, recompute ") for n, p in results.peers.items()}
         title = (
             "kept for backward in MB (1e6 bytes) per image: eager, memory_efficient, dense_ext by recompute"
         )
-        models = Table.of(title, eager, {
-            **names, "pixels": lambda row: str(row.case["size"]), **arithmetic,
-            **_amounts(results, "saved_bytes_per_image", 1e6, ".1f"),
-        })  # fmt: skip
+        models = Table.pivot(title, _cells(results.rows, "saved_bytes_per_image", peers), "network")
         source, batch = (results.options[name] for name in ("accuracy_source", "step_batch"))
         title = (
             f"ImageNet top-1 accuracy in % ({source}) beside what a training step of {batch} images holds in "
             "GB (1e9 bytes): eager, dense_ext by recompute"
         )
+        rated = results.measured("imagenet_top1_percent")
         rated.sort(key=lambda row: -row.measures["imagenet_top1_percent"])
-        accuracy = Table.of(title, rated, {
-            **names, "top-1 %": lambda row: f"{row.measures['imagenet_top1_percent']:.2f}", **arithmetic,
-            **_amounts(results, "step_bytes", 1e9, ".2f", without=_EFFICIENT.name),
-        })  # fmt: skip
+        peers.pop(_EFFICIENT.name, None)
+        accuracy = Table.pivot(title, _cells(rated, "step_bytes", peers), "network")
         return {"models": models, "accuracy": accuracy}
 
-    @classmethod
-    def figures(cls, results: Results) -> dict[str, Draw]:
-        from .figures import accuracy_lines, family_bars
 
-        found: dict[str, Draw] = {}
-        if results.measured("saved_bytes_per_image"):
-            found["models"] = family_bars
-        if results.measured("imagenet_top1_percent"):
-            found["accuracy"] = accuracy_lines
-        return found
-
-
-def _amounts(results: Results, measure: str, unit: float, spec: str, without: str = "") -> Columns:
-    """A column of each peer's bytes of a row's network, "-" where they were not counted; but of one peer."""
-    counted = {(row.peer, row.case["model"]): row.measures[measure] for row in results.measured(measure)}
-
-    def cell(row: Measurement, peer: str) -> str:
-        amount = counted.get((peer, row.case["model"]))
-        return shown(amount and amount / unit, spec)
-
-    return {
-        peer.label.removeprefix("dense_ext, recompute "): partial(cell, peer=name)
-        for name, peer in results.peers.items()
-        if name != without
-    }
+def _cells(rows: list[Measurement], measure: str, peers: dict[str, str]) -> dict[tuple[str, str], str]:
+    """What each network has, and a measure of it by peer: bytes for backward in MB, those of a step in GB."""
+    cells: dict[tuple[str, str], str] = {}
+    for row in rows:
+        name, of = str(row.case["model"]), row.measures
+        if row.peer == _EAGER.name:
+            if measure == "step_bytes":
+                cells[name, "top-1 %"] = f"{of['imagenet_top1_percent']:.2f}"
+            else:
+                cells[name, "pixels"] = str(row.case["size"])
+            cells[name, "M parameters"] = f"{of['parameters'] / 1e6:.2f}"
+            cells[name, "GFLOP forward"] = f"{of['forward_flops_per_image'] / 1e9:.3g}"
+            cells |= {(name, peer): "-" for peer in peers.values()}
+        if measure in of:
+            amount = f"{of[measure] / 1e9:.2f}" if measure == "step_bytes" else f"{of[measure] / 1e6:.1f}"
+            cells[name, peers[row.peer]] = amount
+    return cells

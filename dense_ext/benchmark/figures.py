@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,17 @@ from matplotlib.ticker import MaxNLocator
 from ..files import write_atomically
 from .kinds import KINDS
 from .results import Measurement, Results, by_peer, case_text
-from .tables import machine_name, setting, sides
 
 # Okabe and Ito's palette, told apart with any colour vision.
 BLUE, SKY, ORANGE, YELLOW, GREEN, RED, PURPLE = (
     "#0072B2", "#56B4E9", "#E69F00", "#F0E442", "#009E73", "#D55E00", "#CC79A7",
 )  # fmt: skip
-# The peers of the default run; other peers take what these leave.
-COLOURS = {
-    "eager": SKY, "eager-cl": BLUE, "memory-efficient": YELLOW, "memory-efficient-cl": ORANGE,
-    "dense_ext-none": PURPLE, "dense_ext-bottleneck": GREEN, "dense_ext-block": RED,
+# Colour and marker of the default run's peers; other peers take what these leave.
+_LOOKS = {
+    "eager": (SKY, "o"), "eager-cl": (BLUE, "^"), "memory-efficient": (YELLOW, "s"),
+    "memory-efficient-cl": (ORANGE, "D"), "dense_ext-none": (PURPLE, "v"),
+    "dense_ext-bottleneck": (GREEN, "P"), "dense_ext-block": (RED, "X"),
 }  # fmt: skip
-MARKERS = dict(zip(COLOURS, "o^sDvPX", strict=True))
 
 # What a page replaces by its own colours.
 INK, RULE, PAPER = "#333333", "#dddddd", "#ffffff"
@@ -53,12 +52,9 @@ _SVG_STYLE: Any = {
 def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Colour and marker of each peer; those without their own take what others leave, in order."""
     # 6 markers and 7 colours: 42 pairs before one comes again.
-    spare = zip(itertools.cycle("<>hp*d"), itertools.cycle(dict.fromkeys(COLOURS.values())))
-    found = {}
-    for name in dict.fromkeys(names):
-        marker, colour = (MARKERS[name], COLOURS[name]) if name in COLOURS else next(spare)
-        found[name] = {"color": colour, "marker": marker}
-    return found
+    spare = zip(itertools.cycle(colour for colour, _ in _LOOKS.values()), itertools.cycle("<>hp*d"))
+    looks = {name: _LOOKS.get(name) or next(spare) for name in dict.fromkeys(names)}
+    return {name: {"color": colour, "marker": marker} for name, (colour, marker) in looks.items()}
 
 
 @contextmanager
@@ -74,24 +70,18 @@ def _drawing(path: Path, height: float, *title: str, width: float = 9) -> Iterat
         write_atomically(path, lambda p: figure.savefig(p, dpi=150, format=kind, metadata=metadata))
 
 
+def _legend(figure: Figure, axes: Axes, **how: Any) -> None:
+    """The peers below the panels."""
+    how = {"loc": "outside lower left", "ncols": 2, "fontsize": 9, **how}
+    figure.legend(*axes.get_legend_handles_labels(), **how)
+
+
 def _horizontal(axes: Axes, labels: Sequence[str]) -> None:
     """Name the rows of horizontal bars, the first on top."""
     axes.set_yticks(range(len(labels)), labels)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
     axes.invert_yaxis()
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-    """The peers below the panels."""
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=9)
-
-
-def _looks(results: Results, rows: Iterable[Measurement]) -> list[tuple[list[Measurement], dict[str, Any]]]:
-    """Each peer's rows, and how they are drawn: label, colour and marker."""
-    found = by_peer(rows)
-    looks = zip(found.values(), styles(found).values(), strict=True)
-    return [(of_peer, {**style, "label": results.label(of_peer[0])}) for of_peer, style in looks]
 
 
 def _bars(axes: Axes, results: Results, rows: list[Measurement], values: Any, **look: Any) -> BarContainer:
@@ -102,12 +92,22 @@ def _bars(axes: Axes, results: Results, rows: list[Measurement], values: Any, **
     return bars
 
 
+def _lines(axes: Axes, results: Results, points: Iterable[tuple[Measurement, Any, Any]], **look: Any) -> None:
+    """A line, or with another ``linestyle`` dots, of each peer in its colour, through x and y of its rows."""
+    of_peer: dict[str, list[tuple[Any, Any]]] = {}
+    for row, *point in points:
+        of_peer.setdefault(row.peer, []).append(tuple(point))
+    for name, style in styles(of_peer).items():
+        label = results.peers[name].label
+        axes.plot(*zip(*of_peer[name], strict=True), label=label, **style, **look)
+
+
 def memory_bars(results: Results, path: Path) -> None:
     """Saved and peak MB per image of each peer, on the first case that memory was counted on."""
     rows = results.measured("peak_bytes")
     case = rows[0].case
     rows = [row for row in rows if row.case == case]
-    title = "Memory of a training step", setting(results, case)
+    title = "Memory of a training step", results.setting(case)
     with _drawing(path, 1.6 + 0.36 * len(rows), *title) as figure:
         panels = {"saved_bytes": "kept for backward", "peak_bytes": "allocator's peak in a step"}
         for axes, (measure, what) in zip(figure.subplots(1, 2), panels.items(), strict=True):
@@ -125,7 +125,7 @@ def throughput_bars(results: Results, path: Path) -> None:
     seconds = np.array([(row.median, max(row.seconds), min(row.seconds)) for row in rows])
     medians, slowest, quickest = least / seconds.T
     right = max(quickest)
-    title = "Training step: forward, backward, SGD", setting(results, case)
+    title = "Training step: forward, backward, SGD", results.setting(case)
     with _drawing(path, 1.6 + 0.36 * len(rows), *title) as figure:
         axes = figure.subplots()
         spread, caps = [medians - slowest, quickest - medians], {"ecolor": INK, "capsize": 3, "linewidth": 1}
@@ -135,63 +135,50 @@ def throughput_bars(results: Results, path: Path) -> None:
             behind: Any = {"facecolor": PAPER, "edgecolor": "none", "pad": 1}
             axes.text(end + 0.02 * right, i, text, va="center", bbox=behind)
         axes.axvline(1, color=INK, linewidth=1, linestyle=":")
-        axes.set_xlim(0, right * 1.4)
+        axes.set(xlim=(0, right * 1.4))
         axes.set_xlabel(f"speed, {reference} network = 1: median, and slowest to fastest sample")
 
 
-# By a panel's title: the measure it shows, and the peers that it leaves out.
-_Panels = Mapping[str, tuple[str, Sequence[str]]]
-_BYTES: _Panels = {"kept for backward": ("saved_bytes", ()), "peak of a step": ("peak_bytes", ())}
-KEPT: _Panels = {
-    "kept for backward": ("saved_bytes", ()),
-    "kept for backward, all but eager": ("saved_bytes", ("eager", "eager-cl")),
-}
-
-
-def memory_lines(
-    results: Results, path: Path, vary: str, of: str = "a training step", panels: _Panels = _BYTES
-) -> None:
-    """Bytes against ``vary``, a line per peer; the first dtype."""
+def memory_lines(results: Results, path: Path, vary: str) -> None:
+    """Bytes against ``vary``, a line per peer; the first dtype. Of a block's layers there are no peaks."""
     rows = [row for row in results.measured("saved_bytes") if row.case.get("vary") == vary]
     case, what = rows[0].case, vary.replace("_", " ")
-    looks = _looks(results, (row for row in rows if row.case["dtype"] == case["dtype"]))
+    rows = [row for row in rows if row.case["dtype"] == case["dtype"]]
+    of, panels = "a training step", {"kept for backward": ("saved_bytes", rows)}
+    if vary == "layers":
+        others = [row for row in rows if row.peer not in ("eager", "eager-cl")]
+        of, panels["kept for backward, all but eager"] = "one dense block", ("saved_bytes", others)
+    else:
+        panels["peak of a step"] = "peak_bytes", rows
     title = f"Memory of {of} against {what}", case_text(case, "vary", vary)
-    with _drawing(path, 4 + 0.12 * len(looks), *title) as figure:
-        every = figure.subplots(1, len(panels))
-        for axes, (panel, (measure, without)) in zip(every, panels.items(), strict=True):
-            for measured, look in looks:
-                if measured[0].peer not in without:
-                    megabytes = [row.measures[measure] / 1e6 for row in measured]
-                    axes.plot([row.case[vary] for row in measured], megabytes, markersize=4, **look)
-            axes.set(title=panel, xlabel=what, ylabel="MB")
-            axes.set_ylim(bottom=0)
+    with _drawing(path, 4 + 0.12 * len(by_peer(rows)), *title) as figure:
+        every = figure.subplots(1, 2)
+        for axes, (panel, (measure, shown)) in zip(every, panels.items(), strict=True):
+            _lines(axes, results, [(r, r.case[vary], r.measures[measure] / 1e6) for r in shown], markersize=4)
+            axes.set(title=panel, xlabel=what, ylabel="MB", ylim=(0, None))
         _legend(figure, every[0])
 
 
-def speed_dots(results: Results, path: Path, title: str, dimensions: int = 2) -> None:
+def speed_dots(results: Results, path: Path) -> None:
     """Speed relative to the fastest other network, eager where one is, a row per case and a dot per peer."""
-    cases, looks = results.timed_cases(), _looks(results, results.timed())
+    cases, peers = results.timed_cases(), by_peer(results.timed())
     reference, among = next(iter(results.references().items()))
     # Within a case's band each peer has its own height, so that equal speeds do not cover each other.
-    heights = np.linspace(-0.35, 0.35, len(looks)) if len(looks) > 1 else [0.0]
-    height = 1.8 + (0.3 + 0.06 * len(looks)) * len(cases) + 0.12 * len(looks)
-    with _drawing(path, height, title, machine_name(results)) as figure:
+    heights = dict(zip(peers, np.linspace(-0.35, 0.35, len(peers)), strict=True))
+    points = [
+        (row, least / row.median, cases.index(row.case) + heights[row.peer])
+        for row in results.timed()
+        if (least := results.fastest(row.case, among))
+    ]
+    height = 1.8 + (0.3 + 0.06 * len(peers)) * len(cases) + 0.12 * len(peers)
+    with _drawing(path, height, KINDS[results.kind].title, results.on) as figure:
         axes = figure.subplots()
-        for at, (rows, look) in zip(heights, looks, strict=True):
-            points = [
-                (least / row.median, cases.index(row.case) + at)
-                for row in rows
-                if (least := results.fastest(row.case, among))
-            ]
-            if points:
-                axes.plot(*zip(*points, strict=True), linestyle="", **look)
+        _lines(axes, results, points, linestyle="")
         axes.grid(axis="y", visible=False)
         axes.axvline(1, color=INK, linewidth=1, linestyle=":")
-        axes.set_xlim(left=0)
-        axes.set_xlabel(f"speed, {reference} network = 1")
-        labels = [f"{c['model']}\n{c['batch']} x {sides(c, dimensions)}, {c['dtype']}" for c in cases]
+        labels = [f"{c['model']}\n{c['batch']} x {results.sides(c)}, {c['dtype']}" for c in cases]
         axes.set_yticks(range(len(cases)), labels)
-        axes.set_ylim(len(cases) - 0.5, -0.5)
+        axes.set(xlim=(0, None), ylim=(len(cases) - 0.5, -0.5), xlabel=f"speed, {reference} network = 1")
         _legend(figure, axes)
 
 
@@ -199,38 +186,34 @@ def roofline(results: Results, path: Path, dtype: str) -> None:
     """Operations per second against operations per byte, under what the machine copies and multiplies."""
     copy, matmul = results.work["copy_bytes_per_second"], results.work["matmul_flops_per_second"][dtype]
     rows = [row for row in results.timed() if row.case["dtype"] == dtype and row.measures["flops"]]
+    points = [(row, row.measures["flops"] / row.measures["minimum_bytes"],
+               row.measures["flops"] / row.median / 1e9) for row in rows]  # fmt: skip
     ceilings = f"copies at {copy / 1e9:.4g} GB/s, multiplies at {matmul / 1e9:.4g} GFLOP/s"
-    title = f"Primitives under the roofline, {dtype}", f"{machine_name(results)}: {ceilings}"
-
-    def intensity(row: Measurement) -> float:
-        return float(row.measures["flops"] / row.measures["minimum_bytes"])
-
+    title = f"Primitives under the roofline, {dtype}", f"{results.on}: {ceilings}"
     with _drawing(path, 5.2, *title) as figure:
         axes = figure.subplots()
-        found = [intensity(row) for row in rows]
+        found = [intensity for _, intensity, _ in points]
         x = np.geomspace(min(found) / 2, max(*found, matmul / copy) * 2, 100)
         axes.plot(x, np.minimum(x * copy, matmul) / 1e9, color=INK, linewidth=1.5, label="measured ceilings")
-        for mine, look in _looks(results, rows):
-            rates = [row.measures["flops"] / row.median / 1e9 for row in mine]
-            axes.plot(list(map(intensity, mine)), rates, linestyle="", markersize=4, alpha=0.7, **look)
+        _lines(axes, results, points, linestyle="", markersize=4, alpha=0.7)
         axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="GFLOP/s")
         _legend(figure, axes)
 
 
 def family_bars(results: Results, path: Path) -> None:
     """Saved MB per image of every network, by policy; a panel per image size, the largest on top."""
-    by_size: dict[int, dict[str, list[Measurement]]] = defaultdict(lambda: defaultdict(list))
-    for row in results.measured("saved_bytes_per_image"):
-        by_size[int(row.case["size"])][str(row.case["model"])].append(row)
-    sizes = sorted(by_size, reverse=True)
-    heights = [len(by_size[size]) for size in sizes]
+    rows = results.measured("saved_bytes_per_image")
+    networks = [list(of) for _, of in itertools.groupby(rows, lambda row: row.case["model"])]
+    sizes = sorted({int(rows[0].case["size"]) for rows in networks}, reverse=True)
+    by_size = {size: [rows for rows in networks if rows[0].case["size"] == size] for size in sizes}
+    heights = [len(of) for of in by_size.values()]
     height = 1.2 + 0.6 * len(sizes) + 0.68 * sum(heights)
     with _drawing(path, height, "Memory that a training step keeps for backward, float32") as figure:
         panels = figure.subplots(len(sizes), 1, squeeze=False, height_ratios=heights)[:, 0]
-        for axes, size in zip(panels, sizes, strict=True):
-            _family_panel(axes, results, list(by_size[size].values()))
+        for axes, (size, of) in zip(panels, by_size.items(), strict=True):
+            _family_panel(axes, results, of)
             axes.set_title(f"images of {size}x{size}")
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        _legend(figure, panels[0], loc="outside lower center", ncols=3, fontsize=10)
 
 
 def _family_panel(axes: Axes, results: Results, networks: list[list[Measurement]]) -> None:
@@ -243,9 +226,8 @@ def _family_panel(axes: Axes, results: Results, networks: list[list[Measurement]
         }  # fmt: skip
         bars = axes.barh([*values], [*values.values()], height, color=looks[name]["color"], label=peer.label)
         axes.bar_label(bars, [f"{v:.3g}" for v in values.values()], padding=2, fontsize=7)
-    axes.set_xlabel("MB per image")
     axes.margins(x=0.1)
-    axes.set_ylim(-0.5, len(networks) - 0.5)
+    axes.set(xlabel="MB per image", ylim=(-0.5, len(networks) - 0.5))
     _horizontal(axes, [
         f"{row.case['model']}\n{row.measures['parameters'] / 1e6:.1f} M parameters\n"
         f"{row.measures['forward_flops_per_image'] / 1e9:.3g} GFLOP forward"
@@ -293,7 +275,7 @@ def accuracy_lines(results: Results, path: Path) -> None:
             axes.margins(0.12, 0.06)
             axes.set(xlabel=what, xlim=(0, None))
         every[0].set_ylabel("ImageNet top-1 accuracy (%)")
-        figure.legend(*every[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        _legend(figure, every[-1], loc="outside lower center", ncols=3, fontsize=10)
 
 
 def training_curves(results: Results, path: Path) -> None:
@@ -317,6 +299,30 @@ def training_curves(results: Results, path: Path) -> None:
             axes.legend()
 
 
+def _drawings(results: Results) -> dict[str, Callable[[Results, Path], None]]:
+    """What draws each figure that a result has data for, by the figure's name."""
+    varied = dict.fromkeys(
+        str(row.case["vary"]) for row in results.measured("saved_bytes") if "vary" in row.case
+    )
+    lines = {"depth" if vary == "layers" else vary: partial(memory_lines, vary=vary) for vary in varied}
+    found: dict[str, Callable[[Results, Path], None]] = {}
+    match results.kind:
+        case "train":
+            found |= {"curves": training_curves} if results.rows else {}
+        case "models":
+            found |= {"models": family_bars} if results.measured("saved_bytes_per_image") else {}
+            found |= {"accuracy": accuracy_lines} if results.measured("imagenet_top1_percent") else {}
+        case "primitives":
+            dtypes = dict.fromkeys(str(row.case["dtype"]) for row in results.timed())
+            found |= {f"roofline-{dtype}": partial(roofline, dtype=dtype) for dtype in dtypes}
+        case "quick":
+            found |= {"memory": memory_bars} if results.measured("peak_bytes") else {}
+            found |= {"throughput": throughput_bars} if results.references() else {}
+        case _:
+            found |= {"throughput": speed_dots} if results.references() else {}
+    return found | lines
+
+
 def draw_all(results: Results, folder: Path, stem: str = "", suffix: str = ".png") -> list[Path]:
     """Every figure that the results have data for, into ``folder``; returns the files.
 
@@ -327,7 +333,7 @@ def draw_all(results: Results, folder: Path, stem: str = "", suffix: str = ".png
         suffix: ".png" or ".svg".
     """
     drawn = []
-    for name, draw in KINDS[results.kind].figures(results).items():
+    for name, draw in _drawings(results).items():
         drawn.append(folder / f"{stem}{name}{suffix}")
         draw(results, drawn[-1])
     return drawn

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .family import Family
 from .results import Results, by_peer
 from .suites import SUITES
-from .tables import Draw, Kind, Table, failures, number
+from .tables import Kind, Table, failures, shown
 
 
 class Trainings(Kind):
@@ -26,15 +26,9 @@ class Trainings(Kind):
         return {"accuracy": Table.of(f"training {options['model']} on {options['data']}", runs.values(), {
             "": lambda run: results.label(run[-1]),
             "test accuracy": lambda run: f"{run[-1].measures['test_accuracy']:.2%}",
-            "test loss": lambda run: number(run[-1].measures["test_loss"], ".3f"),
+            "test loss": lambda run: shown(run[-1].measures["test_loss"], ".3f", "not finite"),
             "seconds": lambda run: f"{sum(epoch.median for epoch in run):.0f}",
         }, caption=caption)}  # fmt: skip
-
-    @classmethod
-    def figures(cls, results: Results) -> dict[str, Draw]:
-        from .figures import training_curves
-
-        return {"curves": training_curves} if results.rows else {}
 
 
 KINDS: dict[str, type[Kind]] = {**SUITES, Family.name: Family, Trainings.name: Trainings}

@@ -1,18 +1,29 @@
-"""How much memory a training step takes: what autograd keeps for backward, and the allocator's peak."""
+"""How much memory a training step takes: what autograd keeps for backward, and the allocator's peak.
+
+Of steps that run, and of other DenseNets' steps tracked without running them.
+"""
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from .step import TrainStep
+from ..memory import TrackedStep, largest
+from ..models import DenseNet
+from .errors import reason
+from .peers import OTHERS
+from .step import Step
+
+_TICKS = 6  # of a peer, about: to build it, and to look at five batches
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
@@ -41,7 +52,7 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     return total
 
 
-def step_peaks(step: TrainStep, images: Tensor, labels: Tensor) -> dict[str, int]:
+def step_peaks(step: Step, images: Tensor, labels: Tensor) -> dict[str, int]:
     """The :func:`peaks` of forward and backward.
 
     The parameters' gradients are allocated beforehand. What a library allocates behind PyTorch's
@@ -58,7 +69,7 @@ def step_peaks(step: TrainStep, images: Tensor, labels: Tensor) -> dict[str, int
     return peaks(run, step.device)
 
 
-def step_bytes(step: TrainStep, images: Tensor, labels: Tensor) -> dict[str, int]:
+def step_bytes(step: Step, images: Tensor, labels: Tensor) -> dict[str, int]:
     """What a step keeps for backward, holds at its peak, and what lasts from step to step; takes steps."""
     saved = saved_bytes(step.model, lambda: step.loss(images, labels))
     return {"saved_bytes": saved, **step_peaks(step, images, labels), "lasting_bytes": lasting_bytes(step)}
@@ -83,7 +94,7 @@ def peaks(run: Callable[[], object], device: torch.device) -> dict[str, int]:
     }
 
 
-def lasting_bytes(step: TrainStep) -> int:
+def lasting_bytes(step: Step) -> int:
     """What lives through all steps: parameters, their gradients, buffers and the optimizer's state."""
     state = (t for values in step.optimizer.state.values() for t in values.values())
     gradients = (p.grad for p in step.model.parameters())
@@ -109,3 +120,53 @@ def allocation_levels(run: Callable[[], object]) -> list[int]:
     events.sort(key=lambda e: e.start_ns())
     del result
     return list(itertools.accumulate(e.nbytes() for e in events))
+
+
+def tracked_networks(model: DenseNet) -> dict[str, Callable[[], nn.Module]]:
+    """How to make each network of the model's shape, by the peer's name.
+
+    Their weights are contiguous: channels_last changes next to nothing about the peak.
+    """
+    plain = [peer for peer in OTHERS.values() if peer.mode == "eager" and not peer.channels_last]
+    return {peer.name: functools.partial(peer.build, model, torch.device("cpu")) for peer in plain}
+
+
+def tracking_ticks(model: DenseNet) -> int:
+    """How often :func:`track_peers` ticks, about."""
+    return _TICKS * len(tracked_networks(model))
+
+
+def track_peers(
+    model: DenseNet,
+    tracked: Callable[[nn.Module], TrackedStep],
+    batch: int,
+    budget: int,
+    found: dict[str, dict[str, Any]],
+    tick: Callable[[str], None],
+) -> None:
+    """The peak of each peer's step, and the largest batch whose peak is within the budget.
+
+    Args:
+        model: whose shape, float32 and on the CPU.
+        tracked: makes the step of a network.
+        batch: images.
+        budget: bytes.
+        found: gets ``peak_bytes``, ``largest_batch`` and ``failure`` by the peer's name, as they are known;
+            None is what is not.
+        tick: told what is tracked next.
+    """
+    for name, make in tracked_networks(model).items():
+        row = found[name] = {"peak_bytes": None, "largest_batch": None, "failure": None}
+        tick(f"{name}, building")
+        try:
+            step = tracked(make())
+
+            @functools.cache
+            def peak(batch: int, step: TrackedStep = step, name: str = name) -> int:
+                tick(f"{name}, {batch} images")
+                return step.peak(batch)
+
+            row["peak_bytes"] = peak(batch)
+            row["largest_batch"] = largest(peak, budget, batch)
+        except Exception as error:
+            row["failure"] = reason(error)

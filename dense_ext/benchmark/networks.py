@@ -1,14 +1,16 @@
-"""The networks compared: torchvision's and timm's DenseNets of the same shape as one of ours."""
+"""The networks compared, torchvision's and timm's of the same shape as one of ours, and their arithmetic."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from .. import modules
 from ..memory.network import network_of
@@ -41,16 +43,16 @@ def torchvision_twin(model: DenseNet, memory_efficient: bool = False, device: st
     down to its convolution.
 
     Raises:
-        UsageError: torchvision's DenseNet has no such shape.
+        UnavailableError: torchvision's DenseNet has no such shape.
     """
     from torchvision.models import DenseNet as Library
 
     stem: Any = model.features.conv0
     library = partial(Library, num_init_features=stem.out_channels, memory_efficient=memory_efficient)
-    return _twin(model, library, device, "torchvision", UsageError)
+    return _twin(model, library, device, "torchvision")
 
 
-def timm_twin(model: DenseNet, memory_efficient: bool = False) -> nn.Module:
+def timm_twin(model: DenseNet, memory_efficient: bool = False) -> Any:
     """The same of timm's, on the meta device.
 
     Raises:
@@ -63,23 +65,20 @@ def timm_twin(model: DenseNet, memory_efficient: bool = False) -> nn.Module:
 
     stem: Any = model.features.conv0
     library = partial(Library, in_chans=stem.in_channels, memory_efficient=memory_efficient)
-    return _twin(model, library, "meta", "timm", UnavailableError)
+    return _twin(model, library, "meta", "timm")
 
 
-def _twin(
-    model: DenseNet, library: Callable[..., Any], device: str, name: str, error: type[Exception]
-) -> nn.Module:
+def _twin(model: DenseNet, library: Callable[..., Any], device: str, name: str) -> Any:
     """A library's DenseNet of the model's shape; an error where it has none."""
     shapes = _shapes(model)
     if "features.denseblock1.denselayer1.conv2.weight" not in shapes:
-        raise error(f"{name} has no DenseNet without bottleneck layers")
+        raise UnavailableError(f"{name} has no DenseNet without bottleneck layers")
     growth, bottleneck = shapes["features.denseblock1.denselayer1.conv2.weight"][:2]
+    blocks = tuple(len(m) for m in model.features if isinstance(m, modules.DenseBlock))
+    classes = model.classifier.out_features
     with torch.device(device):
         twin = library(
-            growth_rate=growth,
-            block_config=tuple(len(m) for m in model.features if isinstance(m, modules.DenseBlock)),
-            bn_size=bottleneck // growth,
-            num_classes=model.classifier.out_features,
+            growth_rate=growth, block_config=blocks, bn_size=bottleneck // growth, num_classes=classes
         )
         if not hasattr(model.features, "norm0"):
             outputs, inputs, *_ = shapes["features.conv0.weight"]
@@ -87,7 +86,7 @@ def _twin(
             for part in {"norm0", "relu0", "pool0"} & set(dict(twin.features.named_children())):
                 delattr(twin.features, part)
     if _shapes(twin) != shapes:
-        raise error(f"{name} has no DenseNet of this shape")
+        raise UnavailableError(f"{name} has no DenseNet of this shape")
     return twin
 
 
@@ -124,3 +123,21 @@ def plain(model: nn.Module) -> nn.Module:
     for module in model.modules():
         module.__class__ = _PLAIN.get(type(module), type(module))
     return model
+
+
+def flops_per_image(build: Callable[[], nn.Module], shape: Sequence[int], backward: bool) -> int:
+    """Floating-point operations per image of convolutions and matrix products, 2 per multiply-add.
+
+    They are counted on tensors without memory: nothing is allocated or computed.
+
+    Args:
+        build: makes the network; called without memory.
+        shape: of an image, C, H and W.
+        backward: count forward and backward rather than forward alone.
+    """
+    batch = 2  # batch norm refuses a single value per channel
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        output = build().train()(torch.randn(batch, *shape))
+        if backward:
+            output.sum().backward()
+    return int(counter.get_total_flops()) // batch

@@ -43,28 +43,6 @@ def _figures(results: Results, prefix: str) -> list[Markup]:
         ]
 
 
-def _setting(results: Results) -> dict[str, str]:
-    """What was measured, on what and with what."""
-    machine, gpu = results.machine, results.machine["gpu"]
-    clocks = (
-        f"{name.removesuffix('_hertz').replace('_', ' ')} {hertz / 1e6:.0f} MHz"
-        for name, hertz in machine.get("clocks", {}).items() if hertz
-    )  # fmt: skip
-    return {
-        "measured": results.date.replace("T", " "),
-        "CPU": f"{machine['cpu']}, {machine['cpu_capability']}, {machine['threads']} threads, "
-        f"{machine['memory_bytes'] / 2**30:.1f} GiB",
-        "GPU": f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.0f} GiB" if gpu else "none",
-        "clocks": ", ".join(clocks) or "not known",
-        "commit": results.commit or "not known",
-        "versions": ", ".join(f"{name} {version}" for name, version in results.versions.items() if version),
-        "options": ", ".join(
-            f"{name.replace('_', ' ')} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-            for name, value in results.options.items() if value not in (None, [])
-        ),
-    }  # fmt: skip
-
-
 def page(results: Mapping[Path, Results], tick: Tick = lambda text: None) -> str:
     """The page of these results, in their order.
 
@@ -82,13 +60,8 @@ def page(results: Mapping[Path, Results], tick: Tick = lambda text: None) -> str
     for i, (path, result) in enumerate(results.items()):
         tick(f"drawing {path.name}")
         sections.append({
-            "title": KINDS[result.kind].title,
-            "name": path.stem,
-            "kind": result.kind,
-            "interrupted": result.interrupted,
-            "setting": _setting(result),
-            "figures": _figures(result, f"r{i}-"),
-            "tables": tables_of(result),
+            "title": KINDS[result.kind].title, "name": path.stem, "result": result,
+            "figures": _figures(result, f"r{i}-"), "tables": tables_of(result),
         })  # fmt: skip
     environment = Environment(
         loader=PackageLoader("dense_ext.benchmark", ""), autoescape=True, undefined=StrictUndefined,

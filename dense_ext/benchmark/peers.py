@@ -2,13 +2,13 @@
 
 A name says what a peer is: the library or remedy, how it is run, and ``-cl`` for channels_last memory:
 ``eager``, ``memory-efficient-cl``, ``timm-compile``, ``budget-cl``, ``dense_ext-block-reference-graph``.
-To add a peer, call :func:`_register` at the end of this file.
+To add a peer, add its network to :data:`_NETWORKS`, or its way to run one to :data:`MODES`.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -43,84 +43,77 @@ COMPILED = ("compile", "autotune", "budget")
 
 
 @dataclass(frozen=True)
-class Peer:
-    """One way to run the network."""
+class Network:
+    """A network of a shape, as a library or a remedy has it."""
 
-    name: str  # as on the command line and in result files
-    label: str  # for tables and figures
-    source: str  # whose network: the name without mode and memory format
+    label: str
     twin: Callable[[DenseNet], nn.Module]  # makes it, on the meta device, of one of dense_ext's shape
-    channels_last: bool  # memory format of weights and images
-    mode: str  # a key of MODES; "graph" is the whole step as one CUDA graph
-    forward: str  # the source whose forward without gradients is the same
+    modes: tuple[str, ...] = ("eager",)  # in which it can be run, keys of MODES
+    forward: str | None = None  # another network whose forward without gradients is the same
     recompute: str | None = None  # dense_ext's policy, None for the others
     backend: str | None = None  # dense_ext's; None for the one the run is made with
 
+
+@dataclass(frozen=True)
+class Peer:
+    """One way to run a network."""
+
+    name: str  # as on the command line and in result files
+    label: str  # for tables and figures
+    source: str  # the network's name: this one's without mode and memory format
+    network: Network
+    mode: str  # a key of MODES; "graph" is the whole step as one CUDA graph
+    channels_last: bool  # memory format of weights and images
+
     @property
     def ours(self) -> bool:
-        return self.recompute is not None
-
-    @property
-    def graphed(self) -> bool:
-        return self.mode == "graph"
-
-    @property
-    def compiled(self) -> bool:
-        return self.mode in COMPILED
-
-    @property
-    def engine(self) -> bool:
-        return self.mode in ENGINES
+        return self.network.recompute is not None
 
     def check(self, device: torch.device, dtype: torch.dtype) -> None:
         """Raise UnavailableError if the peer cannot run here, with the reason."""
-        if self.graphed and device.type != "cuda":
+        if self.mode == "graph" and device.type != "cuda":
             raise UnavailableError("CUDA graphs need a GPU")
-        if self.engine:
+        if self.mode in ENGINES:
             engines.check(self.mode, device, dtype)
-        if self.backend is not None and (reason := unavailable_reasons(device, dtype)[self.backend]):
+        backend = self.network.backend
+        if backend is not None and (reason := unavailable_reasons(device, dtype)[backend]):
             raise UnavailableError(reason)
 
     def build(
-        self,
-        model: DenseNet,
-        weights: Mapping[str, Tensor],
-        device: torch.device,
-        backend: str,
-        training: bool = True,
+        self, network: nn.Module, device: torch.device, backend: str = "auto", training: bool = True
     ) -> nn.Module:
-        """The network with ``weights``, float32, on ``device``; in training mode unless told otherwise.
+        """A network as this peer runs it, float32 on ``device``: swapped, in its memory format, compiled.
+
+        Of one of the family that is its twin with the same weights, of any other the network itself.
 
         Raises:
-            UnavailableError: its library is not installed.
+            UnavailableError: its library is not installed, or the peer does not train.
         """
-        return self.prepare(with_weights(self.twin(model), weights, device), backend, training)
-
-    def prepare(self, network: nn.Module, backend: str, training: bool, dimensions: int = 2) -> nn.Module:
-        """A network as this peer runs it: swapped, in its memory format, compiled.
-
-        Raises:
-            UnavailableError: the peer does not train.
-        """
-        if self.recompute is not None:
-            swap(network, recompute=self.recompute, backend=self.backend or backend, strict=True)
-        network = network.to(memory_format=self.memory_format(dimensions)).train(training)  # type: ignore[call-overload]
-        if self.engine:
+        if isinstance(network, DenseNet):
+            network = with_weights(self.network.twin(network), network.state_dict(), device)
+        else:
+            network = network.to(device)
+        if recompute := self.network.recompute:
+            swap(network, recompute=recompute, backend=self.network.backend or backend, strict=True)
+        memory_format = self.memory_format(max(p.dim() for p in network.parameters()))
+        network = network.to(memory_format=memory_format).train(training)  # type: ignore[call-overload]
+        if self.mode in ENGINES:
             if training:
                 raise UnavailableError(f"{MODES[self.mode]} is for inference")
             return Engine(self.mode, network)
-        if self.compiled:
+        if self.mode in COMPILED:
             return torch.compile(network, **_compiler(self.mode))  # type: ignore[return-value]
         return network
 
-    def memory_format(self, dimensions: int = 2) -> torch.memory_format:
+    def memory_format(self, dimensions: int) -> torch.memory_format:
+        """Of the images or the convolutions' weights, of 4 dimensions or for volumes 5."""
         if not self.channels_last:
             return torch.contiguous_format
-        return torch.channels_last if dimensions == 2 else torch.channels_last_3d
+        return torch.channels_last if dimensions == 4 else torch.channels_last_3d
 
     def images(self, batch: Tensor) -> Tensor:
         """The batch in this peer's memory format."""
-        return batch.contiguous(memory_format=self.memory_format(batch.dim() - 2))
+        return batch.contiguous(memory_format=self.memory_format(batch.dim()))
 
 
 def _compiler(mode: str) -> dict[str, Any]:
@@ -149,53 +142,42 @@ def _compile_within_budget(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -
         return compile_fx(graph, list(inputs))
 
 
-PEERS: dict[str, Peer] = {}
-
-
-def _register(
-    source: str,
-    label: str,
-    twin: Callable[[DenseNet], nn.Module],
-    modes: Sequence[str] = ("eager",),
-    forward: str | None = None,
-    **ours: str | None,
-) -> None:
-    """Add a network in each of ``modes`` and both memory formats.
+def _as_peers(source: str, network: Network) -> Iterator[Peer]:
+    """A network in each of its modes and both memory formats.
 
     Engines have a format of their own, and dense_ext's networks are in channels_last.
-
-    Args:
-        source, label, twin, forward: as in :class:`Peer`; ``forward`` is ``source`` unless told otherwise.
-        modes: how it can be run.
-        ours: ``recompute`` and ``backend``.
     """
-    for mode, channels_last in itertools.product(modes, (True,) if ours else (False, True)):
-        if mode in ENGINES and channels_last and not ours:
+    ours = network.recompute is not None
+    for mode, channels_last in itertools.product(network.modes, (False, True)):
+        if channels_last != ours and (ours or mode in ENGINES):
             continue
-        words = [(source, label)] if source != "eager" or mode == "eager" else []
+        words = [(source, network.label)] if source != "eager" or mode == "eager" else []
         words += [(mode, MODES[mode])] if mode != "eager" else []
         words += [("cl", "channels_last")] if channels_last and not ours else []
-        name, text = "-".join(word for word, _ in words), ", ".join(said for _, said in words)
-        PEERS[name] = Peer(name, text, source, twin, channels_last, mode, forward or source, **ours)
+        name, label = "-".join(word for word, _ in words), ", ".join(said for _, said in words)
+        yield Peer(name, label, source, network, mode, channels_last)
 
 
 _PLAIN_OR_COMPILED = ("eager", "compile", "autotune")
-_register("eager", "eager", torchvision_twin, tuple(MODES))
 _efficient = partial(torchvision_twin, memory_efficient=True)
-_register("memory-efficient", "memory_efficient", _efficient, _PLAIN_OR_COMPILED, forward="eager")
-_register("timm", "timm", lambda model: timm_twin(model), _PLAIN_OR_COMPILED)
-_register(
-    "timm-memory-efficient", "timm, memory_efficient",
-    lambda model: timm_twin(model, memory_efficient=True), forward="timm",
-)  # fmt: skip
-_register("checkpoint", "checkpointed blocks", checkpointed_twin, forward="eager")
-OTHERS = dict(PEERS)
-for _policy, _backend in itertools.product(RECOMPUTE, (None, *BACKENDS)):
-    _register(
-        "-".join(filter(None, ("dense_ext", _policy, _backend))),
-        ", ".join(filter(None, (f"dense_ext, recompute {_policy}", _backend))),
-        torchvision_twin, ("eager", "graph", "aotinductor"), "dense_ext", recompute=_policy, backend=_backend,
-    )  # fmt: skip
+_NETWORKS = {
+    "eager": Network("eager", torchvision_twin, tuple(MODES)),
+    "memory-efficient": Network("memory_efficient", _efficient, _PLAIN_OR_COMPILED, "eager"),
+    "timm": Network("timm", lambda model: timm_twin(model), _PLAIN_OR_COMPILED),
+    "timm-memory-efficient": Network(
+        "timm, memory_efficient", lambda model: timm_twin(model, memory_efficient=True), forward="timm"
+    ),
+    "checkpoint": Network("checkpointed blocks", checkpointed_twin, forward="eager"),
+}
+_OURS = {
+    "-".join(filter(None, ("dense_ext", policy, backend))): Network(
+        ", ".join(filter(None, (f"dense_ext, recompute {policy}", backend))), torchvision_twin,
+        ("eager", "graph", "aotinductor"), "dense_ext", policy, backend,
+    )
+    for policy, backend in itertools.product(RECOMPUTE, (None, *BACKENDS))
+}  # fmt: skip
+PEERS = {peer.name: peer for of in (_NETWORKS | _OURS).items() for peer in _as_peers(*of)}
+OTHERS = {name: peer for name, peer in PEERS.items() if not peer.ours}
 
 # The small set: what torchvision offers as it comes.
 EAGER = {name: PEERS[name] for name in ("eager", "eager-cl", "memory-efficient", "memory-efficient-cl")}
@@ -226,7 +208,8 @@ def for_inference(peers: Sequence[Peer]) -> list[Peer]:
     """The first of those that differ only in what they keep for backward, each time."""
     found: dict[tuple[object, ...], Peer] = {}
     for peer in peers:
-        mode = "compile" if peer.mode == "budget" else peer.mode
-        kept = replace(peer, label=peer.label.replace(f", recompute {peer.recompute}", ""))
-        found.setdefault((peer.forward, mode, peer.channels_last, peer.backend), kept)
+        network, mode = peer.network, "compile" if peer.mode == "budget" else peer.mode
+        kept = replace(peer, label=peer.label.replace(f", recompute {network.recompute}", ""))
+        same = network.forward or peer.source, mode, peer.channels_last, network.backend
+        found.setdefault(same, kept)
     return list(found.values())

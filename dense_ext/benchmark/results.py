@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_atomically
-from .errors import UnavailableError, UsageError, reason
-from .machine import commit, machine, versions
+from ..machine import commit, machine, versions
+from .errors import UsageError, reason
 from .memory import collect
 
 Tick = Callable[[str], None]  # told what comes next
@@ -57,8 +57,6 @@ class Measurement:
         """An exception inside becomes the row's failure; the memory that it held is given back."""
         try:
             yield
-        except UnavailableError as error:
-            self.fail(reason(error))  # nothing ran
         except Exception as error:
             self.fail(reason(error))
             collect()
@@ -110,6 +108,35 @@ class Results:
 
     def ours(self, row: Measurement) -> bool:
         return self.peers[row.peer].ours
+
+    @property
+    def dimensions(self) -> int:
+        """Of what the networks take: images have two, volumes three."""
+        return 3 if self.kind == "volumes" else 2
+
+    @property
+    def per(self) -> str:
+        """What the networks take, as in "GFLOP an image"."""
+        return "a volume" if self.dimensions == 3 else "an image"
+
+    @property
+    def on(self) -> str:
+        """The GPU, or the CPU and how many threads ran on it."""
+        machine, gpu = self.machine, self.options["device"].startswith("cuda")
+        return machine["gpu"]["name"] if gpu else f"{machine['cpu']}, threads: {machine['threads']}"
+
+    def sides(self, case: Labels) -> str:
+        """An image's or a volume's size in pixels."""
+        return "x".join([str(case["size"])] * self.dimensions)
+
+    def network(self, case: Labels) -> str:
+        """A network, how many images it takes and their size."""
+        return f"{case['model']}, {case['batch']} x {self.sides(case)}"
+
+    def setting(self, case: Labels) -> str:
+        """Network, images and machine in a line."""
+        what = f"{case['batch']} {self.per.split()[1]}s of {self.sides(case)}"
+        return f"{case['model']}, {what}, {case['dtype']}, {self.on}"
 
     def timed(self) -> list[Measurement]:
         """The rows with samples."""

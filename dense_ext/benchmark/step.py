@@ -14,34 +14,45 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _WARM_UP = 3  # calls; lets libraries choose algorithms and take their workspace outside the recording
 
 
-class TrainStep:
-    """A model with its optimizer; calling it does one step and returns the loss, not synchronised.
+class Step:
+    """A training step, or without an optimizer a forward without gradients; not synchronised.
 
     Args:
-        model: float32 parameters.
-        optimizer: over the model's parameters.
+        model: float32 parameters, in the mode to run it in.
         dtype: other than float32 the forward runs under autocast to it; float16 scales the loss.
         device: the model's.
+        optimizer: over the model's parameters.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, dtype: torch.dtype, device: torch.device
+        self,
+        model: nn.Module,
+        dtype: torch.dtype,
+        device: torch.device,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
-        self.model, self.optimizer, self.dtype, self.device = model, optimizer, dtype, device
+        self.model, self.dtype, self.device = model, dtype, device
+        self.optimizer: Any = optimizer
         self.scaler = GradScaler(device.type, enabled=dtype == torch.float16)
 
-    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross entropy, with its graph."""
-        return self.loss_and_logits(images, labels)[0]
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def loss_and_logits(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss and the logits [N, classes], with their graph."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        """Mean cross entropy and the logits [N, classes], with their graph."""
+        with self._autocast():
             logits = self.model(images)
             return F.cross_entropy(logits, labels), logits
 
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        return self.loss_and_logits(images, labels)[0]
+
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The loss before the step's update, detached."""
+        """The loss before the step's update, detached; without an optimizer the logits."""
+        if self.optimizer is None:
+            with torch.no_grad(), self._autocast():
+                logits: Tensor = self.model(images)
+                return logits
         self.optimizer.zero_grad()
         loss, _ = self.loss_and_logits(images, labels)
         torch.autograd.backward(self.scaler.scale(loss))
@@ -50,30 +61,9 @@ class TrainStep:
         return loss.detach()
 
 
-def sgd_step(model: nn.Module, dtype: torch.dtype, device: torch.device) -> TrainStep:
+def sgd_step(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Step:
     """The step that is measured: SGD with learning rate 0.01 and momentum 0.9."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    return TrainStep(model, optimizer, dtype, device)
-
-
-class InferenceStep:
-    """A model's forward without gradients; calling it returns the logits, not synchronised.
-
-    Args:
-        model: in the mode to run it in.
-        dtype: other than float32 by autocast.
-        device: the model's.
-    """
-
-    def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-        self.model, self.dtype, self.device = model, dtype, device
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Logits [N, classes]; ``labels`` are there to be called like a training step."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits: Tensor = self.model(images)
-            return logits
+    return Step(model, dtype, device, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
 
 
 class GraphedStep:

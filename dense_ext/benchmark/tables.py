@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 from .results import Labels, Measurement, Results, case_text
 
-Draw = Callable[[Results, Path], None]  # writes a figure of a result into a file
 Columns = dict[str, Callable[[Any], str]]  # by heading: the text of a row's cell
 
 
@@ -26,34 +24,32 @@ class Table:
     short: bool = False  # for the README and the documentation, made of what other tables say
 
     @classmethod
-    def of(cls, title: str, rows: Iterable[Any], columns: Columns, **how: Any) -> Table:
-        """A line for each of ``rows``; the other fields by name."""
-        return cls(title, list(columns), [[cell(row) for cell in columns.values()] for row in rows], **how)
+    def of(cls, title: str, rows: Iterable[Any], columns: Columns, left: int = 1, **how: Any) -> Table:
+        """A line for each of ``rows``, without number columns in which no row has a number."""
+        rows = list(rows)
+        cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
+        kept = [name for i, name in enumerate(cells) if i < left or set(cells[name]) != {"-"}]
+        return cls(title, kept, list(zip(*map(cells.get, kept), strict=True)), left, **how)
 
-    def without_empty_columns(self) -> Table:
-        """The table without number columns in which no row has a number."""
-        kept = [
-            i for i in range(len(self.header)) if i < self.left or any(row[i] != "-" for row in self.rows)
-        ]
-        rows = [[row[i] for i in kept] for row in self.rows]
-        return replace(self, header=[self.header[i] for i in kept], rows=rows)
+    @classmethod
+    def pivot(cls, title: str, cells: Mapping[tuple[str, str], str], corner: str = "", **how: Any) -> Table:
+        """Cells by the names of their row and column; "-" where there is none."""
+        rows, columns = (dict.fromkeys(names) for names in zip(*cells, strict=True)) if cells else ({}, {})
+        lines = [[row, *(cells.get((row, column), "-") for column in columns)] for row in rows]
+        return cls(title, [corner, *columns], lines, **how)
 
 
 EMPTY = Table("", (), ())
 
 
 class Kind:
-    """A kind of result, and what it looks like: tables, which may be empty, and figures, by name."""
+    """A kind of result, and what it looks like: its tables by name, which may be empty."""
 
     name: ClassVar[str]  # in result files and on the command line
     title: ClassVar[str]  # of its section in the report
 
     @classmethod
     def tables(cls, results: Results) -> dict[str, Table]:
-        raise NotImplementedError
-
-    @classmethod
-    def figures(cls, results: Results) -> dict[str, Draw]:
         raise NotImplementedError
 
 
@@ -70,31 +66,9 @@ def failures(results: Results) -> Table:
     return Table("not measured", ("peer", "where", "why"), rows, left=3)
 
 
-def machine_name(results: Results) -> str:
-    """The GPU, or the CPU and how many threads ran on it."""
-    machine, gpu = results.machine, results.options["device"].startswith("cuda")
-    return machine["gpu"]["name"] if gpu else f"{machine['cpu']}, threads: {machine['threads']}"
-
-
-def sides(case: Labels, dimensions: int = 2) -> str:
-    """An image's or a volume's size in pixels."""
-    return "x".join([str(case["size"])] * dimensions)
-
-
-def setting(results: Results, case: Labels, dimensions: int = 2) -> str:
-    """Network, images and machine in a line."""
-    what = f"{case['batch']} {'images' if dimensions == 2 else 'volumes'} of {sides(case, dimensions)}"
-    return f"{case['model']}, {what}, {case['dtype']}, {machine_name(results)}"
-
-
-def number(value: float | None, spec: str) -> str:
-    """A number, or that it was not finite."""
-    return "not finite" if value is None else format(value, spec)
-
-
-def shown(value: float | None, spec: str) -> str:
-    """A number, or "-" where there is none."""
-    return "-" if value is None else format(value, spec)
+def shown(value: float | None, spec: str, none: str = "-") -> str:
+    """A number, or what says that there is none."""
+    return none if value is None else format(value, spec)
 
 
 def megabytes(measure: str, spec: str = ".1f", per_image: bool = False) -> Callable[[Measurement], str]:
@@ -130,13 +104,3 @@ def ratios(results: Results) -> Columns:
         return shown(results.ratios(row)[name], ".2f")
 
     return {f"{name} = 1": partial(cell, name=name) for name in results.references()}
-
-
-def pivot(cells: Mapping[tuple[str, str], str]) -> tuple[list[str], Columns]:
-    """The names of the rows, and the columns, of cells by both names; "-" where there is none."""
-
-    def cell(row: str, column: str) -> str:
-        return cells.get((row, column), "-")
-
-    rows, columns = (dict.fromkeys(names) for names in zip(*cells, strict=True)) if cells else ({}, {})
-    return list(rows), {column: partial(cell, column=column) for column in columns}

@@ -43,10 +43,12 @@ def bench(
         str | None,
         option("Names from dense-ext models; quick takes one.", "densenet121; speed suites: the family"),
     ] = None,
-    batch: Annotated[int | None, option("Images a step, timing.", "16; GPU: 64; suites: their own")] = None,
-    size: Annotated[int | None, option("Height and width in pixels, timing.", "128; GPU: 224")] = None,
-    memory_batch: Annotated[int | None, option("Images a step, for memory.", "8; GPU: --batch")] = None,
-    memory_size: Annotated[int | None, option("Pixels, for memory.", "224; GPU: --size")] = None,
+    batch: Annotated[
+        int | None, option("Images a step.", "16, memory: 8; GPU: 64; suites: their own")
+    ] = None,
+    size: Annotated[
+        int | None, option("Height and width in pixels.", "128, memory: 224; GPU: 224; CIFAR: 32")
+    ] = None,
     dtype: Annotated[
         str | None,
         option(
@@ -94,7 +96,7 @@ def bench(
     models = listed([model or ""])
     for name in models:
         check_model_name(name)
-    check_positive(batch=batch, size=size, memory_batch=memory_batch, memory_size=memory_size, rounds=rounds)
+    check_positive(batch=batch, size=size, rounds=rounds)
     check(budget is None or budget > 0, f"--budget must be positive, got {budget}")
     where = check_device(device)
     dtypes = listed([dtype or (SUITES[suite].gpu_dtype if where.type == "cuda" else "float32")])
@@ -102,9 +104,8 @@ def bench(
         check_choice("--dtype", name, tuple(DTYPES))
         check_backend(backend, where, DTYPES[name])
     options = Options(
-        models=tuple(models), batch=batch, size=size, memory_batch=memory_batch, memory_size=memory_size,
-        dtypes=tuple(dtypes), device=str(where), backend=backend, rounds=rounds, depth=depth,
-        budget=None if budget is None else int(budget * 1e9),
+        models=tuple(models), batch=batch, size=size, dtypes=tuple(dtypes), device=str(where),
+        backend=backend, rounds=rounds, depth=depth, budget=None if budget is None else int(budget * 1e9),
     )  # fmt: skip
     chosen, path = choose(listed(peers), listed(recompute)), out / f"{suite}.json"
     check_new(path, overwrite)

@@ -25,7 +25,7 @@ def _auto(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _collect() -> dict[str, Any]:
-    from ..benchmark.machine import machine, versions
+    from ..machine import machine, versions
 
     rows = []
     for device in _devices():

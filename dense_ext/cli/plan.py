@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ..memory import Estimate, Planner, device_memory, parse_bytes
+from ..memory import Estimate, Planner, TrackedStep, device_memory, parse_bytes
 from ..memory.step import OPTIMIZERS, PARTS
 from ..models import MODELS
 from ..schedule import RECOMPUTE
@@ -107,12 +107,12 @@ def _policy(planner: Planner, policy: str, batch: int, budget: int) -> dict[str,
 
 def _track(found: dict[str, Any]) -> None:
     """Fill ``found["peers"]``; Ctrl-C keeps those that are done."""
-    from ..benchmark.tracked import ticks, track_peers
+    from ..benchmark.memory import track_peers, tracking_ticks
 
-    model, dtype = MODELS[found["model"]](), getattr(torch, found["dtype"])
-    setting = found["batch"], found["size"], found["memory_bytes"], dtype, found["optimizer"]
-    track = partial(track_peers, model, *setting, found["peers"])
-    found["interrupted"] = measure(track, ticks(model))
+    model, shape, dtype = MODELS[found["model"]](), (3, found["size"], found["size"]), found["dtype"]
+    step = partial(TrackedStep, image_shape=shape, dtype=getattr(torch, dtype), optimizer=found["optimizer"])
+    track = partial(track_peers, model, step, found["batch"], found["memory_bytes"], found["peers"])
+    found["interrupted"] = measure(track, tracking_ticks(model))
 
 
 def _shown(nbytes: int) -> str:

@@ -27,9 +27,9 @@ from .output import end, measure
 
 if TYPE_CHECKING:
     from ..backends.triton.configs import Row
-    from ..benchmark.primitives import PrimitiveCase
     from ..benchmark.results import Results
     from ..benchmark.suites import Options
+    from ..benchmark.suites.primitives import PrimitiveCase
     from ..tuning.triton import Tuned
 
 T = TypeVar("T")
@@ -183,7 +183,7 @@ def _cases(model: str, batch: int, size: int) -> list[PrimitiveCase]:
         UsageError: the images are too small for the network.
     """
     from ..benchmark.errors import UsageError
-    from ..benchmark.primitives import model_cases
+    from ..benchmark.suites.primitives import model_cases
     from ..models import MODELS
 
     try:

@@ -163,7 +163,7 @@ class Training:
         )
         networks = {OURS: model.to(memory_format=torch.channels_last)}  # type: ignore[call-overload]
         if settings["peer"]:
-            networks[PEER] = EAGER["eager-cl"].build(model, model.state_dict(), torch.device("cpu"), backend)
+            networks[PEER] = EAGER["eager-cl"].build(model, torch.device("cpu"))
         self._modules = {
             name: Classifier(network, settings, data, batch, workers) for name, network in networks.items()
         }

@@ -13,8 +13,7 @@ import torch
 from ..backends import BACKENDS
 from ..backends.triton import launch
 from ..backends.triton.configs import Config, Row, find_config, trying
-from ..benchmark.primitives import PrimitiveCase
-from ..benchmark.suites.primitives import backend_error
+from ..benchmark.suites.primitives import PrimitiveCase, backend_error
 from ..benchmark.timing import ColdTimer
 
 Key = tuple[str, str, str, str]

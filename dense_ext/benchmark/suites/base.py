@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...models import MODELS, DenseNet
+from ...models import MODELS
 from ..errors import UsageError
 from ..memory import collect, step_bytes
 from ..networks import image_size
 from ..peers import Peer
 from ..results import Labels, Measurement, PeerLabel, Results, Tick, case_text
-from ..step import DTYPES, TrainStep, sgd_step
+from ..step import DTYPES, Step, sgd_step
 from ..tables import Kind
 from ..timing import copy_bandwidth, matmul_rate
 
@@ -34,8 +34,6 @@ class Options:
     models: tuple[str, ...] = ()  # names from dense_ext.models.MODELS
     batch: int | None = None  # images a step
     size: int | None = None  # their height and width in pixels
-    memory_batch: int | None = None  # the same where quick counts memory
-    memory_size: int | None = None
     dtypes: tuple[str, ...] = ("float32",)  # names from step.DTYPES; other than float32 by autocast
     device: str = "cpu"
     backend: str = "auto"  # dense_ext's
@@ -92,7 +90,7 @@ class Suite(Kind):
 
     summary: ClassVar[str]  # what it measures, for --help
     models: ClassVar[tuple[str, ...]] = ("densenet121",)  # empty for a suite with networks of its own
-    dimensions: ClassVar[int] = 2  # of an image
+    pixels: ClassVar[tuple[int, int]] = (128, 224)  # of images for ImageNet, on a CPU and on a GPU
     timed: ClassVar[bool] = True
     gpu_dtype: ClassVar[str] = "bfloat16"  # on a GPU, unless told otherwise; on a CPU it is float32
 
@@ -102,6 +100,11 @@ class Suite(Kind):
         self.options, self.peers, self.results = options, peers, results
         self.device = torch.device(options.device)
         self.gpu = self.device.type == "cuda"
+        # The networks by name, and the height and width of their images, as asked for or as they take them.
+        self.sizes = {
+            name: options.size or image_size(name, self.pixels[self.gpu])
+            for name in options.models or self.models
+        }
         results.peers = {p.name: PeerLabel(p.label, p.ours, p.mode) for p in peers}
 
     @abstractmethod
@@ -121,23 +124,14 @@ class Suite(Kind):
 
     def measure_rates(self) -> None:
         """What the machine copies and multiplies; called again, the best of both times."""
-        before = self.results.work.get("matmul_flops_per_second", {})
         self.tick("the machine's rates")
+        before = self.results.work or {"copy_bytes_per_second": 0, "matmul_flops_per_second": {}}
+        best, copied = before["matmul_flops_per_second"], before["copy_bytes_per_second"]
         rates = {dtype: matmul_rate(self.device, DTYPES[dtype]) for dtype in self.options.dtypes}
         self.results.work = {
-            "copy_bytes_per_second": self.results.work.get("copy_bytes_per_second")
-            or copy_bandwidth(self.device),
-            "matmul_flops_per_second": {name: max(r, before.get(name, 0)) for name, r in rates.items()},
+            "copy_bytes_per_second": max(copied, copy_bandwidth(self.device)),
+            "matmul_flops_per_second": {dtype: max(r, best.get(dtype, 0)) for dtype, r in rates.items()},
         }
-
-    def pixels(self, model: str, large: int | None = None) -> int:
-        """Height and width of a network's images, by name: as asked for, or as its kind takes them.
-
-        Args:
-            model: its name.
-            large: what a network for ImageNet takes; None for what is timed.
-        """
-        return self.options.size or image_size(model, large or (224 if self.gpu else 128))
 
     def row(self, case: Labels, peer: str) -> Measurement:
         """A new row of the results."""
@@ -154,19 +148,18 @@ class Suite(Kind):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
             network = case.build(case.classes)
-        backend = self.options.backend
-        if isinstance(network, DenseNet):  # of the family; peers run any other network itself
-            return peer.build(network, network.state_dict(), self.device, backend, training)
-        return peer.prepare(network.to(self.device), backend, training, self.dimensions)
+        return peer.build(network, self.device, self.options.backend, training)
 
     def batch(self, case: Case, peer: Peer) -> tuple[Tensor, Tensor]:
         """Noise, the same for every peer, and labels; speed and memory do not depend on what images show."""
         generator = torch.Generator().manual_seed(SEED)
-        images = torch.randn(case.batch, case.channels, *[case.size] * self.dimensions, generator=generator)
+        images = torch.randn(
+            case.batch, case.channels, *[case.size] * self.results.dimensions, generator=generator
+        )
         labels = torch.arange(case.batch, device=self.device) % case.classes
         return peer.images(images.to(self.device)), labels
 
-    def training_step(self, case: Case, peer: Peer) -> tuple[TrainStep, Tensor, Tensor]:
+    def training_step(self, case: Case, peer: Peer) -> tuple[Step, Tensor, Tensor]:
         """The peer's training step, and what to call it with."""
         return sgd_step(self.network(case, peer), DTYPES[case.dtype], self.device), *self.batch(case, peer)
 

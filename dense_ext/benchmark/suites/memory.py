@@ -13,7 +13,7 @@ from ..memory import lasting_bytes, step_peaks
 from ..networks import small_densenet
 from ..peers import Peer
 from ..results import Results, case_text
-from ..tables import EMPTY, Draw, Table, megabytes, pivot
+from ..tables import EMPTY, Table, megabytes
 from .base import Case, Options, Suite, model_case, release
 
 _SIZE = 32
@@ -24,32 +24,41 @@ GROWTH_RATE = 12  # of the paper's networks
 _SEARCHES = {"largest_batch": ("largest batch", "images"), "deepest": ("deepest network", "layers")}
 
 
-class _CountedSuite(Suite):
-    """A suite that counts the bytes of training steps, and looks for what fits a budget by running it.
+class MemorySuite(Suite):
+    """Bytes of training steps against depth, growth rate and batch, and what fits a budget by running it.
 
-    Peers that are recorded as a graph are left out: what is counted is a step that runs.
+    The largest batch is that of networks of the family; bytes are those of the papers' networks for small
+    images. Peers that are recorded as a graph are left out: what is counted is a step that runs.
     """
 
+    name = "memory"
+    title = "Memory"
+    summary = "the largest batch that fits; bytes against depth, growth rate and batch"
+    pixels = (224, 224)
     timed = False
-    cpu_budget: ClassVar[int]  # bytes, unless told otherwise
-    gpu_budget = 8 * 10**9
-    sought: ClassVar[str]  # the measure that is looked for: a key of _SEARCHES
-    varied: ClassVar[str]  # and the label of a case that it is
-    first: ClassVar[int]  # the number a search begins with
-    most: ClassVar[int]  # and the one it ends at
+    budgets: ClassVar[tuple[int, int]] = (10**9, 8 * 10**9)  # bytes, unless told otherwise: CPU, GPU
+    # The measure that is looked for, a key of _SEARCHES, and the label of a case that it is.
+    sought, varied = "largest_batch", "batch"
+    first, most = 2, 2**16  # where a search begins, and ends; one image may be one value a channel
 
     def __init__(self, options: Options, peers: list[Peer], results: Results) -> None:
-        super().__init__(options, [peer for peer in peers if not peer.graphed], results)
-        self.budget = options.budget or (self.gpu_budget if self.gpu else self.cpu_budget)
+        super().__init__(options, [peer for peer in peers if peer.mode != "graph"], results)
+        self.budget = options.budget or self.budgets[self.gpu]
         self.images = options.batch or (64 if self.gpu else 4)
 
     def cases(self, dtype: str) -> list[Case]:
-        """What bytes are counted of."""
-        raise NotImplementedError
+        """What bytes are counted of: one of depth, growth rate and batch varies at a time."""
+        depth, batch = 100 if self.gpu else 40, self.images
+        depths = (40, 100, 160, 220, 280) if self.gpu else (22, 40, 58, 76)
+        return [
+            *(self.case("depth", d, GROWTH_RATE, batch, dtype) for d in depths),
+            *(self.case("growth_rate", depth, k, batch, dtype) for k in (12, 24, 40)),
+            *(self.case("batch", depth, GROWTH_RATE, n * batch, dtype) for n in (1, 2, 4)),
+        ]
 
     def searches(self, dtype: str) -> list[Callable[[int], Case]]:
         """A case of each network by a number, whose largest is looked for."""
-        raise NotImplementedError
+        return [partial(model_case, name, size, dtype) for name, size in self.sizes.items()]
 
     def case(self, vary: str, depth: int, growth_rate: int, batch: int, dtype: str) -> Case:
         """One of the papers' networks for small images."""
@@ -102,11 +111,27 @@ class _CountedSuite(Suite):
         found = {"batches": _fitting(results, "largest_batch"), "deepest": _fitting(results, "deepest")}
         return found | {vary: _against(results, vary) for vary in _varied(results)}
 
-    @classmethod
-    def figures(cls, results: Results) -> dict[str, Draw]:
-        from ..figures import memory_lines
 
-        return {vary: partial(memory_lines, vary=vary) for vary in _varied(results)}
+class PaperSuite(MemorySuite):
+    """The comparison of arXiv 1707.06990: DenseNet-BC of growth rate 12 on images of 32x32.
+
+    Memory against depth, and how deep a network fits a budget.
+    """
+
+    name = "paper"
+    title = "Memory against depth, after arXiv 1707.06990"
+    summary = "the comparison of arXiv 1707.06990: memory against depth, and the deepest network that fits"
+    models = ()
+    budgets = (10**8, 8 * 10**9)
+    sought, varied = "deepest", "depth"
+    first, most = 20, 10_000  # layers in a block
+
+    def cases(self, dtype: str) -> list[Case]:
+        depths = (40, 100, 160, 220, 280, 340, 400) if self.gpu else (22, 40, 64, 88, 112)
+        return [self.case("depth", depth, GROWTH_RATE, self.images, dtype) for depth in depths]
+
+    def searches(self, dtype: str) -> list[Callable[[int], Case]]:
+        return [lambda layers: self.case("budget", 6 * layers + 4, GROWTH_RATE, self.images, dtype)]
 
 
 def _varied(results: Results) -> list[str]:
@@ -133,56 +158,5 @@ def _fitting(results: Results, measure: str) -> Table:
         return EMPTY
     what, unit = _SEARCHES[measure]
     found = {(results.label(r), case_text(r.case, "budget_bytes")): str(r.measures[measure]) for r in rows}
-    peers, columns = pivot(found)
     caption = f"{unit} that train in {int(rows[0].case['budget_bytes']) / 1e6:g} MB"
-    return Table.of(f"{what} that fits", peers, {"": str, **columns}, caption=caption)
-
-
-class MemorySuite(_CountedSuite):
-    """The largest batch within a budget; bytes saved and at peak against depth, growth rate and batch.
-
-    The first by network of the family, the others of the papers' networks for small images.
-    """
-
-    name = "memory"
-    title = "Memory"
-    summary = "the largest batch that fits; bytes against depth, growth rate and batch"
-    cpu_budget = 10**9
-    sought, varied = "largest_batch", "batch"
-    first, most = 2, 2**16  # one image may be one value a channel
-
-    def cases(self, dtype: str) -> list[Case]:
-        """One of depth, growth rate and batch varies at a time."""
-        depth, batch = 100 if self.gpu else 40, self.images
-        depths = (40, 100, 160, 220, 280) if self.gpu else (22, 40, 58, 76)
-        return [
-            *(self.case("depth", d, 12, batch, dtype) for d in depths),
-            *(self.case("growth_rate", depth, k, batch, dtype) for k in (12, 24, 40)),
-            *(self.case("batch", depth, 12, n * batch, dtype) for n in (1, 2, 4)),
-        ]
-
-    def searches(self, dtype: str) -> list[Callable[[int], Case]]:
-        names = self.options.models or self.models
-        return [partial(model_case, name, self.pixels(name, 224), dtype) for name in names]
-
-
-class PaperSuite(_CountedSuite):
-    """The comparison of arXiv 1707.06990: DenseNet-BC of growth rate 12 on images of 32x32.
-
-    Memory against depth, and how deep a network fits a budget.
-    """
-
-    name = "paper"
-    title = "Memory against depth, after arXiv 1707.06990"
-    summary = "the comparison of arXiv 1707.06990: memory against depth, and the deepest network that fits"
-    models = ()
-    cpu_budget = 10**8
-    sought, varied = "deepest", "depth"
-    first, most = 20, 10_000  # layers in a block
-
-    def cases(self, dtype: str) -> list[Case]:
-        depths = (40, 100, 160, 220, 280, 340, 400) if self.gpu else (22, 40, 64, 88, 112)
-        return [self.case("depth", depth, GROWTH_RATE, self.images, dtype) for depth in depths]
-
-    def searches(self, dtype: str) -> list[Callable[[int], Case]]:
-        return [lambda layers: self.case("budget", 6 * layers + 4, GROWTH_RATE, self.images, dtype)]
+    return Table.pivot(f"{what} that fits", found, caption=caption)

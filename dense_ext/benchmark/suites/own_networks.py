@@ -2,85 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
-from typing import ClassVar
-
 from torch import nn
 
-from ..errors import UnavailableError, UsageError
+from ..errors import UnavailableError
 from ..kernelbench import DENSENET_121, DENSENET_201, JoinedDenseNet, ListedBlock, PlainDenseNet, Shrink
-from ..peers import MODES, OTHERS, Peer
-from ..results import Labels, Results
-from ..tables import Table, machine_name, shown, sides
-from .base import Case, Options
-from .speed import InferenceSuite, StepSuite, TimedSuite
+from ..results import Results
+from ..tables import Table
+from .speed import Network, TimedSuite
 
 
-@dataclass(frozen=True)
-class Network:
-    """A network, and what it is measured on unless told otherwise: on a CPU, on a GPU."""
-
-    label: str
-    build: Callable[[int], nn.Module]  # for a number of classes, where it has some
-    batch: tuple[int, int]
-    size: tuple[int, int]  # height and width in pixels
-    channels: int = 3
-    published: Mapping[str, float] = field(default_factory=dict)  # milliseconds by PUBLISHED_FOR
-
-    def case(self, dtype: str, gpu: bool, batch: int | None = None, size: int | None = None) -> Case:
-        """What is measured; of another batch or size if they are given."""
-        batch, size = batch or self.batch[gpu], size or self.size[gpu]
-        return Case(self.build, batch, size, dtype, {"model": self.label}, self.channels)
-
-
-class OwnNetworks(TimedSuite):
-    """A suite of networks that are not of the family.
-
-    Of the peers, those that run the network itself: eager in both memory formats and dense_ext, in
-    :attr:`modes`.
-
-    Raises:
-        UsageError: none of the other peers is served, or the images are too small.
-    """
-
-    models = ()
-    networks: ClassVar[tuple[Network, ...]]
-    modes: ClassVar[tuple[str, ...]] = tuple(MODES)
-
-    def __init__(self, options: Options, peers: list[Peer], results: Results) -> None:
-        served = [p for p in peers if p.mode in self.modes and (p.ours or p.source == "eager")]
-        if all(peer.ours for peer in served):
-            known = [p.name for p in OTHERS.values() if p.mode in self.modes and p.source == "eager"]
-            raise UsageError(f"of the peers, --suite {self.name} has {', '.join(known)}; got none of them")
-        super().__init__(options, served, results)
-        for case in self.cases():
-            self.flops(case)
-
-    def cases(self) -> list[Case]:
-        options = self.options
-        return [
-            network.case(dtype, self.gpu, options.batch, options.size)
-            for network in self.networks
-            for dtype in options.dtypes
-        ]
-
-
-class RecognisedSuite(OwnNetworks, StepSuite):
+class RecognisedSuite(TimedSuite):
     """Training steps of KernelBench's DenseNet-121, and of a DenseNet-BC whose layers call torch.cat."""
 
     name = "recognised"
     title = "Training steps of recognised networks"
     summary = "training steps of two networks of classes that dense_ext does not know"
+    models = ()
     networks = (
         Network(
             "DenseNet-121 of plain layers", lambda classes: PlainDenseNet(DENSENET_121, classes=classes),
             (8, 64), (128, 224),
         ),
-        Network(
-            "DenseNet-BC-40-12", lambda classes: JoinedDenseNet(6, classes=classes), (8, 64), (32, 32)
-        ),
+        Network("DenseNet-BC-40-12", lambda classes: JoinedDenseNet(6, classes=classes), (8, 64), (32, 32)),
     )  # fmt: skip
 
 
@@ -98,7 +41,7 @@ def monai_densenet121(classes: int) -> nn.Module:
     return network
 
 
-class VolumeSuite(OwnNetworks, StepSuite):
+class VolumeSuite(TimedSuite):
     """Training steps on cubes of noise; ``size`` is their side.
 
     Raises:
@@ -108,22 +51,18 @@ class VolumeSuite(OwnNetworks, StepSuite):
     name = "volumes"
     title = "Training steps on volumes"
     summary = "training steps of MONAI's network in three dimensions"
+    models = ()
     networks = (Network("monai densenet121 3-D", monai_densenet121, (4, 8), (64, 96), channels=1),)
     modes = ("eager", "graph")
-    dimensions = 3
-    per = "a volume"
     tolerance = 10  # a channel has few values in the last block, and rounding shows all the more
 
 
 # Published times are means of 100 calls on an H100 (80 GB HBM3) in float32, with cold caches. They stand in
 # https://github.com/ScalingIntelligence/KernelBench, folder results/timing/H100_Modal.
-PUBLISHED_FOR = {
-    "eager": "KernelBench's H100, eager",
-    "inductor": "KernelBench's H100, torch.compile",
-}
+PUBLISHED_FOR = {"eager": "KernelBench's H100, eager", "inductor": "KernelBench's H100, torch.compile"}
 
 
-class KernelBenchSuite(OwnNetworks, InferenceSuite):
+class KernelBenchSuite(TimedSuite):
     """The DenseNet problems of KernelBench's level 3 (arXiv 2502.10517), as KernelBench times them.
 
     Forward passes in training mode without gradients: batch norm takes the batch's statistics and updates
@@ -133,6 +72,8 @@ class KernelBenchSuite(OwnNetworks, InferenceSuite):
     name = "kernelbench"
     title = "KernelBench's DenseNets"
     summary = "forward passes of KernelBench's level 3, problems 13 to 16, in training mode without gradients"
+    models = ()
+    training = False
     batch_statistics = True
     gpu_dtype = "float32"
     networks = (
@@ -161,29 +102,25 @@ class KernelBenchSuite(OwnNetworks, InferenceSuite):
     @classmethod
     def _by_problem(cls, results: Results) -> Table:
         """Medians in milliseconds, a row per case; on a GPU with the published times of the same case."""
-        on_gpu = results.options["device"].startswith("cuda")
+        options, cells = results.options, {}
+        on_gpu = options["device"].startswith("cuda")
         published = {str(n.case("float32", gpu=True).as_json()): n.published for n in cls.networks if on_gpu}
         ours = [name for name, peer in results.peers.items() if peer.ours]
-        references = results.references().items()
-
-        def milliseconds(case: Labels, name: str) -> str:
-            seconds = results.fastest(case, [name])
-            return shown(seconds and 1e3 * seconds, ".4g")
-
-        def ratio(case: Labels, among: list[str]) -> str:
-            least, other = results.fastest(case, ours), results.fastest(case, among)
-            return shown(other / least if least and other else None, ".2f")
-
-        def known(case: Labels, mode: str) -> str:
-            return shown(published.get(str(case), {}).get(mode), "g")
-
+        several = len(options["dtypes"]) > 1
+        for case in results.timed_cases():
+            problem = results.network(case) + f", {case['dtype']}" * several
+            for name, peer in results.peers.items():
+                if least := results.fastest(case, [name]):
+                    cells[problem, peer.label] = f"{1e3 * least:.4g}"
+            for name, among in results.references().items():
+                least, other = results.fastest(case, ours), results.fastest(case, among)
+                if least and other:
+                    cells[problem, f"dense_ext, {name} = 1"] = f"{other / least:.2f}"
+            for mode, milliseconds in published.get(str(case), {}).items():
+                cells[problem, PUBLISHED_FOR[mode]] = f"{milliseconds:g}"
         caption = (
-            f"{', '.join(results.options['dtypes'])}, {machine_name(results)}; "
-            f"PyTorch {results.versions['torch']}; medians of {results.options['rounds']} rounds"
+            f"{', '.join(options['dtypes'])}, {results.on}; "
+            f"PyTorch {results.versions['torch']}; medians of {options['rounds']} rounds"
         )
-        return Table.of("forward in training mode without gradients", results.timed_cases(), {
-            "milliseconds": lambda case: f"{case['model']}, {case['batch']} x {sides(case)}",
-            **{peer.label: partial(milliseconds, name=name) for name, peer in results.peers.items()},
-            **{f"dense_ext, {name} = 1": partial(ratio, among=among) for name, among in references},
-            **{label: partial(known, mode=mode) for mode, label in PUBLISHED_FOR.items()},
-        }, caption=caption).without_empty_columns()  # fmt: skip
+        title = "forward in training mode without gradients"
+        return Table.pivot(title, cells, "milliseconds", caption=caption)

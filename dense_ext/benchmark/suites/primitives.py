@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...backends import BACKENDS
-from ...backends.base import Backend
+from ...backends.base import Backend, accumulate_dtype
 from ...backends.reference import ReferenceBackend
-from ...backends.table import TABLE, primitive_of
-from ...models import MODELS
+from ...backends.table import TABLE, Shape, primitive_of
+from ...models import MODELS, DenseNet
+from ...modules import DenseBlock, FusedFeatures, Transition
 from ..errors import UnavailableError
 from ..peers import Peer
-from ..primitives import PrimitiveCase, model_cases
 from ..results import Measurement, PeerLabel, Results
 from ..step import DTYPES
-from ..tables import Draw, Table, number, times
+from ..tables import Table, shown, times
 from ..timing import ColdTimer
 from .base import Options, Suite
 
-ATEN, COMPILED = "aten", "compile"
+ATEN = "aten"
 _REFERENCE = ReferenceBackend()
 
 Arguments = dict[str, Any]
@@ -40,26 +43,117 @@ _AFTER_ACTIVATION: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function
+@dataclass(frozen=True)
+class PrimitiveCase:
+    """One call of a primitive in a DenseNet."""
+
+    primitive: str
+    where: str  # in the network, e.g. "block 1, layer 6"
+    shapes: dict[str, Shape]  # of its tensor arguments
+    widths: dict[str, int] = field(default_factory=dict)  # of buffers that arguments are slices of
+
+    def tensors(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | float | int]:
+        """The arguments of a call: random, of order one."""
+        generator = torch.Generator(device).manual_seed(0)
+        scalars: dict[str, Tensor | float | int] = {**TABLE[self.primitive].scalars}
+        return scalars | {name: self._tensor(name, dtype, device, generator) for name in self.shapes}
+
+    def _tensor(
+        self, name: str, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    ) -> Tensor:
+        shape = self.shapes[name]
+        if len(shape) < 4:
+            vector = torch.rand(shape, device=device, generator=generator, dtype=accumulate_dtype(dtype))
+            # Repeated calls may feed on their own output (grad_bn and grad are scratch): it keeps its size.
+            small = name in ("z_u", "z_v", "u", "v")
+            return torch.ones_like(vector) if name == "z_scale" else vector * 1e-3 if small else vector + 0.5
+        wide = (*shape[:-1], self.widths.get(name, shape[-1]))
+        values = torch.randn(wide, device=device, generator=generator)
+        if name.endswith("weight"):
+            values /= math.sqrt(math.prod(shape[1:]))
+        return values.to(dtype)[..., : shape[-1]]
 
 
-def unfused(
-    primitive: str, tensors: Arguments, through: Callable[..., Any] = _as_it_is
-) -> Callable[[], Sequence[Tensor]]:
+def _case(primitive: str, where: str, slices: dict[str, int], **sizes: Shape) -> PrimitiveCase:
+    """A call by the sizes of its arguments' dimensions; those in ``slices`` are of buffers so wide."""
+    return PrimitiveCase(primitive, where, TABLE[primitive].shapes(**sizes), slices)
+
+
+def _block_cases(where: str, block: DenseBlock, shape: Shape) -> Iterator[PrimitiveCase]:
+    """The first, the middle and the last layer, and what a block does once."""
+    *p, c0 = shape[0], *shape[2:], shape[1]
+    parameters = [p for p in next(iter(block.values())).parameters() if p.dim() == 4]
+    growth, bottleneck = parameters[-1].shape[0], parameters[0].shape[0] if len(parameters) == 2 else 0
+    width = c0 + len(block) * growth  # of the buffer that layers read slices of, and write one to
+
+    def case(primitive: str, slices: str = "", layer: str = "", **sizes: int) -> PrimitiveCase:
+        channels = {name: (size,) for name, size in sizes.items()}
+        return _case(primitive, where + layer, dict.fromkeys(slices.split(), width), p=tuple(p), **channels)
+
+    yield case("channel_stats", "x", c=c0)
+    yield case("affine_gradient", "grad x", c=c0)
+    for i in sorted({0, len(block) // 2, len(block) - 1}):
+        layer, c = f", layer {i + 1}", c0 + i * growth
+        yield case("bn_scale_shift", layer=layer, c=c)
+        yield case("bn_gradient", layer=layer, c=c)
+        if bottleneck:
+            yield case("bn_relu_conv1x1_forward", "x", layer, c=c, b=bottleneck)
+            yield case("bn_relu_conv1x1_backward", "x grad_x", layer, c=c, b=bottleneck)
+        else:
+            yield case("scaled_accumulate", "out", layer, c=c)
+        read, inner = ("", bottleneck) if bottleneck else ("z ", c)
+        yield case("bn_relu_conv3x3_forward", read + "y", layer, c=inner, k=growth)
+        yield case("bn_relu_conv3x3_backward", read + "grad y", layer, c=inner, k=growth)
+
+
+def _pool_cases(where: str, shape: Shape, out_channels: int | None = None) -> Iterator[PrimitiveCase]:
+    """A transition's calls, or without ``out_channels`` the stem's."""
+    n, c, h, w = shape
+    if out_channels is None:
+        pool, q = "bn_relu_maxpool", (n, (h - 1) // 2 + 1, (w - 1) // 2 + 1)
+    else:
+        pool, q = "bn_relu_pool_conv1x1", (n, h // 2, w // 2)
+    for direction in ("forward", "norm_backward"):
+        yield _case(f"{pool}_{direction}", where, {}, p=(n, h, w), q=q, c=(c,), k=(out_channels or c,))
+
+
+def model_cases(build: Callable[[], DenseNet], batch: int, size: int) -> list[PrimitiveCase]:
+    """The calls of a training step's primitives, of the first, middle and last layer of each block.
+
+    Args:
+        build: makes the network, which is run on tensors without memory to see its shapes.
+        batch, size: images, and their height and width in pixels.
+    """
+    seen: dict[str, tuple[Tensor, Tensor]] = {}  # input and output
+    with FakeTensorMode(), torch.no_grad():
+        model = build()
+        for name, module in model.features.named_children():
+            if isinstance(module, DenseBlock | Transition) or name == "conv0":
+                module.register_forward_hook(lambda _, args, y, name=name: seen.update({name: (args[0], y)}))
+        model(torch.empty(batch, 3, size, size))
+    found: list[PrimitiveCase] = []
+    for name, (x, y) in seen.items():
+        module = model.features.get_submodule(name)
+        if isinstance(module, DenseBlock):
+            found += _block_cases(name.replace("denseblock", "block "), module, tuple(x.shape))
+        elif isinstance(module, Transition):
+            weight = next(p for p in module.parameters() if p.dim() == 4)
+            where = name.replace("transition", "transition ")
+            found += _pool_cases(where, tuple(x.shape), weight.shape[0])
+        elif name == "conv0" and isinstance(model.features, FusedFeatures):
+            found += _pool_cases("stem", tuple(y.shape))
+    return found
+
+
+def unfused(primitive: str, tensors: Arguments) -> Callable[[], Sequence[Tensor]]:
     """The primitive as PyTorch's modules do it one by one, batch norm over a dense input included.
 
     Backward is autograd's of input, norm and weight; its forward has run before. A primitive that
     is no module runs as the reference backend's formula.
-
-    Args:
-        primitive: its method.
-        tensors: its arguments.
-        through: what the function goes through before it is called, as torch.compile.
     """
     name, _, direction = primitive_of(primitive).rpartition("_")
     if name not in _AFTER_ACTIVATION:
-        return partial(through(_outputs), _REFERENCE, primitive, tensors)
+        return partial(_outputs, _REFERENCE, primitive, tensors)
     backward = direction == "backward"
 
     def leaf(tensor: Tensor) -> Tensor:
@@ -70,11 +164,10 @@ def unfused(
     scale, shift = (leaf(tensors[n]) for n in ("scale", "shift"))
     weights = [leaf(tensors["weight"])] if "weight" in tensors else []
 
-    def modules(x: Tensor, scale: Tensor, shift: Tensor, *weights: Tensor) -> Tensor:
+    def forward() -> Tensor:
         activated = F.relu(F.batch_norm(x, None, None, scale, shift, training=True))
         return _AFTER_ACTIVATION[name](activated, *weights)
 
-    forward = partial(through(modules), x, scale, shift, *weights)
     if not backward:
         return torch.no_grad()(lambda: (forward(),))
     y = forward()
@@ -105,18 +198,17 @@ def backend_error(backend: str, case: PrimitiveCase, tensors: Arguments) -> floa
     return relative_error(got, _outputs(_REFERENCE, case.primitive, _doubled(tensors)))
 
 
-def unfused_error(case: PrimitiveCase, tensors: Arguments, through: Callable[..., Any] = _as_it_is) -> float:
-    """The error of what PyTorch does, compiled or not, against its operators in float64."""
-    got = unfused(case.primitive, copy.deepcopy(tensors), through)()
+def unfused_error(case: PrimitiveCase, tensors: Arguments) -> float:
+    """The error of what PyTorch does against the same in float64."""
+    got = unfused(case.primitive, copy.deepcopy(tensors))()
     return relative_error(got, unfused(case.primitive, _doubled(tensors))())
 
 
 class PrimitiveSuite(Suite):
     """Every primitive by backend and dtype, beside unfused ATen, on the shapes of networks.
 
-    A backend that is asked for by name is the only one. Where a peer that is compiled is asked for, so is
-    ATen. On a CPU each round goes through all other rows, so that what a row's samples say of the machine's
-    noise is that of the whole run, not of one moment.
+    A backend that is asked for by name is the only one. On a CPU each round goes through all rows, so that
+    what a row's samples say of the machine's noise is that of the whole run, not of one moment.
     """
 
     name = "primitives"
@@ -127,27 +219,21 @@ class PrimitiveSuite(Suite):
         super().__init__(options, peers, results)
         backends = BACKENDS if options.backend == "auto" else [options.backend]
         results.peers = {ATEN: PeerLabel("unfused ATen", ours=False)}
-        if any(peer.mode == "compile" for peer in peers):
-            results.peers[COMPILED] = PeerLabel("torch.compile", ours=False, mode="compile")
         results.peers |= {name: PeerLabel(f"dense_ext, {name}", ours=True) for name in backends}
-        self.cases = self._cases()
         self.rounds = 1 if self.gpu else options.rounds  # of one sample each; on a GPU one of all samples
-
-    def _cases(self) -> list[PrimitiveCase]:
-        """The cases of the models, equal ones once."""
-        batch = self.options.batch or (64 if self.gpu else 2)
-        found: dict[str, PrimitiveCase] = {}
-        for name in self.options.models or self.models:
-            for case in model_cases(MODELS[name], batch, self.pixels(name)):
-                found.setdefault(f"{case.primitive}{case.shapes}{case.widths}", case)
-        return list(found.values())
+        batch = options.batch or (64 if self.gpu else 2)
+        cases: dict[str, PrimitiveCase] = {}  # equal ones once
+        for name, size in self.sizes.items():
+            for case in model_cases(MODELS[name], batch, size):
+                cases.setdefault(f"{case.primitive}{case.shapes}{case.widths}", case)
+        self.cases = list(cases.values())
 
     def ticks(self) -> int:
         return 1 + self.rounds * len(self.cases) * len(self.options.dtypes) * len(self.results.peers)
 
     def measure(self) -> None:
         self.measure_rates()
-        self.timer = ColdTimer(self.device)
+        timer, samples = ColdTimer(self.device), self.options.rounds // self.rounds
         for i in range(self.rounds):
             rows = iter(self.results.rows[:])
             for case, dtype in itertools.product(self.cases, self.options.dtypes):
@@ -155,10 +241,12 @@ class PrimitiveSuite(Suite):
                 for peer in self.results.peers:
                     self.tick(f"{case.primitive}, {case.where}, {dtype}, {peer}")
                     row = next(rows) if i > 0 else self.new_row(case, dtype, peer)
-                    # What was compiled is not to be compiled again.
-                    if row.failure is None and not (peer == COMPILED and i > 0):
+                    if row.failure is None:
                         with row.failing():
-                            self.fill(row, case, tensors)
+                            call, error = self.call(row, case, tensors)
+                            if i == 0:
+                                row.measures["relative_error"] = error()
+                            row.seconds += timer.samples(call, samples)
 
     def new_row(self, case: PrimitiveCase, dtype: str, peer: str) -> Measurement:
         shapes = {name: "x".join(map(str, shape)) for name, shape in case.shapes.items() if len(shape) == 4}
@@ -173,25 +261,17 @@ class PrimitiveSuite(Suite):
         }
         return row
 
-    def fill(self, row: Measurement, case: PrimitiveCase, tensors: Arguments) -> None:
-        """A round's times of one row, and its error."""
-        samples = self.options.rounds // self.rounds
-        if row.peer in (ATEN, COMPILED):
-            through: Callable[..., Any] = _as_it_is
-            if row.peer == COMPILED:
-                torch._dynamo.reset()  # or each call would look through what was compiled before
-                through, samples = partial(torch.compile, dynamic=False), self.options.rounds
-            error: Callable[[], float] = partial(unfused_error, case, tensors, through)
-            call: Callable[[], object] = unfused(case.primitive, tensors, through)
-        else:
-            backend, dtype = BACKENDS[row.peer], DTYPES[str(row.case["dtype"])]
-            if reason := backend.unavailable_reason(primitive_of(case.primitive), self.device, dtype):
-                raise UnavailableError(reason)
-            error = partial(backend_error, row.peer, case, tensors)
-            call = partial(getattr(backend, case.primitive), **tensors)
-        if "relative_error" not in row.measures:
-            row.measures["relative_error"] = error()
-        row.seconds += self.timer.samples(call, samples)
+    def call(
+        self, row: Measurement, case: PrimitiveCase, tensors: Arguments
+    ) -> tuple[Callable[[], object], Callable[[], float]]:
+        """What is timed of a row, and what gives its error."""
+        if row.peer == ATEN:
+            return unfused(case.primitive, tensors), partial(unfused_error, case, tensors)
+        backend, dtype = BACKENDS[row.peer], DTYPES[str(row.case["dtype"])]
+        if reason := backend.unavailable_reason(primitive_of(case.primitive), self.device, dtype):
+            raise UnavailableError(reason)
+        error = partial(backend_error, row.peer, case, tensors)
+        return partial(getattr(backend, case.primitive), **tensors), error
 
     @classmethod
     def tables(cls, results: Results) -> dict[str, Table]:
@@ -215,12 +295,5 @@ class PrimitiveSuite(Suite):
             "of copy": lambda row: f"{bandwidth(row) / results.work['copy_bytes_per_second']:.0%}",
             "GFLOP/s": lambda row: f"{row.measures['flops'] / row.median / 1e9:.4g}",
             "of matmul": lambda row: f"{results.matmul_share(row):.0%}",
-            "error": lambda row: number(row.measures["relative_error"], ".1e"),
+            "error": lambda row: shown(row.measures["relative_error"], ".1e", "not finite"),
         }, left=4)}  # fmt: skip
-
-    @classmethod
-    def figures(cls, results: Results) -> dict[str, Draw]:
-        from ..figures import roofline
-
-        dtypes = dict.fromkeys(str(row.case["dtype"]) for row in results.timed())
-        return {f"roofline-{dtype}": partial(roofline, dtype=dtype) for dtype in dtypes}

@@ -5,28 +5,29 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 
 from ...models import DenseNet
 from ..errors import UsageError
 from ..memory import saved_bytes
-from ..networks import torchvision_twin
+from ..networks import image_size, torchvision_twin
 from ..peers import Peer
 from ..results import Measurement, Results, by_peer
 from ..step import DTYPES
-from ..tables import EMPTY, Draw, Table, images_per_second, megabytes, ratios, setting, sides
-from .base import Case, Options, model_case, release
-from .speed import StepSuite
+from ..tables import EMPTY, Table, images_per_second, megabytes, ratios
+from .base import Options, release
+from .speed import TimedSuite
 
 # A block as in the CIFAR networks; a small image, so that 400 layers fit anywhere.
 GROWTH_RATE, IN_CHANNELS, SIZE = 12, 24, 8
 DEPTHS = (25, 100, 200, 300, 400)
 
 
-class QuickSuite(StepSuite):
-    """A training step of one network, its memory counted on other images than its speed if asked for.
+class QuickSuite(TimedSuite):
+    """A training step of one network, and the memory of one block against its depth.
+
+    Unless told what to measure on, a CPU counts the step's memory on other images than it times.
 
     Raises:
         UsageError: several models or dtypes, or one that torchvision has no twin of.
@@ -36,74 +37,57 @@ class QuickSuite(StepSuite):
     title = "A training step"
     summary = "memory and speed of a training step of one network, and memory against depth"
     models = ("densenet121",)
+    batches = (16,), (64,)
 
     def __init__(self, options: Options, peers: list[Peer], results: Results) -> None:
         if len(options.models) > 1 or len(options.dtypes) > 1:
             raise UsageError("--suite quick takes one --model and one --dtype")
         super().__init__(options, peers, results)
+        (self.case,), (name,) = self.cases(), self.sizes
+        self.memory_case = self.case
+        if not (self.gpu or options.batch or options.size):
+            self.memory_case = replace(self.case, batch=8, size=image_size(name))
         with torch.device("meta"):
-            torchvision_twin(self.cases()[0].build(10))  # refuses what torchvision has no twin of
-
-    def cases(self) -> list[Case]:
-        options, gpu = self.options, self.gpu
-        batch, size = options.batch or (64 if gpu else 16), options.size or (224 if gpu else 128)
-        return [model_case((options.models or self.models)[0], size, options.dtypes[0], batch)]
-
-    def memory_case(self) -> Case:
-        """What memory is counted on."""
-        (case,), options, gpu = self.cases(), self.options, self.gpu
-        batch, size = (case.batch, case.size) if gpu else (8, 224)
-        return replace(case, batch=options.memory_batch or batch, size=options.memory_size or size)
-
-    def depth_peers(self) -> list[Peer]:
-        """One memory format suffices for the memory of a block."""
-        plain = [p for p in self.peers if p.mode == "eager" and p.source in ("eager", "memory-efficient")]
-        ours = [p for p in self.peers if p.ours and p.mode == "eager"]
-        return [*{p.source: p for p in plain}.values(), *ours] if self.options.depth else []
+            torchvision_twin(self.case.build(10))  # refuses what torchvision has no twin of
+        # One memory format suffices for the memory of a block.
+        plain = {
+            p.source: p for p in peers if p.mode == "eager" and p.source in ("eager", "memory-efficient")
+        }
+        ours = [peer for peer in peers if peer.ours and peer.mode == "eager"]
+        self.depth_peers = [*plain.values(), *ours] if options.depth else []
 
     def ticks(self) -> int:
-        memory = 0 if self.memory_case() == self.cases()[0] else len(self.peers)
-        return super().ticks() + memory + len(self.depth_peers()) * len(DEPTHS)
+        counted = len(self.peers) if self.memory_case != self.case else 0
+        return super().ticks() + counted + len(self.depth_peers) * len(DEPTHS)
 
     def measure(self) -> None:
-        case = self.memory_case()
-        if case != self.cases()[0]:
+        if self.memory_case != self.case:
             for peer in self.peers:
-                self.count(case, peer)
+                self.count(self.memory_case, peer)
         super().measure()
         release()
-        for peer in self.depth_peers():
+        for peer in self.depth_peers:
             for layers in DEPTHS:
                 self.tick(f"{peer.name}, block of {layers} layers")
                 row = self.row({
                     "vary": "layers", "layers": layers, "growth_rate": GROWTH_RATE, "batch": 1, "size": SIZE,
-                    "bottleneck": 4 * GROWTH_RATE, "dtype": self.options.dtypes[0],
+                    "bottleneck": 4 * GROWTH_RATE, "dtype": self.case.dtype,
                 }, peer.name)  # fmt: skip
                 with row.failing():
-                    dtype = DTYPES[self.options.dtypes[0]]
-                    kept = block_bytes(peer, layers, self.device, dtype, self.options.backend)
+                    kept = block_bytes(
+                        peer, layers, self.device, DTYPES[self.case.dtype], self.options.backend
+                    )
                     row.measures["saved_bytes"] = kept
 
     @classmethod
     def tables(cls, results: Results) -> dict[str, Table]:
         return {"summary": _summary(results), **super().tables(results), "depth": _depth(results)}
 
-    @classmethod
-    def figures(cls, results: Results) -> dict[str, Draw]:
-        from ..figures import KEPT, memory_bars, memory_lines, throughput_bars
-
-        found: dict[str, Draw] = {"memory": memory_bars} if results.measured("peak_bytes") else {}
-        if results.references():
-            found["throughput"] = throughput_bars
-        if _depth_rows(results):
-            found["depth"] = partial(memory_lines, vary="layers", of="one dense block", panels=KEPT)
-        return found
-
 
 def block_bytes(peer: Peer, layers: int, device: torch.device, dtype: torch.dtype, backend: str) -> int:
     """Bytes that a block of ``layers`` layers keeps of an image, measured by a forward pass."""
     model = DenseNet(GROWTH_RATE, (layers,), IN_CHANNELS, small_inputs=True)
-    network = peer.build(model, model.state_dict(), device, backend)
+    network = peer.build(model, device, backend)
     block = network.get_submodule("features.denseblock1")
     # A block's input comes from a convolution, which under autocast gives ``dtype``.
     x = peer.images(torch.rand(1, IN_CHANNELS, SIZE, SIZE, device=device, dtype=dtype)).requires_grad_()
@@ -153,10 +137,10 @@ def _summary(results: Results) -> Table:
     def of_timed(cell: Callable[[Measurement], str]) -> Callable[[Measurement], str]:
         return lambda row: cell(timed[row.peer]) if row.peer in timed else "-"
 
-    caption = f"memory: {setting(results, eager.case)}"
+    caption = f"memory: {results.setting(eager.case)}"
     if timed:
         case = next(iter(timed.values())).case
-        caption += f"; speed: {case['batch']} images of {sides(case)}, medians of "
+        caption += f"; speed: {case['batch']} images of {results.sides(case)}, medians of "
         caption += f"{results.options['rounds']} rounds, PyTorch {results.versions['torch']}"
     speed = {"images/s": images_per_second, **ratios(results)}
     return Table.of("memory and speed of a training step", rows, {
@@ -164,4 +148,4 @@ def _summary(results: Results) -> Table:
         f"times less than {results.label(eager)}": lambda row: f"{kept / row.measures['saved_bytes']:.1f}",
         "peak, MB an image": megabytes("peak_bytes", per_image=True),
         **{name: of_timed(cell) for name, cell in speed.items()},
-    }, caption=caption).without_empty_columns()  # fmt: skip
+    }, caption=caption)  # fmt: skip

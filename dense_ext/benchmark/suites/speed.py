@@ -1,37 +1,24 @@
-"""Speed of training steps and of inference over the family."""
+"""Speed of training steps and of inference: of the family, and of networks that are not of it."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...packing import pack_weights
 from ...swap import report
+from ..engines import ENGINES
 from ..errors import UsageError
-from ..flops import flops_per_image
 from ..memory import peaks, step_bytes
-from ..networks import plain
-from ..peers import Peer, for_inference
+from ..networks import flops_per_image, plain
+from ..peers import MODES, OTHERS, Peer, for_inference
 from ..results import Labels, Measurement, PeerLabel, Results
-from ..step import DTYPES, GraphedStep, InferenceStep, TrainStep
-from ..tables import (
-    EMPTY,
-    Columns,
-    Draw,
-    Table,
-    images_per_second,
-    machine_name,
-    megabytes,
-    pivot,
-    ratios,
-    setting,
-    sides,
-    times,
-)
+from ..step import DTYPES, GraphedStep, Step
+from ..tables import EMPTY, Columns, Table, images_per_second, megabytes, ratios, times
 from ..timing import calls_per_sample, interleave
 from .base import Case, Options, Suite, model_case, release
 
@@ -50,29 +37,69 @@ WRONG = {
 }
 
 
+@dataclass(frozen=True)
+class Network:
+    """A network that is not of the family, and its cases unless told otherwise: on a CPU, on a GPU."""
+
+    label: str
+    build: Callable[[int], nn.Module]  # for a number of classes, where it has some
+    batch: tuple[int, int]
+    size: tuple[int, int]  # height and width in pixels
+    channels: int = 3
+    published: Mapping[str, float] = field(default_factory=dict)  # milliseconds on a GPU, by PUBLISHED_FOR
+
+    def case(self, dtype: str, gpu: bool, batch: int | None = None, size: int | None = None) -> Case:
+        """What is measured; of another batch or size if they are given."""
+        batch, size = batch or self.batch[gpu], size or self.size[gpu]
+        return Case(self.build, batch, size, dtype, {"model": self.label}, self.channels)
+
+
 class TimedSuite(Suite):
-    """Times a call of each peer, case by case.
+    """Times a call of each peer, case by case: a training step, or a forward without gradients.
 
     On a CPU the rounds of all peers are interleaved, so that a slow minute falls on every one. On a
     GPU a peer is timed alone: the memory its graphs hold must not be taken from the next.
+
+    Of inference, peers that differ only in what they keep for backward run once, and dense_ext's weights
+    are packed. Networks that are not of the family are run by those peers that run the network itself:
+    eager in both memory formats and dense_ext.
+
+    Raises:
+        UsageError: none of the other peers runs networks of one's own, or the images are too small.
     """
 
     models: ClassVar[tuple[str, ...]] = FAMILY
-    training: ClassVar[bool]
+    networks: ClassVar[tuple[Network, ...]] = ()  # where they are not of the family
+    modes: ClassVar[tuple[str, ...]] = tuple(MODES)  # in which those are run
+    # Images a call, where no option says so: few on a CPU, where all peers of a case are in memory.
+    batches: ClassVar[tuple[tuple[int, ...], tuple[int, ...]]] = (4,), (64,)
+    training: ClassVar[bool] = True
+    batch_statistics: ClassVar[bool] = False  # whether networks are in training mode for inference
     tolerance: ClassVar[float] = 1  # of what losses of networks for images may differ by
-    per: ClassVar[str] = "an image"
 
-    def batches(self) -> tuple[int, ...]:
-        """Images a call, where no option says so: few on a CPU, where all peers of a case are in memory."""
-        return (64,) if self.gpu else (4,)
+    def __init__(self, options: Options, peers: list[Peer], results: Results) -> None:
+        if self.networks:
+            others = [p.name for p in OTHERS.values() if p.source == "eager" and p.mode in self.modes]
+            peers = [p for p in peers if p.name in others or (p.ours and p.mode in self.modes)]
+            if all(peer.ours for peer in peers):
+                known = f"of the peers, --suite {self.name} has {', '.join(others)}"
+                raise UsageError(f"{known}; got none of them")
+        super().__init__(options, peers if self.training else for_inference(peers), results)
+        for case in self.cases() if self.networks else []:
+            self.flops(case)
 
     def cases(self) -> list[Case]:
-        batches = (self.options.batch,) if self.options.batch else self.batches()
-        return [
-            model_case(name, self.pixels(name), dtype, batch)
-            for name in self.options.models or self.models
-            for batch in batches
-            for dtype in self.options.dtypes
+        options = self.options
+        own = [
+            network.case(dtype, self.gpu, options.batch, options.size)
+            for network in self.networks
+            for dtype in options.dtypes
+        ]
+        return own or [
+            model_case(name, size, dtype, batch)
+            for name, size in self.sizes.items()
+            for batch in ((options.batch,) if options.batch else self.batches[self.gpu])
+            for dtype in options.dtypes
         ]
 
     def ticks(self) -> int:
@@ -94,11 +121,11 @@ class TimedSuite(Suite):
         Raises:
             UsageError: the images are too small for the network.
         """
-        shape = (case.channels, *[case.size] * self.dimensions)
+        shape = (case.channels, *[case.size] * self.results.dimensions)
         try:
             return flops_per_image(lambda: plain(case.build(case.classes)), shape, self.training)
         except (RuntimeError, ValueError) as error:
-            what = f"{self.per.split()[1]}s of side {case.size}"
+            what = f"{self.results.per.split()[1]}s of side {case.size}"
             raise UsageError(f"{what} are too small for {case.labels['model']}: {error}") from error
 
     def time(self, case: Case, peers: list[Peer], flops: int, rows: list[Measurement]) -> None:
@@ -113,7 +140,7 @@ class TimedSuite(Suite):
                 step, *arguments = self.prepare(case, peer, row)
                 if peer.ours:
                     row.served_by = list(dict.fromkeys(part.detail for part in report(step.model).rows))
-                call = partial(GraphedStep(step, self.device) if peer.graphed else step, *arguments)
+                call = partial(GraphedStep(step, self.device) if peer.mode == "graph" else step, *arguments)
                 # The others' are more than a graph's eager calls, and what torch.compile takes to be done.
                 plain_calls = peer.mode == "eager" and not self.gpu
                 # A loss is its own norm; of logits the norm is compared.
@@ -128,61 +155,60 @@ class TimedSuite(Suite):
         for row, _ in timed:
             row.calls_per_sample = count
         # An engine's threads still wait for work, on all cores, when the next peer's call begins.
-        settles = any(peer.engine for peer in peers)
+        settles = any(peer.mode in ENGINES for peer in peers)
         interleave(timed, self.device, self.options.rounds, self.tick, settles)
 
-    @abstractmethod
-    def prepare(
-        self, case: Case, peer: Peer, row: Measurement
-    ) -> tuple[TrainStep | InferenceStep, Tensor, Tensor]:
+    def prepare(self, case: Case, peer: Peer, row: Measurement) -> tuple[Step, Tensor, Tensor]:
         """The step to time and what to call it with; measures its memory on the way."""
+        if self.training:
+            if peer.mode != "graph":  # what a graph holds is its own, not what a step that runs allocates
+                row.measures |= step_bytes(*self.training_step(case, peer))
+            # Anew, as measuring took steps, which changed the weights.
+            return self.training_step(case, peer)
+        images, labels = self.batch(case, peer)
+        network = self.network(case, peer, self.batch_statistics)
+        if peer.ours:
+            pack_weights(network)
+        step = Step(network, DTYPES[case.dtype], self.device)
+        step(images, labels)
+        if peer.mode not in ("graph", *ENGINES):  # whose memory PyTorch's allocator does not give
+            row.measures |= peaks(lambda: step(images, labels), self.device)
+        return step, images, labels
 
     @classmethod
     def tables(cls, results: Results) -> dict[str, Table]:
         """Each row with samples; where there is one case, it stands below the table."""
-        rows, cases = results.timed(), results.timed_cases()
-        network: Columns = {
-            "network": lambda row: (
-                f"{row.case['model']}, {row.case['batch']} x {sides(row.case, cls.dimensions)}, "
-                f"{row.case['dtype']}"
-            )
-        }
-        several = len(cases) != 1
-        speed = Table.of(f"speed: {cls.title.lower()}", rows, {
-            **(network if several else {}), "": results.label, **times(), "images/s": images_per_second,
-            **ratios(results), "of matmul rate": lambda row: f"{results.matmul_share(row):.0%}",
+        cases = results.timed_cases()
+        one = cases[0] if len(cases) == 1 else None
+        network: Columns = {"network": lambda row: f"{results.network(row.case)}, {row.case['dtype']}"}
+        speed = Table.of(f"speed: {cls.title.lower()}", results.timed(), {
+            **({} if one else network), "": results.label, **times(),
+            "images/s": images_per_second, **ratios(results),
+            "of matmul rate": lambda row: f"{results.matmul_share(row):.0%}",
             "kept, MB": megabytes("saved_bytes"), "peak, MB": megabytes("peak_bytes"),
-        }, left=1 + several, caption=cls._caption(results, cases))  # fmt: skip
-        return {"speed": speed.without_empty_columns(), "networks": _by_network(results, cls.dimensions)}
+        }, left=1 if one else 2, caption=cls._caption(results, one))  # fmt: skip
+        return {"speed": speed, "networks": _by_network(results)}
 
     @classmethod
-    def _caption(cls, results: Results, cases: list[Labels]) -> str:
+    def _caption(cls, results: Results, case: Labels | None) -> str:
         """What was measured; of one case also what bounds it, where it comes near that bound."""
-        one = len(cases) == 1
-        where = setting(results, cases[0], cls.dimensions) if one else machine_name(results)
+        where = results.setting(case) if case else results.on
         text = f"{where}; PyTorch {results.versions['torch']}; {results.options['rounds']} rounds"
-        if not one:
+        if not case:
             return text
         row, work = results.timed()[0], results.work
         what = "step" if cls.training else "call"
         near = max(results.matmul_share(other) for other in results.timed()) > 0.5
         begin = f"What bounds the {what} is arithmetic:" if near else f"A {what} takes"
-        flops = row.measures["flops"] / int(row.case["batch"])
-        multiplies = work["matmul_flops_per_second"][row.case["dtype"]] / 1e9
+        flops = row.measures["flops"] / int(case["batch"])
+        multiplies = work["matmul_flops_per_second"][case["dtype"]] / 1e9
         return (
-            f"{text}. {begin} {flops / 1e9:.2f} GFLOP {cls.per}, on a machine that multiplies matrices at "
-            f"{multiplies:.0f} GFLOP/s and copies at {work['copy_bytes_per_second'] / 1e9:.0f} GB/s"
+            f"{text}. {begin} {flops / 1e9:.2f} GFLOP {results.per}, on a machine that multiplies matrices "
+            f"at {multiplies:.0f} GFLOP/s and copies at {work['copy_bytes_per_second'] / 1e9:.0f} GB/s"
         )
 
-    @classmethod
-    def figures(cls, results: Results) -> dict[str, Draw]:
-        from ..figures import speed_dots
 
-        draw = partial(speed_dots, title=cls.title, dimensions=cls.dimensions)
-        return {"throughput": draw} if results.references() else {}
-
-
-def _by_network(results: Results, dimensions: int) -> Table:
+def _by_network(results: Results) -> Table:
     """How many times as fast as the fastest other network dense_ext is, a row a network and dtype.
 
     How far that network's samples spread says how far the ratios are to be trusted.
@@ -192,28 +218,25 @@ def _by_network(results: Results, dimensions: int) -> Table:
     speeds: dict[tuple[str, str], str] = {}
     apart: dict[str, float] = {}
     reference, among = list(results.references().items())[-1]
-    several = len(results.options["dtypes"]) > 1
+    options, several = results.options, len(results.options["dtypes"]) > 1
     batches = list(dict.fromkeys(str(row.case["batch"]) for row in results.rows))
     for row in results.timed():
         case, least = row.case, results.fastest(row.case, among)
-        network = f"{case['model']}, {sides(case, dimensions)}" + f", {case['dtype']}" * several
+        network = f"{case['model']}, {results.sides(case)}" + f", {case['dtype']}" * several
         if results.ours(row) and least:
             batch = f"images: {case['batch']}" if len(batches) > 1 else ""
             how = results.label(row).removeprefix("dense_ext").removeprefix(", ")
-            column = ", ".join(filter(None, (how, batch))) or "dense_ext"
-            speeds[network, column] = f"{least / row.median:.2f}"
+            speeds[network, ", ".join(filter(None, (how, batch))) or "dense_ext"] = (
+                f"{least / row.median:.2f}"
+            )
         elif row.median == least:
             apart[network] = max(apart.get(network, 0), max(row.seconds) / min(row.seconds))
-    networks, columns = pivot(speeds)
-    options = results.options
+    cells = speeds | {(network, "its slowest / fastest sample"): f"{a:.2f}" for network, a in apart.items()}
     caption = (
-        f"images a call: {' and '.join(batches)}; {', '.join(options['dtypes'])}, {machine_name(results)}, "
+        f"images a call: {' and '.join(batches)}; {', '.join(options['dtypes'])}, {results.on}, "
         f"{options['rounds']} rounds"
     )
-    return Table.of("speed by network", networks, {
-        f"{reference} = 1": str, **columns,
-        "its slowest / fastest sample": lambda network: f"{apart[network]:.2f}",
-    }, caption=caption, short=True)  # fmt: skip
+    return Table.pivot("speed by network", cells, f"{reference} = 1", caption=caption, short=True)
 
 
 def mark_disagreement(rows: list[Measurement], peers: Mapping[str, PeerLabel], tolerance: float) -> None:
@@ -252,40 +275,13 @@ class StepSuite(TimedSuite):
     name = "step"
     title = "Training steps"
     summary = "training steps over the family"
-    training = True
-
-    def prepare(self, case: Case, peer: Peer, row: Measurement) -> tuple[TrainStep, Tensor, Tensor]:
-        if not peer.graphed:  # what a graph holds is its own, not what a step that runs allocates
-            row.measures |= step_bytes(*self.training_step(case, peer))
-        # Anew, as measuring took steps, which changed the weights.
-        return self.training_step(case, peer)
 
 
 class InferenceSuite(TimedSuite):
-    """Forward passes in evaluation mode without gradients, of one image and of a batch.
-
-    Of peers that differ only in what they keep for backward, one runs. dense_ext runs with packed weights.
-    """
+    """Forward passes in evaluation mode without gradients, of one image and of a batch."""
 
     name = "inference"
     title = "Inference"
     summary = "forward passes over the family"
+    batches = (1, 4), (1, 64)
     training = False
-    batch_statistics: ClassVar[bool] = False  # whether networks are in training mode
-
-    def __init__(self, options: Options, peers: list[Peer], results: Results) -> None:
-        super().__init__(options, for_inference(peers), results)
-
-    def batches(self) -> tuple[int, ...]:
-        return (1, *super().batches())
-
-    def prepare(self, case: Case, peer: Peer, row: Measurement) -> tuple[InferenceStep, Tensor, Tensor]:
-        images, labels = self.batch(case, peer)
-        network = self.network(case, peer, self.batch_statistics)
-        if peer.ours:
-            pack_weights(network)
-        step = InferenceStep(network, DTYPES[case.dtype], self.device)
-        step(images, labels)
-        if not (peer.graphed or peer.engine):  # whose memory PyTorch's allocator does not give
-            row.measures |= peaks(lambda: step(images, labels), self.device)
-        return step, images, labels

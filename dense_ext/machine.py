@@ -1,4 +1,4 @@
-"""What was measured on: the machine, and the versions of the software."""
+"""The machine, and the versions of the software on it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ..backends.cpu import instruction_set
-from ..version import __version__
+from .backends.cpu import instruction_set
+from .version import __version__
 
 _PACKAGES = ("torch", "torchvision", "timm", "monai", "triton", "numpy", "scikit-learn")
 
@@ -30,19 +30,15 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """The git commit dense_ext runs from, with "+" if files differ from it; None if not a checkout."""
-    root = Path(__file__).resolve().parents[2]
+    """The git commit dense_ext runs from, with "+" if its files differ from it; None if not a checkout."""
+    root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
-    git = ["git", "-C", str(root)]
+    git = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
     try:
-        head, changes = (
-            subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout.strip()
-            for command in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain"))
-        )
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head + ("+" if changes else "")
 
 
 def _cpuinfo(key: str) -> list[str]:
@@ -50,18 +46,6 @@ def _cpuinfo(key: str) -> list[str]:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     return [line.partition(":")[2].strip() for line in lines if line.startswith(key)]
-
-
-def _gpu_clocks() -> dict[str, float | None]:
-    """The first GPU's clocks at this moment and the most they may be; None where the driver is silent."""
-    names = {"gpu_hertz": "clocks.sm", "gpu_memory_hertz": "clocks.mem", "gpu_max_hertz": "clocks.max.sm"}
-    query = ["-i", "0", f"--query-gpu={','.join(names.values())}", "--format=csv,noheader,nounits"]
-    try:
-        printed = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True, check=True).stdout
-        values: list[float | None] = [float(text) * 1e6 for text in printed.split(",")]
-    except (OSError, ValueError, subprocess.CalledProcessError):
-        values = [None] * len(names)
-    return dict(zip(names, values, strict=True))
 
 
 def machine() -> dict[str, Any]:
@@ -85,5 +69,4 @@ def machine() -> dict[str, Any]:
             "memory_bytes": gpu.total_memory,
             "compute_capability": f"{gpu.major}.{gpu.minor}",
         }
-        found["clocks"] |= _gpu_clocks()
     return found
