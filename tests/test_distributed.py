@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from monai.networks.nets import DenseNet
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
@@ -38,6 +37,8 @@ def _twins(build: Callable[[], nn.Module] = small_densenet) -> tuple[nn.Module, 
 
 def _monai_densenet() -> nn.Module:
     """A DenseNet whose blocks are Sequentials; fully_shard refuses torchvision's, which are ModuleDicts."""
+    from monai.networks.nets import DenseNet  # imported late: it takes seconds, in each process
+
     options = {"init_features": 10, "growth_rate": 5, "block_config": (2, 3, 2), "bn_size": 3}
     return randomize(DenseNet(2, 3, 4, **options)).double()
 

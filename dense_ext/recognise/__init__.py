@@ -61,7 +61,8 @@ def find(model: nn.Module, known: set[nn.Module]) -> list[Found]:
         known: modules to skip, with everything inside them.
     """
     found: list[Found] = []
-    _visit(model, "", known, found)
+    with transparent_checkpoints():  # once for all modules
+        _visit(model, "", known, found)
     return found
 
 

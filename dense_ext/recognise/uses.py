@@ -71,7 +71,9 @@ def wants_copies(model: nn.Module, parts: dict[str, nn.Module]) -> set[str]:
     names = {module: name for name, module in parts.items()}
     called, found = set(), set()
     try:
-        for graph in _graphs(model, names.keys()):
+        with transparent_checkpoints():
+            graphs = list(_graphs(model, names.keys()))
+        for graph in graphs:
             relying = relying_calls(graph, model, names.keys())
             for node, module in _calls(graph, model, names.keys()):
                 called.add(names[module])
@@ -113,7 +115,7 @@ def _graphs(model: nn.Module, leaves: Collection[nn.Module]) -> Iterator[fx.Grap
     kept = Kept(modules)
     for training in (True, False):
         for grad, needs_grad in ((True, True), (True, False), (False, False)):
-            with kept, kept_generators(), transparent_checkpoints(), torch.inference_mode(False):
+            with kept, kept_generators(), torch.inference_mode(False):
                 for m in modules:
                     m.training = training
                 with torch.set_grad_enabled(grad), recorded_code(kept):

@@ -9,6 +9,7 @@
 #include <memory>
 #include <mutex>
 #include <numeric>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <unordered_set>
@@ -113,12 +114,51 @@ Fiber scheduler;
 Warp& warp_of(const Thread& thread) { return block.warps[thread.index / kWarp]; }
 uint32_t bit_of(const Thread& thread) { return 1u << thread.index % kWarp; }
 
-// Returns to the scheduler until this thread may continue.
+// The order in which threads that can continue run.
+struct Ahead {
+  std::vector<int> warps;
+  bool last_lane;
+
+  Ahead() : warps(block.warps.size()), last_lane(settings().order == Order::kLast) {
+    std::iota(warps.begin(), warps.end(), 0);
+    if (last_lane) std::reverse(warps.begin(), warps.end());
+    if (settings().order == Order::kRandom) {
+      for (size_t i = warps.size() - 1; i > 0; i--)
+        std::swap(warps[i], warps[block.random.next() % (i + 1)]);
+      last_lane = block.random.chance(0.5);
+    }
+  }
+
+  // Returns the thread to run next, or null if all wait.
+  Thread* next() const {
+    for (const int warp : warps) {
+      const uint32_t ready = block.warps[warp].ready;
+      if (ready == 0) continue;
+      const int lane = last_lane ? kWarp - 1 - std::countl_zero(ready) : std::countr_zero(ready);
+      return block.threads[warp * kWarp + lane].get();
+    }
+    return nullptr;
+  }
+};
+
+std::optional<Ahead> ahead;  // of the block that runs
+
+// Chooses the thread to run next; null if all wait.
+Thread* choose() {
+  block.running = ahead->next();
+  if (block.running) running.thread = block.running->index;
+  return block.running;
+}
+
+// Lets other threads run until this one may continue.
 void wait(Place place) {
   Thread& self = *block.running;
   warp_of(self).ready &= ~bit_of(self);
   self.place = place;
-  switch_fiber(self.fiber, scheduler);
+  if (!block.error && block.random.chance(kRedraw)) ahead.emplace();
+  // Straight to the next thread: by way of the scheduler would be two switches.
+  Thread* next = block.error ? nullptr : choose();
+  switch_fiber(self.fiber, next ? next->fiber : scheduler);
 }
 
 void thread_main() {
@@ -205,33 +245,6 @@ void count_requests(Warp& warp) {
 
 // --- the scheduler -------------------------------------------------------------------------------
 
-// The order in which threads that can continue run.
-struct Ahead {
-  std::vector<int> warps;
-  bool last_lane;
-
-  Ahead() : warps(block.warps.size()), last_lane(settings().order == Order::kLast) {
-    std::iota(warps.begin(), warps.end(), 0);
-    if (last_lane) std::reverse(warps.begin(), warps.end());
-    if (settings().order == Order::kRandom) {
-      for (size_t i = warps.size() - 1; i > 0; i--)
-        std::swap(warps[i], warps[block.random.next() % (i + 1)]);
-      last_lane = block.random.chance(0.5);
-    }
-  }
-
-  // Returns the thread to run next, or null if all wait.
-  Thread* next() const {
-    for (const int warp : warps) {
-      const uint32_t ready = block.warps[warp].ready;
-      if (ready == 0) continue;
-      const int lane = last_lane ? kWarp - 1 - std::countl_zero(ready) : std::countr_zero(ready);
-      return block.threads[warp * kWarp + lane].get();
-    }
-    return nullptr;
-  }
-};
-
 [[noreturn]] void deadlock() {
   std::map<std::string, int> waiting;
   for (const auto& thread : block.threads) waiting[text(thread->place)]++;
@@ -252,25 +265,20 @@ void open_barrier() {
 }
 
 void run_block() {
-  Ahead ahead;
+  ahead.emplace();
   while (block.done < block.grid->threads) {
-    block.running = ahead.next();
-    if (!block.running && !block.delayed.empty()) {
+    if (choose()) {
+      switch_fiber(scheduler, block.running->fiber);  // comes back when all threads wait
+      if (block.error) std::rethrow_exception(block.error);
+    } else if (!block.delayed.empty()) {
       for (const Thread* thread : block.delayed) warp_of(*thread).ready |= bit_of(*thread);
       block.delayed.clear();
-      ahead = Ahead();
-      continue;
-    }
-    if (!block.running) {
+      ahead.emplace();
+    } else {
       if (block.at_barrier < block.grid->threads) deadlock();
       open_barrier();
-      ahead = Ahead();
-      continue;
+      ahead.emplace();
     }
-    running.thread = block.running->index;
-    switch_fiber(scheduler, block.running->fiber);
-    if (block.error) std::rethrow_exception(block.error);
-    if (block.random.chance(kRedraw)) ahead = Ahead();
   }
   for (Warp& warp : block.warps) count_requests(warp);
   for (const NamedBarrier& barrier : block.named) {
