@@ -1,11 +1,16 @@
-"""Registers the operators' backward with autograd, and saves tensors for it.
+"""Registers the operators' backward with autograd, saves tensors for it, and calls the operators.
 
 :func:`torch.library.register_autograd` would work, but its handling of lists of tensors takes longer than a
 block's schedule takes to run. Here each tensor is an argument of its own to autograd.
+
+PyTorch's dispatcher converts hundreds of tensors in every call. So in plain eager mode :func:`caller` calls an
+operator's functions without it. All that sees the call in between (the compiler, dispatch modes, subclasses of
+tensors, profilers and so on) gets the operator.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,22 +25,28 @@ from .backends import requested
 def register(
     library: torch.library.Library,
     name: str,
+    kernel: Callable[..., tuple[Tensor, ...]],
     setup_context: Callable[[Any, tuple[Any, ...], tuple[Tensor, ...]], None],
     formula: Callable[[Any, Tensor], Gradients],
-) -> None:
+) -> Callable[..., tuple[Tensor, ...]]:
     """Make an operator ``dense_ext::name(x, *Arguments, ...)`` differentiable in its first output.
 
     Args:
         library: the library that defines the operator.
+        kernel: the operator's kernel on every device.
         setup_context: stores on the context what backward needs; called with the context, the operator's
             arguments and its outputs.
         formula: returns the gradients, given the context and the gradient of the first output.
+
+    Returns:
+        A function that calls the operator.
     """
     operator = getattr(torch.ops.dense_ext, name).default
+    call_kernel = caller(operator, kernel)
 
     def run(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
-            return operator(x, *rest)
+            return call_kernel(x, *rest)
 
     def forward(ctx: Any, x: Tensor, sizes: list[int], rest: tuple[Any, ...], *tensors: Tensor) -> Any:
         arguments = (x, *grouped(tensors, sizes), *rest)
@@ -62,17 +73,76 @@ def register(
         lists = [group or [] for group in rest[:TENSOR_LISTS]]
         rest = (*lists, *rest[TENSOR_LISTS:])
         tensors = [tensor for group in lists for tensor in group]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *tensors)):
+        if torch.is_grad_enabled() and _records() and any(tensor.requires_grad for tensor in (x, *tensors)):
             return function.apply(x, [len(group) for group in lists], rest[TENSOR_LISTS:], *tensors)
         return run(x, *rest)
 
     library.impl(name, differentiable, "Autograd")
+    return caller(operator, differentiable)
 
 
-def needs_conv_grad(ctx: Any) -> tuple[bool, ...]:
+def caller(operator: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that calls an operator, in plain eager mode by the function that the operator would call.
+
+    Args:
+        operator: takes tensors, followed by Arguments and others.
+        function: what the operator calls for plain tensors.
+    """
+
+    def call(*arguments: Any) -> Any:
+        return (function if _is_eager(arguments) else operator)(*arguments)
+
+    return call
+
+
+def _records() -> bool:
+    """Whether autograd is not excluded, as it is inside an operator's kernel."""
+    return not torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradOther)
+
+
+# The types of an operator's arguments, and of what is in its lists, where nothing else sees the call.
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, bool, int, float, str, type(None)))
+
+
+@functools.cache
+def _plain_keys(device: str) -> frozenset[int]:
+    """The dispatch keys of a device's plain tensors: those that autograd records, and those of inference mode."""
+    found = []
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            found.append(torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr())
+    return frozenset(found)
+
+
+def _is_eager(arguments: Sequence[Any]) -> bool:
+    """Whether nothing but PyTorch's kernels would see an operator's call with these arguments."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    ):
+        return False
+    types: set[type] = set()
+    for argument in arguments:
+        if type(argument) is list:
+            types.update(map(type, argument))
+            continue
+        types.add(type(argument))
+        # Not those of each parameter, which takes longer: their other classes are found by their types.
+        if isinstance(argument, Tensor):
+            device = argument.device.type
+            if device == "meta" or torch._C._dispatch_keys(argument).raw_repr() not in _plain_keys(device):
+                return False
+    return types <= _PLAIN_TYPES
+
+
+def needs_conv_grad(ctx: Any) -> list[bool]:
     """For each of an operator's convolutions, whether its weight gradient is needed."""
     sizes, (_, _, _, *tensors) = ctx.list_sizes, ctx.needs_input_grad
-    return tuple(grouped(tensors, sizes)[2])
+    return grouped(tensors, sizes)[2]
 
 
 def save(ctx: Any, args: Arguments, *activations: Tensor | None) -> None:
