@@ -4,8 +4,8 @@
 block's schedule takes to run. Here each tensor is an argument of its own to autograd.
 
 PyTorch's dispatcher converts hundreds of tensors in every call. So in plain eager mode :func:`caller` calls an
-operator's functions without it. All that sees the call in between (the compiler, dispatch modes, subclasses of
-tensors, profilers and so on) gets the operator.
+operator's functions without it. All that sees the call in between (the compiler, dispatch modes, subclasses
+of tensors, profilers and so on) gets the operator.
 """
 
 from __future__ import annotations
@@ -42,13 +42,10 @@ def register(
         A function that calls the operator.
     """
     operator = getattr(torch.ops.dense_ext, name).default
-    call_kernel = caller(operator, kernel)
 
-    def run(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return call_kernel(x, *rest)
-
-    def forward(ctx: Any, x: Tensor, sizes: list[int], rest: tuple[Any, ...], *tensors: Tensor) -> Any:
+    def forward(
+        ctx: Any, x: Tensor, run: Any, sizes: list[int], rest: tuple[Any, ...], *tensors: Tensor
+    ) -> Any:
         arguments = (x, *grouped(tensors, sizes), *rest)
         outputs = run(*arguments)
         ctx.set_materialize_grads(False)
@@ -58,41 +55,61 @@ def register(
         return outputs
 
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad
         if grad is None:
-            return (None,) * len(ctx.needs_input_grad)
+            return (None,) * len(needed)
         grad_x, *groups = formula(ctx, grad)
-        gradients = [grad_x, None, None, *(gradient for group in groups for gradient in group)]
-        gradients += [None] * (len(ctx.needs_input_grad) - len(gradients))  # of running statistics
-        return tuple(g if n else None for g, n in zip(gradients, ctx.needs_input_grad, strict=True))
+        gradients = [grad_x, None, None, None, *itertools.chain.from_iterable(groups)]
+        gradients += [None] * (len(needed) - len(gradients))  # of running statistics
+        if not all(needed[4:]):
+            return tuple(g if n else None for g, n in zip(gradients, needed, strict=True))
+        gradients[0] = grad_x if needed[0] else None
+        return tuple(gradients)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function: Any = type(f"dense_ext_{name}", (torch.autograd.Function,), methods)
 
-    def differentiable(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        # AOTInductor passes None for an empty list.
-        lists = [group or [] for group in rest[:TENSOR_LISTS]]
-        rest = (*lists, *rest[TENSOR_LISTS:])
-        tensors = [tensor for group in lists for tensor in group]
-        if torch.is_grad_enabled() and _records() and any(tensor.requires_grad for tensor in (x, *tensors)):
-            return function.apply(x, [len(group) for group in lists], rest[TENSOR_LISTS:], *tensors)
-        return run(x, *rest)
+    def differentiable(run: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+        def call(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+            # AOTInductor passes None for an empty list.
+            lists = [group or [] for group in rest[:TENSOR_LISTS]]
+            rest = (*lists, *rest[TENSOR_LISTS:])
+            tensors = list(itertools.chain.from_iterable(lists))
+            if torch.is_grad_enabled() and _records() and any(t.requires_grad for t in (x, *tensors)):
+                return function.apply(x, run, [len(group) for group in lists], rest[TENSOR_LISTS:], *tensors)
+            return run(x, *rest)
 
-    library.impl(name, differentiable, "Autograd")
-    return caller(operator, differentiable)
+        return call
+
+    library.impl(name, differentiable(_below_autograd(operator)), "Autograd")
+    return _caller(operator, differentiable(_below_autograd(kernel)))
 
 
-def caller(operator: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that calls an operator, in plain eager mode by the function that the operator would call.
+def caller(operator: Any, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that calls an operator without a derivative, in plain eager mode by its kernel.
 
     Args:
         operator: takes tensors, followed by Arguments and others.
-        function: what the operator calls for plain tensors.
+        kernel: the operator's kernel on every device.
     """
+    return _caller(operator, _below_autograd(kernel))
 
+
+def _caller(operator: Any, function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
         return (function if _is_eager(arguments) else operator)(*arguments)
 
     return call
+
+
+def _below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, without autograd's part of each operator that it calls."""
+
+    def run(*arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return function(*arguments)
+
+    return run
 
 
 def _records() -> bool:
@@ -106,7 +123,7 @@ _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, bool, int, float, str, typ
 
 @functools.cache
 def _plain_keys(device: str) -> frozenset[int]:
-    """The dispatch keys of a device's plain tensors: those that autograd records, and those of inference mode."""
+    """The dispatch keys of a device's plain tensors: those for autograd, and those of inference mode."""
     found = []
     for inference in (False, True):
         with torch.inference_mode(inference):
@@ -122,7 +139,7 @@ def _is_eager(arguments: Sequence[Any]) -> bool:
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
+        or torch._C._autograd._profiler_enabled()
     ):
         return False
     types: set[type] = set()
@@ -141,7 +158,7 @@ def _is_eager(arguments: Sequence[Any]) -> bool:
 
 def needs_conv_grad(ctx: Any) -> list[bool]:
     """For each of an operator's convolutions, whether its weight gradient is needed."""
-    sizes, (_, _, _, *tensors) = ctx.list_sizes, ctx.needs_input_grad
+    sizes, (_, _, _, _, *tensors) = ctx.list_sizes, ctx.needs_input_grad
     return grouped(tensors, sizes)[2]
 
 

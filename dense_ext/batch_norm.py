@@ -163,13 +163,13 @@ def update_running_stats(
                     narrow.append((old, wide))
         counts += (step, step)  # not None where it is read, with momentum=None
     # PyTorch's formula. That of lerp, running + momentum*(batch - running), makes an infinite statistic NaN.
-    for momentum, (running, batch, counts) in by_momentum.items():
+    for momentum, (running, new, counts) in by_momentum.items():
         if momentum is not None:
             torch._foreach_mul_(running, 1 - float(momentum))
-            torch._foreach_add_(running, batch, alpha=float(momentum))
+            torch._foreach_add_(running, new, alpha=float(momentum))
             continue
         # momentum=None means the cumulative average: the factor is one over the number of steps so far.
-        for r, b, n in zip(running, batch, counts, strict=True):
+        for r, b, n in zip(running, new, counts, strict=True):
             factor = n.double().reciprocal()
             r.mul_(1 - factor).add_(b * factor)
     for old, wide in narrow:

@@ -240,9 +240,8 @@ def _dense_block(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     ops, keeps_z = _of_block(x, args, options), options.recompute == "none"
     with _without_autocast(x):
         plain = _plain_block(x, x.shape[1], args, options)
-        if plain is not None and schedule.has_plain_forward(ops, plain, x, keeps_z):
-            return schedule.plain_forward(ops, plain, x, keeps_z)
-        return schedule.forward(ops, _block(x, x.shape[1], args, options), x, keeps_z)
+        found = None if plain is None else schedule.plain_forward(ops, plain, x, keeps_z)
+        return found or schedule.forward(ops, _block(x, x.shape[1], args, options), x, keeps_z)
 
 
 @constant_when_compiled
@@ -363,7 +362,7 @@ def _dense_block_backward_(grad: Tensor, output: Tensor, stats: Tensor, z: Tenso
     with _without_autocast(output):
         plain = _plain_block(output, in_channels, args, options)
         if plain is not None and ops.plain_blocks is not None:
-            found = schedule.plain_backward(ops, plain, grad, output, z, stats, needs_conv_grad)
+            found = schedule.plain_backward(ops.plain_blocks, plain, grad, output, z, stats, needs_conv_grad)
             return in_parameter_dtypes(args, *found, [])
         block = _block(output, in_channels, args, options)
         grad_x, layers = schedule.backward(ops, block, grad, output, z, stats, needs_conv_grad)

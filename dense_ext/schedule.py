@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .backends import Primitives
-from .backends.base import accumulate_dtype
+from .backends.base import PlainBlocks, accumulate_dtype
 from .batch_norm import values_per_channel
 from .synchronised import Sync
 
@@ -330,8 +330,9 @@ def forward(ops: Primitives, block: Block, x: Tensor, keep_bottleneck: bool) -> 
         memory of every layer's [N, H, W, B] one after another, or an empty tensor if z is not kept. The
         statistics are mean and biased variance, and zero where no norm uses them.
     """
-    if block.is_plain() and has_plain_forward(ops, plain := plain_block(block), x, keep_bottleneck):
-        return plain_forward(ops, plain, x, keep_bottleneck)
+    found = plain_forward(ops, plain_block(block), x, keep_bottleneck) if block.is_plain() else None
+    if found is not None:
+        return found
     out, stats, z_all = empty_outputs(x, sum(block.growth), sum(block.bottlenecks), keep_bottleneck)
     if x.shape[0] == 0 and block.sync is None:
         return out, stats, z_all
@@ -355,32 +356,35 @@ def start_buffer(out: Tensor, x: Tensor) -> None:
     first_channels(nhwc(out), x.shape[1]).copy_(nhwc(x))
 
 
-def has_plain_forward(ops: Primitives, block: PlainBlock, x: Tensor, keep_bottleneck: bool) -> bool:
-    """Whether :func:`plain_forward` can run the block."""
-    return ops.plain_blocks is not None or _runs_frozen(ops, block, x, keep_bottleneck)
-
-
-def _runs_frozen(ops: Primitives, block: PlainBlock, x: Tensor, keep_bottleneck: bool) -> bool:
-    return ops.frozen_blocks is not None and x.dim() == 4 and not keep_bottleneck and all(block.frozen)
+def _plain_run(
+    ops: Primitives, block: PlainBlock, x: Tensor, keep_bottleneck: bool
+) -> Callable[[Tensor, Tensor, Tensor], None] | None:
+    """The call that writes X, z and the statistics [2, S], if there is one."""
+    frozen, plain = ops.frozen_blocks, ops.plain_blocks
+    if frozen is not None and x.dim() == 4 and not keep_bottleneck and all(block.frozen):
+        return lambda out, z, stats: frozen.forward(out, block.in_channels, *block.of_frozen)
+    if plain is not None:
+        return lambda out, z, stats: plain.forward(out, z, stats, *block)
+    return None
 
 
 def plain_forward(
     ops: Primitives, block: PlainBlock, x: Tensor, keep_bottleneck: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`forward` in one call."""
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """:func:`forward` in one call; None if no backend has one."""
+    run = _plain_run(ops, block, x, keep_bottleneck)
+    if run is None:
+        return None
     growth, bottlenecks = (sum([conv.shape[0] for conv in block.convs[i::2]]) for i in (1, 0))
     out, stats, z_all = empty_outputs(x, growth, bottlenecks, keep_bottleneck)
     if x.shape[0] > 0:
         start_buffer(out, x)
-        if _runs_frozen(ops, block, x, keep_bottleneck):
-            ops.frozen_blocks.forward(nhwc(out), block.in_channels, *block.of_frozen)
-        else:
-            ops.plain_blocks.forward(nhwc(out), z_all, stats, *block)
+        run(nhwc(out), z_all, stats)
     return out, stats, z_all
 
 
 def plain_backward(
-    ops: Primitives,
+    run: PlainBlocks,
     block: PlainBlock,
     grad: Tensor,
     out: Tensor,
@@ -396,9 +400,7 @@ def plain_backward(
     """
     grad_x = empty_like(out, block.in_channels)
     found = iter(
-        ops.plain_blocks.backward(
-            nhwc(grad), nhwc(out), z_all, stats, nhwc(grad_x), list(needs_conv_grad), *block
-        )
+        run.backward(nhwc(grad), nhwc(out), z_all, stats, nhwc(grad_x), list(needs_conv_grad), *block)
     )
     weights, biases = (list(itertools.islice(found, len(needs_conv_grad))) for _ in range(2))
     return grad_x, weights, biases, [next(found) if needed else None for needed in needs_conv_grad]
@@ -529,7 +531,7 @@ def backward(
     """
     if ops.plain_blocks is not None and block.is_plain():
         grad_x, weights, biases, convs = plain_backward(
-            ops, plain_block(block), grad, out, z_all, stats, needs_conv_grad
+            ops.plain_blocks, plain_block(block), grad, out, z_all, stats, needs_conv_grad
         )
         norms = list(zip(weights, biases, strict=True))
         return grad_x, [
