@@ -3,8 +3,8 @@
 :func:`torch.library.register_autograd` would work, but its handling of lists of tensors takes longer than a
 block's schedule takes to run. Here each tensor is an argument of its own to autograd.
 
-PyTorch's dispatcher converts hundreds of tensors in every call. So in plain eager mode :func:`caller` calls an
-operator's functions without it. All that sees the call in between (the compiler, dispatch modes, subclasses
+PyTorch's dispatcher converts hundreds of tensors in every call. So in plain eager mode an operator's
+functions are called without it. All that sees the call in between (the compiler, dispatch modes, subclasses
 of tensors, profilers and so on) gets the operator.
 """
 

@@ -8,6 +8,7 @@ that a recomputation cannot update them twice.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
@@ -95,11 +96,14 @@ def constant_when_compiled(function: _Function) -> _Function:
     return function
 
 
+_has_autocast = functools.cache(torch.amp.is_autocast_available)  # type: ignore[attr-defined]
+
+
 def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast is on for x's device; False for devices without autocast."""
     device = x.device.type
     # torch.compile cannot trace is_autocast_available; every device it targets supports autocast.
-    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)  # type: ignore[attr-defined]
+    available = torch.compiler.is_compiling() or _has_autocast(device)
     return available and torch.is_autocast_enabled(device)
 
 
