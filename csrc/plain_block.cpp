@@ -57,32 +57,9 @@ Tensor concatenated(const Tensors& vectors) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// Uninitialised memory of t's dtype on its device, without the dispatcher, which takes longer than
-// the allocation.
-Tensor empty(const Tensor& t, const int64_t* sizes, const int64_t* strides, int64_t dims) {
-  int32_t dtype = 0, device_type = 0, device_index = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device_index));
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type,
-                                                  device_index, &handle));
-  return Tensor(handle);
-}
-
 // Per-channel vectors of the statistics' dtype.
 Tensor empty_vectors(const Tensor& stats, int64_t count) {
-  const int64_t stride = 1;
-  return empty(stats, &count, &stride, 1);
-}
-
-Tensor empty_gradient(const Tensor& weight) {
-  Dimensions sizes, strides;
-  if (!weight.is_contiguous() || weight.dim() > static_cast<int64_t>(sizes.size())) {
-    return torch::stable::empty_like(weight);
-  }
-  for (int64_t d = 0; d < weight.dim(); d++) sizes[d] = weight.size(d), strides[d] = weight.stride(d);
-  return empty(weight, sizes.data(), strides.data(), weight.dim());
+  return torch::stable::new_empty(stats, {count});
 }
 
 // A batch norm, and what it uses in this pass.
@@ -360,6 +337,9 @@ class Backward : Pass {
     grad_bn_ = torch::stable::new_empty(x, {pixels_ * widest_});
     sums_ = empty_vectors(stats, 2 * widest);
     u_v_ = torch::stable::new_zeros(stats, {2, channels_ + inner_channels_});
+    int64_t total = 0;
+    for (const Tensor& weight : parameters.weights) total += 2 * aligned(weight.numel());
+    norm_gradients_ = empty_vectors(stats, total);
   }
 
   // Returns the gradients of the norms' weights, of their biases, and of the convolutions that need
@@ -370,11 +350,8 @@ class Backward : Pass {
                     " values, expected ", count);
     std::vector<std::optional<Tensor>> grad_convs(count);
     for (size_t i = 0; i < count; i++) {
-      if (needs_conv_grad[i]) grad_convs[i] = empty_gradient(parameters_.convs[i]);
+      if (needs_conv_grad[i]) grad_convs[i] = torch::stable::empty_like(parameters_.convs[i]);
     }
-    int64_t total = 0;
-    for (const Tensor& weight : parameters_.weights) total += 2 * aligned(weight.numel());
-    norm_gradients_ = empty_vectors(sums_, total);
     Tensors grad_weights(count), grad_biases(count);
     for (size_t i = layers_.size(); i-- > 0;) {
       run_layer(i, &grad_weights[2 * i], &grad_biases[2 * i], &grad_convs[2 * i]);
@@ -420,18 +397,18 @@ class Backward : Pass {
         grad_convs[0] DENSE_EXT_TF32(parameters_.tf32));
   }
 
-  // Vectors in memory that all norms share start at multiples of 16 bytes.
+  // Vectors that share memory start at multiples of 16 bytes.
   static int64_t aligned(int64_t count) { return (count + 3) / 4 * 4; }
 
-  // Memory for a gradient of a norm. There are hundreds, and an allocation for each takes longer
-  // than a view.
+  // A gradient's part of the memory for those of all norms. There are hundreds, and an allocation
+  // for each takes longer than a view.
   Tensor norm_gradient(int64_t count) {
     const Tensor gradient = elements(norm_gradients_, used_, count);
     used_ += aligned(count);
     return gradient;
   }
 
-  // A norm whose gradients, whose memory is taken here, follow from its channel sums. They add to u
+  // A norm whose gradients, which are made here, follow from its channel sums. They add to u
   // and v unless the norm is frozen.
   SummedNorm summed(const Norm& norm, const Tensor& sums, const Tensor& u, const Tensor& v,
                     Tensor* grad_weight, Tensor* grad_bias) {
