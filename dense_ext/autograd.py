@@ -117,6 +117,7 @@ def _records() -> bool:
     return not torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradOther)
 
 
+_autograd: Any = torch._C._autograd  # its functions are absent from torch's stubs
 # The types of an operator's arguments, and of what is in its lists, where nothing else sees the call.
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, bool, int, float, str, type(None)))
 
@@ -139,7 +140,7 @@ def _is_eager(arguments: Sequence[Any]) -> bool:
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
+        or _autograd._profiler_enabled()
     ):
         return False
     types: set[type] = set()
