@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .batch_norm import in_dtype
-
 # The gradients of x, norm_weights, norm_biases, conv_weights and conv_biases; a convolution's weight gradient
 # is empty if not needed.
 Gradients = tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
@@ -115,7 +113,8 @@ def in_parameter_dtypes(
     """The gradients as an operator returns them, those of vectors in their parameters' dtypes."""
 
     def vectors(gradients: Iterable[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
-        return [in_dtype(g, p.dtype) for g, p in zip(gradients, parameters, strict=True)]
+        pairs = zip(gradients, parameters, strict=True)
+        return [g if g.dtype == p.dtype else g.to(p.dtype) for g, p in pairs]  # no call for most of hundreds
 
     return (
         grad_x,

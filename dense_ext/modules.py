@@ -258,8 +258,8 @@ def run_dense_block(
     options = BlockOptions(
         per_layer, convs[-1].dilation[0], seeds, list(drop_rates), drops_channels, recompute
     )
-    out, stats, _ = torch.ops.dense_ext.dense_block(x, *args, *options)
-    bottlenecks = [len(weight) for weight in args.conv_weights[::2]] if per_layer == 2 else []
+    out, stats, _ = ops.CALLS["dense_block"](x, *args, *options)
+    bottlenecks = [weight.shape[0] for weight in args.conv_weights[::2]] if per_layer == 2 else []
     starts = norm_starts(out.shape[1], bottlenecks, len(norms) // per_layer)
     if update is None:
         update_running_stats(norms, stats, starts, _count(x, args))
@@ -391,7 +391,7 @@ def run_stem(
     """
     check_input("stem", x, norm, volumes)
     args = read_arguments("stem", x, [norm], [], backend)
-    y, stats = torch.ops.dense_ext.stem(x, *args)
+    y, stats = ops.CALLS["stem"](x, *args)
     shown = ops.run_activation(x, args, stats, ops.NOTHING_CARRIED) if shows_activation else None
     update_running_stats([norm], stats, [0], _count(x, args))
     return y.float() if _autocast_pools_in_float32(y) else y, shown

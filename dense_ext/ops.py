@@ -8,6 +8,7 @@ that a recomputation cannot update them twice.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
@@ -30,14 +31,14 @@ from .arguments import (
     unpack,
     zero_gradients,
 )
-from .autograd import load, needs_conv_grad, register, save
+from .autograd import caller, load, needs_conv_grad, register, save
 from .backends import CPU, Primitives, requested, select
 from .backends.base import FrozenBlocks, FrozenTransitions, accumulate_dtype
 from .backends.general import Form, block_form, in_form, transition_form
 from .batch_norm import in_dtype, values_per_channel
 from .flops import register_formulas
 from .ownership import is_exclusive
-from .schedule import Block, Dropout, Layer, Norm
+from .schedule import Block, Dropout, Layer, Norm, PlainBlock
 from .synchronised import Sync, gather, resolve
 from .transition import Pooling
 
@@ -66,6 +67,10 @@ _ACTIVATION = f"{_ARGUMENTS}, Tensor? known_stats"
 _GRADIENTS = "(Tensor, Tensor[], Tensor[], Tensor[], Tensor[])"
 
 
+# The function that calls an operator, by its name; see :func:`dense_ext.autograd.caller`.
+CALLS: dict[str, Callable[..., Any]] = {}
+
+
 def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Define an operator and make the decorated function its kernel on every device."""
     _LIBRARY.define(schema)
@@ -91,11 +96,14 @@ def constant_when_compiled(function: _Function) -> _Function:
     return function
 
 
+_has_autocast = functools.cache(torch.amp.is_autocast_available)  # type: ignore[attr-defined]
+
+
 def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast is on for x's device; False for devices without autocast."""
     device = x.device.type
     # torch.compile cannot trace is_autocast_available; every device it targets supports autocast.
-    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)  # type: ignore[attr-defined]
+    available = torch.compiler.is_compiling() or _has_autocast(device)
     return available and torch.is_autocast_enabled(device)
 
 
@@ -106,7 +114,7 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 def _primitives(x: Tensor, args: Arguments, form: Form) -> Primitives:
     # The kernels take no empty batch. A process has one only if it shares statistics with others.
-    name = requested(args.backend) if len(x) else "reference"
+    name = requested(args.backend) if x.shape[0] else "reference"
     asked = name, x.device.type, x.dtype
     primitives, pixels = select(*asked), values_per_channel(x)
     if pixels > primitives.max_pixels:  # only large inputs, so that select caches few entries
@@ -138,23 +146,39 @@ def _vector(x: Tensor, dtype: torch.dtype) -> Tensor:
     return in_dtype(x, dtype).contiguous()
 
 
-def _norms(x: Tensor, args: Arguments) -> list[Norm]:
+def _vectors(x: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Per-channel vectors as the primitives take them beside x."""
     dtype = accumulate_dtype(x.dtype)
-    running = iter(zip(args.running_means, args.running_vars, strict=True))
-    norms = []
-    for weight, bias, eps, batch in zip(
-        args.norm_weights, args.norm_biases, args.eps, args.batch_stats, strict=True
-    ):
-        frozen = None
-        if not batch:
-            mean, var = next(running)
-            frozen = _vector(mean, dtype), _vector(var, dtype)
-        norms.append(Norm(_vector(weight, dtype), _vector(bias, dtype), eps, frozen))
-    return norms
+    # Most are so already; a step reads hundreds, so nothing is called for these.
+    return [t if t.dtype == dtype and t.is_contiguous() else _vector(t, dtype) for t in tensors]
+
+
+def _norms(x: Tensor, args: Arguments) -> list[Norm]:
+    weights, biases, means, variances = (
+        _vectors(x, tensors)
+        for tensors in (args.norm_weights, args.norm_biases, args.running_means, args.running_vars)
+    )
+    running = iter(zip(means, variances, strict=True))
+    return [
+        Norm(weight, bias, eps, None if batch else next(running))
+        for weight, bias, eps, batch in zip(weights, biases, args.eps, args.batch_stats, strict=True)
+    ]
 
 
 def _conv_biases(x: Tensor, args: Arguments) -> list[Tensor]:
-    return [_vector(bias, accumulate_dtype(x.dtype)) for bias in args.conv_biases]
+    return _vectors(x, args.conv_biases)
+
+
+def _plain_block(x: Tensor, in_channels: int, args: Arguments, options: BlockOptions) -> PlainBlock | None:
+    """The parameters of a block that one call can run; None for another block."""
+    if args.counts is not None or args.conv_biases or options.convs_per_layer != 2 or any(options.drop_rates):
+        return None
+    weights, biases, means, variances = (
+        _vectors(x, tensors)
+        for tensors in (args.norm_weights, args.norm_biases, args.running_means, args.running_vars)
+    )
+    frozen = [not batch for batch in args.batch_stats]
+    return PlainBlock(in_channels, weights, biases, args.eps, frozen, means, variances, args.conv_weights)
 
 
 def _block(x: Tensor, in_channels: int, args: Arguments, options: BlockOptions) -> Block:
@@ -217,9 +241,11 @@ def dense_channels_last(x: Tensor) -> Tensor:
 @_operator(f"dense_block(Tensor x, {_BLOCK}) -> (Tensor, Tensor, Tensor)")
 def _dense_block(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     args, options = unpack(rest, Arguments, BlockOptions)
-    block = _block(x, x.shape[1], args, options)
+    ops, keeps_z = _of_block(x, args, options), options.recompute == "none"
     with _without_autocast(x):
-        return schedule.forward(_of_block(x, args, options), block, x, options.recompute == "none")
+        plain = _plain_block(x, x.shape[1], args, options)
+        found = None if plain is None else schedule.plain_forward(ops, plain, x, keeps_z)
+        return found or schedule.forward(ops, _block(x, x.shape[1], args, options), x, keeps_z)
 
 
 @constant_when_compiled
@@ -267,9 +293,10 @@ def _pack_dense_block(*rest: Any) -> Tensor:
     (args,) = unpack(rest, Arguments)
     weight = args.conv_weights[0]
     options = BlockOptions(2, 1, None, [0.0, 0.0], False, "bottleneck")
-    block, run = _block(weight, weight.shape[1], args, options), _frozen_blocks(weight, args.backend)
+    block, run = _plain_block(weight, weight.shape[1], args, options), _frozen_blocks(weight, args.backend)
+    assert block is not None
     packed = _empty_packed(run, args)
-    run.pack(packed, block.in_channels, *schedule.frozen_parameters(block))
+    run.pack(packed, block.in_channels, *block.of_frozen)
     return packed
 
 
@@ -318,7 +345,8 @@ def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     args, options = unpack(rest, Arguments, BlockOptions)
     # A fake tensor has no values to read seeds and process counts from.
     args, options = args._replace(counts=None), options._replace(dropout_seeds=None)
-    return schedule.empty_outputs(_block(x, x.shape[1], args, options), x, options.recompute == "none")
+    block = _block(x, x.shape[1], args, options)
+    return schedule.empty_outputs(x, sum(block.growth), sum(block.bottlenecks), options.recompute == "none")
 
 
 _BLOCK_BACKWARD = (
@@ -334,12 +362,14 @@ def _dense_block_backward_(grad: Tensor, output: Tensor, stats: Tensor, z: Tenso
     if grad.shape[0] == 0 and args.counts is None:
         return zero_gradients(grad.new_empty(0, in_channels, *grad.shape[2:]), args)
     output, stats, z = dense_channels_last(output), stats.contiguous(), z.contiguous()
-    block = _block(output, in_channels, args, options)
+    ops, grad = _of_block(output, args, options), dense_channels_last(grad)
     with _without_autocast(output):
-        grad_x, layers = schedule.backward(
-            _of_block(output, args, options), block, dense_channels_last(grad), output, z, stats,
-            needs_conv_grad,
-        )  # fmt: skip
+        plain = _plain_block(output, in_channels, args, options)
+        if plain is not None and ops.plain_blocks is not None:
+            found = schedule.plain_backward(ops.plain_blocks, plain, grad, output, z, stats, needs_conv_grad)
+            return in_parameter_dtypes(args, *found, [])
+        block = _block(output, in_channels, args, options)
+        grad_x, layers = schedule.backward(ops, block, grad, output, z, stats, needs_conv_grad)
     weights, biases = zip(*(norm for layer in layers for norm in layer.norms), strict=True)
     convs = [conv for layer in layers for conv in layer.convs]
     conv_biases = [bias for layer in layers for bias in layer.conv_biases]
@@ -384,10 +414,10 @@ def _dense_block_formula(ctx: Any, grad: Tensor) -> Gradients:
     if differentiates_inside(grad):
         return differentiable.dense_block_backward(grad, output, args, options, ctx.in_channels)
     # The schedule accumulates into the gradient itself if it is exclusive to this call, else into a copy.
-    backward = torch.ops.dense_ext.dense_block_backward
+    backward = CALLS["dense_block_backward"]
     # Compiled autograd traces this function; it makes the copy a part of its graph.
     if not torch.compiler.is_compiling() and is_exclusive(grad, _probe_ownership) and is_channels_last(grad):
-        backward = torch.ops.dense_ext.dense_block_backward_
+        backward = CALLS["dense_block_backward_"]
     return backward(grad, output, stats, z, *args, *options, ctx.in_channels, needed)
 
 
@@ -438,7 +468,7 @@ def recomputed_output(ctx: Any, last: bool = False) -> tuple[tuple[Any, ...], Te
         saved = args, x, _, _, seeds = load(ctx)
         options = ctx.options._replace(dropout_seeds=seeds, recompute="bottleneck")
         # If the backward is differentiated again, this records the path from X to its input and parameters.
-        output, _, _ = torch.ops.dense_ext.dense_block(x, *args, *options)
+        output, _, _ = CALLS["dense_block"](x, *args, *options)
         if last:
             return saved, output
         kept = _Recomputed(saved, output)
@@ -467,7 +497,7 @@ def _probe_ownership() -> None:
             [one], [zero], [weight], [], [zero], [one], [1.0], [False], "relu", "", None, "reference"
         )
         options = BlockOptions(1, 1, None, [0.0], False, "bottleneck")
-        out, _, _ = torch.ops.dense_ext.dense_block(x, *args, *options)
+        out, _, _ = CALLS["dense_block"](x, *args, *options)
         (out * 2).sum().backward()
 
 
@@ -535,8 +565,7 @@ def _register_pooling(name: str, schema: str, *kinds: Any) -> None:
             options = options._replace(dropout_seed=seed)
         if differentiates_inside(grad):
             return differentiable.pooling_backward(grad, x, args, options)
-        operator = getattr(torch.ops.dense_ext, f"{name}_backward")
-        return operator(grad, x, stats, *args, *(options or ()), needs_conv_grad(ctx))
+        return CALLS[f"{name}_backward"](grad, x, stats, *args, *(options or ()), needs_conv_grad(ctx))
 
     _operator(f"{name}(Tensor x, {schema}) -> (Tensor, Tensor)")(forward)
     _fake(name)(fake)
@@ -545,7 +574,8 @@ def _register_pooling(name: str, schema: str, *kinds: Any) -> None:
         f"-> {_GRADIENTS}"
     )(backward)
     _fake(f"{name}_backward")(backward_fake)
-    register(_LIBRARY, name, setup, formula)
+    CALLS[name] = register(_LIBRARY, name, forward, setup, formula)
+    CALLS[f"{name}_backward"] = caller(getattr(torch.ops.dense_ext, f"{name}_backward").default, backward)
 
 
 def _unchanged(x: Tensor) -> Tensor:
@@ -569,7 +599,12 @@ def _of_pooling(x: Tensor, args: Arguments, options: PoolingOptions) -> Primitiv
 _register_pooling("transition", _TRANSITION, Arguments, TransitionOptions)
 _register_pooling("stem", _ARGUMENTS, Arguments)
 _register_pooling("activation", _ACTIVATION, Arguments, ActivationOptions)
-register(_LIBRARY, "dense_block", _dense_block_setup, _dense_block_formula)
+CALLS["dense_block"] = register(
+    _LIBRARY, "dense_block", _dense_block, _dense_block_setup, _dense_block_formula
+)
+for _backward in (_dense_block_backward, _dense_block_backward_):
+    _name = _backward.__name__.removeprefix("_")
+    CALLS[_name] = caller(getattr(torch.ops.dense_ext, _name).default, _backward)
 
 
 # --- a transition that directly follows its block ---------------------------------------------------------
@@ -598,7 +633,7 @@ def run_transition(
 ) -> tuple[Tensor, Tensor]:
     """Run the operator ``transition`` with what the block before has carried."""
     options = options._replace(known_stats=carried.stats)
-    return _run_without_saving(torch.ops.dense_ext.transition, x, (*args, *options), carried.node)
+    return _run_without_saving(CALLS["transition"], x, (*args, *options), carried.node)
 
 
 def run_activation(x: Tensor, args: Arguments, stats: Tensor, carried: Carried) -> Tensor:
@@ -608,7 +643,7 @@ def run_activation(x: Tensor, args: Arguments, stats: Tensor, carried: Carried) 
     """
     args = args._replace(conv_weights=[], conv_biases=[])
     rest = (*args, *ActivationOptions(stats))
-    return _run_without_saving(torch.ops.dense_ext.activation, x, rest, carried.node)[0]
+    return _run_without_saving(CALLS["activation"], x, rest, carried.node)[0]
 
 
 def _is_same(x: Tensor, y: Tensor) -> bool:
@@ -664,9 +699,3 @@ def _run_without_saving(operator: Any, x: Tensor, rest: Sequence[Any], node: Any
 
 
 register_formulas()
-
-# PyTorch creates these objects at first use, which is not thread-safe; so create them now.
-for _name in ("dense_block", "transition", "stem", "activation"):
-    for _suffix in ("", "_backward"):
-        getattr(torch.ops.dense_ext, _name + _suffix).default  # noqa: B018
-torch.ops.dense_ext.dense_block_backward_.default  # noqa: B018

@@ -18,15 +18,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .backends import Primitives
-from .backends.base import accumulate_dtype
+from .backends.base import PlainBlocks, accumulate_dtype
 from .batch_norm import values_per_channel
 from .synchronised import Sync
 
@@ -101,11 +101,7 @@ class Block:
         return self.in_channels + sum(self.growth)
 
     def is_plain(self) -> bool:
-        """Whether one call can run the block.
-
-        Then each layer is a bottleneck of norms and convolutions, without biases or dropout, and the batch
-        statistics are those of this process alone.
-        """
+        """Whether it is a :class:`PlainBlock`."""
         return self.sync is None and all(
             len(layer.convs) == 2 and not layer.biases and not any(dropout.rate for dropout in layer.dropouts)
             for layer in self.layers
@@ -115,6 +111,28 @@ class Block:
     def stats_sizes(self) -> list[int]:
         """The channels of each part of the statistics: the input, each layer's output, each bottleneck."""
         return [self.in_channels, *self.growth, *self.bottlenecks]
+
+
+class PlainBlock(NamedTuple):
+    """The parameters of a block that one call can run, for each norm or convolution in the order they run.
+
+    Each layer is a bottleneck of norms and convolutions, without biases or dropout, and the batch statistics
+    are those of this process alone. The parameters are those of :class:`PlainBlocks`.
+    """
+
+    in_channels: int  # c0
+    weights: list[Tensor]  # of the norms [C], accumulation dtype
+    biases: list[Tensor]
+    eps: list[float]
+    frozen: list[bool]
+    running_means: list[Tensor]  # of the frozen norms
+    running_vars: list[Tensor]
+    convs: list[Tensor]
+
+    @property
+    def of_frozen(self) -> tuple[list[Any], ...]:
+        """The parameters of :class:`FrozenBlocks`; all norms must be frozen."""
+        return self.running_means, self.running_vars, self.weights, self.biases, self.eps, self.convs
 
 
 def norm_starts(out_channels: int, bottlenecks: Sequence[int], layers: int) -> list[int]:
@@ -199,12 +217,18 @@ def pixels(x: Tensor) -> int:
     return math.prod(x.shape[:-1])
 
 
-def empty_outputs(block: Block, x: Tensor, keep_bottleneck: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Tensors for the outputs of :func:`forward`: X and z uninitialised, the statistics zero."""
-    out = empty_like(x, block.out_channels)
-    stats = x.new_zeros(2, sum(block.stats_sizes), dtype=accumulate_dtype(x.dtype))
+def empty_outputs(
+    x: Tensor, growth: int, bottlenecks: int, keep_bottleneck: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tensors for the outputs of :func:`forward`: X and z uninitialised, the statistics zero.
+
+    ``growth`` and ``bottlenecks`` are the channels that all layers add, and those of all bottlenecks.
+    """
+    channels = x.shape[1] + growth
+    out = empty_like(x, channels)
+    stats = x.new_zeros(2, channels + bottlenecks, dtype=accumulate_dtype(x.dtype))
     # Sizes are tuples for MONAI's MetaTensor, which takes no other.
-    z = x.new_empty((values_per_channel(x) * sum(block.bottlenecks) if keep_bottleneck else 0,))
+    z = x.new_empty((values_per_channel(x) * bottlenecks if keep_bottleneck else 0,))
     return out, stats, z
 
 
@@ -306,19 +330,15 @@ def forward(ops: Primitives, block: Block, x: Tensor, keep_bottleneck: bool) -> 
         memory of every layer's [N, H, W, B] one after another, or an empty tensor if z is not kept. The
         statistics are mean and biased variance, and zero where no norm uses them.
     """
-    out, stats, z_all = empty_outputs(block, x, keep_bottleneck)
+    found = plain_forward(ops, plain_block(block), x, keep_bottleneck) if block.is_plain() else None
+    if found is not None:
+        return found
+    out, stats, z_all = empty_outputs(x, sum(block.growth), sum(block.bottlenecks), keep_bottleneck)
     if x.shape[0] == 0 and block.sync is None:
         return out, stats, z_all
     norms = [norm for layer in block.layers for norm in layer.norms]
     frozen = all(norm.running is not None for norm in norms)
     start_buffer(out, x)
-    one_call = frozen and not keep_bottleneck and x.dim() == 4 and block.is_plain()
-    if one_call and ops.frozen_blocks is not None:
-        ops.frozen_blocks.forward(nhwc(out), block.in_channels, *frozen_parameters(block))
-        return out, stats, z_all
-    if ops.plain_blocks is not None and block.is_plain():
-        ops.plain_blocks.forward(nhwc(out), z_all, stats, *plain_parameters(block))
-        return out, stats, z_all
     run = Pass(ops, block, out, stats, z_all)
     # If any layer needs X's statistics, compute all of them: the next transition uses the last layer's too.
     wants_stats = any(layer.norms[0].running is None for layer in block.layers)
@@ -336,12 +356,62 @@ def start_buffer(out: Tensor, x: Tensor) -> None:
     first_channels(nhwc(out), x.shape[1]).copy_(nhwc(x))
 
 
-def plain_parameters(block: Block) -> tuple[Any, ...]:
-    """The parameters of :class:`PlainBlocks`."""
+def _plain_run(
+    ops: Primitives, block: PlainBlock, x: Tensor, keep_bottleneck: bool
+) -> Callable[[Tensor, Tensor, Tensor], None] | None:
+    """The call that writes X, z and the statistics [2, S], if there is one."""
+    frozen, plain = ops.frozen_blocks, ops.plain_blocks
+    if frozen is not None and x.dim() == 4 and not keep_bottleneck and all(block.frozen):
+        return lambda out, z, stats: frozen.forward(out, block.in_channels, *block.of_frozen)
+    if plain is not None:
+        return lambda out, z, stats: plain.forward(out, z, stats, *block)
+    return None
+
+
+def plain_forward(
+    ops: Primitives, block: PlainBlock, x: Tensor, keep_bottleneck: bool
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """:func:`forward` in one call; None if no backend has one."""
+    run = _plain_run(ops, block, x, keep_bottleneck)
+    if run is None:
+        return None
+    growth, bottlenecks = (sum([conv.shape[0] for conv in block.convs[i::2]]) for i in (1, 0))
+    out, stats, z_all = empty_outputs(x, growth, bottlenecks, keep_bottleneck)
+    if x.shape[0] > 0:
+        start_buffer(out, x)
+        run(nhwc(out), z_all, stats)
+    return out, stats, z_all
+
+
+def plain_backward(
+    run: PlainBlocks,
+    block: PlainBlock,
+    grad: Tensor,
+    out: Tensor,
+    z_all: Tensor,
+    stats: Tensor,
+    needs_conv_grad: Sequence[bool],
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor | None]]:
+    """:func:`backward` in one call.
+
+    Returns:
+        The gradient of the block's input, those of the norms' weights, of their biases and of the
+        convolutions.
+    """
+    grad_x = empty_like(out, block.in_channels)
+    found = iter(
+        run.backward(nhwc(grad), nhwc(out), z_all, stats, nhwc(grad_x), list(needs_conv_grad), *block)
+    )
+    weights, biases = (list(itertools.islice(found, len(needs_conv_grad))) for _ in range(2))
+    return grad_x, weights, biases, [next(found) if needed else None for needed in needs_conv_grad]
+
+
+def plain_block(block: Block) -> PlainBlock:
+    """The parameters of a block for which :meth:`Block.is_plain` is true."""
     norms = [norm for layer in block.layers for norm in layer.norms]
     running = [norm.running for norm in norms if norm.running is not None]
     means, variances = map(list, zip(*running, strict=True)) if running else ([], [])
-    return (
+    return PlainBlock(
         block.in_channels,
         [norm.weight for norm in norms],
         [norm.bias for norm in norms],
@@ -351,12 +421,6 @@ def plain_parameters(block: Block) -> tuple[Any, ...]:
         variances,
         [conv for layer in block.layers for conv in layer.convs],
     )
-
-
-def frozen_parameters(block: Block) -> tuple[list[Any], ...]:
-    """The parameters of :class:`FrozenBlocks` for a block whose norms are all frozen."""
-    _, weights, biases, eps, _, means, variances, convs = plain_parameters(block)
-    return means, variances, weights, biases, eps, convs
 
 
 def _layer_forward(run: Pass, index: int, wants_stats: bool, frozen: bool) -> None:
@@ -466,11 +530,13 @@ def backward(
         The gradient of the block's input [N, c0, H, W], and those of each layer.
     """
     if ops.plain_blocks is not None and block.is_plain():
-        grad_x = empty_like(out, block.in_channels)
-        found = ops.plain_blocks.backward(
-            nhwc(grad), nhwc(out), z_all, stats, nhwc(grad_x), list(needs_conv_grad), *plain_parameters(block)
+        grad_x, weights, biases, convs = plain_backward(
+            ops.plain_blocks, plain_block(block), grad, out, z_all, stats, needs_conv_grad
         )
-        return grad_x, _by_layer(found, needs_conv_grad)
+        norms = list(zip(weights, biases, strict=True))
+        return grad_x, [
+            LayerGradients(norms[i : i + 2], convs[i : i + 2], []) for i in range(0, len(norms), 2)
+        ]
     run = BackwardPass(ops, block, grad, out, stats, z_all)
     needed = iter(needs_conv_grad)
     gradients = [
@@ -484,15 +550,6 @@ def backward(
     run.complete(run.u_parts[0], run.v_parts[0])
     ops.affine_gradient(run.g_parts[0], run.x_parts[0], run.u_parts[0], run.v_parts[0], nhwc(grad_x))
     return grad_x, gradients
-
-
-def _by_layer(gradients: Sequence[Tensor], needs_conv_grad: Sequence[bool]) -> list[LayerGradients]:
-    """What :class:`PlainBlocks`'s backward returned, as each layer's gradients."""
-    found = iter(gradients)
-    weights, biases = (list(itertools.islice(found, len(needs_conv_grad))) for _ in range(2))
-    norms = list(zip(weights, biases, strict=True))
-    convs = [next(found) if needed else None for needed in needs_conv_grad]
-    return [LayerGradients(norms[i : i + 2], convs[i : i + 2], []) for i in range(0, len(norms), 2)]
 
 
 def _bottleneck_layer_backward(run: BackwardPass, index: int, grads: LayerGradients) -> None:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import copy
 import itertools
 import statistics
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import BaseTorchFunctionMode
+from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.densenet import DenseNet
 
 import dense_ext
+from dense_ext import autograd, ops
 from dense_ext.arguments import Arguments, BlockOptions, TransitionOptions
 from dense_ext.schedule import RECOMPUTE
 
@@ -259,3 +265,127 @@ def test_backends_agree_across_dtypes() -> None:
                 torch.manual_seed(0)
                 outputs.append(dense_ext.DenseBlock(3, 6, 5)(x))
         torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
+
+
+# --- eager calls without the dispatcher --------------------------------------------------------------------
+
+
+class Passes(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def directly(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each call of an operator, whether it goes without the dispatcher."""
+    found: list[bool] = []
+    is_eager = autograd._is_eager
+
+    def record(arguments: Sequence[Any]) -> bool:
+        found.append(is_eager(arguments))
+        return found[-1]
+
+    monkeypatch.setattr(autograd, "_is_eager", record)
+    return found
+
+
+def step(network: nn.Module) -> None:
+    network(torch.randn(2, 3, 40, 40, dtype=torch.float64)).square().mean().backward()
+
+
+def test_eager_calls_go_without_the_dispatcher(directly: list[bool], recompute: str) -> None:
+    network = dense_ext.swap(small_densenet(), recompute=recompute)
+    step(network)
+    network.eval()
+    step(network)
+    with torch.no_grad():
+        network(torch.randn(2, 3, 40, 40, dtype=torch.float64))
+    assert len(directly) > 10
+    assert all(directly)
+
+
+@pytest.mark.parametrize("mode", [Passes, profile])
+def test_what_observes_calls_sees_the_operators(directly: list[bool], mode: Callable[[], Any]) -> None:
+    network = dense_ext.swap(small_densenet())
+    with mode():
+        step(network)
+    assert len(directly) > 10
+    assert not any(directly)
+
+
+def test_a_mode_for_functions_sees_the_operators(directly: list[bool]) -> None:
+    network = dense_ext.swap(small_densenet())
+    with BaseTorchFunctionMode():
+        network(torch.randn(2, 3, 40, 40, dtype=torch.float64))
+    assert len(directly) > 5
+    assert not any(directly)
+
+
+class Subclass(Tensor):
+    pass
+
+
+def fake() -> Tensor:
+    with FakeTensorMode():
+        return torch.ones(3)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.ones(3, device="meta"),
+        lambda: torch._to_functional_tensor(torch.ones(3)),
+        lambda: torch._neg_view(torch.ones(3)),
+        lambda: torch.ones(3).as_subclass(Subclass),
+        lambda: torch.ones(3).to_sparse(),
+        lambda: torch._efficientzerotensor(3),
+        fake,
+    ],
+    ids=["meta", "functional", "negative", "subclass", "sparse", "zero", "fake"],
+)
+def test_other_tensors_than_plain_ones_are_found(make: Callable[[], Tensor]) -> None:
+    plain = torch.ones(3)
+    assert autograd._is_eager((plain, [nn.Parameter(plain)], None, [1.0], [True], "relu"))
+    assert not autograd._is_eager((make(), [plain]))
+
+
+def test_subclasses_among_parameters_are_found() -> None:
+    plain = torch.ones(3)
+    assert not autograd._is_eager((plain, [plain, plain.as_subclass(Subclass)]))
+
+
+def test_transforms_are_found() -> None:
+    found = []
+
+    def observe(x: Tensor) -> Tensor:
+        found.append(autograd._is_eager((x,)))
+        return x.sum()
+
+    torch.func.vmap(observe)(torch.ones(2, 3))
+    torch.func.grad(observe)(torch.ones(3))
+    assert found == [False, False]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_bits_are_those_of_the_operators(
+    monkeypatch: pytest.MonkeyPatch, recompute: str, frozen: bool
+) -> None:
+    args, x = block_arguments(frozen, "auto"), channels_last(2, 3, 4, 3).requires_grad_()
+    args = args._replace(norm_weights=[args.norm_weights[0].detach(), *args.norm_weights[1:]])
+    learned = [t for t in (x, *itertools.chain.from_iterable(args.tensors)) if t.requires_grad]
+    found = []
+    for eager in (True, False):
+        if not eager:
+            monkeypatch.setattr(autograd, "_is_eager", lambda arguments: False)
+        out, *_ = ops.CALLS["dense_block"](x, *args, *BlockOptions(2, 1, None, [0.0] * 2, False, recompute))
+        gradients = torch.autograd.grad(out.square().sum(), learned)
+        found.append([out, *gradients])
+    assert all(map(torch.equal, *found))
+
+
+def test_no_graph_is_recorded_below_autograd() -> None:
+    args, x = block_arguments(False, "auto"), channels_last(2, 3, 4, 3).requires_grad_()
+    options = BlockOptions(2, 1, None, [0.0] * 2, False, "none")
+    with torch._C._AutoDispatchBelowAutograd():
+        out, *_ = ops.CALLS["dense_block"](x, *args, *options)
+    assert not out.requires_grad

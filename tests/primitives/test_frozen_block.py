@@ -54,7 +54,7 @@ def packed_block(run: FrozenBlocks, block: schedule.Block, dtype: torch.dtype) -
     """The packed weights of a block."""
     shapes = [conv.shape for layer in block.layers for conv in layer.convs]
     packed = torch.empty(run.packed_size(shapes, dtype), dtype=accumulate_dtype(dtype))
-    run.pack(packed, block.in_channels, *schedule.frozen_parameters(block))
+    run.pack(packed, block.in_channels, *schedule.plain_block(block).of_frozen)
     return packed
 
 
@@ -72,7 +72,7 @@ def check_bits(
     wide = torch.full((n, h, w, block.out_channels + 5), 7.0, dtype=dtype)
     out = wide[..., : block.out_channels]
     out[..., :c0] = x.permute(0, 2, 3, 1)
-    run.forward(out, c0, *schedule.frozen_parameters(block))
+    run.forward(out, c0, *schedule.plain_block(block).of_frozen)
     assert (wide[..., block.out_channels :] == 7).all()
     found = [out.permute(0, 3, 1, 2)]
     if weights is None:  # packed weights are for activations of their own dtype
@@ -110,7 +110,7 @@ def test_the_bits_beside_weights_in_bfloat16(size: str) -> None:
 def test_bad_arguments_are_refused(wrong: str) -> None:
     block, run = block_of(6, [(8, 4)], torch.float32), CPU.frozen_blocks
     assert run is not None
-    parameters = list(schedule.frozen_parameters(block))
+    parameters = list(schedule.plain_block(block).of_frozen)
     packed = packed_block(run, block, torch.float32)
     x, image = torch.zeros(1, 3, 3, 10), torch.zeros(1, 6, 3, 3)
     calls = {

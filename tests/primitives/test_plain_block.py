@@ -112,7 +112,7 @@ def test_bad_arguments_are_refused(backend: Backend, maker: Callable[..., Maker]
     x, grad = torch.zeros(2, *shape, block.out_channels, device=device)
     stats = torch.zeros(2, sum(block.stats_sizes), device=device)
     z, grad_x = torch.zeros(0, device=device), torch.zeros(*shape, c0, device=device)
-    parameters, needed = list(schedule.plain_parameters(block)), [True] * 8
+    parameters, needed = list(schedule.plain_block(block)), [True] * 8
     if wrong == "x":
         x = torch.zeros(*shape, block.out_channels + 1, device=device)
     elif wrong == "grad":
