@@ -42,6 +42,8 @@ def register(
         outputs = run(*arguments)
         ctx.set_materialize_grads(False)
         ctx.list_sizes = sizes
+        # Eager's gradient has the layout of x, which is channels_last if the channels are next to each other.
+        ctx.contiguous = x.stride(1) != 1
         ctx.mark_non_differentiable(*outputs[1:])
         setup_context(ctx, arguments, outputs)
         return outputs
@@ -50,6 +52,8 @@ def register(
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         grad_x, *groups = formula(ctx, grad)
+        if ctx.contiguous and ctx.needs_input_grad[0]:
+            grad_x = grad_x.contiguous()
         gradients = [grad_x, None, None, *(gradient for group in groups for gradient in group)]
         gradients += [None] * (len(ctx.needs_input_grad) - len(gradients))  # of running statistics
         return tuple(g if n else None for g, n in zip(gradients, ctx.needs_input_grad, strict=True))
@@ -59,14 +63,25 @@ def register(
 
     def differentiable(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         # AOTInductor passes None for an empty list.
-        lists = [group or [] for group in rest[:TENSOR_LISTS]]
+        lists = [list(group or []) for group in rest[:TENSOR_LISTS]]
         rest = (*lists, *rest[TENSOR_LISTS:])
+        if torch.is_grad_enabled() and _trains_only_biases(lists):
+            # Eager's backward does not read biases, so that an optimizer may write into them before it.
+            for biases in (lists[1], lists[3]):
+                biases[:] = [bias.clone() for bias in biases]
         tensors = [tensor for group in lists for tensor in group]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *tensors)):
             return function.apply(x, [len(group) for group in lists], rest[TENSOR_LISTS:], *tensors)
         return run(x, *rest)
 
     library.impl(name, differentiable, "Autograd")
+
+
+def _trains_only_biases(lists: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether some of an operator's biases require a gradient, and none of its weights."""
+    norm_weights, norm_biases, conv_weights, conv_biases, *_ = lists
+    weights, biases = (*norm_weights, *conv_weights), (*norm_biases, *conv_biases)
+    return not any(t.requires_grad for t in weights) and any(t.requires_grad for t in biases)
 
 
 def needs_conv_grad(ctx: Any) -> tuple[bool, ...]:
