@@ -411,15 +411,21 @@ def runs_fused(module: Any, part: type[Fused], x: Tensor) -> bool:
     return fused and interference(module, module.original) is None and module.why_not_fused(x) is None
 
 
-def may_need_layout(child: nn.Module, x: Tensor) -> bool:
-    """Whether a module that reads ``x`` has its own code or hooks, which may make views of x or write to it.
+def _relies_on_layout(module: nn.Module) -> bool:
+    """Whether a module has its own code or hooks, or draws random numbers, which fill memory in its order."""
+    draws = isinstance(module, (nn.modules.dropout._DropoutNd, nn.RReLU))
+    return draws or has_hooks(module) or not type(module).__module__.startswith("torch.nn.")
 
-    What made a part run its original forward may be such code.
+
+def may_need_layout(child: nn.Module, x: Tensor) -> bool:
+    """Whether a module that reads ``x`` may make views of x, write to it or rely on its memory layout.
+
+    What made a part run its original forward may do so.
     """
     if isinstance(child, Fused):
         # With a hook of its own, its result and its gradients have the layout of its input.
         return hooked(child) or child.why_not_fused(x) is not None
-    return any([has_hooks(m) or not type(m).__module__.startswith("torch.nn.") for m in child.modules()])  # noqa: C419  # compiled
+    return any([_relies_on_layout(module) for module in child.modules()])  # noqa: C419  # compiled
 
 
 class DenseLayer(nn.Module):

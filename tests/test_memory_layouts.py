@@ -111,6 +111,22 @@ def test_contiguous_images_are_converted_in_front_of_plain_convolutions(
     assert_trains_alike(ours.train(), eager.train(), x)
 
 
+@pytest.mark.parametrize("place", [1, 5, 6, -1])
+@pytest.mark.parametrize("kind", [nn.Dropout, nn.AlphaDropout, nn.RReLU], ids=lambda kind: kind.__name__)
+def test_modules_in_the_features_draw_eagers_random_numbers(kind: type[nn.Module], place: int) -> None:
+    """These fill memory in its order."""
+    ours, eager = twin(small_densenet(), dense_ext.swap)
+    x, outputs = images(), []
+    for model in (ours, eager):
+        children = list(model.features.named_children())
+        model.features._modules.clear()
+        for name, child in [*children[:place], ("drawing", kind()), *children[place:]]:
+            model.features.add_module(name, child)
+        torch.manual_seed(3)
+        outputs.append(model(x))
+    assert_equal(*outputs, "output")
+
+
 # --- saved tensors that return in another layout -----------------------------------------------------
 
 
