@@ -413,7 +413,7 @@ def runs_fused(module: Any, part: type[Fused], x: Tensor) -> bool:
 
 def _relies_on_layout(module: nn.Module) -> bool:
     """Whether a module has its own code or hooks, or draws random numbers, which fill memory in its order."""
-    draws = isinstance(module, (nn.modules.dropout._DropoutNd, nn.RReLU))
+    draws = isinstance(module, (nn.Dropout, nn.AlphaDropout))
     return draws or has_hooks(module) or not type(module).__module__.startswith("torch.nn.")
 
 

@@ -112,7 +112,7 @@ def test_contiguous_images_are_converted_in_front_of_plain_convolutions(
 
 
 @pytest.mark.parametrize("place", [1, 5, 6, -1])
-@pytest.mark.parametrize("kind", [nn.Dropout, nn.AlphaDropout, nn.RReLU], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [nn.Dropout, nn.AlphaDropout], ids=lambda kind: kind.__name__)
 def test_modules_in_the_features_draw_eagers_random_numbers(kind: type[nn.Module], place: int) -> None:
     """These fill memory in its order."""
     ours, eager = twin(small_densenet(), dense_ext.swap)
