@@ -131,10 +131,13 @@ def launches(shared_bytes: int) -> dict[tuple[str, str], tuple[int, int]]:
             with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
                 getattr(gpu.backend, primitive)(**arguments)
     found = {}
+    sources = [path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")]
     for (place, function), numbers in gpu.counters.kernels.items():
         name = re.search(r"kKernel = (.*?); Arguments = ", function)
         assert name is not None, function
-        found[place.partition(".")[0], short(name[1])] = numbers
+        # A launch may stand in a header, whose name begins with that of its source.
+        source = max((stem for stem in sources if place.startswith(stem)), key=len)
+        found[source, short(name[1])] = numbers
     return found
 
 

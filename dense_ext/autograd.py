@@ -50,6 +50,8 @@ def register(
         outputs = run(*arguments)
         ctx.set_materialize_grads(False)
         ctx.list_sizes = sizes
+        # Eager's gradient has the layout of x, which is channels_last if the channels are next to each other.
+        ctx.contiguous = x.stride(1) != 1
         ctx.mark_non_differentiable(*outputs[1:])
         setup_context(ctx, arguments, outputs)
         return outputs
@@ -59,6 +61,8 @@ def register(
         if grad is None:
             return (None,) * len(needed)
         grad_x, *groups = formula(ctx, grad)
+        if ctx.contiguous and needed[0]:
+            grad_x = grad_x.contiguous()
         gradients = [grad_x, None, None, None, *itertools.chain.from_iterable(groups)]
         gradients += [None] * (len(needed) - len(gradients))  # of running statistics
         if not all(needed[4:]):
@@ -72,10 +76,15 @@ def register(
     def differentiable(run: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
         def call(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
             # AOTInductor passes None for an empty list.
-            lists = [group or [] for group in rest[:TENSOR_LISTS]]
+            lists = [list(group or []) for group in rest[:TENSOR_LISTS]]
             rest = (*lists, *rest[TENSOR_LISTS:])
+            recording = torch.is_grad_enabled() and _records()
+            if recording and _trains_only_biases(lists):
+                # Eager's backward does not read biases, so that an optimizer may write into them before it.
+                for biases in (lists[1], lists[3]):
+                    biases[:] = [bias.clone() for bias in biases]
             tensors = list(itertools.chain.from_iterable(lists))
-            if torch.is_grad_enabled() and _records() and any(t.requires_grad for t in (x, *tensors)):
+            if recording and any(t.requires_grad for t in (x, *tensors)):
                 return function.apply(x, run, [len(group) for group in lists], rest[TENSOR_LISTS:], *tensors)
             return run(x, *rest)
 
@@ -155,6 +164,13 @@ def _is_eager(arguments: Sequence[Any]) -> bool:
             if device == "meta" or torch._C._dispatch_keys(argument).raw_repr() not in _plain_keys(device):
                 return False
     return types <= _PLAIN_TYPES
+
+
+def _trains_only_biases(lists: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether some of an operator's biases require a gradient, and none of its weights."""
+    norm_weights, norm_biases, conv_weights, conv_biases, *_ = lists
+    weights, biases = (*norm_weights, *conv_weights), (*norm_biases, *conv_biases)
+    return not any(t.requires_grad for t in weights) and any(t.requires_grad for t in biases)
 
 
 def needs_conv_grad(ctx: Any) -> list[bool]:

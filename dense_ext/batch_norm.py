@@ -174,3 +174,7 @@ def update_running_stats(
             r.mul_(1 - factor).add_(b * factor)
     for old, wide in narrow:
         old.copy_(wide)
+    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0:
+        # Inside a mode PyTorch does not count the writes of _foreach functions. Autograd has to know of them,
+        # to refuse a backward that reads the statistics of before.
+        torch.autograd.graph.increment_version(written)

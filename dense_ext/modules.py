@@ -124,9 +124,15 @@ def as_image(x: Tensor, conv: nn.Module) -> Tensor:
     return x.unsqueeze(2)
 
 
-def written_by_hooks(module: nn.Module) -> bool:
-    """Whether a forward hook may write into the module's output; FSDP's hooks do not."""
-    for hook in module._forward_hooks.values():
+def hooked(module: nn.Module) -> bool:
+    """Whether a hook may write into the module's output, or rely on the memory layout of what it sees.
+
+    That is what the module reads and returns, and the gradients of both. FSDP's hooks do neither.
+    """
+    groups = (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
+    )  # fmt: skip
+    for hook in [hook for hooks in groups for hook in hooks.values()]:
         function = getattr(hook, "func", hook)  # unwraps a functools.partial
         if not str(getattr(function, "__module__", "")).startswith("torch.distributed."):
             return True
@@ -179,7 +185,7 @@ def contiguous_in_eager(x: Tensor) -> bool:
 
 def finished(part: Any, out: Tensor, x: Tensor) -> Tensor:
     """What a call of a part with the input x returns, given what the fused operator has computed."""
-    if part.returns_copy or written_by_hooks(part):
+    if part.returns_copy or hooked(part):
         contiguous = contiguous_in_eager(x)
         return out.clone(memory_format=torch.contiguous_format if contiguous else torch.preserve_format)
     return out
@@ -405,15 +411,21 @@ def runs_fused(module: Any, part: type[Fused], x: Tensor) -> bool:
     return fused and interference(module, module.original) is None and module.why_not_fused(x) is None
 
 
-def may_need_layout(child: nn.Module, x: Tensor) -> bool:
-    """Whether a module that reads ``x`` has its own code or hooks, which may make views of x or write to it.
+def _relies_on_layout(module: nn.Module) -> bool:
+    """Whether a module has its own code or hooks, or draws random numbers, which fill memory in its order."""
+    draws = isinstance(module, (nn.Dropout, nn.AlphaDropout))
+    return draws or has_hooks(module) or not type(module).__module__.startswith("torch.nn.")
 
-    What made a part run its original forward may be such code.
+
+def may_need_layout(child: nn.Module, x: Tensor) -> bool:
+    """Whether a module that reads ``x`` may make views of x, write to it or rely on its memory layout.
+
+    What made a part run its original forward may do so.
     """
     if isinstance(child, Fused):
-        # With a hook of its own, its result has the layout of its input.
-        return written_by_hooks(child) or child.why_not_fused(x) is not None
-    return any([has_hooks(m) or not type(m).__module__.startswith("torch.nn.") for m in child.modules()])  # noqa: C419  # compiled
+        # With a hook of its own, its result and its gradients have the layout of its input.
+        return hooked(child) or child.why_not_fused(x) is not None
+    return any([_relies_on_layout(module) for module in child.modules()])  # noqa: C419  # compiled
 
 
 class DenseLayer(nn.Module):

@@ -118,7 +118,8 @@ def pack_weights(model: nn.Module) -> nn.Module:
 
     A changed weight, norm or statistic is noticed, and packed anew; so are the steps of all optimizers. But
     PyTorch does not count writes through ``parameter.data``, NumPy or DLPack, by collectives of
-    ``torch.distributed`` or by another process: after such a write, call this function again.
+    ``torch.distributed``, by another process, or by ``torch._foreach`` functions inside a
+    ``TorchDispatchMode``: after such a write, call this function again.
 
     Under autocast they are packed in its dtype, which also saves casting them. Training and other devices do
     not use packed weights. Copies and pickles of a model carry none.

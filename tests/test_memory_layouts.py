@@ -111,6 +111,22 @@ def test_contiguous_images_are_converted_in_front_of_plain_convolutions(
     assert_trains_alike(ours.train(), eager.train(), x)
 
 
+@pytest.mark.parametrize("place", [1, 5, 6, -1])
+@pytest.mark.parametrize("kind", [nn.Dropout, nn.AlphaDropout], ids=lambda kind: kind.__name__)
+def test_modules_in_the_features_draw_eagers_random_numbers(kind: type[nn.Module], place: int) -> None:
+    """These fill memory in its order."""
+    ours, eager = twin(small_densenet(), dense_ext.swap)
+    x, outputs = images(), []
+    for model in (ours, eager):
+        children = list(model.features.named_children())
+        model.features._modules.clear()
+        for name, child in [*children[:place], ("drawing", kind()), *children[place:]]:
+            model.features.add_module(name, child)
+        torch.manual_seed(3)
+        outputs.append(model(x))
+    assert_equal(*outputs, "output")
+
+
 # --- saved tensors that return in another layout -----------------------------------------------------
 
 
@@ -460,3 +476,37 @@ def layouts_seen(model: nn.Module, hooked: str, x: Tensor) -> list[tuple[int, ..
         model(x)
     assert len(seen) == 2
     return seen
+
+
+def layouts_of_gradients(model: nn.Module, hooked: str, x: Tensor) -> list[tuple[int, ...]]:
+    """The strides that hooks of a part see: of its input, its output and the gradients of both."""
+    seen, part = [], model.get_submodule(hooked)
+
+    def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0].stride())
+        inputs[0].register_hook(lambda grad: seen.append(grad.stride()))
+
+    def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        output.register_hook(lambda grad: seen.append(grad.stride()))
+
+    def backward(module: nn.Module, *grads: tuple[Tensor, ...]) -> None:
+        seen.extend(grad.stride() for (grad,) in grads)
+
+    for register, hook in (
+        (part.register_forward_pre_hook, before), (part.register_forward_hook, after),
+        (part.register_full_backward_hook, backward), (part.register_full_backward_pre_hook, backward),
+    ):  # fmt: skip
+        with register(hook):
+            model(x).square().sum().backward()
+    return seen
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("hooked", ["denseblock1", "transition2", "denseblock4"])
+def test_hooks_see_gradients_in_eagers_layout(hooked: str, memory_format: torch.memory_format) -> None:
+    """A hook that flattens a gradient with view works on both."""
+    ours, eager = twin(small_densenet(), dense_ext.swap)
+    x = images(70, 70).contiguous(memory_format=memory_format)
+    seen, expected = (layouts_of_gradients(model, f"features.{hooked}", x) for model in (ours, eager))
+    assert seen == expected
+    assert len(seen) == 6

@@ -6,10 +6,13 @@ import gc
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dense_ext
 from dense_ext import ops
@@ -111,6 +114,41 @@ def test_running_statistics_may_change_before_backward_in_training(recompute: st
         with torch.no_grad():
             model(other)
         loss.backward()
+    assert_same_state(ours, eager)
+
+
+class Mode(TorchDispatchMode):
+    """Inside it PyTorch does not count the writes of its ``_foreach`` functions."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [nullcontext, Mode])
+def test_running_statistics_that_backward_reads_may_not_change(recompute: str, mode: Any) -> None:
+    """A step in training mode comes between a forward in eval mode and its backward.
+
+    Eager's gradient is wrong: it takes the new statistics for those of the forward.
+    """
+    ours, _ = pair(recompute)
+    loss = ours.eval()(images()).square().sum()
+    with mode():
+        ours.train()(images())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_only_biases_are_trained(recompute: str) -> None:
+    """Eager's backward does not read them, so that a step of the optimizer may come before it."""
+    ours, eager = pair(recompute)
+    batches = images(), images()
+    for model in (ours, eager):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith("bias"))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for loss in [model(x).square().sum() for x in batches]:
+            loss.backward()
+            optimizer.step()
     assert_same_state(ours, eager)
 
 
