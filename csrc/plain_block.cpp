@@ -346,9 +346,6 @@ class Backward : Pass {
     grad_bn_ = torch::stable::new_empty(x, {pixels_ * widest_});
     sums_ = empty_vectors(stats, 2 * widest);
     u_v_ = torch::stable::new_zeros(stats, {2, channels_ + inner_channels_});
-    int64_t total = 0;
-    for (const Tensor& weight : parameters.weights) total += 2 * aligned(weight.numel());
-    norm_gradients_ = empty_vectors(stats, total);
   }
 
   // Returns the gradients of the norms' weights, of their biases, and of the convolutions that need
@@ -406,23 +403,13 @@ class Backward : Pass {
         grad_convs[0] DENSE_EXT_TF32(parameters_.tf32));
   }
 
-  // Vectors that share memory start at multiples of 16 bytes.
-  static int64_t aligned(int64_t count) { return (count + 3) / 4 * 4; }
-
-  // A gradient's part of the memory for those of all norms. There are hundreds, and an allocation
-  // for each takes longer than a view.
-  Tensor norm_gradient(int64_t count) {
-    const Tensor gradient = elements(norm_gradients_, used_, count);
-    used_ += aligned(count);
-    return gradient;
-  }
-
-  // A norm whose gradients, which are made here, follow from its channel sums. They add to u
-  // and v unless the norm is frozen.
+  // A norm whose gradients, which are allocated here, follow from its channel sums. They add to u
+  // and v unless the norm is frozen. Each gradient has memory of its own, as PyTorch asks of an
+  // operator's outputs.
   SummedNorm summed(const Norm& norm, const Tensor& sums, const Tensor& u, const Tensor& v,
-                    Tensor* grad_weight, Tensor* grad_bias) {
-    *grad_weight = norm_gradient(norm.channels());
-    *grad_bias = norm_gradient(norm.channels());
+                    Tensor* grad_weight, Tensor* grad_bias) const {
+    *grad_weight = empty_vectors(sums, norm.channels());
+    *grad_bias = empty_vectors(sums, norm.channels());
     const auto unless_frozen = [&](const Tensor& t) {
       return norm.frozen ? std::nullopt : std::optional<Tensor>(t);
     };
@@ -434,8 +421,7 @@ class Backward : Pass {
   Tensor sums(int64_t count) const { return elements(sums_, 0, 2 * count); }
 
   const Tensor& g_;
-  Tensor grad_bn_, sums_, norm_gradients_;
-  int64_t used_ = 0;  // elements of norm_gradients_
+  Tensor grad_bn_, sums_;
   Tensor u_v_;  // [2, Ct + L*B]
 };
 
