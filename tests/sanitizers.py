@@ -128,17 +128,17 @@ def run_cases(
             check(make, Maker(torch.float32, CPU, guard=guard, weights=torch.bfloat16), size)
 
 
-def train_a_network(backend: Backend) -> None:
+def train_a_network(backend: Backend, dtype: torch.dtype = torch.float16) -> None:
     """Run two steps of a whole swapped DenseNet in 16 bits, with ``recompute="block"``."""
     from .helpers import small_densenet  # imported late, since it imports torchvision
 
     put_in_place(backend)
-    model = dense_ext.swap(small_densenet(growth_rate=6).half(), recompute="block", backend=backend.name)
+    model = dense_ext.swap(small_densenet(growth_rate=6).to(dtype), recompute="block", backend=backend.name)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     for _ in range(2):
         print("a training step", flush=True)
         optimizer.zero_grad()
-        model(torch.randn(2, 3, 33, 32, dtype=torch.float16)).float().square().sum().backward()
+        model(torch.randn(2, 3, 33, 32, dtype=dtype)).float().square().sum().backward()
         optimizer.step()
     assert all(parameter.grad is not None for parameter in model.parameters())
 

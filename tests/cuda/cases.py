@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dense_ext.backends.cuda import STORAGE_DTYPES
 
@@ -14,19 +17,35 @@ from ..emulator.build import build
 from ..sanitizers import ADDRESS, run_cases, train_a_network
 
 
-def run_sanitized(primitives: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run the cases of the primitives with this prefix of their name through a build with these options."""
+def run_sanitized(
+    primitives: str = "", without: torch.dtype | None = None, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run the cases of the primitives with this prefix of their name through a build with these options.
+
+    A dtype that the build is ``without`` does not run.
+    """
     namespace = options.setdefault("namespace", "dense_ext_sanitized")
     library = build(flags=ADDRESS.flags, **options)
-    return ADDRESS.run(__name__, str(library), namespace, primitives)
+    return ADDRESS.run(__name__, str(library), namespace, primitives, str(without))
 
 
-def main(library: str, namespace: str, primitives: str) -> None:
+def leave_out_dtypes(cuda: Path, *names: str) -> None:
+    """Compile a copy of csrc/cuda without these types of its scalars: each takes as long."""
+    path = cuda / "tensor.cuh"
+    others = rf"    case ScalarType::({'|'.join(names)}):\n      return body\(.*\);\n"
+    source, left_out = re.subn(others, "", path.read_text())
+    if left_out != len(names):
+        raise LookupError("tensor.cuh has changed: leave dtypes out anew")
+    path.write_text(source)
+
+
+def main(library: str, namespace: str, primitives: str, without: str = "") -> None:
     gpu = Emulator(Path(library), namespace)
     gpu.reset(multiprocessors=1)  # so that a block has several tiles
-    run_cases(gpu.backend, STORAGE_DTYPES, primitives)
+    dtypes = [dtype for dtype in STORAGE_DTYPES if str(dtype) != without]
+    run_cases(gpu.backend, dtypes, primitives)
     if not primitives:
-        train_a_network(gpu.backend)
+        train_a_network(gpu.backend, torch.bfloat16)
 
 
 if __name__ == "__main__":

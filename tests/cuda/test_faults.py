@@ -23,7 +23,7 @@ from ..primitives import test_channel_stats as channel_stats
 from ..primitives.common import MakeCase, Size
 from ..primitives.harness import ALIGNED, Maker, check_values
 from ..sanitizers import CPU
-from .cases import run_sanitized
+from .cases import leave_out_dtypes, run_sanitized
 from .test_schedules import SCHEDULES
 
 
@@ -203,18 +203,19 @@ def planted(name: str, folder: Path) -> Emulator:
     """An emulator that runs a fault's kernel."""
     fault, namespace = FAULTS[name], "dense_ext_fault_" + re.sub(r"\W", "_", name)
     cuda = fault.plant(folder / "csrc")
-    compile_for_bfloat16_alone(cuda)
+    leave_out_dtypes(cuda, "Float", "Half")
+    leave_out_narrow_accesses(cuda)
     return Emulator(build(cuda, fault.kernel, namespace, FAST), namespace)
 
 
-def compile_for_bfloat16_alone(cuda: Path) -> None:
-    """Leave the other dtypes out of a copy of csrc/cuda: the cases have none, and each takes as long."""
-    path = cuda / "tensor.cuh"
-    others = r"    case ScalarType::(Float|Half):\n      return body\(.*\);\n"
-    source, left_out = re.subn(others, "", path.read_text())
-    if left_out != 2:
-        raise LookupError("tensor.cuh has changed: leave dtypes out anew")
-    path.write_text(source)
+def leave_out_narrow_accesses(cuda: Path) -> None:
+    """Compile a copy of csrc/cuda for accesses of 16 bytes alone, which all cases here have."""
+    path = cuda / "tile.cuh"
+    narrow, error = "body(std::false_type{});", 'STD_TORCH_CHECK(false, "left out");'
+    source = path.read_text()
+    if source.count(narrow) != 1:
+        raise LookupError("tile.cuh has changed: leave narrow accesses out anew")
+    path.write_text(source.replace(narrow, error))
 
 
 @pytest.mark.parametrize("name", FAULTS)
