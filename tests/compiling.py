@@ -131,3 +131,12 @@ def plant(folder: Path, file: str, text: str, replacement: str) -> Path:
         raise LookupError(f"{file} has changed: plant the fault anew")
     path.write_text(source.replace(text, replacement))
     return folder
+
+
+def leave_out_dtypes(header: Path, *names: str) -> None:
+    """Leave types of scalars out of the header of a copy of csrc that chooses one: each takes as long."""
+    others = rf"    case ScalarType::({'|'.join(names)}):\n      return body\(.*\);\n"
+    source, left_out = re.subn(others, "", header.read_text())
+    if left_out != len(names):
+        raise LookupError(f"{header.name} has changed: leave dtypes out anew")
+    header.write_text(source)

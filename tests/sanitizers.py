@@ -128,8 +128,8 @@ def run_cases(
             check(make, Maker(torch.float32, CPU, guard=guard, weights=torch.bfloat16), size)
 
 
-def train_a_network(backend: Backend, dtype: torch.dtype = torch.float16) -> None:
-    """Run two steps of a whole swapped DenseNet in 16 bits, with ``recompute="block"``."""
+def train_a_network(backend: Backend, dtype: torch.dtype) -> None:
+    """Run two steps of a whole swapped DenseNet with ``recompute="block"``."""
     from .helpers import small_densenet  # imported late, since it imports torchvision
 
     put_in_place(backend)

@@ -73,7 +73,7 @@ def main(library: str, primitives: str, *dtypes: str) -> None:
             test_frozen_block.check_bits(backend, size, getattr(torch, dtype))
         put_in_place(backend)
         train_together(backend.name)
-        train_a_network(backend)
+        train_a_network(backend, getattr(torch, dtypes[-1]))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ..compiling import plant
+from ..compiling import leave_out_dtypes, plant
 from ..emulator import Emulator
 from ..emulator.build import build
 from ..primitives import test_bn_relu_conv1x1 as conv1x1
@@ -23,7 +23,7 @@ from ..primitives import test_channel_stats as channel_stats
 from ..primitives.common import MakeCase, Size
 from ..primitives.harness import ALIGNED, Maker, check_values
 from ..sanitizers import CPU
-from .cases import leave_out_dtypes, run_sanitized
+from .cases import run_sanitized
 from .test_schedules import SCHEDULES
 
 
@@ -203,7 +203,7 @@ def planted(name: str, folder: Path) -> Emulator:
     """An emulator that runs a fault's kernel."""
     fault, namespace = FAULTS[name], "dense_ext_fault_" + re.sub(r"\W", "_", name)
     cuda = fault.plant(folder / "csrc")
-    leave_out_dtypes(cuda, "Float", "Half")
+    leave_out_dtypes(cuda / "tensor.cuh", "Float", "Half")
     leave_out_narrow_accesses(cuda)
     return Emulator(build(cuda, fault.kernel, namespace, FAST), namespace)
 
