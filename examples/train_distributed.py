@@ -48,10 +48,9 @@ def main(epochs: int = 4, batch: int = 32) -> None:
                 right = network(data[1440:]).argmax(1) == labels[1440:]
             print(f"epoch {epoch + 1}: test accuracy {right.float().mean():.1%}")
 
-    sums = [0.0] * dist.get_world_size()
-    dist.all_gather_object(sums, sum(p.detach().double().sum().item() for p in network.parameters()))
-    if dist.get_rank() == 0:
-        print(f"{len(sums)} processes hold the same parameters: {len(set(sums)) == 1}")
+    # Equal in all processes. Gathered, Gloo's threads may hold the tensors at the end of Python, and abort.
+    total = sum(p.detach().double().sum().item() for p in network.parameters())
+    print(f"process {dist.get_rank()}: the parameters add up to {total!r}")
     del model  # first: as the last to hold the group, DDP's reducer can block Gloo's threads for ever
     dist.destroy_process_group()
 

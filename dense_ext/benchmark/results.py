@@ -19,7 +19,7 @@ from typing import Any
 
 from ..files import write_atomically
 from ..machine import commit, machine, versions
-from .errors import UsageError, reason
+from .errors import UnavailableError, UsageError, reason
 from .memory import collect
 
 Tick = Callable[[str], None]  # told what comes next
@@ -57,6 +57,8 @@ class Measurement:
         """An exception inside becomes the row's failure; the memory that it held is given back."""
         try:
             yield
+        except UnavailableError as error:  # found before memory was taken; looking for some takes long
+            self.fail(reason(error))
         except Exception as error:
             self.fail(reason(error))
             collect()

@@ -30,6 +30,6 @@ def test_program(
 ) -> None:
     benchmark_script("host_time").main(["--model", "densenet_bc_40_12", "--rounds", "1"])
     assert gpu.counters.blocks == 0
-    _, *rows, _ = capsys.readouterr().out.splitlines()
+    _, *rows, _, _ = capsys.readouterr().out.splitlines()
     launches = [int(re.split(" +", row)[1]) for row in rows]
     assert launches[0] < launches[1] < launches[2], "each policy recomputes more than the one before"

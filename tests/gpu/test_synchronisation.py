@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,8 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dense_ext
 from dense_ext import schedule
-from dense_ext.backends import Primitives
-from dense_ext.schedule import Block
 
 from ..helpers import eager_block, small_densenet
 
@@ -91,13 +90,13 @@ def test_waiting_is_noticed(
     where: str,
 ) -> None:
     """Also inside an operator, and in code that autograd calls."""
-    run = getattr(schedule, where)
 
-    def reading(ops: Primitives, block: Block, x: Tensor, *rest: Any) -> Any:
+    def reading(run: Callable[..., Any], ops: Any, block: Any, x: Tensor, *rest: Any) -> Any:
         read(x)
         return run(ops, block, x, *rest)
 
-    monkeypatch.setattr(schedule, where, reading)
+    for name in (where, f"plain_{where}"):
+        monkeypatch.setattr(schedule, name, partial(reading, getattr(schedule, name)))
     block = dense_ext.swap(eager_block(1).float().to(device), backend=backend)
     x = torch.randn(2, 6, 5, 4, device=device)
     with pytest.raises((AssertionError, RuntimeError), match=NOTICED), nothing_waits(device):
