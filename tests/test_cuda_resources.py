@@ -55,10 +55,25 @@ def test_no_kernel_spills(cuda_resources: Any, library: Path) -> None:
     assert not [kernel for kernel in kernels if kernel.stack]
 
 
+def committed_rows(page: str) -> list[tuple[str, ...]]:
+    return [tuple(line.strip("| ").split(" | ")) for line in page.splitlines() if " | sm_" in line]
+
+
+def test_every_kernel_was_seen_launched(cuda_resources: Any) -> None:
+    """On some chip: a smaller one may run another kernel. The one that only shows that there is code never is."""
+    launched: dict[str, bool] = {}
+    for source, kernel, _, _, _, threads, *_ in committed_rows(cuda_resources.RESULT.read_text()):
+        if source != "has_code":
+            name = f"{source} {kernel}"
+            launched[name] = launched.get(name, False) or threads != "0"
+    assert len(launched) > 50
+    assert not [name for name, seen in launched.items() if not seen]
+
+
 def test_the_committed_table_is_the_librarys(cuda_resources: Any, library: Path) -> None:
     """Kernels built by the same nvcc have the table's registers and stack, though maybe for fewer GPUs."""
     page = cuda_resources.RESULT.read_text()
-    committed = [tuple(line.strip("| ").split(" | ")) for line in page.splitlines() if " | sm_" in line]
+    committed = committed_rows(page)
     kernels = cuda_resources.kernels_of(library)
     chips = {kernel.architecture for kernel in kernels} & set(cuda_resources.CHIPS)
     length = 5 if f"nvcc {cuda_resources.compiler_of(library)}." in page else 3
