@@ -60,7 +60,7 @@ def committed_rows(page: str) -> list[tuple[str, ...]]:
 
 
 def test_every_kernel_was_seen_launched(cuda_resources: Any) -> None:
-    """On some chip, as a smaller one may run another kernel; the one that says whether there is code never is."""
+    """On some chip, as others may run another kernel. That of has_code is never launched."""
     launched: dict[str, bool] = {}
     for source, kernel, _, _, _, threads, *_ in committed_rows(cuda_resources.RESULT.read_text()):
         if source != "has_code":
