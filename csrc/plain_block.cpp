@@ -280,10 +280,12 @@ class Forward : Pass {
     const int64_t in = parameters_.in_channels;
     if (wants_stats) channel_stats(channels(x_, 0, in), mean(0, in), var(0, in));
 #ifdef DENSE_EXT_GPU
-    int64_t widest = widest_;
-    for (const Layer& layer : layers_) widest = std::max(widest, layer.out);
-    counters_ =
-        torch::stable::new_zeros(x_, {counters_for(widest)}, torch::headeronly::ScalarType::Int);
+    if (!all_frozen()) {
+      int64_t widest = widest_;
+      for (const Layer& layer : layers_) widest = std::max(widest, layer.out);
+      counters_ =
+          torch::stable::new_zeros(x_, {counters_for(widest)}, torch::headeronly::ScalarType::Int);
+    }
 #endif
     for (size_t i = 0; i < layers_.size(); i++) run_layer(i, wants_stats);
   }

@@ -153,11 +153,14 @@ def _vectors(x: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t if t.dtype == dtype and t.is_contiguous() else _vector(t, dtype) for t in tensors]
 
 
+def _norm_vectors(x: Tensor, args: Arguments) -> tuple[list[Tensor], ...]:
+    """The norms' weights and biases, and the frozen ones' running means and variances."""
+    vectors = args.norm_weights, args.norm_biases, args.running_means, args.running_vars
+    return tuple(_vectors(x, tensors) for tensors in vectors)
+
+
 def _norms(x: Tensor, args: Arguments) -> list[Norm]:
-    weights, biases, means, variances = (
-        _vectors(x, tensors)
-        for tensors in (args.norm_weights, args.norm_biases, args.running_means, args.running_vars)
-    )
+    weights, biases, means, variances = _norm_vectors(x, args)
     running = iter(zip(means, variances, strict=True))
     return [
         Norm(weight, bias, eps, None if batch else next(running))
@@ -173,10 +176,7 @@ def _plain_block(x: Tensor, in_channels: int, args: Arguments, options: BlockOpt
     """The parameters of a block that one call can run; None for another block."""
     if args.counts is not None or args.conv_biases or options.convs_per_layer != 2 or any(options.drop_rates):
         return None
-    weights, biases, means, variances = (
-        _vectors(x, tensors)
-        for tensors in (args.norm_weights, args.norm_biases, args.running_means, args.running_vars)
-    )
+    weights, biases, means, variances = _norm_vectors(x, args)
     frozen = [not batch for batch in args.batch_stats]
     return PlainBlock(in_channels, weights, biases, args.eps, frozen, means, variances, args.conv_weights)
 
